@@ -1,0 +1,317 @@
+"""Hard labels and any divergence, straight from hidden states and heads.
+
+The logits of a language model, (N, V), are its largest tensor by far: 1,024 positions of a 152k-row vocabulary are
+0.6 GB in float32, and a plain distillation loss holds ten of them. Here they exist for one chunk of positions at a
+time. The gradient is computed in the forward pass, while a chunk's logits are at hand, so nothing is projected twice:
+three matrix products for the student and one for the teacher are all there is.
+
+Shapes: N label-bearing positions, Ds and Dt hidden widths, V vocabulary. Losses are in nats.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_distill.losses.divergence import DIVERGENCE_TERMS, Terms, check_divergence, temperature_factor
+
+# Bytes of one chunk's logits in float32. Large enough for matrix products at full speed, small beside a model.
+CHUNK_BYTES = {"cpu": 80 * 2**20, "cuda": 512 * 2**20}
+# On the CPU the element-wise part runs on blocks of rows that stay in the cache: about this many logits at a time.
+CACHE_BLOCK = 2**19
+# Rows of a head that are converted at a time when its dtype is not the one multiplied in.
+CONVERTED_ROWS = 2**14
+
+
+class DistillationLoss(NamedTuple):
+    """What `fused_linear_distillation_loss` returns. `.loss` carries the gradient; the rest are detached sums."""
+
+    loss: Tensor  # scalar, nats per item
+    kd: Tensor  # sum of token_weights * divergence, without the temperature factor
+    ce: Tensor  # sum of the hard-label losses
+    agreement: Tensor  # number of positions at which student and teacher have the same most likely token
+    student_entropy: Tensor  # sum of the student's entropies at temperature 1
+
+
+def fused_linear_distillation_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor,
+    *,
+    kd_weight: float = 0.5,
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    divergence_params: dict | None = None,
+    token_weights: Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
+    vocab_size: int | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    chunk_size: int | None = None,
+) -> DistillationLoss:
+    """`(kd_weight * T^2 * sum_i w_i D_T(i) + (1 - kd_weight) * sum_i CE_1(i)) / num_items` without [N x V] logits.
+
+    The hard-label loss is always taken at temperature 1. The factor is T for `total_variation`, T^2 otherwise. Products
+    of half-precision inputs are accumulated in float32, as is everything element-wise; float64 stays float64.
+
+    Args:
+        student_hidden (`torch.Tensor` of shape `(N, Ds)`):
+            Last hidden states of the student, after its final norm. Gets a gradient if it requires one.
+        student_head (`torch.Tensor` of shape `(V, Ds)`):
+            Weight of the student's output layer. A frozen head costs no gradient.
+        teacher_hidden (`torch.Tensor` of shape `(N, Dt)`), teacher_head (`torch.Tensor` of shape `(Vt, Dt)`):
+            The same of the teacher, on the student's device. Never gets a gradient.
+        labels (`torch.Tensor` of shape `(N,)`, int64):
+            The token that follows each position; -100 drops only the hard label there. To drop a position, do not
+            pass it.
+        kd_weight (`float`): weight of the divergence, in [0, 1]; hard labels get `1 - kd_weight`.
+        temperature (`float`): of the divergence, above 0.
+        divergence (`str`), divergence_params (`dict`, *optional*): a name in `DIVERGENCES`, and its parameters.
+        token_weights (`torch.Tensor` of shape `(N,)`, *optional*): weights of the divergence term.
+        num_items (`int` or scalar tensor, *optional*): the divisor, N by default.
+        vocab_size (`int`, *optional*):
+            The true vocabulary. Rows of the heads past it are padding: they get no probability and no gradient.
+        student_bias, teacher_bias (`torch.Tensor` of shape `(V,)`, *optional*): biases of the heads.
+        student_logit_scale, teacher_logit_scale (`float`): factors of the logits (Cohere, Granite).
+        student_softcap, teacher_softcap (`float`, *optional*): logits become `c * tanh(logits / c)` (Gemma 2).
+        chunk_size (`int`, *optional*): positions per chunk; by default as many as fit `CHUNK_BYTES`.
+
+    Raises:
+        `ValueError`: shapes that do not fit, an unknown divergence or parameter, a number out of its range.
+    """
+    params = check_divergence(divergence, divergence_params)
+    num_rows = student_hidden.shape[0]
+    if vocab_size is None:
+        vocab_size = student_head.shape[0]
+        if teacher_head.shape[0] != vocab_size:
+            raise ValueError(
+                f"the student's head has {vocab_size} rows and the teacher's {teacher_head.shape[0]}: pass vocab_size, "
+                "the number of tokens that both tokenizers share"
+            )
+    _check_arguments(
+        student_hidden, student_head, teacher_hidden, teacher_head, labels, token_weights,
+        kd_weight, temperature, vocab_size, chunk_size,
+    )  # fmt: skip
+    if chunk_size is None:
+        budget = CHUNK_BYTES.get(student_hidden.device.type, CHUNK_BYTES["cuda"])
+        chunk_size = max(1, budget // (4 * vocab_size))
+    if num_items is None:
+        num_items = max(num_rows, 1)
+
+    student = _Head(student_head, student_bias, student_logit_scale, student_softcap, vocab_size)
+    teacher = _Head(teacher_head.detach(), teacher_bias, teacher_logit_scale, teacher_softcap, vocab_size)
+    factor = kd_weight * temperature_factor(divergence, temperature)
+    if token_weights is None:
+        token_weights = student_hidden.new_ones(num_rows, dtype=torch.float32)
+    objective = _Objective(DIVERGENCE_TERMS[divergence], params, factor, 1 - kd_weight, temperature)
+    loss, sums = _FusedLinearDistillation.apply(
+        student_hidden, student_head, student_bias, teacher_hidden.detach(), labels, token_weights.detach(),
+        student, teacher, objective, num_items, chunk_size, torch.is_grad_enabled(),
+    )  # fmt: skip
+    return DistillationLoss(loss, *sums[1:].unbind())
+
+
+class _Head(NamedTuple):
+    weight: Tensor  # (V or more, D)
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    vocab_size: int
+
+    def product_dtype(self, hidden: Tensor) -> torch.dtype:
+        """The dtype in which hidden states and weight are multiplied; results are never below float32."""
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        # Only CUDA can multiply in half precision and keep float32 sums; elsewhere the result would be rounded too.
+        return dtype if device == "cuda" else torch.promote_types(dtype, torch.float32)
+
+    def weight_slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The true vocabulary's rows in `dtype`: at once, or slice by slice where each has to be converted."""
+        rows = self.vocab_size if self.weight.dtype == dtype else CONVERTED_ROWS
+        for start in range(0, self.vocab_size, rows):
+            part = slice(start, min(start + rows, self.vocab_size))
+            yield part, self.weight[part].to(dtype)
+
+    def finish_logits_(self, products: Tensor) -> Tensor:
+        """Turns `hidden @ weight.T` into logits, in place."""
+        if self.bias is not None:
+            products.add_(self.bias[: self.vocab_size])
+        if self.logit_scale != 1:
+            products.mul_(self.logit_scale)
+        if self.softcap is not None:
+            products.div_(self.softcap).tanh_().mul_(self.softcap)
+        return products
+
+    def products_gradient(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """The gradient with respect to `hidden @ weight.T` from the one with respect to the logits."""
+        if self.softcap is not None:
+            gradient = gradient * (1 - (logits / self.softcap).square())
+        return gradient if self.logit_scale == 1 else gradient * self.logit_scale
+
+
+class _Objective(NamedTuple):
+    terms: Callable[..., Terms]
+    params: dict[str, float]
+    kd_factor: float
+    ce_weight: float
+    temperature: float
+
+
+def _differentiate_(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    token_weights: Tensor,
+    student: _Head,
+    teacher: _Head,
+    objective: _Objective,
+) -> Tensor:
+    """Overwrites `student_logits` with the gradient of the loss and returns the five sums of `DistillationLoss`.
+
+    The element-wise half of the loss, in plain torch. Both logits come as bare products `hidden @ weight.T`.
+    """
+    temperature = objective.temperature
+    student_logits = student.finish_logits_(student_logits)  # (n, V)
+    teacher_logits = teacher.finish_logits_(teacher_logits)  # (n, V)
+    log_probs = student_logits.log_softmax(-1)
+    probs = log_probs.exp()
+    agreement = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
+    student_entropy = -(probs * log_probs).sum()
+
+    has_label = labels != -100
+    target = labels.clamp(min=0).unsqueeze(-1)  # (n, 1)
+    ce = -(log_probs.gather(-1, target).squeeze(-1) * has_label).sum()
+
+    teacher_log_probs = (teacher_logits / temperature).log_softmax(-1)
+    if temperature == 1:
+        tempered_log_probs, tempered_probs = log_probs, probs
+    else:
+        tempered_log_probs = (student_logits / temperature).log_softmax(-1)
+        tempered_probs = tempered_log_probs.exp()
+    term, gradient = objective.terms(tempered_log_probs, teacher_log_probs, **objective.params)
+    kd = (term.sum(-1) * token_weights).sum()
+
+    # d loss / d logits = kd_factor * w * (g - p_T * sum(g)) / T + ce_weight * (p_1 - one_hot(label))
+    kd_scale = (token_weights * (objective.kd_factor / temperature)).unsqueeze(-1)  # (n, 1)
+    ce_scale = (has_label.to(probs.dtype) * objective.ce_weight).unsqueeze(-1)  # (n, 1)
+    gradient = gradient * kd_scale
+    gradient = torch.addcmul(gradient, tempered_probs, -gradient.sum(-1, keepdim=True))
+    gradient = torch.addcmul(gradient, probs, ce_scale)
+    gradient = gradient.scatter_add(-1, target, -ce_scale)
+    student_logits.copy_(student.products_gradient(gradient, student_logits))
+    total = objective.kd_factor * kd + objective.ce_weight * ce
+    return torch.stack([total, kd, ce, agreement.to(total.dtype), student_entropy])
+
+
+@functools.cache
+def _compiled_differentiate_() -> Callable[..., Tensor]:
+    return torch.compile(_differentiate_, dynamic=True)
+
+
+def _differentiate_chunk_(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, token_weights: Tensor, *rest):
+    """`_differentiate_` at the speed of the device: one fused kernel on CUDA, blocks that fit the cache on the CPU."""
+    if student_logits.is_cuda:
+        return _compiled_differentiate_()(student_logits, teacher_logits, labels, token_weights, *rest)
+    rows = max(1, CACHE_BLOCK // student_logits.shape[1])
+    blocks = zip(*(x.split(rows) for x in (student_logits, teacher_logits, labels, token_weights)), strict=True)
+    return torch.stack([_differentiate_(*block, *rest) for block in blocks]).sum(0)
+
+
+def _add_product_(out: Tensor, left: Tensor, right: Tensor, *, beta: int = 1) -> None:
+    """`out = beta * out + left @ right`, without rounding the product to the dtype of its factors."""
+    if left.dtype == out.dtype:
+        torch.addmm(out, left, right, beta=beta, out=out)
+    else:
+        torch.addmm(out, left, right, beta=beta, out_dtype=out.dtype, out=out)
+
+
+class _FusedLinearDistillation(torch.autograd.Function):
+    """Loss and sums in the forward, together with the gradients that the backward only has to hand out."""
+
+    @staticmethod
+    def forward(
+        ctx, student_hidden, student_head, student_bias, teacher_hidden, labels, token_weights,
+        student: _Head, teacher: _Head, objective: _Objective, num_items, chunk_size: int, grad_enabled: bool,
+    ):  # fmt: skip
+        needs_hidden, needs_head, needs_bias = (needed and grad_enabled for needed in ctx.needs_input_grad[:3])
+        dtype, teacher_dtype = student.product_dtype(student_hidden), teacher.product_dtype(teacher_hidden)
+        sum_dtype = torch.promote_types(dtype, torch.float32)
+        num_rows, vocab_size = student_hidden.shape[0], student.vocab_size
+
+        def zeros(needed: bool, like: Tensor | None) -> Tensor | None:
+            return torch.zeros_like(like, dtype=sum_dtype) if needed and like is not None else None
+
+        grad_hidden = zeros(needs_hidden, student_hidden)
+        grad_head, grad_bias = zeros(needs_head, student_head), zeros(needs_bias, student_bias)
+        student_buffer = student_hidden.new_empty(min(chunk_size, num_rows), vocab_size, dtype=sum_dtype)
+        teacher_buffer = torch.empty_like(student_buffer)
+        sums = student_hidden.new_zeros(5, dtype=sum_dtype)
+
+        with torch.autocast(student_hidden.device.type, enabled=False):
+            for start in range(0, num_rows, chunk_size):
+                chunk = slice(start, min(start + chunk_size, num_rows))
+                hidden = student_hidden[chunk].to(dtype)  # (n, Ds)
+                student_logits, teacher_logits = (x[: len(hidden)] for x in (student_buffer, teacher_buffer))  # (n, V)
+                for part, weight in student.weight_slices(dtype):
+                    _add_product_(student_logits[:, part], hidden, weight.t(), beta=0)
+                for part, weight in teacher.weight_slices(teacher_dtype):
+                    _add_product_(teacher_logits[:, part], teacher_hidden[chunk].to(teacher_dtype), weight.t(), beta=0)
+                sums += _differentiate_chunk_(
+                    student_logits, teacher_logits, labels[chunk], token_weights[chunk].to(sum_dtype),
+                    student, teacher, objective,
+                )  # fmt: skip
+                gradient = student_logits.to(dtype)  # (n, V)
+                if grad_hidden is not None:
+                    for part, weight in student.weight_slices(dtype):
+                        _add_product_(grad_hidden[chunk], gradient[:, part], weight)
+                if grad_head is not None:
+                    _add_product_(grad_head[:vocab_size], gradient.t(), hidden)
+                if grad_bias is not None:
+                    grad_bias[:vocab_size] += student_logits.sum(0)
+
+        # Divided here, in float32: dividing logit gradients first would lose the small ones in half precision.
+        inputs = (student_hidden, student_head, student_bias)
+        ctx.gradients = [
+            None if gradient is None else gradient.div_(num_items).to(like.dtype)
+            for gradient, like in zip((grad_hidden, grad_head, grad_bias), inputs, strict=True)
+        ]
+        ctx.mark_non_differentiable(sums)
+        return sums[0] / num_items, sums
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.gradients is None:
+            raise RuntimeError("fused_linear_distillation_loss can be differentiated once; compute the loss again")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients), *(None,) * 9
+
+
+def _check_arguments(
+    student_hidden, student_head, teacher_hidden, teacher_head, labels, token_weights,
+    kd_weight, temperature, vocab_size, chunk_size,
+) -> None:  # fmt: skip
+    num_rows = student_hidden.shape[0]
+    for side, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
+        if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
+            raise ValueError(
+                f"{side}_hidden has to be (N, D) and {side}_head (V, D), got {tuple(hidden.shape)} and {tuple(head.shape)}"
+            )
+        if not 0 < vocab_size <= head.shape[0]:
+            raise ValueError(f"vocab_size={vocab_size} does not fit {side}_head, which has {head.shape[0]} rows")
+    for name, tensor in (("teacher_hidden", teacher_hidden), ("labels", labels), ("token_weights", token_weights)):
+        if tensor is not None and tensor.shape[0] != num_rows:
+            raise ValueError(f"{name} has {tensor.shape[0]} rows, student_hidden has {num_rows}")
+    if not 0 <= kd_weight <= 1:
+        raise ValueError(f"kd_weight has to lie in [0, 1], got {kd_weight}")
+    if not temperature > 0:
+        raise ValueError(f"temperature has to be above 0, got {temperature}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size has to be at least 1, got {chunk_size}")
