@@ -35,6 +35,64 @@ class DistillationLoss(NamedTuple):
     student_entropy: Tensor  # sum of the student's entropies at temperature 1
 
 
+class Head(NamedTuple):
+    """The output layer of a language model: `softcap(logit_scale * (hidden @ weight.T + bias))`, a (V, D) weight."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def truncated(self, vocab_size: int) -> "Head":
+        """The head of the first `vocab_size` tokens, a view."""
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return self._replace(weight=self.weight[:vocab_size], bias=bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) in float32 or better of hidden states (..., D)."""
+        dtype = self.product_dtype(hidden)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logits = flat.new_empty(len(flat), len(self.weight), dtype=torch.promote_types(dtype, torch.float32))
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            self.project_(logits, flat.to(dtype))
+            return self.finish_logits_(logits).view(*hidden.shape[:-1], -1)
+
+    def product_dtype(self, hidden: Tensor) -> torch.dtype:
+        """The dtype in which hidden states and weight are multiplied; results are never below float32."""
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        # Only CUDA can multiply in half precision and keep float32 sums; elsewhere the result would be rounded too.
+        return dtype if device == "cuda" else torch.promote_types(dtype, torch.float32)
+
+    def weight_slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in `dtype`: at once, or slice by slice where it has to be converted."""
+        rows = max(1, len(self.weight)) if self.weight.dtype == dtype else CONVERTED_ROWS
+        for start in range(0, len(self.weight), rows):
+            part = slice(start, min(start + rows, len(self.weight)))
+            yield part, self.weight[part].to(dtype)
+
+    def project_(self, out: Tensor, hidden: Tensor) -> None:
+        """Overwrites `out` (n, V) with `hidden @ weight.T`, multiplied in the dtype of `hidden`."""
+        for part, weight in self.weight_slices(hidden.dtype):
+            _add_product_(out[:, part], hidden, weight.t(), beta=0)
+
+    def finish_logits_(self, products: Tensor) -> Tensor:
+        """Turns `hidden @ weight.T` into logits, in place."""
+        if self.bias is not None:
+            products.add_(self.bias)
+        if self.logit_scale != 1:
+            products.mul_(self.logit_scale)
+        if self.softcap is not None:
+            products.div_(self.softcap).tanh_().mul_(self.softcap)
+        return products
+
+    def products_gradient(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """The gradient with respect to `hidden @ weight.T` from the one with respect to the logits."""
+        if self.softcap is not None:
+            gradient = gradient * (1 - (logits / self.softcap).square())
+        return gradient if self.logit_scale == 1 else gradient * self.logit_scale
+
+
 def fused_linear_distillation_loss(
     student_hidden: Tensor,
     student_head: Tensor,
@@ -106,8 +164,8 @@ def fused_linear_distillation_loss(
     if num_items is None:
         num_items = max(num_rows, 1)
 
-    student = _Head(student_head, student_bias, student_logit_scale, student_softcap, vocab_size)
-    teacher = _Head(teacher_head.detach(), teacher_bias, teacher_logit_scale, teacher_softcap, vocab_size)
+    student = Head(student_head, student_bias, student_logit_scale, student_softcap).truncated(vocab_size)
+    teacher = Head(teacher_head, teacher_bias, teacher_logit_scale, teacher_softcap).truncated(vocab_size)
     factor = kd_weight * temperature_factor(divergence, temperature)
     if token_weights is None:
         token_weights = student_hidden.new_ones(num_rows, dtype=torch.float32)
@@ -117,44 +175,6 @@ def fused_linear_distillation_loss(
         student, teacher, objective, num_items, chunk_size, torch.is_grad_enabled(),
     )  # fmt: skip
     return DistillationLoss(loss, *sums[1:].unbind())
-
-
-class _Head(NamedTuple):
-    weight: Tensor  # (V or more, D)
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-    vocab_size: int
-
-    def product_dtype(self, hidden: Tensor) -> torch.dtype:
-        """The dtype in which hidden states and weight are multiplied; results are never below float32."""
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        # Only CUDA can multiply in half precision and keep float32 sums; elsewhere the result would be rounded too.
-        return dtype if device == "cuda" else torch.promote_types(dtype, torch.float32)
-
-    def weight_slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The true vocabulary's rows in `dtype`: at once, or slice by slice where each has to be converted."""
-        rows = self.vocab_size if self.weight.dtype == dtype else CONVERTED_ROWS
-        for start in range(0, self.vocab_size, rows):
-            part = slice(start, min(start + rows, self.vocab_size))
-            yield part, self.weight[part].to(dtype)
-
-    def finish_logits_(self, products: Tensor) -> Tensor:
-        """Turns `hidden @ weight.T` into logits, in place."""
-        if self.bias is not None:
-            products.add_(self.bias[: self.vocab_size])
-        if self.logit_scale != 1:
-            products.mul_(self.logit_scale)
-        if self.softcap is not None:
-            products.div_(self.softcap).tanh_().mul_(self.softcap)
-        return products
-
-    def products_gradient(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """The gradient with respect to `hidden @ weight.T` from the one with respect to the logits."""
-        if self.softcap is not None:
-            gradient = gradient * (1 - (logits / self.softcap).square())
-        return gradient if self.logit_scale == 1 else gradient * self.logit_scale
 
 
 class _Objective(NamedTuple):
@@ -170,8 +190,8 @@ def _differentiate_(
     teacher_logits: Tensor,
     labels: Tensor,
     token_weights: Tensor,
-    student: _Head,
-    teacher: _Head,
+    student: Head,
+    teacher: Head,
     objective: _Objective,
 ) -> Tensor:
     """Overwrites `student_logits` with the gradient of the loss and returns the five sums of `DistillationLoss`.
@@ -239,12 +259,12 @@ class _FusedLinearDistillation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, student_hidden, student_head, student_bias, teacher_hidden, labels, token_weights,
-        student: _Head, teacher: _Head, objective: _Objective, num_items, chunk_size: int, grad_enabled: bool,
+        student: Head, teacher: Head, objective: _Objective, num_items, chunk_size: int, grad_enabled: bool,
     ):  # fmt: skip
         needs_hidden, needs_head, needs_bias = (needed and grad_enabled for needed in ctx.needs_input_grad[:3])
         dtype, teacher_dtype = student.product_dtype(student_hidden), teacher.product_dtype(teacher_hidden)
         sum_dtype = torch.promote_types(dtype, torch.float32)
-        num_rows, vocab_size = student_hidden.shape[0], student.vocab_size
+        num_rows, vocab_size = student_hidden.shape[0], student.weight.shape[0]
 
         def zeros(needed: bool, like: Tensor | None) -> Tensor | None:
             return torch.zeros_like(like, dtype=sum_dtype) if needed and like is not None else None
@@ -260,10 +280,8 @@ class _FusedLinearDistillation(torch.autograd.Function):
                 chunk = slice(start, min(start + chunk_size, num_rows))
                 hidden = student_hidden[chunk].to(dtype)  # (n, Ds)
                 student_logits, teacher_logits = (x[: len(hidden)] for x in (student_buffer, teacher_buffer))  # (n, V)
-                for part, weight in student.weight_slices(dtype):
-                    _add_product_(student_logits[:, part], hidden, weight.t(), beta=0)
-                for part, weight in teacher.weight_slices(teacher_dtype):
-                    _add_product_(teacher_logits[:, part], teacher_hidden[chunk].to(teacher_dtype), weight.t(), beta=0)
+                student.project_(student_logits, hidden)
+                teacher.project_(teacher_logits, teacher_hidden[chunk].to(teacher_dtype))
                 sums += _differentiate_chunk_(
                     student_logits, teacher_logits, labels[chunk], token_weights[chunk].to(sum_dtype),
                     student, teacher, objective,

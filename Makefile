@@ -1,0 +1,56 @@
+# Each target sets up what it needs: `make test` on a fresh clone is enough.
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint format clean
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+# The constraints also keep pip from fetching another torch than the tested one.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+help:
+	@echo "make demo     distil the packaged teacher on CPU, offline; results in demo_out/"
+	@echo "make test     run the fast tests; ARGS='-m slow' or ARGS='-k kl' go to pytest"
+	@echo "make lint     ruff, codespell, import-linter, pyright"
+	@echo "make format   let ruff rewrite what it can"
+	@echo "make clean    remove outputs and caches, keep .venv"
+
+demo: .venv/.installed-core
+	HF_HUB_OFFLINE=1 $(BIN)/hf-distill demo --output_dir demo_out
+
+test: .venv/.installed-test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.installed-lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/codespell
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pyright
+
+format: .venv/.installed-lint
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf demo_out out build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find hf_distill tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# A stamp per set of packages; a newer setup.py or constraints.txt installs again. The order-only prerequisite (after
+# the bar) creates the environment without comparing its age.
+.venv/.installed-core: setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/.installed-test: setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[test]"
+	@touch $@ .venv/.installed-core
+
+# pyright reads the types of the packages themselves, the optional ones that the tests use included.
+.venv/.installed-lint: setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[test,lint]"
+	@touch $@ .venv/.installed-core .venv/.installed-test

@@ -1,0 +1,161 @@
+"""The insides of transformers models: backbone, head, true vocabulary. No other file looks past `model(...)`.
+
+Shapes: B batch, T tokens, N label-bearing positions, D hidden width, V vocabulary.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_distill.losses.fused_linear import Head
+
+# Where a configuration keeps the factor of its logits, and whether the logits are divided by it.
+LOGIT_SCALES = {"logit_scale": False, "output_multiplier": False, "lm_head_multiplier": False, "logits_scaling": True}
+MULTIPLIES_BY_LOGITS_SCALING = {"hyperclovax"}
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside PEFT's wrapper, adapters included; the model itself where there is none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output layer of a causal language model with its bias, logit scale and soft-cap."""
+    layer = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    return Head(layer.weight, getattr(layer, "bias", None), _logit_scale(config), _softcap(config))
+
+
+def last_hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    """What the head is applied to, (B, T, D), without running the head."""
+    return model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+def label_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions that predict a label-bearing token, and those tokens.
+
+    Args:
+        labels (`torch.Tensor` of shape `(B, T)`): as a causal language model takes them, not shifted, -100 is masked.
+
+    Returns:
+        Indices `(N,)` into the flattened (B * T) positions, and the labels `(N,)` of the tokens that follow them.
+    """
+    following = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
+    positions = (following != -100).nonzero().squeeze(-1)
+    return positions, following[positions]
+
+
+def select_positions(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Hidden states (B, T, D) at flat positions (N,), as (N, D)."""
+    return hidden.flatten(0, 1).index_select(0, positions.to(hidden.device))
+
+
+def expose_hidden_states(model: PreTrainedModel) -> None:
+    """Lets `model(..., with_hidden=function)` return `function(backbone_outputs, head)`, called inside the forward.
+
+    A loss that reads the head's weight has to run inside the forward of the outermost wrapper: there DDP, FSDP and
+    ZeRO have their hooks armed. Without `with_hidden` the forward is the one it was.
+    """
+    original_forward = model.forward
+
+    @functools.wraps(original_forward)
+    def forward(self, *args, with_hidden: Callable | None = None, **kwargs):
+        if with_hidden is None:
+            return original_forward(*args, **kwargs)
+        kwargs.pop("labels", None)
+        outputs = self.base_model(*args, **kwargs, use_cache=False)
+        return with_hidden(outputs, head_of(self))
+
+    model.forward = types.MethodType(forward, model)
+
+
+def load_balancing_loss(model: PreTrainedModel, outputs, attention_mask: Tensor | None) -> Tensor:
+    """The auxiliary loss of a mixture-of-experts model, without its coefficient (Switch, 2101.03961, eq. 4)."""
+    # Every family takes this function from Mixtral.
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    num_experts = getattr(config, "num_experts", None) or config.num_local_experts
+    return load_balancing_loss_func(outputs.router_logits, num_experts, config.num_experts_per_tok, attention_mask)  # pyright: ignore
+
+
+def check_head(model: PreTrainedModel, name: str) -> None:
+    """Compares `head_of(model)` with the logits that the model itself returns for a few tokens.
+
+    Raises:
+        `ValueError`: the model computes its logits in a way that `head_of` does not know. Every loss would be wrong.
+    """
+    embeddings = model.get_input_embeddings()
+    if any(parameter.numel() == 0 for parameter in embeddings.parameters()):
+        return  # Sharded by ZeRO-3: there is nothing to run before the engine has gathered it.
+    head = head_of(model)
+    if not head.weight.is_floating_point():
+        raise ValueError(f"the {name}'s output layer is quantised; load it with the output layer left out (lm_head)")
+    training = model.training
+    model.eval()
+    ids = torch.arange(4, device=embeddings.weight.device).unsqueeze(0) % embeddings.weight.shape[0]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        found = head.logits(last_hidden_states(model, input_ids=ids).to(head.weight.device)).float()
+    model.train(training)
+    scale = expected.abs().max().clamp(min=1.0)
+    if expected.shape != found.shape or not (expected.to(found.device) - found).abs().max() <= 0.05 * scale:
+        raise ValueError(
+            f"the {name} ({type(model).__name__}) does not compute its logits as its output layer, bias, logit scale "
+            "and soft-cap say, so losses on hidden states would be wrong; this architecture is not supported"
+        )
+
+
+def keep_4bit_weights(model: nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights in place on CPUs with avx512_bf16.
+
+    It does so in the first forward in eval mode; gradients are zero from then on, and saves and merges wrong.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
+def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> int:
+    """How many token ids, from 0 on, mean the same to both tokenizers.
+
+    Tokens that one side has added at the end (`<pad>`) do not make another vocabulary.
+
+    Raises:
+        `ValueError`: the vocabularies differ before one of them ends.
+    """
+    student_tokens = {index: token for token, index in student.get_vocab().items()}
+    teacher_tokens = {index: token for token, index in teacher.get_vocab().items()}
+    size = min(max(student_tokens), max(teacher_tokens)) + 1
+    different = [i for i in range(size) if student_tokens.get(i) != teacher_tokens.get(i)]
+    if different:
+        examples = ", ".join(f"{i}: {student_tokens.get(i)!r} / {teacher_tokens.get(i)!r}" for i in different[:5])
+        raise ValueError(
+            f"student and teacher have different vocabularies: {len(different):,} of {size:,} token ids do not mean "
+            f"the same (id: student / teacher: {examples}). Choose a student and a teacher of one family, or train the "
+            "student with the teacher's tokenizer"
+        )
+    return size
+
+
+def shared_parameters(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Names of the student's trainable parameters whose memory is also the teacher's."""
+    taken = {parameter.data_ptr() for parameter in teacher.parameters() if parameter.numel()}
+    trainable = [(name, p) for name, p in student.named_parameters() if p.requires_grad and p.numel()]
+    return [name for name, parameter in trainable if parameter.data_ptr() in taken]
+
+
+def _logit_scale(config) -> float:
+    for name, divides in LOGIT_SCALES.items():
+        scale = getattr(config, name, None)
+        if scale is not None:
+            return 1 / scale if divides and config.model_type not in MULTIPLIES_BY_LOGITS_SCALING else scale
+    return 1.0
+
+
+def _softcap(config) -> float | None:
+    return getattr(config, "final_logit_softcapping", None)

@@ -1,0 +1,116 @@
+"""A teacher in this process: any dtype, 4-bit, on the student's device or on another one."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import is_bitsandbytes_available
+
+from hf_distill.modeling import causal_lm, check_head, head_of, last_hidden_states, select_positions
+from hf_distill.teachers import TeacherSignal
+
+logger = logging.getLogger(__name__)
+
+QUANTIZATIONS = ("4bit", "8bit")
+
+
+class LocalTeacher:
+    """A frozen causal language model in eval mode. Only hidden states leave its device; its head is copied once.
+
+    Args:
+        model (`PreTrainedModel`): frozen and put into eval mode here.
+        signal_device (`torch.device`): where the losses are computed, the student's device.
+    """
+
+    def __init__(self, model: PreTrainedModel, signal_device: torch.device) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.name = _public_name(model)
+        self._causal_lm = causal_lm(model)
+        check_head(self._causal_lm, "teacher")
+        head = head_of(self._causal_lm)
+        bias = None if head.bias is None else head.bias.to(signal_device)
+        self.head = head._replace(weight=head.weight.to(signal_device), bias=bias)
+        self.signal_device = signal_device
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> TeacherSignal:
+        self.model.eval()
+        embeddings = self._causal_lm.get_input_embeddings().weight
+        inputs = {k: v.to(embeddings.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        # The student's padding token may be one that the teacher has no embedding for.
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] >= len(embeddings), 0)
+        hidden = last_hidden_states(self._causal_lm, **inputs)
+        return TeacherSignal(select_positions(hidden, positions).to(self.signal_device), self.head)
+
+
+def load_teacher(
+    model: str | PreTrainedModel,
+    *,
+    device: str | torch.device,
+    quantization: str | None = None,
+    init_kwargs: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """The teacher on its device, in the dtype it was saved in, quantised only if asked.
+
+    Args:
+        model (`str` or `PreTrainedModel`): hub id, local path, or a model.
+        device: where it runs; a model that is dispatched over devices (`device_map`) or quantised stays where it is.
+        quantization (`str`, *optional*): "4bit" (NF4, double quantisation) or "8bit", through bitsandbytes.
+        init_kwargs (`dict`, *optional*): for `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        `ValueError`: quantisation of a model that is already loaded, without bitsandbytes, or a model on the meta device.
+    """
+    if isinstance(model, str):
+        kwargs = {"dtype": "auto", "device_map": {"": str(device)}, **(init_kwargs or {})}
+        if quantization is not None:
+            kwargs["quantization_config"] = _quantization_config(quantization, torch.device(device))
+        model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        if quantization is not None:
+            size = model.get_memory_footprint() / 2**20
+            logger.info("teacher loaded in %s by bitsandbytes: %.0f MiB on %s", quantization, size, device)
+        return model
+    if quantization is not None:
+        raise ValueError(
+            f"teacher_quantization={quantization!r} needs the teacher as a hub id or path; this one is already loaded. "
+            "Pass its name, or load it with a quantization_config yourself"
+        )
+    if init_kwargs:
+        raise ValueError("teacher_model_init_kwargs needs the teacher as a hub id or path; this one is already loaded")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the teacher is on the meta device: it has no weights. Load it with from_pretrained")
+    stays = getattr(model, "hf_device_map", None) or getattr(model, "quantization_method", None)
+    return model if stays else model.to(device)  # pyright: ignore
+
+
+def check_quantization(quantization: str | None) -> None:
+    """Raises `ValueError` for an unknown quantisation, and for any where bitsandbytes is missing."""
+    if quantization is None:
+        return
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"teacher_quantization has to be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
+    if not is_bitsandbytes_available():
+        raise ValueError(
+            f"teacher_quantization={quantization!r} needs bitsandbytes: pip install 'hf_distill[quantization]'"
+        )
+
+
+def _quantization_config(quantization: str, device: torch.device) -> BitsAndBytesConfig:
+    check_quantization(quantization)
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+    )
+
+
+def _public_name(model: PreTrainedModel) -> str:
+    name = model.config.name_or_path
+    # A local path is nobody's business on a model card; its last part usually is the model's name.
+    return (os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name) or type(model).__name__

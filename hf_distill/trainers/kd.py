@@ -1,0 +1,408 @@
+"""KDTrainer: TRL's SFTTrainer with a teacher. The heart is `compute_loss`; the rest loads, checks, counts and saves."""
+
+import logging
+import os
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
+from peft import PeftConfig
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from trl import SFTTrainer
+
+from hf_distill.losses.fused_linear import Head, fused_linear_distillation_loss
+from hf_distill.metrics import TokenMeans
+from hf_distill.modeling import (
+    causal_lm,
+    check_head,
+    expose_hidden_states,
+    keep_4bit_weights,
+    label_positions,
+    load_balancing_loss,
+    select_positions,
+    shared_parameters,
+    shared_vocabulary,
+)
+from hf_distill.teachers import Teacher, TeacherSignal
+from hf_distill.teachers.local import LocalTeacher, load_teacher
+from hf_distill.trainers.config import KDConfig
+
+logger = logging.getLogger(__name__)
+
+AnyDataset = Dataset | IterableDataset
+
+
+class KDTrainer(SFTTrainer):
+    """Trains a student on the teacher's next-token distributions and on hard labels.
+
+    `loss = kd_weight * T^2 * D_T(teacher, student) + (1 - kd_weight) * CE`, averaged over the label-bearing tokens of
+    the whole accumulated batch of all processes (Hinton et al., 1503.02531; other divergences: `docs/losses.md`).
+    Everything else is `trl.SFTTrainer`: dataset formats, chat templates, packing, PEFT, evaluation, hub.
+
+    Args:
+        model (`str` or `PreTrainedModel`): the student, as hub id, local path or model.
+        teacher_model (`str` or `PreTrainedModel`):
+            The teacher. By name it is loaded in the dtype it was saved in. It is frozen, in eval mode, never saved.
+        args ([`KDConfig`], *optional*): settings; by default those of `KDConfig` with an output directory.
+        train_dataset (`Dataset` or `IterableDataset`): any TRL format: text, prompt/completion, messages, input_ids.
+        eval_dataset (`Dataset`, `IterableDataset` or a dict of them, *optional*): measured with the same loss.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer, by default loaded with it.
+        teacher_processing_class (`PreTrainedTokenizerBase`, *optional*):
+            The teacher's tokenizer, by default loaded with it; it has to have the student's vocabulary.
+        data_collator, peft_config, quantization_config, callbacks, optimizers, formatting_func:
+            As in `trl.SFTTrainer`.
+
+    Raises:
+        `ValueError`: at construction, for anything that could not be trained on: no teacher, the student as its own
+            teacher, another vocabulary, missing columns, no row with a label, a teacher without weights, vision
+            models, and what [`KDConfig`] refuses.
+    """
+
+    args: KDConfig
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase
+
+    _tag_names = ["hf_distill", "knowledge-distillation"]
+    _name = "KD"
+    _paper = {
+        "title": "Distilling the Knowledge in a Neural Network",
+        "id": "1503.02531",
+        "citation": "@article{hinton2015distilling,\n"
+        "    title   = {{Distilling the Knowledge in a Neural Network}},\n"
+        "    author  = {Geoffrey Hinton and Oriol Vinyals and Jeff Dean},\n"
+        "    year    = 2015,\n"
+        "    journal = {arXiv preprint arXiv:1503.02531}\n}",
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: KDConfig | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: DataCollator | None = None,
+        peft_config: PeftConfig | None = None,
+        quantization_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        formatting_func: Any = None,
+    ):
+        args = KDConfig(output_dir="kd_output") if args is None else args
+        if not isinstance(args, KDConfig):
+            raise ValueError(f"args has to be a KDConfig, got {type(args).__name__}; KDConfig takes the same fields")
+        if teacher_model is None:
+            raise ValueError("teacher_model is missing: pass a hub id, a path or a model (SFTTrainer trains without)")
+        if model is teacher_model:
+            raise ValueError("the teacher is the student object itself; load the model twice to distil it into itself")
+        if peft_config is not None and peft_config.is_prompt_learning:
+            raise ValueError(f"{type(peft_config).__name__} shifts every position; use LoRA or another adapter")
+        _refuse_vision(model, processing_class)
+        for name, dataset in _named_datasets(train_dataset, eval_dataset).items():
+            _check_columns(dataset, name, args.dataset_text_field, formatting_func is not None)
+
+        # The teacher comes first: what is wrong with it is told before the student is loaded and the data tokenised.
+        processing_class = processing_class or _load_tokenizer(model, args.model_init_kwargs, args.trust_remote_code)
+        if teacher_processing_class is None:
+            teacher_processing_class = _find_teacher_tokenizer(teacher_model, args)
+        # Token ids below this mean the same to both sides; ids past it get no probability.
+        self.vocab_size = shared_vocabulary(processing_class, teacher_processing_class or processing_class)
+        teacher_init_kwargs = args.teacher_model_init_kwargs
+        teacher = load_teacher(
+            teacher_model,
+            device=args.teacher_device or args.device,
+            quantization=args.teacher_quantization,
+            init_kwargs={"trust_remote_code": args.trust_remote_code, **(teacher_init_kwargs or {})}  # pyright: ignore
+            if isinstance(teacher_model, str)
+            else teacher_init_kwargs,  # pyright: ignore
+        )
+        self.teacher: Teacher = LocalTeacher(teacher, args.device)
+        self.vocab_size = min(self.vocab_size, self.teacher.head.weight.shape[0])
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+        )
+
+        # compute_loss divides by the label-bearing tokens of the whole update, whatever the student's forward takes.
+        self.model_accepts_loss_kwargs = True
+        self._means = {"train": TokenMeans(), "eval": TokenMeans()}
+        self._update_loss = 0.0
+        student = causal_lm(self.model)
+        keep_4bit_weights(student)
+        check_head(student, "student")
+        expose_hidden_states(student)
+        self.vocab_size = min(self.vocab_size, student.get_output_embeddings().weight.shape[0])
+        if shared := shared_parameters(self.model, teacher):
+            raise ValueError(
+                f"{len(shared)} of the student's trainable parameters are the teacher's own memory ({shared[0]}, ...): "
+                "training would change the teacher. Copy one of them (copy.deepcopy)"
+            )
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError("context and sequence parallelism are not supported: the teacher reads whole rows")
+
+    # ------------------------------------------------------------------------------------------------- the heart
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """The loss of a micro-batch, a scalar: its share of the mean over the whole update's label-bearing tokens."""
+        inputs = dict(inputs)
+        positions, labels = label_positions(inputs.pop("labels"))  # (N,)
+        signal = self.teacher(inputs, positions)
+        num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
+
+        def with_hidden(outputs: Any, head: Head) -> dict[str, Tensor]:
+            hidden = select_positions(outputs.last_hidden_state, positions)  # (N, Ds)
+            terms = self.distillation_terms(hidden, head, signal, labels, num_items)
+            if self.aux_loss_enabled:
+                mask = inputs.get("attention_mask")
+                terms["aux_loss"] = load_balancing_loss(causal_lm(self.model), outputs, mask)
+            return terms
+
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        terms = model(**inputs, **router, with_hidden=with_hidden)
+
+        loss = terms["loss"]
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The divisor counts the tokens of all processes, and the engine averages gradients over processes.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self.aux_loss_enabled:
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * terms["aux_loss"] / steps
+        self._record(loss, terms, inputs, labels.numel())
+        if self.model.training:
+            self._update_loss += loss.detach()
+        if return_outputs:
+            with torch.no_grad():
+                return loss, model(**inputs, use_cache=False)
+        return loss
+
+    def distillation_terms(
+        self, hidden: Tensor, head: Head, signal: TeacherSignal, labels: Tensor, num_items: Tensor | int
+    ) -> dict[str, Tensor]:
+        """Loss and sums over N label-bearing positions, inside the student's forward.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(N, Ds)`), head (`Head`): the student's.
+            signal (`TeacherSignal`): the teacher's hidden states (N, Dt) and head.
+            labels (`torch.Tensor` of shape `(N,)`): the tokens that follow.
+            num_items: label-bearing tokens of the whole update, the divisor.
+        """
+        device = head.weight.device
+        result = fused_linear_distillation_loss(
+            hidden.to(device),
+            head.weight,
+            signal.hidden.to(device),
+            signal.head.weight,
+            labels.to(device),
+            kd_weight=self.args.kd_weight,
+            temperature=self.args.temperature,
+            divergence=self.args.divergence,
+            divergence_params=self.args.divergence_params,
+            num_items=torch.as_tensor(num_items, device=device).clamp(min=1),
+            vocab_size=self.vocab_size,
+            student_bias=head.bias,
+            teacher_bias=signal.head.bias,
+            student_logit_scale=head.logit_scale,
+            teacher_logit_scale=signal.head.logit_scale,
+            student_softcap=head.softcap,
+            teacher_softcap=signal.head.softcap,
+            chunk_size=self.args.loss_chunk_size,
+        )
+        return result._asdict()
+
+    # --------------------------------------------------------------------------------------------------- metrics
+
+    def _record(self, loss: Tensor, terms: dict[str, Tensor], inputs: dict[str, Any], num_labels: int) -> None:
+        mode = "train" if self.model.training else "eval"
+        sums = {name: terms[name] for name in ("kd", "ce", "agreement", "student_entropy")}
+        if self.aux_loss_enabled:
+            sums["aux_loss"] = terms["aux_loss"] * num_labels
+        if mode == "eval":
+            # transformers averages a batch's loss over rows; this replaces it by the mean over tokens.
+            sums["loss"] = loss * num_labels
+        self._means[mode].add(num_labels, **sums)
+        if mode == "train":
+            mask = inputs.get("attention_mask")
+            self._total_train_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # "loss" is in the record of a logging step, which every process makes at the same step.
+        if "loss" in logs:
+            logs.update(self._means["train"].pop(self._sum_over_processes))
+            tokens = torch.as_tensor(self._total_train_tokens, device=self.accelerator.device, dtype=torch.float64)
+            logs["num_tokens"] = self._sum_over_processes(tokens.unsqueeze(0)).item()
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._means["eval"] = TokenMeans()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._means["eval"].pop(self._sum_over_processes)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})  # pyright: ignore
+        return output
+
+    def _sum_over_processes(self, totals: Tensor) -> Tensor:
+        return self.accelerator.reduce(totals, reduction="sum")  # pyright: ignore
+
+    # ------------------------------------------------------------------------------------------ runs that survive
+
+    def train(self, *args, **kwargs):
+        """As in `trl.SFTTrainer`; whatever stops it, the student is saved to `emergency/` in the output directory."""
+        try:
+            return super().train(*args, **kwargs)
+        except (Exception, KeyboardInterrupt):
+            self._save_emergency()
+            raise
+
+    def _save_emergency(self) -> None:
+        folder = os.path.join(self.args.output_dir, "emergency")
+        try:
+            self.save_model(folder)
+            logger.error("training stopped at step %d; the student is saved in %s", self.state.global_step, folder)
+        except Exception:
+            logger.exception("training stopped at step %d, and saving to %s failed", self.state.global_step, folder)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # transformers calls this once per update, right before the optimizer's step.
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        loss, self._update_loss = torch.as_tensor(self._update_loss, device=self.args.device), 0.0
+        if self.accelerator.num_processes > 1:
+            loss = self.accelerator.reduce(loss.detach(), reduction="sum")
+        scaler = self.accelerator.scaler
+        # With float16's loss scaling a non-finite gradient is everyday: the scaler skips that step.
+        norm = loss if scaler is not None and scaler.is_enabled() else torch.as_tensor(grad_norm).to(loss.device)
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            raise FloatingPointError(
+                f"non-finite training at step {self.state.global_step + 1}: loss {loss.item()}, gradient norm "
+                f"{float(grad_norm)}. The optimizer has not stepped; checkpoints up to this step are intact. Try a lower "
+                "learning rate, a lower temperature or bf16 instead of fp16, and look at the rows of this step"
+            )
+        return grad_norm
+
+    # ------------------------------------------------------------------------------------------------------ data
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        is_sized = isinstance(prepared, Dataset)
+        options = {"num_proc": args.dataset_num_proc, "desc": f"Checking labels of {dataset_name} dataset"}
+        keep = partial(_has_label, vocab_size=self.vocab_size, dataset_name=dataset_name)
+        prepared = prepared.filter(keep, **(options if is_sized else {}))
+        if is_sized and len(prepared) == 0:
+            raise ValueError(
+                f"no row of the {dataset_name} dataset has a label left to train on; check max_length ({args.max_length}), "
+                "completion_only_loss, assistant_only_loss and the chat template"
+            )
+        if is_sized and not packing and (dropped := len(dataset) - len(prepared)):
+            logger.warning("%d of %d %s rows have no label and are dropped", dropped, len(dataset), dataset_name)
+        return prepared
+
+    # ------------------------------------------------------------------------------------------------ model card
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        super().create_model_card(*args, **kwargs)
+        path = os.path.join(self.args.output_dir, "README.md")
+        if self.is_world_process_zero() and os.path.exists(path):
+            card = ModelCard.load(path)
+            rows = "\n".join(f"| {name} | {value} |" for name, value in self.describe().items())
+            card.text += f"\n\n## Distillation\n\n| setting | value |\n|---|---|\n{rows}\n"
+            card.save(path)
+
+    def describe(self) -> dict[str, str]:
+        """What was distilled from what and how, for the model card."""
+        params = "".join(f", {name} {value}" for name, value in (self.args.divergence_params or {}).items())
+        quantization = f" ({self.args.teacher_quantization})" if self.args.teacher_quantization else ""
+        return {
+            "teacher": self.teacher.name + quantization,
+            "divergence": self.args.divergence + params,
+            "temperature": str(self.args.temperature),
+            "weight of the divergence (`kd_weight`)": str(self.args.kd_weight),
+            "weight of the hard labels": str(1 - self.args.kd_weight),
+        }
+
+
+def _named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    if train_dataset is None:
+        raise ValueError("train_dataset is missing")
+    evaluation = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    return {"train": train_dataset, **{name: data for name, data in evaluation.items() if data is not None}}
+
+
+def _check_columns(dataset: AnyDataset, name: str, text_field: str, has_formatting: bool) -> None:
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(f"the {name} dataset is empty")
+    columns = set(row)
+    if columns & {"image", "images"}:
+        raise ValueError(f"the {name} dataset has images; hf_distill trains language models on text only")
+    known = [{"input_ids"}, {text_field}, {"messages"}, {"conversations"}, {"prompt", "completion"}]
+    if not has_formatting and not any(wanted <= columns for wanted in known):
+        raise ValueError(
+            f"the {name} dataset has the columns {', '.join(sorted(columns))}; it needs {text_field!r}, 'messages', "
+            "'prompt' and 'completion', or 'input_ids'. Rename a column, set dataset_text_field, or pass formatting_func"
+        )
+
+
+def _has_label(row: dict[str, list[int]], vocab_size: int, dataset_name: str) -> bool:
+    if max(row["input_ids"], default=0) >= vocab_size:
+        raise ValueError(
+            f"a row of the {dataset_name} dataset has token id {max(row['input_ids'])}, but student and teacher share only "
+            f"the ids below {vocab_size}: the teacher cannot read it. Use tokens (eos_token, chat template) both know"
+        )
+    return any(label != -100 for label in row["labels"][1:])
+
+
+def _refuse_vision(model: str | PreTrainedModel, processing_class: Any) -> None:
+    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"processing_class has to be a tokenizer, got {type(processing_class).__name__}; hf_distill trains language "
+            "models on text only, vision-language processors are not supported"
+        )
+    if not isinstance(model, str) and getattr(model.config, "vision_config", None) is not None:
+        raise ValueError(f"{type(model).__name__} is a vision model; hf_distill trains language models on text only")
+
+
+def _load_tokenizer(model: str | PreTrainedModel, init_kwargs: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    name = model if isinstance(model, str) else model.config.name_or_path
+    if not name:
+        raise ValueError("processing_class is missing: the student was not loaded by name, so its tokenizer is unknown")
+    revision = (init_kwargs or {}).get("revision")
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _find_teacher_tokenizer(teacher: str | PreTrainedModel, args: KDConfig) -> PreTrainedTokenizerBase | None:
+    try:
+        return _load_tokenizer(teacher, args.teacher_model_init_kwargs, args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "the teacher comes without a tokenizer, so its vocabulary is taken to be the student's; pass "
+            "teacher_processing_class to have that checked (%s)",
+            str(error).splitlines()[0],
+        )
+        return None
