@@ -159,8 +159,7 @@ def fused_linear_distillation_loss(
         kd_weight, temperature, vocab_size, chunk_size,
     )  # fmt: skip
     if chunk_size is None:
-        budget = CHUNK_BYTES.get(student_hidden.device.type, CHUNK_BYTES["cuda"])
-        chunk_size = max(1, budget // (4 * vocab_size))
+        chunk_size = default_chunk_size(student_hidden.device, vocab_size)
     if num_items is None:
         num_items = max(num_rows, 1)
 
@@ -175,6 +174,11 @@ def fused_linear_distillation_loss(
         student, teacher, objective, num_items, chunk_size, torch.is_grad_enabled(),
     )  # fmt: skip
     return DistillationLoss(loss, *sums[1:].unbind())
+
+
+def default_chunk_size(device: torch.device, vocab_size: int) -> int:
+    """How many positions' logits fit `CHUNK_BYTES` in float32."""
+    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
 
 
 class _Objective(NamedTuple):

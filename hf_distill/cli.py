@@ -1,0 +1,153 @@
+"""The command line: `hf-distill demo`, `hf-distill kd`. Parse, then one call."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from rich.console import Console
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from hf_distill.evaluation import evaluate_fidelity
+from hf_distill.report import fidelity_rows, markdown, save_picture, table
+from hf_distill.trainers.config import KDConfig
+from hf_distill.trainers.kd import KDTrainer
+
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class KDArguments:
+    """Which models and which data."""
+
+    model: str = field(metadata={"help": "The student: hub id or local path."})
+    teacher_model: str = field(metadata={"help": "The teacher: hub id or local path."})
+    dataset: str = field(
+        metadata={"help": "Training rows: hub id, local folder, .jsonl, .json, .parquet or .csv file."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out rows, as `dataset`. Default: the eval split of the dataset, if any."}
+    )
+    eval_split: str = field(default="test", metadata={"help": "Split of the held-out rows."})
+    max_eval_rows: int = field(default=500, metadata={"help": "Held-out rows used before and after the training."})
+
+
+def load_rows(name: str, split: str, config: str | None = None) -> Dataset | IterableDataset:
+    """Rows of a hub dataset, a folder (of files, or written by `save_to_disk`) or a single file.
+
+    Raises:
+        `ValueError`: the file's kind is unknown, or the split does not exist.
+    """
+    extension = os.path.splitext(name)[1]
+    if os.path.isfile(name):
+        if extension not in FILE_FORMATS:
+            raise ValueError(f"dataset {name!r} has to be one of {', '.join(FILE_FORMATS)}, a folder or a hub id")
+        return load_dataset(FILE_FORMATS[extension], data_files=name, split="train")
+    if extension in FILE_FORMATS:
+        raise ValueError(f"dataset {name!r} does not exist")
+    if os.path.exists(os.path.join(name, "state.json")) or os.path.exists(os.path.join(name, "dataset_dict.json")):
+        loaded = load_from_disk(name)
+    else:
+        loaded = load_dataset(name, config)
+    if not isinstance(loaded, DatasetDict):
+        return loaded  # pyright: ignore[reportReturnType]
+    if split not in loaded:
+        raise ValueError(f"dataset {name!r} has the splits {', '.join(map(str, loaded))}, not {split!r}")
+    return loaded[split]
+
+
+def run_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> None:
+    """Distils, measures the student before and after on held-out rows, saves student, table and picture."""
+    args.model_init_kwargs = {
+        "revision": model_config.model_revision,
+        "attn_implementation": model_config.attn_implementation,
+        "dtype": model_config.dtype,
+        **(args.model_init_kwargs or {}),  # pyright: ignore[reportGeneralTypeIssues]
+    }
+    train_dataset = load_rows(arguments.dataset, arguments.train_split, arguments.dataset_config)
+    eval_dataset = _load_eval_rows(arguments)
+    trainer = KDTrainer(
+        arguments.model,
+        arguments.teacher_model,
+        args,
+        train_dataset,  # pyright: ignore[reportArgumentType]
+        eval_dataset,  # pyright: ignore[reportArgumentType]
+        peft_config=get_peft_config(model_config),
+        quantization_config=get_quantization_config(model_config),
+    )
+    results = {}
+
+    def measure(name: str) -> None:
+        if trainer.eval_dataset is not None and trainer.is_world_process_zero():
+            results[name] = evaluate_fidelity(
+                trainer.accelerator.unwrap_model(trainer.model),
+                trainer.teacher.model,
+                trainer.eval_dataset,  # pyright: ignore[reportArgumentType]
+                trainer.processing_class,
+                batch_size=args.per_device_eval_batch_size,
+            )
+
+    measure("before")
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.create_model_card()
+    measure("after")
+    if results:
+        save_report(args.output_dir, results, {"training": trainer.state.log_history})
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def save_report(folder: str, results: dict[str, dict[str, float]], histories: dict[str, list]) -> None:
+    """Prints the table and writes `report.json`, `report.md` and `report.png` into a folder."""
+    rows = fidelity_rows(results)
+    Console().print(table(rows, title="student against teacher, held-out rows"))
+    with open(os.path.join(folder, "report.json"), "w", encoding="utf-8") as file:
+        json.dump(results, file, indent=2)
+    with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as file:
+        file.write(markdown(rows))
+    save_picture(os.path.join(folder, "report.png"), histories, results)
+    Console().print(f"student, report.md and report.png are in {folder}")
+
+
+def _load_eval_rows(arguments: KDArguments) -> Dataset | IterableDataset | None:
+    name = arguments.eval_dataset or arguments.dataset
+    if arguments.eval_dataset is None and os.path.isfile(name):
+        return None
+    try:
+        rows = load_rows(name, arguments.eval_split, arguments.dataset_config)
+    except ValueError:
+        if arguments.eval_dataset is not None:
+            raise
+        return None
+    return rows.take(arguments.max_eval_rows) if rows is not None else None
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `hf-distill`."""
+    parser = argparse.ArgumentParser(prog="hf-distill", description="Distil causal language models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,kd}")
+    demo = commands.add_parser("demo", help="distil the packaged teacher, offline, on a CPU, in three minutes")
+    demo.add_argument("--output_dir", default="demo_out", help="where student, table and picture go")
+    commands.add_parser("kd", help="distil a student; --help lists all options", add_help=False)
+    argv = sys.argv[1:] if argv is None else argv
+    known, rest = parser.parse_known_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_distill").setLevel(logging.INFO)
+    if known.command == "demo":
+        from hf_distill.demo import run_demo
+
+        demo.parse_args(argv[1:])
+        run_demo(known.output_dir)
+    else:
+        kd_parser = TrlParser((KDArguments, KDConfig, ModelConfig), prog="hf-distill kd")  # pyright: ignore
+        run_kd(*kd_parser.parse_args_and_config(rest))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Numbers as a person wants them: a table in the terminal, Markdown, a picture."""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+# What the results of evaluate_fidelity are called, how they are written, and whether more is better.
+FIDELITY_COLUMNS = {
+    "student_perplexity": ("perplexity", "{:.3f}", False),
+    "teacher_perplexity": ("teacher's", "{:.3f}", False),
+    "kl": ("KL, nats", "{:.4f}", False),
+    "agreement": ("agreement", "{:.1%}", True),
+    "expected_acceptance": ("accepted", "{:.1%}", True),
+    "num_tokens": ("tokens", "{:,}", True),
+}
+BARS = ("student_perplexity", "kl", "agreement", "expected_acceptance")
+LOSS_TERMS = ("loss", "kd", "ce")
+
+
+def fidelity_rows(results: Mapping[str, Mapping[str, float]]) -> list[dict[str, str]]:
+    """One row of text per named result of `evaluate_fidelity`, in the order given."""
+    return [
+        {"": name, **{title: form.format(values[key]) for key, (title, form, _) in FIDELITY_COLUMNS.items()}}
+        for name, values in results.items()
+    ]
+
+
+def table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
+    """A `rich` table of rows with the same keys; the first column is text, the others are aligned as numbers."""
+    view = Table(title=title, title_justify="left")
+    for i, name in enumerate(rows[0]):
+        view.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        view.add_row(*(str(value) for value in row.values()))
+    return view
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same rows as a Markdown table."""
+    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *([str(v) for v in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def save_picture(
+    path: str | PathLike[str],
+    histories: Mapping[str, Sequence[Mapping[str, float]]],
+    results: Mapping[str, Mapping[str, float]],
+) -> None:
+    """A PNG: the loss terms over the steps, and a bar per model for each measure of fidelity.
+
+    Args:
+        path: the file to write.
+        histories: for each run its `trainer.state.log_history`.
+        results: for each model what `evaluate_fidelity` returned.
+    """
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    curves, *bars = figure.subplots(1, 1 + len(BARS), width_ratios=[2.6, *[1] * len(BARS)])
+    _draw_terms(curves, histories)
+    colors = [f"C{i}" for i in range(len(results))]
+    for axes, key in zip(bars, BARS, strict=True):
+        title, form, more_is_better = FIDELITY_COLUMNS[key]
+        drawn = axes.bar(list(results), [values[key] for values in results.values()], color=colors)
+        axes.bar_label(drawn, labels=[form.format(values[key]) for values in results.values()], fontsize=7)
+        axes.set_title(f"{title}\n({'more' if more_is_better else 'less'} is better)", fontsize=9)
+        axes.tick_params(axis="x", rotation=35, labelsize=7)
+        axes.margins(y=0.15)
+    figure.savefig(path, dpi=130)
+
+
+def _draw_terms(axes: Axes, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    for i, (run, history) in enumerate(histories.items()):
+        for term, style in zip(LOSS_TERMS, ("-", "--", ":"), strict=True):
+            points = [(entry["step"], entry[term]) for entry in history if term in entry and "step" in entry]
+            if points:
+                label = f"{run}: {term}" if len(histories) > 1 else term
+                axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label)
+    axes.set(xlabel="step", ylabel="nats per token", title="loss terms")
+    axes.legend(fontsize=7)
