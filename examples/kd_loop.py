@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(options.student)
     student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32).train()
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher).eval()
-    texts = [text + tokenizer.eos_token for text in load_dataset("json", data_files=options.data, split="train")["text"]]
+    texts = [
+        text + tokenizer.eos_token for text in load_dataset("json", data_files=options.data, split="train")["text"]
+    ]
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.learning_rate, weight_decay=0.0)
 
     losses = []

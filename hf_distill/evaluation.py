@@ -60,14 +60,16 @@ def evaluate_fidelity(
     """
     keep_4bit_weights(student)
     was_training = student.training, teacher.training
-    student.eval(), teacher.eval()
+    student.eval()
+    teacher.eval()
     means = TokenMeans()
     num_tokens = 0
     try:
         for batch in _batches(dataset, tokenizer, batch_size, max_length):
             num_tokens += _add_batch(means, student, teacher, batch, len(tokenizer))
     finally:
-        student.train(was_training[0]), teacher.train(was_training[1])
+        student.train(was_training[0])
+        teacher.train(was_training[1])
     totals = means.pop()
     if not totals:
         raise ValueError("the dataset has no label-bearing token to measure; check its labels and max_length")
@@ -147,8 +149,8 @@ def _tokenized(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[
     content = row.get("text", row.get("messages"))
     if content is None:
         raise ValueError(
-            f"a row has the columns {', '.join(sorted(row))}; it needs 'text', 'messages', 'prompt' and 'completion', or "
-            "'input_ids'"
+            f"a row has the columns {', '.join(sorted(row))}; it needs 'text', 'messages', 'prompt' and 'completion', "
+            "or 'input_ids'"
         )
     ids = _ids(content, tokenizer)
     return {"input_ids": ids, "labels": ids}

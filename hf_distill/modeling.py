@@ -23,6 +23,11 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
 
 
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """The input embeddings, (V, D)."""
+    return model.get_input_embeddings().weight  # pyright: ignore[reportReturnType]
+
+
 def head_of(model: PreTrainedModel) -> Head:
     """The output layer of a causal language model with its bias, logit scale and soft-cap."""
     layer = model.get_output_embeddings()
@@ -89,15 +94,15 @@ def check_head(model: PreTrainedModel, name: str) -> None:
     Raises:
         `ValueError`: the model computes its logits in a way that `head_of` does not know. Every loss would be wrong.
     """
-    embeddings = model.get_input_embeddings()
-    if any(parameter.numel() == 0 for parameter in embeddings.parameters()):
+    embeddings = embedding_weight(model)
+    if embeddings.numel() == 0:
         return  # Sharded by ZeRO-3: there is nothing to run before the engine has gathered it.
     head = head_of(model)
     if not head.weight.is_floating_point():
         raise ValueError(f"the {name}'s output layer is quantised; load it with the output layer left out (lm_head)")
     training = model.training
     model.eval()
-    ids = torch.arange(4, device=embeddings.weight.device).unsqueeze(0) % embeddings.weight.shape[0]
+    ids = torch.arange(4, device=embeddings.device).unsqueeze(0) % len(embeddings)
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.float()
         found = head.logits(last_hidden_states(model, input_ids=ids).to(head.weight.device)).float()
@@ -117,7 +122,7 @@ def keep_4bit_weights(model: nn.Module) -> None:
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
 
 
 def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> int:

@@ -49,7 +49,7 @@ def jensen_shannon(student_log_probs: Tensor, teacher_log_probs: Tensor, beta: f
 
 
 def skew_forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, skew: float = 0.1) -> Terms:
-    """KL(teacher || skew * p_teacher + (1 - skew) * p_student), DistiLLM (2402.03898, section 3.1), `skew` in [0, 1)."""
+    """KL(teacher || skew * p_teacher + (1 - skew) * p_student), `skew` in [0, 1): DistiLLM (2402.03898, 3.1)."""
     _require(0 <= skew < 1, f"skew_forward_kl needs skew in [0, 1), got {skew}")
     teacher_probs = teacher_log_probs.exp()
     log_mixture = _log_mixture(teacher_log_probs, student_log_probs, skew)
@@ -58,7 +58,7 @@ def skew_forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, skew: 
 
 
 def skew_reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, skew: float = 0.1) -> Terms:
-    """KL(student || skew * p_student + (1 - skew) * p_teacher), DistiLLM (2402.03898, section 3.1), `skew` in [0, 1)."""
+    """KL(student || skew * p_student + (1 - skew) * p_teacher), `skew` in [0, 1): DistiLLM (2402.03898, 3.1)."""
     _require(0 <= skew < 1, f"skew_reverse_kl needs skew in [0, 1), got {skew}")
     student_probs = student_log_probs.exp()
     log_mixture = _log_mixture(student_log_probs, teacher_log_probs, skew)

@@ -324,7 +324,8 @@ def _check_arguments(
     for side, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
         if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
             raise ValueError(
-                f"{side}_hidden has to be (N, D) and {side}_head (V, D), got {tuple(hidden.shape)} and {tuple(head.shape)}"
+                f"{side}_hidden has to be (N, D) and {side}_head (V, D), "
+                f"got {tuple(hidden.shape)} and {tuple(head.shape)}"
             )
         if not 0 < vocab_size <= head.shape[0]:
             raise ValueError(f"vocab_size={vocab_size} does not fit {side}_head, which has {head.shape[0]} rows")

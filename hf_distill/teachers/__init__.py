@@ -20,5 +20,5 @@ class Teacher(Protocol):
     name: str  # for model cards and logs
 
     def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> TeacherSignal:
-        """The signal at flat `positions` (N,) of a batch's (B * T), for the keyword arguments of the model's forward."""
+        """The signal at flat `positions` (N,) of a batch's (B * T); `inputs` are what the forward takes."""
         ...

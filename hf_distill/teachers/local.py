@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
-from hf_distill.modeling import causal_lm, check_head, head_of, last_hidden_states, select_positions
+from hf_distill.modeling import causal_lm, check_head, embedding_weight, head_of, last_hidden_states, select_positions
 from hf_distill.teachers import TeacherSignal
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class LocalTeacher:
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> TeacherSignal:
         self.model.eval()
-        embeddings = self._causal_lm.get_input_embeddings().weight
+        embeddings = embedding_weight(self._causal_lm)
         inputs = {k: v.to(embeddings.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         # The student's padding token may be one that the teacher has no embedding for.
         inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] >= len(embeddings), 0)
@@ -62,7 +62,7 @@ def load_teacher(
         init_kwargs (`dict`, *optional*): for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        `ValueError`: quantisation of a model that is already loaded, without bitsandbytes, or a model on the meta device.
+        `ValueError`: quantisation of a model that is already loaded or without bitsandbytes; a model without weights.
     """
     if isinstance(model, str):
         kwargs = {"dtype": "auto", "device_map": {"": str(device)}, **(init_kwargs or {})}
@@ -111,6 +111,6 @@ def _quantization_config(quantization: str, device: torch.device) -> BitsAndByte
 
 
 def _public_name(model: PreTrainedModel) -> str:
-    name = model.config.name_or_path
+    name = model.config.name_or_path or ""
     # A local path is nobody's business on a model card; its last part usually is the model's name.
     return (os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name) or type(model).__name__

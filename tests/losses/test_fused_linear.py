@@ -129,9 +129,7 @@ def test_by_products_equal_plain_sums():
     kl = DIVERGENCES["forward_kl"]((student / 2).log_softmax(-1), (teacher / 2).log_softmax(-1))
     entropy = torch.distributions.Categorical(logits=student).entropy()
     assert result.kd.item() == pytest.approx((kl * weights).sum().item())  # without the factor T^2
-    assert result.ce.item() == pytest.approx(
-        torch.nn.functional.cross_entropy(student, labels, reduction="sum").item()
-    )
+    assert result.ce.item() == pytest.approx(torch.nn.functional.cross_entropy(student, labels, reduction="sum").item())
     assert result.agreement.item() == (student.argmax(-1) == teacher.argmax(-1)).sum()
     assert result.student_entropy.item() == pytest.approx(entropy.sum().item())
     assert not any(value.requires_grad for value in result[1:])
