@@ -86,7 +86,7 @@ def run_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) ->
         if trainer.eval_dataset is not None and trainer.is_world_process_zero():
             results[name] = evaluate_fidelity(
                 trainer.accelerator.unwrap_model(trainer.model),
-                trainer.teacher.model,
+                trainer.teacher.model,  # pyright: ignore[reportAttributeAccessIssue]
                 trainer.eval_dataset,  # pyright: ignore[reportArgumentType]
                 trainer.processing_class,
                 batch_size=args.per_device_eval_batch_size,
@@ -98,7 +98,7 @@ def run_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) ->
     trainer.create_model_card()
     measure("after")
     if results:
-        save_report(args.output_dir, results, {"training": trainer.state.log_history})
+        save_report(str(args.output_dir), results, {"training": trainer.state.log_history})
     if args.push_to_hub:
         trainer.push_to_hub()
 

@@ -51,6 +51,7 @@ def load_teacher(
     *,
     device: str | torch.device,
     quantization: str | None = None,
+    trust_remote_code: bool = False,
     init_kwargs: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The teacher on its device, in the dtype it was saved in, quantised only if asked.
@@ -65,7 +66,8 @@ def load_teacher(
         `ValueError`: quantisation of a model that is already loaded or without bitsandbytes; a model without weights.
     """
     if isinstance(model, str):
-        kwargs = {"dtype": "auto", "device_map": {"": str(device)}, **(init_kwargs or {})}
+        defaults = {"dtype": "auto", "device_map": {"": str(device)}, "trust_remote_code": trust_remote_code}
+        kwargs = {**defaults, **(init_kwargs or {})}
         if quantization is not None:
             kwargs["quantization_config"] = _quantization_config(quantization, torch.device(device))
         model = AutoModelForCausalLM.from_pretrained(model, **kwargs)

@@ -6,19 +6,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import PeftConfig
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    DataCollator,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
+from hf_distill.losses.divergence import check_divergence
 from hf_distill.losses.fused_linear import Head, fused_linear_distillation_loss
 from hf_distill.metrics import TokenMeans
 from hf_distill.modeling import (
@@ -34,11 +29,18 @@ from hf_distill.modeling import (
 )
 from hf_distill.teachers import Teacher, TeacherSignal
 from hf_distill.teachers.local import LocalTeacher, load_teacher
+from hf_distill.trainers.checks import (
+    AnyDataset,
+    check_columns,
+    has_label,
+    named_datasets,
+    refuse_vision,
+    student_tokenizer,
+    teacher_tokenizer,
+)
 from hf_distill.trainers.config import KDConfig
 
 logger = logging.getLogger(__name__)
-
-AnyDataset = Dataset | IterableDataset
 
 
 class KDTrainer(SFTTrainer):
@@ -109,24 +111,21 @@ class KDTrainer(SFTTrainer):
             raise ValueError("the teacher is the student object itself; load the model twice to distil it into itself")
         if peft_config is not None and peft_config.is_prompt_learning:
             raise ValueError(f"{type(peft_config).__name__} shifts every position; use LoRA or another adapter")
-        _refuse_vision(model, processing_class)
-        for name, dataset in _named_datasets(train_dataset, eval_dataset).items():
-            _check_columns(dataset, name, args.dataset_text_field, formatting_func is not None)
+        refuse_vision(model, processing_class)
+        for name, dataset in named_datasets(train_dataset, eval_dataset).items():
+            check_columns(dataset, name, args.dataset_text_field, formatting_func is not None)
 
         # The teacher comes first: what is wrong with it is told before the student is loaded and the data tokenised.
-        processing_class = processing_class or _load_tokenizer(model, args.model_init_kwargs, args.trust_remote_code)
-        if teacher_processing_class is None:
-            teacher_processing_class = _find_teacher_tokenizer(teacher_model, args)
+        processing_class = processing_class or student_tokenizer(model, args)
+        teacher_processing_class = teacher_processing_class or teacher_tokenizer(teacher_model, args)
         # Token ids below this mean the same to both sides; ids past it get no probability.
         self.vocab_size = shared_vocabulary(processing_class, teacher_processing_class or processing_class)
-        teacher_init_kwargs = args.teacher_model_init_kwargs
         teacher = load_teacher(
             teacher_model,
             device=args.teacher_device or args.device,
             quantization=args.teacher_quantization,
-            init_kwargs={"trust_remote_code": args.trust_remote_code, **(teacher_init_kwargs or {})}  # pyright: ignore
-            if isinstance(teacher_model, str)
-            else teacher_init_kwargs,  # pyright: ignore
+            trust_remote_code=args.trust_remote_code,
+            init_kwargs=args.teacher_model_init_kwargs,  # pyright: ignore[reportArgumentType]
         )
         self.teacher: Teacher = LocalTeacher(teacher, args.device)
         self.vocab_size = min(self.vocab_size, self.teacher.head.weight.shape[0])
@@ -145,11 +144,13 @@ class KDTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
 
+        self.divergence_params = check_divergence(args.divergence, args.divergence_params)  # pyright: ignore[reportArgumentType]
         # compute_loss divides by the label-bearing tokens of the whole update, whatever the student's forward takes.
         self.model_accepts_loss_kwargs = True
         self._means = {"train": TokenMeans(), "eval": TokenMeans()}
         self._update_loss = 0.0
         student = causal_lm(self.model)
+        refuse_vision(student, None)
         keep_4bit_weights(student)
         check_head(student, "student")
         expose_hidden_states(student)
@@ -225,7 +226,7 @@ class KDTrainer(SFTTrainer):
             kd_weight=self.args.kd_weight,
             temperature=self.args.temperature,
             divergence=self.args.divergence,
-            divergence_params=self.args.divergence_params,
+            divergence_params=self.divergence_params,
             num_items=torch.as_tensor(num_items, device=device).clamp(min=1),
             vocab_size=self.vocab_size,
             student_bias=head.bias,
@@ -282,7 +283,7 @@ class KDTrainer(SFTTrainer):
             raise
 
     def _save_emergency(self) -> None:
-        folder = os.path.join(self.args.output_dir, "emergency")
+        folder = f"{self.args.output_dir}/emergency"
         try:
             self.save_model(folder)
             logger.error("training stopped at step %d; the student is saved in %s", self.state.global_step, folder)
@@ -292,17 +293,17 @@ class KDTrainer(SFTTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         # transformers calls this once per update, right before the optimizer's step.
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        loss, self._update_loss = torch.as_tensor(self._update_loss, device=self.args.device), 0.0
-        if self.accelerator.num_processes > 1:
-            loss = self.accelerator.reduce(loss.detach(), reduction="sum")
+        loss = self._sum_over_processes(torch.as_tensor(self._update_loss, device=self.args.device))
+        self._update_loss = 0.0
         scaler = self.accelerator.scaler
         # With float16's loss scaling a non-finite gradient is everyday: the scaler skips that step.
-        norm = loss if scaler is not None and scaler.is_enabled() else torch.as_tensor(grad_norm).to(loss.device)
-        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+        checked = loss if scaler is not None and scaler.is_enabled() else loss + torch.as_tensor(grad_norm).to(loss)
+        if not torch.isfinite(checked):
             raise FloatingPointError(
                 f"non-finite training at step {self.state.global_step + 1}: loss {loss.item()}, gradient norm "
-                f"{float(grad_norm)}. The optimizer has not stepped; checkpoints up to this step are intact. Try a lower "
-                "learning rate, a lower temperature or bf16 instead of fp16, and look at the rows of this step"
+                f"{torch.as_tensor(grad_norm).item()}. The optimizer has not stepped; checkpoints up to this step are "
+                "intact. Try a lower learning rate or temperature, or bf16 instead of fp16, and look at the rows of "
+                "this step"
             )
         return grad_norm
 
@@ -310,16 +311,18 @@ class KDTrainer(SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        is_sized = isinstance(prepared, Dataset)
-        options = {"num_proc": args.dataset_num_proc, "desc": f"Checking labels of {dataset_name} dataset"}
-        keep = partial(_has_label, vocab_size=self.vocab_size, dataset_name=dataset_name)
-        prepared = prepared.filter(keep, **(options if is_sized else {}))
-        if is_sized and len(prepared) == 0:
+        keep = partial(has_label, vocab_size=self.vocab_size, dataset_name=dataset_name)
+        if not isinstance(prepared, Dataset) or not isinstance(dataset, Dataset):
+            return prepared.filter(keep)
+        prepared = prepared.filter(
+            keep, num_proc=args.dataset_num_proc, desc=f"Checking labels of {dataset_name} dataset"
+        )
+        if len(prepared) == 0:
             raise ValueError(
-                f"no row of the {dataset_name} dataset has a label left to train on; check max_length ({args.max_length}), "
-                "completion_only_loss, assistant_only_loss and the chat template"
+                f"no row of the {dataset_name} dataset has a label left to train on; check max_length "
+                f"({args.max_length}), completion_only_loss, assistant_only_loss and the chat template"
             )
-        if is_sized and not packing and (dropped := len(dataset) - len(prepared)):
+        if not packing and (dropped := len(dataset) - len(prepared)):
             logger.warning("%d of %d %s rows have no label and are dropped", dropped, len(dataset), dataset_name)
         return prepared
 
@@ -327,7 +330,7 @@ class KDTrainer(SFTTrainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         super().create_model_card(*args, **kwargs)
-        path = os.path.join(self.args.output_dir, "README.md")
+        path = f"{self.args.output_dir}/README.md"
         if self.is_world_process_zero() and os.path.exists(path):
             card = ModelCard.load(path)
             rows = "\n".join(f"| {name} | {value} |" for name, value in self.describe().items())
@@ -336,7 +339,7 @@ class KDTrainer(SFTTrainer):
 
     def describe(self) -> dict[str, str]:
         """What was distilled from what and how, for the model card."""
-        params = "".join(f", {name} {value}" for name, value in (self.args.divergence_params or {}).items())
+        params = "".join(f", {name} {value}" for name, value in self.divergence_params.items())
         quantization = f" ({self.args.teacher_quantization})" if self.args.teacher_quantization else ""
         return {
             "teacher": self.teacher.name + quantization,
@@ -345,64 +348,3 @@ class KDTrainer(SFTTrainer):
             "weight of the divergence (`kd_weight`)": str(self.args.kd_weight),
             "weight of the hard labels": str(1 - self.args.kd_weight),
         }
-
-
-def _named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
-    if train_dataset is None:
-        raise ValueError("train_dataset is missing")
-    evaluation = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-    return {"train": train_dataset, **{name: data for name, data in evaluation.items() if data is not None}}
-
-
-def _check_columns(dataset: AnyDataset, name: str, text_field: str, has_formatting: bool) -> None:
-    row = next(iter(dataset), None)
-    if row is None:
-        raise ValueError(f"the {name} dataset is empty")
-    columns = set(row)
-    if columns & {"image", "images"}:
-        raise ValueError(f"the {name} dataset has images; hf_distill trains language models on text only")
-    known = [{"input_ids"}, {text_field}, {"messages"}, {"conversations"}, {"prompt", "completion"}]
-    if not has_formatting and not any(wanted <= columns for wanted in known):
-        raise ValueError(
-            f"the {name} dataset has the columns {', '.join(sorted(columns))}; it needs {text_field!r}, 'messages', "
-            "'prompt' and 'completion', or 'input_ids'. Rename a column, set dataset_text_field, or pass formatting_func"
-        )
-
-
-def _has_label(row: dict[str, list[int]], vocab_size: int, dataset_name: str) -> bool:
-    if max(row["input_ids"], default=0) >= vocab_size:
-        raise ValueError(
-            f"a row of the {dataset_name} dataset has token id {max(row['input_ids'])}, but student and teacher share only "
-            f"the ids below {vocab_size}: the teacher cannot read it. Use tokens (eos_token, chat template) both know"
-        )
-    return any(label != -100 for label in row["labels"][1:])
-
-
-def _refuse_vision(model: str | PreTrainedModel, processing_class: Any) -> None:
-    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise ValueError(
-            f"processing_class has to be a tokenizer, got {type(processing_class).__name__}; hf_distill trains language "
-            "models on text only, vision-language processors are not supported"
-        )
-    if not isinstance(model, str) and getattr(model.config, "vision_config", None) is not None:
-        raise ValueError(f"{type(model).__name__} is a vision model; hf_distill trains language models on text only")
-
-
-def _load_tokenizer(model: str | PreTrainedModel, init_kwargs: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    name = model if isinstance(model, str) else model.config.name_or_path
-    if not name:
-        raise ValueError("processing_class is missing: the student was not loaded by name, so its tokenizer is unknown")
-    revision = (init_kwargs or {}).get("revision")
-    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-
-
-def _find_teacher_tokenizer(teacher: str | PreTrainedModel, args: KDConfig) -> PreTrainedTokenizerBase | None:
-    try:
-        return _load_tokenizer(teacher, args.teacher_model_init_kwargs, args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        logger.warning(
-            "the teacher comes without a tokenizer, so its vocabulary is taken to be the student's; pass "
-            "teacher_processing_class to have that checked (%s)",
-            str(error).splitlines()[0],
-        )
-        return None

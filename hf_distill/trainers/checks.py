@@ -1,0 +1,95 @@
+"""What the trainers refuse at construction, and in which words; and the tokenizers they find by themselves."""
+
+import logging
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_distill.trainers.config import KDConfig
+
+logger = logging.getLogger(__name__)
+
+AnyDataset = Dataset | IterableDataset
+
+
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, AnyDataset]:
+    """All datasets by the name that messages call them."""
+    if train_dataset is None:
+        raise ValueError("train_dataset is missing")
+    evaluation = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    return {"train": train_dataset, **{name: data for name, data in evaluation.items() if data is not None}}
+
+
+def check_columns(dataset: AnyDataset, name: str, text_field: str, has_formatting: bool) -> None:
+    """Raises `ValueError` for a dataset without rows, without text, or with images."""
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(f"the {name} dataset is empty")
+    columns = set(row)
+    if columns & {"image", "images"}:
+        raise ValueError(f"the {name} dataset has images; hf_distill trains language models on text only")
+    known = [{"input_ids"}, {text_field}, {"messages"}, {"conversations"}, {"prompt", "completion"}]
+    if not has_formatting and not any(wanted <= columns for wanted in known):
+        raise ValueError(
+            f"the {name} dataset has the columns {', '.join(sorted(columns))}; it needs {text_field!r}, 'messages', "
+            "'prompt' and 'completion', or 'input_ids'. Rename a column, set dataset_text_field or pass formatting_func"
+        )
+
+
+def has_label(row: dict[str, list[int]], vocab_size: int, dataset_name: str) -> bool:
+    """Whether a tokenised row has anything to train on; `ValueError` for a token that the teacher does not know."""
+    if (largest := max(row["input_ids"], default=0)) >= vocab_size:
+        raise ValueError(
+            f"a row of the {dataset_name} dataset has token id {largest}, but student and teacher share only the ids "
+            f"below {vocab_size}: the teacher cannot read it. Use tokens (eos_token, chat template) that both know"
+        )
+    return any(label != -100 for label in row["labels"][1:])
+
+
+def refuse_vision(model: str | PreTrainedModel, processing_class: Any) -> None:
+    """Raises `ValueError` for a vision-language model or processor."""
+    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"processing_class has to be a tokenizer, got {type(processing_class).__name__}; hf_distill trains "
+            "language models on text only, vision-language processors are not supported"
+        )
+    if not isinstance(model, str) and getattr(model.config, "vision_config", None) is not None:
+        raise ValueError(f"{type(model).__name__} is a vision model; hf_distill trains language models on text only")
+
+
+def student_tokenizer(model: str | PreTrainedModel, args: KDConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with the student.
+
+    Raises:
+        `ValueError`: the student is a model that was not loaded by name.
+    """
+    name = _name(model)
+    if not name:
+        raise ValueError("processing_class is missing: the student was not loaded by name, so its tokenizer is unknown")
+    return _load_tokenizer(name, args.model_init_kwargs, args)
+
+
+def teacher_tokenizer(model: str | PreTrainedModel, args: KDConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was saved with the teacher, or None, with a warning, where there is none."""
+    problem = "it was not loaded by name"
+    if name := _name(model):
+        try:
+            return _load_tokenizer(name, args.teacher_model_init_kwargs, args)
+        except (OSError, ValueError) as error:
+            problem = str(error).splitlines()[0]
+    logger.warning(
+        "the teacher comes without a tokenizer (%s): its vocabulary is taken to be the student's. Pass "
+        "teacher_processing_class to have that checked",
+        problem,
+    )
+    return None
+
+
+def _name(model: str | PreTrainedModel) -> str | None:
+    return model if isinstance(model, str) else model.config.name_or_path
+
+
+def _load_tokenizer(name: str, init_kwargs: Any, args: KDConfig) -> PreTrainedTokenizerBase:
+    revision = (init_kwargs or {}).get("revision")
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
