@@ -11,7 +11,7 @@ def long_description() -> str:
 # The tested versions of all of these are pinned in constraints.txt.
 REQUIREMENTS = [
     "torch>=2.9",
-    "transformers>=5.18,<6",
+    "transformers>=5.23,<6",
     "trl>=1.15,<2",  # SFTTrainer's internals were rewritten in 1.15
     "peft>=0.20",
     "accelerate>=1.10.1",

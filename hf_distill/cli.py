@@ -1,18 +1,16 @@
 """The command line: `hf-distill demo`, `hf-distill kd`. Parse, then one call."""
 
 import argparse
-import json
 import logging
 import os
 import sys
 from dataclasses import dataclass, field
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
-from rich.console import Console
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_distill.evaluation import evaluate_fidelity
-from hf_distill.report import fidelity_rows, markdown, save_picture, table
+from hf_distill.report import save_report
 from hf_distill.trainers.config import KDConfig
 from hf_distill.trainers.kd import KDTrainer
 
@@ -99,20 +97,9 @@ def run_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) ->
     measure("after")
     if results:
         save_report(str(args.output_dir), results, {"training": trainer.state.log_history})
+        print(f"student, report.md and report.png are in {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()
-
-
-def save_report(folder: str, results: dict[str, dict[str, float]], histories: dict[str, list]) -> None:
-    """Prints the table and writes `report.json`, `report.md` and `report.png` into a folder."""
-    rows = fidelity_rows(results)
-    Console().print(table(rows, title="student against teacher, held-out rows"))
-    with open(os.path.join(folder, "report.json"), "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=2)
-    with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as file:
-        file.write(markdown(rows))
-    save_picture(os.path.join(folder, "report.png"), histories, results)
-    Console().print(f"student, report.md and report.png are in {folder}")
 
 
 def _load_eval_rows(arguments: KDArguments) -> Dataset | IterableDataset | None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from datasets.utils import tqdm
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.losses.divergence import DIVERGENCES

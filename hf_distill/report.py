@@ -1,11 +1,15 @@
 """Numbers as a person wants them: a table in the terminal, Markdown, a picture."""
 
+import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
 # What the results of evaluate_fidelity are called, how they are written, and whether more is better.
@@ -15,7 +19,6 @@ FIDELITY_COLUMNS = {
     "kl": ("KL, nats", "{:.4f}", False),
     "agreement": ("agreement", "{:.1%}", True),
     "expected_acceptance": ("accepted", "{:.1%}", True),
-    "num_tokens": ("tokens", "{:,}", True),
 }
 BARS = ("student_perplexity", "kl", "agreement", "expected_acceptance")
 LOSS_TERMS = ("loss", "kd", "ce")
@@ -31,9 +34,9 @@ def fidelity_rows(results: Mapping[str, Mapping[str, float]]) -> list[dict[str, 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
     """A `rich` table of rows with the same keys; the first column is text, the others are aligned as numbers."""
-    view = Table(title=title, title_justify="left")
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for i, name in enumerate(rows[0]):
-        view.add_column(name, justify="right" if i else "left")
+        view.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         view.add_row(*(str(value) for value in row.values()))
     return view
@@ -43,6 +46,22 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The same rows as a Markdown table."""
     lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *([str(v) for v in row.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def save_report(
+    folder: str | PathLike[str],
+    results: Mapping[str, Mapping[str, float]],
+    histories: Mapping[str, Sequence[Mapping[str, float]]],
+    title: str = "student against teacher, held-out rows",
+) -> None:
+    """Prints the table and writes it to `report.md`, the numbers to `report.json` and the picture to `report.png`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = fidelity_rows(results)
+    Console().print(table(rows, title=title))
+    (folder / "report.md").write_text(markdown(rows), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    save_picture(folder / "report.png", histories, results)
 
 
 def save_picture(
@@ -59,24 +78,30 @@ def save_picture(
     """
     figure = Figure(figsize=(14, 4), layout="constrained")
     curves, *bars = figure.subplots(1, 1 + len(BARS), width_ratios=[2.6, *[1] * len(BARS)])
-    _draw_terms(curves, histories)
-    colors = [f"C{i}" for i in range(len(results))]
+    colors = {name: f"C{i}" for i, name in enumerate([*results, *(run for run in histories if run not in results)])}
+    _draw_terms(curves, histories, colors)
     for axes, key in zip(bars, BARS, strict=True):
         title, form, more_is_better = FIDELITY_COLUMNS[key]
-        drawn = axes.bar(list(results), [values[key] for values in results.values()], color=colors)
-        axes.bar_label(drawn, labels=[form.format(values[key]) for values in results.values()], fontsize=7)
+        heights = [values[key] for values in results.values()]
+        drawn = axes.bar(list(results), heights, color=[colors[name] for name in results])
+        axes.bar_label(drawn, labels=[form.format(height) for height in heights], fontsize=7)
+        positive = [height for height in heights if height > 0]
+        if not more_is_better and positive and max(positive) > 10 * min(positive):
+            axes.set_yscale("log")  # an untrained model would leave nothing to see of the others
+            axes.set_ylim(bottom=min(positive) / 3)
         axes.set_title(f"{title}\n({'more' if more_is_better else 'less'} is better)", fontsize=9)
         axes.tick_params(axis="x", rotation=35, labelsize=7)
         axes.margins(y=0.15)
     figure.savefig(path, dpi=130)
 
 
-def _draw_terms(axes: Axes, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    for i, (run, history) in enumerate(histories.items()):
+def _draw_terms(axes: Axes, histories: Mapping[str, Sequence[Mapping[str, float]]], colors: Mapping[str, str]) -> None:
+    for run, history in histories.items():
         for term, style in zip(LOSS_TERMS, ("-", "--", ":"), strict=True):
             points = [(entry["step"], entry[term]) for entry in history if term in entry and "step" in entry]
             if points:
                 label = f"{run}: {term}" if len(histories) > 1 else term
-                axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label)
+                axes.plot(*zip(*points, strict=True), style, color=colors[run], label=label)
     axes.set(xlabel="step", ylabel="nats per token", title="loss terms")
-    axes.legend(fontsize=7)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)

@@ -1,0 +1,99 @@
+import json
+
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM
+
+from hf_distill import cli
+from tests.conftest import SENTENCES, make_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A student and a teacher on disk, and their rows in every kind of file."""
+    folder = tmp_path_factory.mktemp("cli")
+    for name, seed in (("student", 1), ("teacher", 2)):
+        make_model(seed=seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rows = Dataset.from_dict({"text": SENTENCES})
+    rows.to_json(folder / "rows.jsonl")
+    rows.to_parquet(folder / "rows.parquet")
+    DatasetDict({"train": rows, "test": rows.select(range(4))}).save_to_disk(folder / "saved")
+    (folder / "files").mkdir()
+    rows.to_json(folder / "files" / "train.jsonl")
+    rows.select(range(4)).to_json(folder / "files" / "test.jsonl")
+    return folder
+
+
+def options(folder, **changes):
+    settings = {
+        "model": folder / "student",
+        "teacher_model": folder / "teacher",
+        "dataset": folder / "rows.jsonl",
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        **changes,
+    }
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize("dataset", ["rows.jsonl", "rows.parquet", "saved", "files"])
+def test_kd_distils_from_every_kind_of_dataset_and_saves_a_plain_student(folder, tmp_path, dataset):
+    cli.main(["kd", *options(folder, dataset=folder / dataset, output_dir=tmp_path)])
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "forward_kl" in (tmp_path / "README.md").read_text()
+    # The last two bring held-out rows of their own.
+    assert (tmp_path / "report.png").exists() == (dataset in ("saved", "files"))
+
+
+def test_kd_reports_the_student_before_and_after_on_held_out_rows(folder, tmp_path, capsys):
+    held_out = folder / "rows.parquet"
+    cli.main(["kd", *options(folder, output_dir=tmp_path, eval_dataset=held_out, max_steps=8, learning_rate=1e-2)])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["after"]["kl"] < report["before"]["kl"]
+    printed = capsys.readouterr().out
+    assert "before" in printed
+    assert "accepted" in printed
+
+
+def test_a_recipe_is_read_and_the_command_line_has_the_last_word(folder, tmp_path):
+    recipe = {"divergence": "jensen_shannon", "divergence_params": '{"beta": 0.3}', "kd_weight": 0.9, "use_peft": True}
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({**recipe, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]})
+    )
+    arguments = options(folder, output_dir=tmp_path / "out", kd_weight=0.2)
+    cli.main(["kd", "--config", str(tmp_path / "recipe.yaml"), *arguments])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "jensen_shannon, beta 0.3" in card
+    assert "| weight of the divergence (`kd_weight`) | 0.2 |" in card
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "missing.jsonl"}, "does not exist"),
+        ({"kd_weight": 2}, "kd_weight"),
+        ({"divergence_params": '{"beta": 0.5}'}, "no parameters"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_words(folder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        cli.main(["kd", *options(folder, output_dir=tmp_path, **changes)])
+
+
+def test_a_missing_split_names_those_there_are(folder, tmp_path):
+    with pytest.raises(ValueError, match="splits train, test, not 'dev'"):
+        cli.main(["kd", *options(folder, dataset=folder / "saved", train_split="dev", output_dir=tmp_path)])
+
+
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["distil"])
+    assert "invalid choice" in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""Every example, recipe and launch configuration runs or parses: what is shown to users works."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from datasets import Dataset
+
+from hf_distill import KDConfig, KDTrainer, cli
+from tests.conftest import SENTENCES, make_model
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("examples")
+    for name, seed in (("student", 1), ("teacher", 2)):
+        make_model(seed=seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    Dataset.from_dict({"text": SENTENCES}).to_json(folder / "rows.jsonl")
+    return folder
+
+
+def load_example(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_kd_is_a_drop_in_script(folder, tmp_path):
+    models = ["--model", str(folder / "student"), "--teacher_model", str(folder / "teacher")]
+    run = ["--max_steps", "2", "--use_cpu", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
+    data = ["--dataset", str(folder / "rows.jsonl"), "--output_dir", str(tmp_path)]
+    trainer = load_example("kd").main([*models, *data, *run, "--use_peft", "--lora_target_modules", "q_proj", "v_proj"])
+    assert trainer.state.global_step == 2
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("kd_weight", "temperature"), [(0.5, 1.0), (0.7, 2.0)])
+def test_the_plain_loop_computes_what_the_trainer_computes(folder, tmp_path, kd_weight, temperature):
+    options = {"student": folder / "student", "teacher": folder / "teacher", "data": folder / "rows.jsonl"}
+    options |= {"kd_weight": kd_weight, "temperature": temperature, "steps": 2, "batch_size": 4, "learning_rate": 1e-3}
+    plain = load_example("kd_loop").main([part for k, v in options.items() for part in (f"--{k}", str(v))])
+    args = KDConfig(
+        output_dir=str(tmp_path), kd_weight=kd_weight, temperature=temperature, max_steps=2, logging_steps=1,
+        per_device_train_batch_size=4, learning_rate=1e-3, lr_scheduler_type="constant", use_cpu=True, bf16=False,
+        report_to="none", save_strategy="no", train_sampling_strategy="sequential",
+    )  # fmt: skip
+    rows = Dataset.from_dict({"text": SENTENCES})
+    trainer = KDTrainer(str(folder / "student"), str(folder / "teacher"), args, rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs_with_its_own_settings(folder, tmp_path, recipe):
+    """Only the models, the data and the length of the run are replaced."""
+    replaced = {
+        "model": folder / "student",
+        "teacher_model": folder / "teacher",
+        "dataset": folder / "rows.jsonl",
+        "output_dir": tmp_path,
+        "max_steps": 1,
+        "gradient_accumulation_steps": 2,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+    }
+    if "teacher_quantization" in yaml.safe_load(recipe.read_text()):
+        pytest.importorskip("bitsandbytes")
+    arguments = [part for name, value in replaced.items() for part in (f"--{name}", str(value))]
+    cli.main(["kd", "--config", str(recipe), *arguments])
+    assert (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "distributed_type", "num_processes"),
+    [
+        ("single_gpu", "NO", 1),
+        ("ddp", "MULTI_GPU", 8),
+        ("fsdp2", "FSDP", 8),
+        ("zero2", "DEEPSPEED", 8),
+        ("zero3", "DEEPSPEED", 8),
+        ("multi_node", "MULTI_GPU", 16),
+    ],
+)
+def test_accelerate_configurations_parse_to_what_they_are_called(name, distributed_type, num_processes):
+    config = load_config_from_file(str(ROOT / "accelerate_configs" / f"{name}.yaml"))
+    assert str(config.distributed_type).rsplit(".", 1)[-1] == distributed_type
+    assert config.num_processes == num_processes
+    if name == "fsdp2":
+        assert int(config.fsdp_config["fsdp_version"]) == 2
+    if name.startswith("zero"):
+        assert config.deepspeed_config["zero_stage"] == int(name[-1])
+
+
+def test_the_readme_lists_every_file_of_the_package():
+    readme = (ROOT / "README.md").read_text()
+    for path in (ROOT / "hf_distill").rglob("*.py"):
+        if path.name != "__init__.py" and path.parent.name != "demo":
+            assert f"{path.name} " in readme, path
+
+
+def test_examples_are_short():
+    for path in (ROOT / "examples").glob("*.py"):
+        assert len(path.read_text().splitlines()) < 100, path

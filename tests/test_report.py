@@ -1,0 +1,52 @@
+import json
+
+from rich.console import Console
+
+from hf_distill.report import fidelity_rows, markdown, save_report, table
+
+RESULTS = {
+    "before": {
+        "student_perplexity": 40.0,
+        "teacher_perplexity": 5.0,
+        "kl": 2.0,
+        "agreement": 0.125,
+        "expected_acceptance": 0.25,
+        "num_tokens": 1000,
+    },
+    "after": {
+        "student_perplexity": 8.0,
+        "teacher_perplexity": 5.0,
+        "kl": 0.5,
+        "agreement": 0.75,
+        "expected_acceptance": 0.875,
+        "num_tokens": 1000,
+    },
+}
+HISTORY = [{"step": 1, "loss": 3.0, "kd": 2.0, "ce": 4.0}, {"step": 2, "loss": 2.0, "kd": 1.0, "ce": 3.0}]
+
+
+def test_a_table_shows_every_number_within_eighty_columns():
+    console = Console(width=80, record=True)
+    console.print(table(fidelity_rows(RESULTS), title="title"))
+    text = console.export_text()
+    for expected in ("before", "after", "40.000", "0.5000", "12.5%", "87.5%", "title"):
+        assert expected in text
+
+
+def test_markdown_has_a_row_per_model_and_a_cell_per_column():
+    lines = markdown(fidelity_rows(RESULTS)).splitlines()
+    assert len(lines) == 4
+    assert {line.count("|") for line in lines} == {7}
+    assert lines[3].startswith("| after | 8.000 |")
+
+
+def test_the_report_is_written_as_numbers_markdown_and_a_picture(tmp_path):
+    save_report(tmp_path / "new", RESULTS, {"training": HISTORY})
+    assert json.loads((tmp_path / "new" / "report.json").read_text()) == RESULTS
+    assert "| before |" in (tmp_path / "new" / "report.md").read_text()
+    assert (tmp_path / "new" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_history_without_losses_still_gives_a_picture(tmp_path):
+    save_report(tmp_path, RESULTS, {"training": [{"step": 1, "epoch": 1.0}]})
+    assert (tmp_path / "report.png").exists()
