@@ -9,7 +9,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
-from hf_distill.modeling import causal_lm, check_head, embedding_weight, head_of, last_hidden_states, select_positions
+from hf_distill.modeling import (
+    causal_lm,
+    check_head,
+    embedding_weight,
+    head_of,
+    keep_4bit_weights,
+    last_hidden_states,
+    select_positions,
+)
 from hf_distill.teachers import TeacherSignal
 
 logger = logging.getLogger(__name__)
@@ -29,6 +37,7 @@ class LocalTeacher:
         self.model = model.eval().requires_grad_(False)
         self.name = _public_name(model)
         self._causal_lm = causal_lm(model)
+        keep_4bit_weights(model)  # A teacher is left as it came.
         check_head(self._causal_lm, "teacher")
         head = head_of(self._causal_lm)
         bias = None if head.bias is None else head.bias.to(signal_device)

@@ -4,8 +4,10 @@ import logging
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_distill.modeling import shared_parameters
 from hf_distill.trainers.config import KDConfig
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,22 @@ def refuse_vision(model: str | PreTrainedModel, processing_class: Any) -> None:
         )
     if not isinstance(model, str) and getattr(model.config, "vision_config", None) is not None:
         raise ValueError(f"{type(model).__name__} is a vision model; hf_distill trains language models on text only")
+
+
+def refuse_prompt_learning(peft_config: Any, *models: Any) -> None:
+    """Raises `ValueError` for prompt tuning and its kin, whose virtual tokens shift every position of a row."""
+    for config in (peft_config, *(getattr(model, "active_peft_config", None) for model in models)):
+        if config is not None and config.is_prompt_learning:
+            raise ValueError(f"{type(config).__name__} shifts every position; use LoRA or another adapter")
+
+
+def refuse_shared_memory(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises `ValueError` if training the student would change the teacher."""
+    if shared := shared_parameters(student, teacher):
+        raise ValueError(
+            f"{len(shared)} of the student's trainable parameters are the teacher's own memory ({shared[0]}, ...): "
+            "training would change the teacher. Copy one of them (copy.deepcopy)"
+        )
 
 
 def student_tokenizer(model: str | PreTrainedModel, args: KDConfig) -> PreTrainedTokenizerBase:

@@ -1,5 +1,6 @@
 """Settings of the trainers. Each field is explained once, in its `help`, which is also what the command line prints."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,8 +71,8 @@ class KDConfig(SFTConfig):
         super().__post_init__()
         if not 0 <= self.kd_weight <= 1:
             raise ValueError(f"kd_weight has to lie in [0, 1], got {self.kd_weight}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature has to be above 0, got {self.temperature}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature has to be above 0 and finite, got {self.temperature}")
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise ValueError(f"loss_chunk_size has to be at least 1, got {self.loss_chunk_size}")
         check_divergence(self.divergence, self.divergence_params)  # pyright: ignore[reportArgumentType]

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from huggingface_hub import ModelCard
 from peft import PeftConfig
 from torch import Tensor
@@ -24,7 +24,6 @@ from hf_distill.modeling import (
     label_positions,
     load_balancing_loss,
     select_positions,
-    shared_parameters,
     shared_vocabulary,
 )
 from hf_distill.teachers import Teacher, TeacherSignal
@@ -34,6 +33,8 @@ from hf_distill.trainers.checks import (
     check_columns,
     has_label,
     named_datasets,
+    refuse_prompt_learning,
+    refuse_shared_memory,
     refuse_vision,
     student_tokenizer,
     teacher_tokenizer,
@@ -107,10 +108,9 @@ class KDTrainer(SFTTrainer):
             raise ValueError(f"args has to be a KDConfig, got {type(args).__name__}; KDConfig takes the same fields")
         if teacher_model is None:
             raise ValueError("teacher_model is missing: pass a hub id, a path or a model (SFTTrainer trains without)")
-        if model is teacher_model:
+        if model is teacher_model and not isinstance(model, str):
             raise ValueError("the teacher is the student object itself; load the model twice to distil it into itself")
-        if peft_config is not None and peft_config.is_prompt_learning:
-            raise ValueError(f"{type(peft_config).__name__} shifts every position; use LoRA or another adapter")
+        refuse_prompt_learning(peft_config, model, teacher_model)
         refuse_vision(model, processing_class)
         for name, dataset in named_datasets(train_dataset, eval_dataset).items():
             check_columns(dataset, name, args.dataset_text_field, formatting_func is not None)
@@ -127,6 +127,8 @@ class KDTrainer(SFTTrainer):
             trust_remote_code=args.trust_remote_code,
             init_kwargs=args.teacher_model_init_kwargs,  # pyright: ignore[reportArgumentType]
         )
+        if not isinstance(model, str) and peft_config is None:
+            refuse_shared_memory(model, teacher)  # Before the teacher is frozen, and what it shares with it.
         self.teacher: Teacher = LocalTeacher(teacher, args.device)
         self.vocab_size = min(self.vocab_size, self.teacher.head.weight.shape[0])
 
@@ -155,11 +157,7 @@ class KDTrainer(SFTTrainer):
         check_head(student, "student")
         expose_hidden_states(student)
         self.vocab_size = min(self.vocab_size, student.get_output_embeddings().weight.shape[0])
-        if shared := shared_parameters(self.model, teacher):
-            raise ValueError(
-                f"{len(shared)} of the student's trainable parameters are the teacher's own memory ({shared[0]}, ...): "
-                "training would change the teacher. Copy one of them (copy.deepcopy)"
-            )
+        refuse_shared_memory(self.model, teacher)
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError("context and sequence parallelism are not supported: the teacher reads whole rows")
@@ -268,6 +266,19 @@ class KDTrainer(SFTTrainer):
         means = self._means["eval"].pop(self._sum_over_processes)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})  # pyright: ignore
         return output
+
+    def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
+        if description == "Evaluation" and isinstance(dataset, Dataset) and "labels" in dataset.column_names:
+            dataset = self._fill_up(dataset, batch_size)
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)  # pyright: ignore
+
+    def _fill_up(self, dataset: Dataset, batch_size: int) -> Any:
+        """Adds rows without a label until every process has as many: accelerate would repeat rows, which then count."""
+        missing = -len(dataset) % (batch_size * self.accelerator.num_processes)
+        if self.accelerator.num_processes == 1 or missing == 0:
+            return dataset
+        filler = {**dataset[0], "labels": [-100] * len(dataset[0]["labels"])}
+        return concatenate_datasets([dataset, Dataset.from_list([filler] * missing, features=dataset.features)])
 
     def _sum_over_processes(self, totals: Tensor) -> Tensor:
         return self.accelerator.reduce(totals, reduction="sum")  # pyright: ignore

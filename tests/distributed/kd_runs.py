@@ -1,0 +1,118 @@
+"""The runs that test_kd_ddp.py compares: in its own process, and as a script under torchrun with two of them.
+
+Usage: torchrun --standalone --nproc_per_node 2 kd_runs.py FOLDER
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import TrainerCallback
+
+from hf_distill import KDConfig, KDTrainer
+from tests.conftest import SENTENCES, make_model, make_tokenizer
+
+# One update of eight rows, however many processes there are.
+NUM_ROWS = 8
+
+
+class Gradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def make_rows(tokenizer) -> Dataset:
+    """Ragged rows, so that processes never have the same number of label-bearing tokens."""
+    ids = [tokenizer(text)["input_ids"][: 5 + 4 * i] for i, text in enumerate(SENTENCES[:NUM_ROWS])]
+    labels = [[-100] * (1 + i % 4) + row[1 + i % 4 :] for i, row in enumerate(ids)]
+    return Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+
+def make_trainer(folder, num_processes: int, student, teacher, **changes) -> KDTrainer:
+    tokenizer = make_tokenizer()
+    rows = make_rows(tokenizer)
+    settings = {
+        "output_dir": str(folder), "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [],
+        "disable_tqdm": True, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 2,
+        "gradient_accumulation_steps": NUM_ROWS // 2 // num_processes, "logging_steps": 1, "save_strategy": "no",
+        "temperature": 2.0, "kd_weight": 0.7,
+    }  # fmt: skip
+    return KDTrainer(
+        student, teacher, KDConfig(**settings | changes), rows,
+        # Seven rows: the last batches of two processes are filled up with rows that were there before.
+        rows.select(range(1, NUM_ROWS)), tokenizer, teacher_processing_class=tokenizer, callbacks=[Gradients()],
+    )  # fmt: skip
+
+
+def students() -> dict[str, nn.Module]:
+    adapted = get_peft_model(make_model(seed=2), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(7)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return {"full": make_model(seed=2), "lora": adapted, "tied": make_model("qwen2", seed=2)}
+
+
+def run(folder, num_processes: int) -> dict:
+    """What two updates leave behind: gradients of the last, weights, logs, the evaluation after it."""
+    results = {}
+    for name, student in students().items():
+        trainer = make_trainer(Path(folder, name), num_processes, student, make_model(seed=1, hidden_size=48))
+        trainer.train()
+        capture = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Gradients))
+        results[name] = {
+            "num_processes": trainer.accelerator.num_processes,
+            "distributed_type": str(trainer.accelerator.distributed_type),
+            "wrapper": type(trainer.model_wrapped).__name__,
+            "gradients": capture.found,
+            "weights": copy.deepcopy(trainer.model.state_dict()),
+            "logs": [log for log in trainer.state.log_history if "loss" in log],
+            "eval": trainer.evaluate(),
+            "packed_eval": evaluate_packed(trainer),
+        }
+    return results
+
+
+def evaluate_packed(trainer: KDTrainer) -> dict[str, float]:
+    """The same rows in a dataset of three packs, which do not divide among two processes either."""
+    trainer.padding_free = trainer.data_collator.padding_free = True
+    rows = trainer.eval_dataset.to_list()
+    packed = [
+        {
+            "input_ids": [token for row in pack for token in row["input_ids"]],
+            "labels": [label for row in pack for label in (-100, *row["labels"][1:])],
+            "seq_lengths": [len(row["input_ids"]) for row in pack],
+        }
+        for pack in (rows[:3], rows[3:5], rows[5:])
+    ]
+    return trainer.evaluate(Dataset.from_list(packed))
+
+
+def run_into_a_nan(folder, num_processes: int, rank: int) -> str:
+    """What the only process with a broken teacher, and those without, end with."""
+    teacher = make_model(seed=1)
+    trainer = make_trainer(folder, num_processes, make_model(seed=2), teacher)
+    if rank == num_processes - 1:
+        teacher.model.norm.weight.data[:] = float("nan")
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        return str(error)
+    return "trained on"
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    results = run(folder, num_processes=2)
+    rank = torch.distributed.get_rank()
+    results["nan"] = run_into_a_nan(folder / "nan", 2, rank)
+    torch.save(results, folder / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

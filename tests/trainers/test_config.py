@@ -1,0 +1,104 @@
+"""KDConfig: what it refuses, and that it is still an SFTConfig for command lines and files."""
+
+import dataclasses
+import json
+
+import pytest
+from transformers import HfArgumentParser
+from trl import SFTConfig
+
+from hf_distill import KDConfig
+from hf_distill.losses.divergence import DIVERGENCES
+
+
+def config(**changes) -> KDConfig:
+    return KDConfig(**{"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": [], **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kd_weight": -0.1}, r"kd_weight has to lie in \[0, 1\], got -0.1"),
+        ({"kd_weight": 1.5}, r"kd_weight has to lie in \[0, 1\], got 1.5"),
+        ({"kd_weight": float("nan")}, r"kd_weight has to lie in \[0, 1\], got nan"),
+        ({"temperature": 0.0}, "temperature has to be above 0.*got 0"),
+        ({"temperature": -1.0}, "temperature has to be above 0.*got -1"),
+        ({"temperature": float("inf")}, "temperature has to be above 0 and finite, got inf"),
+        ({"divergence": "wasserstein"}, "'wasserstein' does not exist; choose one of .*forward_kl.*total_variation"),
+        ({"divergence_params": {"beta": 0.5}}, "has beta, but forward_kl has no parameters"),
+        (
+            {"divergence": "jensen_shannon", "divergence_params": {"gamma": 0.5}},
+            "has gamma, but jensen_shannon has only beta",
+        ),
+        ({"divergence": "jensen_shannon", "divergence_params": {"beta": 1.0}}, r"beta in \(0, 1\), got 1.0"),
+        ({"divergence": "skew_forward_kl", "divergence_params": {"skew": 1.0}}, r"skew in \[0, 1\), got 1.0"),
+        ({"divergence": "adaptive_kl", "divergence_params": {"head": "half"}}, "has to be a number, got 'half'"),
+        ({"teacher_quantization": "2bit"}, "one of 4bit, 8bit, got '2bit'"),
+        ({"loss_chunk_size": 0}, "loss_chunk_size has to be at least 1, got 0"),
+        ({"loss_type": "dft"}, "loss_type='dft'.*Remove it"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported.*Set it to 0"),
+    ],
+)
+def test_setting_out_of_range_is_refused_in_words(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_ends_of_the_ranges_are_allowed():
+    for changes in ({"kd_weight": 0}, {"kd_weight": 1}, {"temperature": 1e-3}, {"loss_chunk_size": 1}):
+        config(**changes)
+
+
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+def test_every_divergence_is_a_setting_with_its_defaults(divergence):
+    assert config(divergence=divergence).divergence == divergence
+
+
+def test_quantisation_without_bitsandbytes_is_refused_with_the_extra_to_install(monkeypatch):
+    monkeypatch.setattr("hf_distill.teachers.local.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'hf_distill\[quantization\]'"):
+        config(teacher_quantization="4bit")
+
+
+def test_defaults_of_sftconfig_are_kept_but_for_the_filter_that_hides_non_finite_losses():
+    own, base = ({f.name: f for f in dataclasses.fields(c)} for c in (KDConfig, SFTConfig))
+    differing = [name for name, field in base.items() if own[name].default != field.default]
+    assert differing == ["logging_nan_inf_filter"]
+    assert config().logging_nan_inf_filter is False
+
+
+def test_every_field_of_ours_is_explained():
+    inherited = {field.name for field in dataclasses.fields(SFTConfig)}
+    for field in dataclasses.fields(KDConfig):
+        if field.name not in inherited:
+            assert field.metadata["help"].endswith("."), field.name
+
+
+def test_command_line_gives_the_config_that_python_gives(tmp_path):
+    values = {
+        "kd_weight": 0.25,
+        "temperature": 2.0,
+        "divergence": "alpha_beta",
+        "divergence_params": {"alpha": 0.2, "beta": 0.7},
+        "teacher_model_init_kwargs": {"dtype": "bfloat16", "revision": "main"},
+        "loss_chunk_size": 7,
+    }
+    words = ["--output_dir", "unused", "--use_cpu", "--bf16", "False", "--report_to", "none"]
+    for name, value in values.items():
+        words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    (parsed,) = HfArgumentParser(KDConfig).parse_args_into_dataclasses(words)
+    expected = config(**values)
+    assert {name: getattr(parsed, name) for name in values} == {name: getattr(expected, name) for name in values}
+    assert type(parsed.divergence_params["alpha"]) is float
+
+    (tmp_path / "config.json").write_text(
+        json.dumps({"output_dir": "unused", "use_cpu": True, "bf16": False, **values})
+    )
+    (from_file,) = HfArgumentParser(KDConfig).parse_json_file(str(tmp_path / "config.json"))
+    assert from_file.divergence_params == values["divergence_params"]
+
+
+def test_a_bad_choice_on_the_command_line_lists_the_allowed_ones(capsys):
+    with pytest.raises(SystemExit):
+        HfArgumentParser(KDConfig).parse_args_into_dataclasses(["--divergence", "wasserstein"])
+    assert "total_variation" in capsys.readouterr().err
