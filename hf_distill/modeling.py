@@ -107,6 +107,8 @@ def check_head(model: PreTrainedModel, name: str) -> None:
         expected = model(input_ids=ids, use_cache=False).logits.float()
         found = head.logits(last_hidden_states(model, input_ids=ids).to(head.weight.device)).float()
     model.train(training)
+    if not expected.isfinite().all():
+        raise ValueError(f"the {name}'s logits are not finite: its weights are damaged, or its dtype cannot hold them")
     scale = expected.abs().max().clamp(min=1.0)
     if expected.shape != found.shape or not (expected.to(found.device) - found).abs().max() <= 0.05 * scale:
         raise ValueError(

@@ -56,6 +56,14 @@ def test_hidden_states_and_head_give_the_models_own_logits(family, inputs):
     check_head(model, "student")
 
 
+def test_damaged_weights_are_refused_in_words():
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="the teacher's logits are not finite"):
+        check_head(model, "teacher")
+
+
 # Families that scale their logits by a number of their configuration, each under its own name and in its own direction.
 SCALED = {
     "hyperclovax": {"logits_scaling": 0.25},

@@ -63,13 +63,13 @@ def run_demo(output_dir: str) -> dict[str, dict[str, float]]:
                 trainer.remove_callback(PrinterCallback)  # one bar over all runs instead
                 trainer.add_callback(_Advance(progress, task))
                 if not kd_weight:
+                    results["teacher"].append(measure(trainer, teacher, teacher))
                     results["untrained student"].append(measure(trainer, trainer.model, teacher))
                 trainer.train()
                 results[name].append(measure(trainer, trainer.model, teacher))
                 if seed == SEEDS[0]:
                     histories[name] = trainer.state.log_history
                     trainer.save_model()  # the distilled student comes last and stays
-        results["teacher"].append(measure(trainer, teacher, teacher))  # pyright: ignore[reportPossiblyUnbound]
 
     means = {name: {key: mean(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()}
     save_report(output_dir, means, histories, title=f"{NUM_HELD_OUT} held-out stories, means over {len(SEEDS)} seeds")

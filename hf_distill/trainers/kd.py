@@ -268,7 +268,7 @@ class KDTrainer(SFTTrainer):
         return output
 
     def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
-        if description == "Evaluation" and isinstance(dataset, Dataset) and "labels" in dataset.column_names:
+        if description != "Training" and isinstance(dataset, Dataset) and "labels" in dataset.column_names:
             dataset = self._fill_up(dataset, batch_size)
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)  # pyright: ignore
 
