@@ -1,0 +1,156 @@
+"""Time and extra memory of a step, in a process of its own, and how the numbers are written."""
+
+import ctypes
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from rich.console import Console
+
+from hf_distill.report import markdown, table
+
+SAMPLING_INTERVAL = 0.002  # seconds
+
+
+class NotMeasured(Exception):
+    """Why a row has no number."""
+
+
+class Measurement(NamedTuple):
+    times: list[float]  # seconds, one per step
+    memory: int  # bytes, the most that any step needed beyond what was there before it
+
+    @property
+    def time(self) -> float:
+        return statistics.median(self.times)
+
+
+def in_fresh_process(function: Callable, *args: Any) -> Any:
+    """`function(*args)` in a new process: no memory, cache or compiled kernel of another variant is there.
+
+    Raises:
+        `NotMeasured`: what `function` itself raised so, or the process died, most likely for want of memory.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except BrokenProcessPool:
+            raise NotMeasured("the process was killed (out of memory?)") from None
+        except torch.OutOfMemoryError:
+            raise NotMeasured("out of GPU memory") from None
+
+
+def measure(
+    step: Callable[[Any], Any], inputs: Sequence[Any], *, reset: Callable[[], Any], device: str, warmup: int = 1
+) -> Measurement:
+    """Calls `step` once on each of `inputs`, after `warmup` calls on the first.
+
+    `reset` runs before each step, outside of the measurement: it drops the gradients of the step before, so that those
+    which a step makes count as its memory.
+    """
+    times, memories = [], []
+    watch = _cuda_step if device.startswith("cuda") else _cpu_step
+    for i, value in enumerate([*inputs[:1] * warmup, *inputs]):
+        reset()
+        with watch() as found:
+            step(value)
+        if i >= warmup:
+            times.append(found["time"])
+            memories.append(found["memory"])
+    return Measurement(times, max(memories))
+
+
+@contextmanager
+def _cpu_step() -> Iterator[dict[str, float]]:
+    # glibc keeps freed blocks below 32 MB; what a step takes from those would not be seen as its memory.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    process, done, found = psutil.Process(), threading.Event(), {}
+    before = peak = process.memory_info().rss
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(SAMPLING_INTERVAL):
+            peak = max(peak, process.memory_info().rss)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        start = time.perf_counter()
+        yield found
+        found["time"] = time.perf_counter() - start
+    finally:  # a step that raises must not leave the thread, and so the process, running
+        done.set()
+        sampler.join()
+    found["memory"] = max(peak, process.memory_info().rss) - before
+
+
+@contextmanager
+def _cuda_step() -> Iterator[dict[str, float]]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, found = torch.cuda.memory_allocated(), {}
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    yield found
+    end.record()
+    torch.cuda.synchronize()
+    found["time"] = start.elapsed_time(end) / 1000
+    found["memory"] = torch.cuda.max_memory_allocated() - before
+
+
+def columns(found: Measurement, ours: Measurement | None) -> dict[str, str]:
+    """Time and memory as text, with ratios: what ours takes, divided by what this one takes."""
+    row = {"time": seconds(found.time), "time ratio": "", "extra memory": size(found.memory), "memory ratio": ""}
+    if ours is not None:
+        row["time ratio"] = f"{ours.time / found.time:.2f}x"
+        row["memory ratio"] = f"{ours.memory / max(found.memory, 1):.2f}x"
+    return row
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+
+
+def size(value: float) -> str:
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def print_table(
+    title: str, rows: Sequence[Mapping[str, Any]], as_markdown: bool, not_measured: Mapping[str, str] | None = None
+) -> None:
+    """One table on standard output, under it the reasons for rows without numbers; missing cells are left empty."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    rows = [{name: row.get(name, "") for name in names} for row in rows]
+    if as_markdown:
+        print(f"**{title}**\n\n{markdown(rows)}", flush=True)
+    else:
+        console = Console()
+        console.width = console.width if console.is_terminal else 120
+        console.print(table(rows, title))
+    for name, reason in (not_measured or {}).items():
+        print(f"{name}: not measured: {reason}\n", flush=True)
+
+
+def machine(device: str) -> str:
+    """What the numbers were measured on."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
