@@ -18,11 +18,12 @@ from torch import Tensor
 from hf_distill.losses.divergence import DIVERGENCE_TERMS, Terms, check_divergence, temperature_factor
 
 # Bytes of one chunk's logits in float32. Large enough for matrix products at full speed, small beside a model.
-CHUNK_BYTES = {"cpu": 80 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 # On the CPU the element-wise part runs on blocks of rows that stay in the cache: about this many logits at a time.
 CACHE_BLOCK = 2**19
-# Rows of a head that are converted at a time when its dtype is not the one multiplied in.
-CONVERTED_ROWS = 2**14
+# Rows of a head that are multiplied at a time: on the CPU what stays in the cache (a fifth faster than the whole head
+# for chunks of 128 positions), on CUDA the whole head, unless it has to be converted to another dtype.
+HEAD_ROWS = {"cpu": 2**11, "cuda": 2**14}
 
 
 class DistillationLoss(NamedTuple):
@@ -65,8 +66,9 @@ class Head(NamedTuple):
         return dtype if device == "cuda" else torch.promote_types(dtype, torch.float32)
 
     def weight_slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in `dtype`: at once, or slice by slice where it has to be converted."""
-        rows = max(1, len(self.weight)) if self.weight.dtype == dtype else CONVERTED_ROWS
+        """The weight in `dtype`, `HEAD_ROWS` at a time, with the vocabulary slice that they stand for."""
+        whole = self.weight.is_cuda and self.weight.dtype == dtype
+        rows = len(self.weight) if whole else HEAD_ROWS.get(self.weight.device.type, HEAD_ROWS["cuda"])
         for start in range(0, len(self.weight), rows):
             part = slice(start, min(start + rows, len(self.weight)))
             yield part, self.weight[part].to(dtype)
