@@ -301,12 +301,8 @@ class _FusedLinearDistillation(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias[:vocab_size] += student_logits.sum(0)
 
-        # Divided here, in float32: dividing logit gradients first would lose the small ones in half precision.
-        inputs = (student_hidden, student_head, student_bias)
-        ctx.gradients = [
-            None if gradient is None else gradient.div_(num_items).to(like.dtype)
-            for gradient, like in zip((grad_hidden, grad_head, grad_bias), inputs, strict=True)
-        ]
+        ctx.gradients, ctx.num_items = (grad_hidden, grad_head, grad_bias), num_items
+        ctx.dtypes = [None if x is None else x.dtype for x in (student_hidden, student_head, student_bias)]
         ctx.mark_non_differentiable(sums)
         return sums[0] / num_items, sums
 
@@ -315,7 +311,12 @@ class _FusedLinearDistillation(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("fused_linear_distillation_loss can be differentiated once; compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients), *(None,) * 9
+        # Divided last and in float32: a divided logit gradient would lose its small entries in half precision.
+        scale = grad_loss / ctx.num_items
+        scaled = (
+            None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return *scaled, *(None,) * 9
 
 
 def _check_arguments(

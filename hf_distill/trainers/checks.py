@@ -67,6 +67,15 @@ def refuse_prompt_learning(peft_config: Any, *models: Any) -> None:
             raise ValueError(f"{type(config).__name__} shifts every position; use LoRA or another adapter")
 
 
+def refuse_frozen(student: nn.Module) -> None:
+    """Raises `ValueError` for a student without anything to train."""
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError(
+            "the student has no trainable parameter (a model that has been a teacher is frozen, and so are its "
+            "copies): call student.requires_grad_(True), or pass a peft_config"
+        )
+
+
 def refuse_shared_memory(student: nn.Module, teacher: nn.Module) -> None:
     """Raises `ValueError` if training the student would change the teacher."""
     if shared := shared_parameters(student, teacher):

@@ -64,7 +64,9 @@ class KDConfig(SFTConfig):
     )
     loss_chunk_size: int | None = field(
         default=None,
-        metadata={"help": "Positions whose logits exist at one time. The default fits 128 MiB on the CPU, 512 on CUDA."},
+        metadata={
+            "help": "Positions whose logits exist at one time. The default fits 128 MiB on the CPU, 512 on CUDA."
+        },
     )
 
     def __post_init__(self):

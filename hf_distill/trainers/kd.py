@@ -33,6 +33,7 @@ from hf_distill.trainers.checks import (
     check_columns,
     has_label,
     named_datasets,
+    refuse_frozen,
     refuse_prompt_learning,
     refuse_shared_memory,
     refuse_vision,
@@ -153,6 +154,7 @@ class KDTrainer(SFTTrainer):
         self._update_loss = 0.0
         student = causal_lm(self.model)
         refuse_vision(student, None)
+        refuse_frozen(self.model)
         keep_4bit_weights(student)
         check_head(student, "student")
         expose_hidden_states(student)

@@ -977,6 +977,7 @@ BAD_INPUT = {
     "settings for a loaded teacher": (
         lambda s, t, f: {"args": KDConfig(**settings(f, teacher_model_init_kwargs={"a": 1}))}, "already loaded",
     ),
+    "a frozen student": (lambda s, t, f: {"model": s.requires_grad_(False)}, "no trainable parameter.*requires_grad_"),
     "no tokenizer": (lambda s, t, f: {"processing_class": None}, "processing_class is missing"),
 }  # fmt: skip
 
