@@ -3,7 +3,8 @@
     python examples/kd.py --model Qwen/Qwen2.5-0.5B --teacher_model Qwen/Qwen2.5-7B-Instruct \
         --dataset trl-lib/Capybara --output_dir qwen2.5-0.5b-distilled --kd_weight 0.5 --temperature 2 --use_peft
 
-Every field of KDConfig and of TRL's ModelConfig is an option; on several GPUs start it with `accelerate launch`.
+Every field of KDConfig is an option, and TRL's ModelConfig adds those of LoRA, quantisation and dtype; on several GPUs
+start it with `accelerate launch`.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,12 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> KDTrainer:
     arguments, args, model_config = TrlParser((Arguments, KDConfig, ModelConfig)).parse_args_and_config(argv)
-    args.model_init_kwargs = {"dtype": model_config.dtype, "attn_implementation": model_config.attn_implementation}
+    args.model_init_kwargs = {
+        "dtype": model_config.dtype,
+        "attn_implementation": model_config.attn_implementation,
+        "revision": model_config.model_revision,
+        **(args.model_init_kwargs or {}),
+    }
 
     is_file = arguments.dataset.endswith((".json", ".jsonl"))
     dataset = load_dataset("json", data_files=arguments.dataset) if is_file else load_dataset(arguments.dataset)

@@ -29,9 +29,11 @@ class KDArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out rows, as `dataset`. Default: the eval split of the dataset, if any."}
+        default=None, metadata={"help": "Held-out rows, as `dataset`. Default: the eval split of the dataset itself."}
     )
-    eval_split: str = field(default="test", metadata={"help": "Split of the held-out rows."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split of the held-out rows. Default: `test`, where there is one."}
+    )
     max_eval_rows: int = field(default=500, metadata={"help": "Held-out rows used before and after the training."})
 
 
@@ -48,12 +50,10 @@ def load_rows(name: str, split: str, config: str | None = None) -> Dataset | Ite
         return load_dataset(FILE_FORMATS[extension], data_files=name, split="train")
     if extension in FILE_FORMATS:
         raise ValueError(f"dataset {name!r} does not exist")
-    if os.path.exists(os.path.join(name, "state.json")) or os.path.exists(os.path.join(name, "dataset_dict.json")):
-        loaded = load_from_disk(name)
-    else:
-        loaded = load_dataset(name, config)
-    if not isinstance(loaded, DatasetDict):
-        return loaded  # pyright: ignore[reportReturnType]
+    saved = os.path.exists(os.path.join(name, "state.json")) or os.path.exists(os.path.join(name, "dataset_dict.json"))
+    loaded = load_from_disk(name) if saved else load_dataset(name, config)
+    if isinstance(loaded, Dataset):
+        loaded = DatasetDict({"train": loaded})
     if split not in loaded:
         raise ValueError(f"dataset {name!r} has the splits {', '.join(map(str, loaded))}, not {split!r}")
     return loaded[split]
@@ -88,7 +88,9 @@ def run_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) ->
                 trainer.eval_dataset,  # pyright: ignore[reportArgumentType]
                 trainer.processing_class,
                 batch_size=args.per_device_eval_batch_size,
+                vocab_size=trainer.vocab_size,
             )
+        trainer.accelerator.wait_for_everyone()
 
     measure("before")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -103,16 +105,19 @@ def run_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) ->
 
 
 def _load_eval_rows(arguments: KDArguments) -> Dataset | IterableDataset | None:
-    name = arguments.eval_dataset or arguments.dataset
-    if arguments.eval_dataset is None and os.path.isfile(name):
+    if arguments.eval_dataset is not None:
+        is_file = os.path.isfile(arguments.eval_dataset)
+        rows = load_rows(arguments.eval_dataset, "train" if is_file else arguments.eval_split or "test")
+    elif arguments.eval_split is not None:
+        rows = load_rows(arguments.dataset, arguments.eval_split, arguments.dataset_config)
+    elif os.path.isfile(arguments.dataset):
         return None
-    try:
-        rows = load_rows(name, arguments.eval_split, arguments.dataset_config)
-    except ValueError:
-        if arguments.eval_dataset is not None:
-            raise
-        return None
-    return rows.take(arguments.max_eval_rows) if rows is not None else None
+    else:
+        try:
+            rows = load_rows(arguments.dataset, "test", arguments.dataset_config)
+        except ValueError:
+            return None  # a dataset without a test split, and none was asked for
+    return rows.take(arguments.max_eval_rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -130,7 +135,9 @@ def main(argv: list[str] | None = None) -> None:
         from hf_distill.demo import run_demo
 
         demo.parse_args(argv[1:])
-        run_demo(known.output_dir)
+        results = run_demo(known.output_dir)
+        if results["distilled"]["student_perplexity"] >= results["hard labels only"]["student_perplexity"]:
+            sys.exit("distillation did not win: please report this with the table above")
     else:
         kd_parser = TrlParser((KDArguments, KDConfig, ModelConfig), prog="hf-distill kd")  # pyright: ignore
         run_kd(*kd_parser.parse_args_and_config(rest))

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, N label-bearing positions, V vocabulary.
 
 import math
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -35,12 +36,14 @@ def evaluate_fidelity(
     *,
     batch_size: int = 8,
     max_length: int | None = None,
+    vocab_size: int | None = None,
 ) -> dict[str, float]:
     """Perplexities of both models and how far the student's distributions are from the teacher's.
 
     Rows are `text` (measured as it stands: nothing is appended), `prompt` and `completion` (the completion counts),
     `messages` (every token counts), or `input_ids` with optional `labels`; `trainer.eval_dataset` has the very rows
-    that a trainer evaluates on. Every value is a mean over label-bearing tokens, whatever the batch size.
+    that a trainer evaluates on (packed ones are measured document by document). Every value is a mean over
+    label-bearing tokens, whatever the batch size.
 
     Args:
         student, teacher (`PreTrainedModel`): with the same vocabulary, each on its own device; PEFT models too.
@@ -48,6 +51,8 @@ def evaluate_fidelity(
         tokenizer: of both.
         batch_size (`int`): rows per forward.
         max_length (`int`, *optional*): tokens at which rows are cut.
+        vocab_size (`int`, *optional*):
+            The true vocabulary, `trainer.vocab_size`; by default that of the tokenizer. Ids past it get no probability.
 
     Returns:
         A dict with `student_perplexity`, `teacher_perplexity`, `kl` (KL(teacher || student), nats per token),
@@ -64,9 +69,10 @@ def evaluate_fidelity(
     teacher.eval()
     means = TokenMeans()
     num_tokens = 0
+    vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1
     try:
         for batch in _batches(dataset, tokenizer, batch_size, max_length):
-            num_tokens += _add_batch(means, student, teacher, batch, len(tokenizer))
+            num_tokens += _add_batch(means, student, teacher, batch, vocab_size)
     finally:
         student.train(was_training[0])
         teacher.train(was_training[1])
@@ -118,12 +124,20 @@ def _batches(
     """Right-padded batches of input_ids, attention_mask and labels (B, T)."""
     rows: list[dict[str, list[int]]] = []
     for row in tqdm(dataset, desc="measuring fidelity", unit="row", leave=False):
-        rows.append({name: ids[:max_length] for name, ids in _tokenized(row, tokenizer).items()})
-        if len(rows) == batch_size:
-            yield _padded(rows)
-            rows = []
+        rows += [{k: ids[:max_length] for k, ids in part.items()} for part in _documents(_tokenized(row, tokenizer))]
+        while len(rows) >= batch_size:
+            yield _padded(rows[:batch_size])
+            rows = rows[batch_size:]
     if rows:
         yield _padded(rows)
+
+
+def _documents(row: dict[str, list[int]]) -> list[dict[str, list[int]]]:
+    """The documents of a packed row, each by itself; a row that is not packed is one document."""
+    lengths = row.pop("seq_lengths", None) or [len(row["input_ids"])]
+    ends = list(accumulate(lengths))
+    starts = [0, *ends[:-1]]
+    return [{k: ids[a:b] for k, ids in row.items()} for a, b in zip(starts, ends, strict=True)]
 
 
 def _padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
@@ -139,7 +153,8 @@ def _padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 def _tokenized(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     if "input_ids" in row:
-        return {"input_ids": row["input_ids"], "labels": row.get("labels") or row["input_ids"]}
+        labels = row.get("labels") or row["input_ids"]
+        return {"input_ids": row["input_ids"], "labels": labels, "seq_lengths": row.get("seq_lengths")}  # pyright: ignore
     if "prompt" in row and "completion" in row:
         prompt = _ids(row["prompt"], tokenizer, add_generation_prompt=True)
         ids = _ids(row["prompt"] + row["completion"], tokenizer)

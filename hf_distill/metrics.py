@@ -20,14 +20,14 @@ class TokenMeans:
         """Adds detached scalar sums over `count` tokens."""
         device = next(iter(sums.values())).device
         for name, value in {"count": torch.as_tensor(count, device=device), **sums}.items():
-            value = value.detach().double()
+            value = value.detach().to(torch.float32 if device.type == "mps" else torch.float64)  # MPS has no float64
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def pop(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, float]:
         """The means since the last call, and a fresh start. Empty when there was no token.
 
         Args:
-            reduce (`Callable`): sums a vector over all processes; called once, on every process.
+            reduce (`Callable`): sums a vector over all processes; called once, if this process has counted anything.
         """
         if not self._sums:
             return {}

@@ -19,6 +19,7 @@ def folder(tmp_path_factory, tokenizer):
     rows = Dataset.from_dict({"text": SENTENCES})
     rows.to_json(folder / "rows.jsonl")
     rows.to_parquet(folder / "rows.parquet")
+    rows.save_to_disk(folder / "saved_rows")
     DatasetDict({"train": rows, "test": rows.select(range(4))}).save_to_disk(folder / "saved")
     (folder / "files").mkdir()
     rows.to_json(folder / "files" / "train.jsonl")
@@ -43,12 +44,12 @@ def options(folder, **changes):
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
-@pytest.mark.parametrize("dataset", ["rows.jsonl", "rows.parquet", "saved", "files"])
+@pytest.mark.parametrize("dataset", ["rows.jsonl", "rows.parquet", "saved", "saved_rows", "files"])
 def test_kd_distils_from_every_kind_of_dataset_and_saves_a_plain_student(folder, tmp_path, dataset):
     cli.main(["kd", *options(folder, dataset=folder / dataset, output_dir=tmp_path)])
     AutoModelForCausalLM.from_pretrained(tmp_path)
     assert "forward_kl" in (tmp_path / "README.md").read_text()
-    # The last two bring held-out rows of their own.
+    # Training rows are never measured as held-out ones: only two of these have any.
     assert (tmp_path / "report.png").exists() == (dataset in ("saved", "files"))
 
 
@@ -91,6 +92,13 @@ def test_a_wrong_setting_is_told_in_words(folder, tmp_path, changes, message):
 def test_a_missing_split_names_those_there_are(folder, tmp_path):
     with pytest.raises(ValueError, match="splits train, test, not 'dev'"):
         cli.main(["kd", *options(folder, dataset=folder / "saved", train_split="dev", output_dir=tmp_path)])
+
+
+def test_held_out_rows_that_were_asked_for_have_to_exist(folder, tmp_path):
+    with pytest.raises(ValueError, match="splits train, test, not 'validaton'"):
+        cli.main(["kd", *options(folder, dataset=folder / "saved", eval_split="validaton", output_dir=tmp_path)])
+    with pytest.raises(ValueError, match="splits train, not 'test'"):
+        cli.main(["kd", *options(folder, eval_dataset=folder / "saved_rows", output_dir=tmp_path)])
 
 
 def test_an_unknown_command_is_refused(capsys):

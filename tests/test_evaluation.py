@@ -81,6 +81,27 @@ def test_labels_of_tokenised_rows_and_max_length_are_respected(tokenizer):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_packed_rows_are_measured_document_by_document(tokenizer):
+    """As SFTTrainer packs them: several documents in a row, their lengths beside it."""
+    student, teacher = make_model(seed=1), make_model(seed=2)
+    ids = [tokenizer(t)["input_ids"] for t in SENTENCES]
+    expected = plain_fidelity(student, teacher, [(row, 0) for row in ids], len(tokenizer))
+    packed = [ids[0] + ids[1] + ids[2], ids[3], ids[4] + ids[5], ids[6] + ids[7]]
+    lengths = [[len(ids[i]) for i in group] for group in ([0, 1, 2], [3], [4, 5], [6, 7])]
+    dataset = Dataset.from_dict({"input_ids": packed, "labels": packed, "seq_lengths": lengths})
+    for batch_size in (1, 3, 8):
+        found = evaluate_fidelity(student, teacher, dataset, tokenizer, batch_size=batch_size)
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_ids_past_the_true_vocabulary_get_no_probability(tokenizer):
+    student, teacher = make_model(seed=1), make_model(seed=2)
+    rows = [([5, 6, 7, 8, 9, 10], 0)]
+    dataset = Dataset.from_dict({"input_ids": [rows[0][0]]})
+    found = evaluate_fidelity(student, teacher, dataset, tokenizer, vocab_size=100)
+    assert found == pytest.approx(plain_fidelity(student, teacher, rows, 100), rel=1e-4)
+
+
 def test_a_model_agrees_with_itself(tokenizer):
     model = make_model()
     stream = IterableDataset.from_generator(lambda: ({"text": text} for text in SENTENCES))

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars, enable_progress_bars
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import (
@@ -44,6 +44,7 @@ def _quiet_on_one_thread() -> Iterator[None]:
     """One progress bar in place of the libraries' own, and one thread: models this small lose by a second one."""
     loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("trl", "hf_distill")}
     verbosity, num_threads = transformers_logging.get_verbosity(), torch.get_num_threads()
+    bars_shown = not are_progress_bars_disabled()
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -53,7 +54,8 @@ def _quiet_on_one_thread() -> Iterator[None]:
     try:
         yield
     finally:
-        enable_progress_bars()
+        if bars_shown:
+            enable_progress_bars()
         transformers_logging.enable_progress_bar()
         transformers_logging.set_verbosity(verbosity)
         torch.set_num_threads(num_threads)
@@ -100,11 +102,14 @@ def run_demo(output_dir: str) -> dict[str, dict[str, float]]:
 
     means = {name: {key: mean(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()}
     save_report(output_dir, means, histories, title=f"{NUM_HELD_OUT} held-out stories, means over {len(SEEDS)} seeds")
-    pairs = [(hard["kl"], soft["kl"]) for hard, soft in zip(*(results[name] for name in RUNS), strict=True)]
+    pairs = list(zip(*(results[name] for name in RUNS), strict=True))
     for seed, (hard, soft) in zip(SEEDS, pairs, strict=True):
-        console.print(f"seed {seed}: KL to the teacher {hard:.4f} -> {soft:.4f} nats ({soft / hard - 1:+.0%})")
+        console.print(
+            f"seed {seed}: perplexity {hard['student_perplexity']:.3f} -> {soft['student_perplexity']:.3f}, "
+            f"KL to the teacher {hard['kl']:.4f} -> {soft['kl']:.4f} nats ({soft['kl'] / hard['kl'] - 1:+.0%})"
+        )
     console.print(
-        f"The distilled student is closer in {sum(soft < hard for hard, soft in pairs)} of {len(SEEDS)} seeds."
+        f"The distilled student is closer in {sum(s['kl'] < h['kl'] for h, s in pairs)} of {len(SEEDS)} seeds."
     )
     console.print(f"Look at {Path(output_dir, 'report.png')}; the student is in {Path(output_dir, 'student')}.")
     return means

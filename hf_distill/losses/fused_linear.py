@@ -239,13 +239,17 @@ def _differentiate_(
 
 @functools.cache
 def _compiled_differentiate_() -> Callable[..., Tensor]:
-    return torch.compile(_differentiate_, dynamic=True)
+    # One graph, so that nothing of a chunk's size is written between kernels; rows become dynamic by themselves, and
+    # settings stay the plain numbers that the divergences check.
+    return torch.compile(_differentiate_, fullgraph=True)
 
 
 def _differentiate_chunk_(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, token_weights: Tensor, *rest):
-    """`_differentiate_` at the speed of the device: one fused kernel on CUDA, blocks that fit the cache on the CPU."""
-    if student_logits.is_cuda:
-        return _compiled_differentiate_()(student_logits, teacher_logits, labels, token_weights, *rest)
+    """`_differentiate_` at the speed of the device: fused kernels on CUDA, blocks that fit the cache on the CPU."""
+    device = student_logits.device.type
+    if device != "cpu":
+        differentiate = _compiled_differentiate_() if device == "cuda" else _differentiate_
+        return differentiate(student_logits, teacher_logits, labels, token_weights, *rest)
     rows = max(1, CACHE_BLOCK // student_logits.shape[1])
     blocks = zip(*(x.split(rows) for x in (student_logits, teacher_logits, labels, token_weights)), strict=True)
     return torch.stack([_differentiate_(*block, *rest) for block in blocks]).sum(0)

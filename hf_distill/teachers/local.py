@@ -82,7 +82,7 @@ def load_teacher(
         model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
         if quantization is not None:
             size = model.get_memory_footprint() / 2**20
-            logger.info("teacher loaded in %s by bitsandbytes: %.0f MiB on %s", quantization, size, device)
+            logger.warning("teacher loaded in %s by bitsandbytes: %.0f MiB on %s", quantization, size, device)
         return model
     if quantization is not None:
         raise ValueError(

@@ -1,5 +1,6 @@
 """KDTrainer: TRL's SFTTrainer with a teacher. The heart is `compute_loss`; the rest loads, checks, counts and saves."""
 
+import copy
 import logging
 import os
 from functools import partial
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard
 from peft import PeftConfig
 from torch import Tensor
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from hf_distill.losses.divergence import check_divergence
@@ -107,6 +109,8 @@ class KDTrainer(SFTTrainer):
         args = KDConfig(output_dir="kd_output") if args is None else args
         if not isinstance(args, KDConfig):
             raise ValueError(f"args has to be a KDConfig, got {type(args).__name__}; KDConfig takes the same fields")
+        if is_deepspeed_zero3_enabled():
+            raise ValueError("DeepSpeed ZeRO-3 is not supported yet: use ZeRO-2 (accelerate_configs/zero2.yaml) or DDP")
         if teacher_model is None:
             raise ValueError("teacher_model is missing: pass a hub id, a path or a model (SFTTrainer trains without)")
         if model is teacher_model and not isinstance(model, str):
@@ -133,6 +137,10 @@ class KDTrainer(SFTTrainer):
         self.teacher: Teacher = LocalTeacher(teacher, args.device)
         self.vocab_size = min(self.vocab_size, self.teacher.head.weight.shape[0])
 
+        if isinstance(model, str) and args.device.type == "cuda" and args.world_size == 1:
+            # TRL would spread the student over all GPUs, the teacher's too.
+            args = copy.copy(args)
+            args.model_init_kwargs = {"device_map": {"": args.device}, **(args.model_init_kwargs or {})}  # pyright: ignore
         super().__init__(
             model=model,
             args=args,
@@ -163,6 +171,10 @@ class KDTrainer(SFTTrainer):
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError("context and sequence parallelism are not supported: the teacher reads whole rows")
+        if self.is_fsdp_enabled:
+            raise ValueError("FSDP is not supported yet: use DDP (accelerate_configs/ddp.yaml) or ZeRO-2")
+        if len(set((getattr(student, "hf_device_map", None) or {}).values())) > 1:
+            raise ValueError("the student is split over devices; load it on one: device_map={'': 0}")
 
     # ------------------------------------------------------------------------------------------------- the heart
 
@@ -200,6 +212,8 @@ class KDTrainer(SFTTrainer):
         self._record(loss, terms, inputs, labels.numel())
         if self.model.training:
             self._update_loss += loss.detach()
+            if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+                self._stop_unless_finite()  # DeepSpeed's backward steps the optimizer
         if return_outputs:
             with torch.no_grad():
                 return loss, model(**inputs, use_cache=False)
@@ -270,7 +284,7 @@ class KDTrainer(SFTTrainer):
         return output
 
     def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
-        if description != "Training" and isinstance(dataset, Dataset) and "labels" in dataset.column_names:
+        if description == "Evaluation" and isinstance(dataset, Dataset) and "labels" in dataset.column_names:
             dataset = self._fill_up(dataset, batch_size)
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)  # pyright: ignore
 
@@ -289,6 +303,7 @@ class KDTrainer(SFTTrainer):
 
     def train(self, *args, **kwargs):
         """As in `trl.SFTTrainer`; whatever stops it, the student is saved to `emergency/` in the output directory."""
+        self._means["train"], self._update_loss = TokenMeans(), 0.0  # what an interrupted run has left
         try:
             return super().train(*args, **kwargs)
         except (Exception, KeyboardInterrupt):
@@ -297,8 +312,10 @@ class KDTrainer(SFTTrainer):
 
     def _save_emergency(self) -> None:
         folder = f"{self.args.output_dir}/emergency"
+        if self.state.global_step == 0 and os.path.exists(folder):
+            return  # A run that failed to start has nothing to save over the student of an earlier one.
         try:
-            self.save_model(folder)
+            self.save_model(folder, _internal_call=True)  # without it, the student would be pushed to the hub
             logger.error("training stopped at step %d; the student is saved in %s", self.state.global_step, folder)
         except Exception:
             logger.exception("training stopped at step %d, and saving to %s failed", self.state.global_step, folder)
@@ -306,19 +323,23 @@ class KDTrainer(SFTTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         # transformers calls this once per update, right before the optimizer's step.
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        scaler = self.accelerator.scaler
+        # With float16's loss scaling a non-finite gradient is everyday: the scaler skips that step. DeepSpeed has
+        # stepped by now; compute_loss has checked its loss.
+        ignored = self.is_deepspeed_enabled or (scaler is not None and scaler.is_enabled())
+        self._stop_unless_finite(0.0 if ignored else grad_norm)
+        return grad_norm
+
+    def _stop_unless_finite(self, grad_norm: Any = 0.0) -> None:
         loss = self._sum_over_processes(torch.as_tensor(self._update_loss, device=self.args.device))
         self._update_loss = 0.0
-        scaler = self.accelerator.scaler
-        # With float16's loss scaling a non-finite gradient is everyday: the scaler skips that step.
-        checked = loss if scaler is not None and scaler.is_enabled() else loss + torch.as_tensor(grad_norm).to(loss)
-        if not torch.isfinite(checked):
+        if not torch.isfinite(loss + torch.as_tensor(grad_norm).to(loss)):
             raise FloatingPointError(
                 f"non-finite training at step {self.state.global_step + 1}: loss {loss.item()}, gradient norm "
                 f"{torch.as_tensor(grad_norm).item()}. The optimizer has not stepped; checkpoints up to this step are "
                 "intact. Try a lower learning rate or temperature, or bf16 instead of fp16, and look at the rows of "
                 "this step"
             )
-        return grad_norm
 
     # ------------------------------------------------------------------------------------------------------ data
 

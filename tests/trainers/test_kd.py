@@ -665,10 +665,64 @@ def test_failure_to_save_does_not_hide_what_stopped_training(tmp_path, tokenizer
         tmp_path, student, teacher, rows, tokenizer,
         trainer_settings={"callbacks": [At(1, lambda: throw(RuntimeError("first")))]},
     )  # fmt: skip
-    trainer.save_model = lambda *_: throw(OSError("second"))
+    trainer.save_model = lambda *_, **__: throw(OSError("second"))
     with pytest.raises(RuntimeError, match="first"):
         trainer.train()
     assert "second" in caplog.text
+
+
+def test_a_run_that_fails_to_start_leaves_the_student_that_an_earlier_one_rescued(tmp_path, tokenizer, rows, teacher):
+    for step, seed in ((3, 2), (1, 9)):
+        trainer = make_trainer(
+            tmp_path, make_model("llama", seed=seed), teacher, rows, tokenizer, max_steps=5,
+            trainer_settings={"callbacks": [At(step, lambda: throw(RuntimeError("stop")))]},
+        )  # fmt: skip
+        with pytest.raises(RuntimeError, match="stop"):
+            trainer.train()
+        if step == 3:
+            rescued = trainer.model.state_dict()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "emergency").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in rescued.items())
+
+
+def test_an_emergency_is_never_pushed_to_the_hub(tmp_path, tokenizer, rows, student, teacher, monkeypatch):
+    trainer = make_trainer(
+        tmp_path, student, teacher, rows, tokenizer, max_steps=5,
+        trainer_settings={"callbacks": [At(2, lambda: throw(KeyboardInterrupt()))]},
+    )  # fmt: skip
+    trainer.args.push_to_hub = True
+    pushed = []
+    monkeypatch.setattr(trainer, "init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr(trainer, "push_to_hub", lambda *_, **__: pushed.append(1))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (tmp_path / "emergency").exists()
+    assert not pushed
+
+
+def test_a_second_training_starts_with_nothing_of_an_interrupted_one(tmp_path, tokenizer, rows, student, teacher):
+    """The first stops in the middle of an update, whose sums must not be those of the second's first step."""
+
+    def logs_of(interrupted: bool):
+        trainer = make_trainer(
+            tmp_path, copy.deepcopy(student), teacher, rows, tokenizer, max_steps=1, gradient_accumulation_steps=2,
+            per_device_train_batch_size=2, logging_steps=1, learning_rate=0.0,
+        )  # fmt: skip
+        if interrupted:
+            compute_loss, calls = trainer.compute_loss, []
+
+            def stop_at_the_second(*args, **kwargs):
+                calls.append(1)
+                return throw(RuntimeError("stop")) if len(calls) == 2 else compute_loss(*args, **kwargs)
+
+            trainer.compute_loss = stop_at_the_second
+            with pytest.raises(RuntimeError, match="stop"):
+                trainer.train()
+            trainer.compute_loss = compute_loss
+        trainer.train()
+        return [(log["kd"], log["ce"]) for log in trainer.state.log_history if "loss" in log]
+
+    assert logs_of(interrupted=True) == logs_of(interrupted=False)
 
 
 @pytest.mark.parametrize("source", ["loss", "gradient"])
