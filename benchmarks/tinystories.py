@@ -5,7 +5,8 @@
 `--teacher` is a causal language model, `--data` a folder with train.jsonl and test.jsonl, a `text` in each line. Rows
 are 128-token pieces of all stories in one stream, each story after the tokenizer's bos token, as the teacher was
 trained. Two students: some of the teacher's own layers, and a random model of the teacher's width. Every run goes
-through KDTrainer; the seed draws the order of the rows and the random weights.
+through KDTrainer; the seed draws the order of the rows and the random weights. `--plain` runs the same in a plain torch
+loop with dense logits, which has to end at the same numbers.
 """
 
 import argparse
@@ -102,6 +103,35 @@ def train(
         trainer.train()
 
 
+def train_plainly(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    objective: dict[str, float | str],
+    seed: int,
+    options: argparse.Namespace,
+) -> None:
+    """What `train` does, without KDTrainer: forward KL and hard labels from dense logits, rows in the same order."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).split(options.batch_size)
+    input_ids = torch.tensor(rows["input_ids"], device=student.device)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=options.learning_rate, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+    for chosen in order[: options.steps]:
+        batch = input_ids[chosen]
+        student_logits = student.train()(input_ids=batch).logits[:, :-1].flatten(0, 1)  # (N, V)
+        with torch.no_grad():
+            teacher_logits = teacher(input_ids=batch).logits[:, :-1].flatten(0, 1)  # (N, V)
+        log_probs = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+        kl = nn.functional.kl_div(*log_probs, log_target=True, reduction="batchmean")
+        ce = nn.functional.cross_entropy(student_logits, batch[:, 1:].flatten())
+        (objective["kd_weight"] * kl + (1 - objective["kd_weight"]) * ce).backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+
 def describe(values: list[float], form: str) -> str:
     """The mean and the values."""
     return f"{form.format(statistics.mean(values))} ({', '.join(map(form.format, values))})"
@@ -118,6 +148,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--plain", action="store_true", help="a plain torch loop in place of KDTrainer")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     return parser.parse_args()
 
@@ -143,7 +174,9 @@ def main() -> None:
                 set_seed(seed)
                 student = make_student().to(device)
                 if objective is not None:
-                    train(student, teacher, rows, tokenizer, objective, seed, options)
+                    (train_plainly if options.plain else train)(
+                        student, teacher, rows, tokenizer, objective, seed, options
+                    )
                 found.append(evaluate_fidelity(student, teacher, held_out, tokenizer, batch_size=32))
                 nats = math.log(found[-1]["student_perplexity"])
                 progress.print(f"{student_name}, {objective_name}, seed {seed}: {nats:.3f} nats per token")

@@ -95,8 +95,8 @@ def test_a_missing_split_names_those_there_are(folder, tmp_path):
 
 
 def test_held_out_rows_that_were_asked_for_have_to_exist(folder, tmp_path):
-    with pytest.raises(ValueError, match="splits train, test, not 'validaton'"):
-        cli.main(["kd", *options(folder, dataset=folder / "saved", eval_split="validaton", output_dir=tmp_path)])
+    with pytest.raises(ValueError, match="splits train, test, not 'held_out'"):
+        cli.main(["kd", *options(folder, dataset=folder / "saved", eval_split="held_out", output_dir=tmp_path)])
     with pytest.raises(ValueError, match="splits train, not 'test'"):
         cli.main(["kd", *options(folder, eval_dataset=folder / "saved_rows", output_dir=tmp_path)])
 
