@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> KDTrainer:
         teacher_model=arguments.teacher_model,
         args=args,
         train_dataset=dataset["train"],
-        eval_dataset=dataset["test"] if args.eval_strategy != "no" else None,
+        eval_dataset=dataset.get("test"),
         peft_config=get_peft_config(model_config),
         quantization_config=get_quantization_config(model_config),
     )

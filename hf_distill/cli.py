@@ -61,6 +61,8 @@ def load_rows(name: str, split: str, config: str | None = None) -> Dataset | Ite
 
 def run_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> None:
     """Distils, measures the student before and after on held-out rows, saves student, table and picture."""
+    if model_config.model_name_or_path is not None:
+        raise ValueError("--model_name_or_path is not used here: the student is --model, the teacher --teacher_model")
     args.model_init_kwargs = {
         "revision": model_config.model_revision,
         "attn_implementation": model_config.attn_implementation,
@@ -93,7 +95,8 @@ def run_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) ->
         trainer.accelerator.wait_for_everyone()
 
     measure("before")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     trainer.create_model_card()
     measure("after")

@@ -18,7 +18,7 @@ FIDELITY_COLUMNS = {
     "teacher_perplexity": ("teacher's", "{:.3f}", False),
     "kl": ("KL, nats", "{:.4f}", False),
     "agreement": ("agreement", "{:.1%}", True),
-    "expected_acceptance": ("accepted", "{:.1%}", True),
+    "expected_acceptance": ("acceptance", "{:.1%}", True),
 }
 BARS = ("student_perplexity", "kl", "agreement", "expected_acceptance")
 LOSS_TERMS = ("loss", "kd", "ce")
@@ -102,6 +102,6 @@ def _draw_terms(axes: Axes, histories: Mapping[str, Sequence[Mapping[str, float]
             if points:
                 label = f"{run}: {term}" if len(histories) > 1 else term
                 axes.plot(*zip(*points, strict=True), style, color=colors[run], label=label)
-    axes.set(xlabel="step", ylabel="nats per token", title="loss terms")
+    axes.set(xlabel="step", ylabel="nats per token", title="loss terms (kd without the factor T^2)")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7)

@@ -60,7 +60,7 @@ def test_kd_reports_the_student_before_and_after_on_held_out_rows(folder, tmp_pa
     assert report["after"]["kl"] < report["before"]["kl"]
     printed = capsys.readouterr().out
     assert "before" in printed
-    assert "accepted" in printed
+    assert "acceptance" in printed
 
 
 def test_a_recipe_is_read_and_the_command_line_has_the_last_word(folder, tmp_path):

@@ -74,15 +74,22 @@ def load_teacher(
     Raises:
         `ValueError`: quantisation of a model that is already loaded or without bitsandbytes; a model without weights.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"teacher_device={str(device)!r} is not a device of this machine: {error}") from error
     if isinstance(model, str):
         defaults = {"dtype": "auto", "device_map": {"": str(device)}, "trust_remote_code": trust_remote_code}
         kwargs = {**defaults, **(init_kwargs or {})}
         if quantization is not None:
             kwargs["quantization_config"] = _quantization_config(quantization, torch.device(device))
-        model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        except OSError as error:
+            raise ValueError(f"teacher_model={model!r} cannot be loaded: {error}") from error
         if quantization is not None:
             size = model.get_memory_footprint() / 2**20
-            logger.warning("teacher loaded in %s by bitsandbytes: %.0f MiB on %s", quantization, size, device)
+            logger.warning("teacher loaded in %s by bitsandbytes: %.1f MiB on %s", quantization, size, device)
         return model
     if quantization is not None:
         raise ValueError(

@@ -5,9 +5,9 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.modeling import shared_parameters
+from hf_distill.modeling import causal_lm, embedding_weight, shared_parameters
 from hf_distill.trainers.config import KDConfig
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def has_label(row: dict[str, list[int]], vocab_size: int, dataset_name: str) -> 
     if (largest := max(row["input_ids"], default=0)) >= vocab_size:
         raise ValueError(
             f"a row of the {dataset_name} dataset has token id {largest}, but student and teacher share only the ids "
-            f"below {vocab_size}: the teacher cannot read it. Use tokens (eos_token, chat template) that both know"
+            f"below {vocab_size}: one of them cannot read it. Use tokens (eos_token, chat template) that both know"
         )
     return any(label != -100 for label in row["labels"][1:])
 
@@ -95,6 +95,15 @@ def student_tokenizer(model: str | PreTrainedModel, args: KDConfig) -> PreTraine
     if not name:
         raise ValueError("processing_class is missing: the student was not loaded by name, so its tokenizer is unknown")
     return _load_tokenizer(name, args.model_init_kwargs, args)
+
+
+def student_rows(model: str | PreTrainedModel, args: KDConfig) -> int:
+    """How many token ids the student has embeddings for, before it is loaded."""
+    if not isinstance(model, str):
+        return len(embedding_weight(causal_lm(model)))
+    revision = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore[reportAttributeAccessIssue]
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+    return config.get_text_config().vocab_size
 
 
 def teacher_tokenizer(model: str | PreTrainedModel, args: KDConfig) -> PreTrainedTokenizerBase | None:

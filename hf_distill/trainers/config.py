@@ -42,7 +42,9 @@ class KDConfig(SFTConfig):
     )
     divergence_params: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Parameters of the divergence as a dict or JSON, such as {'beta': 0.5} for jensen_shannon."},
+        metadata={
+            "help": "Parameters of the divergence as a dict or JSON, such as '{\"beta\": 0.5}' for jensen_shannon."
+        },
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -65,7 +67,7 @@ class KDConfig(SFTConfig):
     loss_chunk_size: int | None = field(
         default=None,
         metadata={
-            "help": "Positions whose logits exist at one time. The default fits 128 MiB on the CPU, 512 on CUDA."
+            "help": "Positions whose logits exist at one time. The default fits 160 MiB on the CPU, 512 on CUDA."
         },
     )
 
@@ -77,6 +79,10 @@ class KDConfig(SFTConfig):
             raise ValueError(f"temperature has to be above 0 and finite, got {self.temperature}")
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise ValueError(f"loss_chunk_size has to be at least 1, got {self.loss_chunk_size}")
+        if isinstance(self.divergence_params, str):
+            raise ValueError(
+                f"divergence_params has to be JSON such as '{{\"beta\": 0.5}}', got {self.divergence_params!r}"
+            )
         check_divergence(self.divergence, self.divergence_params)  # pyright: ignore[reportArgumentType]
         check_quantization(self.teacher_quantization)
         if self.loss_type != "nll":

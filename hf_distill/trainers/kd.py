@@ -39,6 +39,7 @@ from hf_distill.trainers.checks import (
     refuse_prompt_learning,
     refuse_shared_memory,
     refuse_vision,
+    student_rows,
     student_tokenizer,
     teacher_tokenizer,
 )
@@ -135,7 +136,7 @@ class KDTrainer(SFTTrainer):
         if not isinstance(model, str) and peft_config is None:
             refuse_shared_memory(model, teacher)  # Before the teacher is frozen, and what it shares with it.
         self.teacher: Teacher = LocalTeacher(teacher, args.device)
-        self.vocab_size = min(self.vocab_size, self.teacher.head.weight.shape[0])
+        self.vocab_size = min(self.vocab_size, self.teacher.head.weight.shape[0], student_rows(model, args))
 
         if isinstance(model, str) and args.device.type == "cuda" and args.world_size == 1:
             # TRL would spread the student over all GPUs, the teacher's too.
@@ -166,7 +167,6 @@ class KDTrainer(SFTTrainer):
         keep_4bit_weights(student)
         check_head(student, "student")
         expose_hidden_states(student)
-        self.vocab_size = min(self.vocab_size, student.get_output_embeddings().weight.shape[0])
         refuse_shared_memory(self.model, teacher)
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
