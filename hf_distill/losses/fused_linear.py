@@ -18,11 +18,11 @@ from torch import Tensor
 from hf_distill.losses.divergence import DIVERGENCE_TERMS, Terms, check_divergence, temperature_factor
 
 # Bytes of one chunk's logits in float32. Large enough for matrix products at full speed, small beside a model.
-CHUNK_BYTES = {"cpu": 160 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 # On the CPU the element-wise part runs on blocks of rows that stay in the cache: about this many logits at a time.
 CACHE_BLOCK = 2**19
 # Rows of a head that are multiplied at a time: on the CPU what stays in the cache (an eighth faster than the whole head
-# for chunks of 256 positions), on CUDA the whole head, unless it has to be converted to another dtype.
+# for chunks of 192 positions), on CUDA the whole head, unless it has to be converted to another dtype.
 HEAD_ROWS = {"cpu": 2**11, "cuda": 2**14}
 
 

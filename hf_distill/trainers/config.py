@@ -67,7 +67,7 @@ class KDConfig(SFTConfig):
     loss_chunk_size: int | None = field(
         default=None,
         metadata={
-            "help": "Positions whose logits exist at one time. The default fits 160 MiB on the CPU, 512 on CUDA."
+            "help": "Positions whose logits exist at one time. The default fits 128 MiB on the CPU, 512 on CUDA."
         },
     )
 
