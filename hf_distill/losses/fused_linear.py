@@ -240,9 +240,9 @@ def _differentiate_(
 
 @functools.cache
 def _compiled_differentiate_() -> Callable[..., Tensor]:
-    # One graph, so that nothing of a chunk's size is written between kernels; rows become dynamic by themselves, and
-    # settings stay the plain numbers that the divergences check.
-    return torch.compile(_differentiate_, fullgraph=True)
+    # Not `dynamic=True`: rows become dynamic by themselves, while settings stay the plain numbers that the divergences
+    # check; as symbols they would break the graph, and chunk-sized tensors would be written between its parts.
+    return torch.compile(_differentiate_)
 
 
 def _differentiate_chunk_(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, token_weights: Tensor, *rest):
