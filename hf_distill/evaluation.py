@@ -63,7 +63,8 @@ def evaluate_fidelity(
     Raises:
         `ValueError`: no row has a label-bearing token, or a row has none of the columns above.
     """
-    keep_4bit_weights(student)
+    for model in (student, teacher):
+        keep_4bit_weights(model)
     was_training = student.training, teacher.training
     student.eval()
     teacher.eval()

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of long sums: float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class TokenMeans:
     """Sums of per-token values, kept on the device and reduced over all processes only when they are read.
 
@@ -20,7 +25,7 @@ class TokenMeans:
         """Adds detached scalar sums over `count` tokens."""
         device = next(iter(sums.values())).device
         for name, value in {"count": torch.as_tensor(count, device=device), **sums}.items():
-            value = value.detach().to(torch.float32 if device.type == "mps" else torch.float64)  # MPS has no float64
+            value = value.detach().to(sum_dtype(device))
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def pop(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, float]:

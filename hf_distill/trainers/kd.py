@@ -17,7 +17,7 @@ from trl import SFTTrainer
 
 from hf_distill.losses.divergence import check_divergence
 from hf_distill.losses.fused_linear import Head, fused_linear_distillation_loss
-from hf_distill.metrics import TokenMeans
+from hf_distill.metrics import TokenMeans, sum_dtype
 from hf_distill.modeling import (
     causal_lm,
     check_head,
@@ -272,7 +272,8 @@ class KDTrainer(SFTTrainer):
         # "loss" is in the record of a logging step, which every process makes at the same step.
         if "loss" in logs:
             logs.update(self._means["train"].pop(self._sum_over_processes))
-            tokens = torch.as_tensor(self._total_train_tokens, device=self.accelerator.device, dtype=torch.float64)
+            device = self.accelerator.device
+            tokens = torch.as_tensor(self._total_train_tokens, device=device).to(sum_dtype(device))
             logs["num_tokens"] = self._sum_over_processes(tokens.unsqueeze(0)).item()
         super().log(logs, start_time)
 
