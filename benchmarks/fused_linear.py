@@ -122,6 +122,12 @@ def run(name: str, divergence: str, options: argparse.Namespace) -> Result:
     return Result(measurement, losses[-1].item(), [gradient.float().cpu().numpy() for gradient in gradients])
 
 
+def merged(first: Result, second: Result) -> Result:
+    """Both rounds' times and the larger memory; loss and gradients are the same in every round."""
+    times, memory = zip(first.measurement, second.measurement, strict=True)
+    return first._replace(measurement=Measurement([*times[0], *times[1]], max(memory)))
+
+
 def make_inputs(options: argparse.Namespace) -> Inputs:
     """Random hidden states and heads that give logits of standard deviation 2."""
     generator = torch.Generator(options.device).manual_seed(0)
@@ -164,8 +170,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--divergence", nargs="+", choices=BETAS, default=["forward_kl", "jensen_shannon"])
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--freeze-head", action="store_true", help="the student's head needs no gradient (LoRA)")
-    parser.add_argument("--repeats", type=int, default=3, help="steps, of which the median time is shown")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before those")
+    parser.add_argument("--rounds", type=int, default=1, help="times that the implementations take turns")
+    parser.add_argument("--repeats", type=int, default=3, help="steps per round; the median time of all is shown")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before those, in every round")
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--liger-compiled", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
@@ -180,9 +187,12 @@ def main() -> None:
     options = parse_arguments()
     for divergence in options.divergence:
         results: dict[str, Result | str] = {}
-        for name in options.only:
+        for name in options.only * options.rounds:
+            if isinstance(results.get(name), str):
+                continue
             try:
-                results[name] = in_fresh_process(run, name, divergence, options)
+                found = in_fresh_process(run, name, divergence, options)
+                results[name] = found if name not in results else merged(results[name], found)
             except NotMeasured as error:
                 results[name] = str(error)
         title = (

@@ -1,18 +1,26 @@
-"""The command line: `hf-distill demo`, `hf-distill kd`. Parse, then one call."""
+"""The command line: `hf-distill demo`, `hf-distill kd`, `hf-distill skd`. Parse, then one call."""
 
 import argparse
+import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from hf_distill.callbacks import RolloutSamplesCallback
+from hf_distill.collators import LUPICollator
 from hf_distill.evaluation import evaluate_fidelity
-from hf_distill.report import save_report
-from hf_distill.trainers.config import KDConfig
+from hf_distill.report import ROLLOUT_COLUMNS, save_report
+from hf_distill.trainers.checks import student_tokenizer
+from hf_distill.trainers.config import KDConfig, SpeculativeKDConfig
 from hf_distill.trainers.kd import KDTrainer
+from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -35,6 +43,34 @@ class KDArguments:
         default=None, metadata={"help": "Split of the held-out rows. Default: `test`, where there is one."}
     )
     max_eval_rows: int = field(default=500, metadata={"help": "Held-out rows used before and after the training."})
+
+
+@dataclass
+class SKDArguments(KDArguments):
+    """Which models, which prompts, and what only the teacher may read."""
+
+    knowledge_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of what only the teacher reads (LUPI). Default: rows have `prompt` or `messages`."},
+    )
+    query_column: str = field(default="query", metadata={"help": "Column of the question, with knowledge_column."})
+    completion_column: str | None = field(
+        default=None, metadata={"help": "Column of reference answers, for the source `dataset`."}
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "First message to the teacher."})
+    few_shot: str | None = field(
+        default=None, metadata={"help": "JSON file: a list of turns with query, knowledge and answer, for the teacher."}
+    )
+    knowledge_template: str | None = field(
+        default=None, metadata={"help": "The teacher's message, with {knowledge} and {query}."}
+    )
+    allow_missing_knowledge: bool = field(
+        default=False, metadata={"help": "Whether the teacher of a row without knowledge reads the bare query."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Tokens of the teacher's prompt; what is too long loses knowledge."}
+    )
+    samples_steps: int = field(default=0, metadata={"help": "Show what has been written every this many steps."})
 
 
 def load_rows(name: str, split: str, config: str | None = None) -> Dataset | IterableDataset:
@@ -61,6 +97,45 @@ def load_rows(name: str, split: str, config: str | None = None) -> Dataset | Ite
 
 def run_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> None:
     """Distils, measures the student before and after on held-out rows, saves student, table and picture."""
+    trainer = KDTrainer(**_trainer_arguments(arguments, args, model_config))
+
+    def measure() -> dict[str, float]:
+        return evaluate_fidelity(
+            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.teacher.model,  # pyright: ignore[reportAttributeAccessIssue]
+            trainer.eval_dataset,  # pyright: ignore[reportArgumentType]
+            trainer.processing_class,
+            batch_size=args.per_device_eval_batch_size,
+            vocab_size=trainer.vocab_size,
+        )
+
+    def measure_once() -> dict[str, float]:
+        found = measure() if trainer.is_world_process_zero() else {}
+        trainer.accelerator.wait_for_everyone()
+        return found
+
+    results, histories = _train(trainer, measure_once)
+    if results and trainer.is_world_process_zero():
+        save_report(str(args.output_dir), results, histories)
+        print(f"student, report.md and report.png are in {args.output_dir}")
+
+
+def run_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: ModelConfig) -> None:
+    """The same on text that student and teacher write; what is measured is written anew, from held-out prompts."""
+    options = _trainer_arguments(arguments, args, model_config)
+    if arguments.knowledge_column is not None:
+        options["processing_class"] = student_tokenizer(arguments.model, args)
+        options["data_collator"] = _lupi_collator(arguments, options["processing_class"])
+    trainer = SpeculativeKDTrainer(**options)
+    if arguments.samples_steps:
+        trainer.add_callback(RolloutSamplesCallback(trainer, arguments.samples_steps))
+    results, histories = _train(trainer, trainer.evaluate)
+    if results and trainer.is_world_process_zero():
+        save_report(str(args.output_dir), results, histories, "held-out prompts, written anew", ROLLOUT_COLUMNS)
+        print(f"student, report.md and report.png are in {args.output_dir}")
+
+
+def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
     if model_config.model_name_or_path is not None:
         raise ValueError("--model_name_or_path is not used here: the student is --model, the teacher --teacher_model")
     args.model_init_kwargs = {
@@ -69,42 +144,50 @@ def run_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) ->
         "dtype": model_config.dtype,
         **(args.model_init_kwargs or {}),  # pyright: ignore[reportGeneralTypeIssues]
     }
-    train_dataset = load_rows(arguments.dataset, arguments.train_split, arguments.dataset_config)
-    eval_dataset = _load_eval_rows(arguments)
-    trainer = KDTrainer(
-        arguments.model,
-        arguments.teacher_model,
-        args,
-        train_dataset,  # pyright: ignore[reportArgumentType]
-        eval_dataset,  # pyright: ignore[reportArgumentType]
-        peft_config=get_peft_config(model_config),
-        quantization_config=get_quantization_config(model_config),
-    )
+    return {
+        "model": arguments.model,
+        "teacher_model": arguments.teacher_model,
+        "args": args,
+        "train_dataset": load_rows(arguments.dataset, arguments.train_split, arguments.dataset_config),
+        "eval_dataset": _load_eval_rows(arguments),
+        "peft_config": get_peft_config(model_config),
+        "quantization_config": get_quantization_config(model_config),
+    }
+
+
+def _train(trainer: KDTrainer, measure: Callable[[], dict[str, float]]) -> tuple[dict, dict]:
+    """Trains, saves, and returns what was measured before and after, if there are held-out rows, and the history."""
     results = {}
-
-    def measure(name: str) -> None:
-        if trainer.eval_dataset is not None and trainer.is_world_process_zero():
-            results[name] = evaluate_fidelity(
-                trainer.accelerator.unwrap_model(trainer.model),
-                trainer.teacher.model,  # pyright: ignore[reportAttributeAccessIssue]
-                trainer.eval_dataset,  # pyright: ignore[reportArgumentType]
-                trainer.processing_class,
-                batch_size=args.per_device_eval_batch_size,
-                vocab_size=trainer.vocab_size,
-            )
-        trainer.accelerator.wait_for_everyone()
-
-    measure("before")
-    resume = args.resume_from_checkpoint
+    if trainer.eval_dataset is not None:
+        results["before"] = measure()
+    resume = trainer.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     trainer.create_model_card()
-    measure("after")
-    if results:
-        save_report(str(args.output_dir), results, {"training": trainer.state.log_history})
-        print(f"student, report.md and report.png are in {args.output_dir}")
-    if args.push_to_hub:
+    if trainer.eval_dataset is not None:
+        results["after"] = measure()
+    if trainer.args.push_to_hub:
         trainer.push_to_hub()
+    return results, {"training": trainer.state.log_history}
+
+
+def _lupi_collator(arguments: SKDArguments, tokenizer: PreTrainedTokenizerBase) -> LUPICollator:
+    few_shot = ()
+    if arguments.few_shot is not None:
+        with open(arguments.few_shot, encoding="utf-8") as file:
+            few_shot = json.load(file)
+    template = {} if arguments.knowledge_template is None else {"knowledge_template": arguments.knowledge_template}
+    return LUPICollator(
+        tokenizer,
+        query_column=arguments.query_column,
+        knowledge_column=str(arguments.knowledge_column),
+        system_prompt=arguments.system_prompt,
+        few_shot=few_shot,
+        completion_column=arguments.completion_column,
+        allow_missing_knowledge=arguments.allow_missing_knowledge,
+        max_prompt_length=arguments.max_prompt_length,
+        **template,
+    )
 
 
 def _load_eval_rows(arguments: KDArguments) -> Dataset | IterableDataset | None:
@@ -126,10 +209,11 @@ def _load_eval_rows(arguments: KDArguments) -> Dataset | IterableDataset | None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `hf-distill`."""
     parser = argparse.ArgumentParser(prog="hf-distill", description="Distil causal language models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,kd}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,kd,skd}")
     demo = commands.add_parser("demo", help="distil the packaged teacher, offline, on a CPU, in three minutes")
     demo.add_argument("--output_dir", default="demo_out", help="where student, table and picture go")
     commands.add_parser("kd", help="distil a student; --help lists all options", add_help=False)
+    commands.add_parser("skd", help="on text that student and teacher write together", add_help=False)
     argv = sys.argv[1:] if argv is None else argv
     known, rest = parser.parse_known_args(argv)
     logging.basicConfig(format="%(message)s")
@@ -141,9 +225,12 @@ def main(argv: list[str] | None = None) -> None:
         results = run_demo(known.output_dir)
         if results["distilled"]["student_perplexity"] >= results["hard labels only"]["student_perplexity"]:
             sys.exit("distillation did not win: please report this with the table above")
-    else:
-        kd_parser = TrlParser((KDArguments, KDConfig, ModelConfig), prog="hf-distill kd")  # pyright: ignore
-        run_kd(*kd_parser.parse_args_and_config(rest))
+        return
+    run, *options = {
+        "kd": (run_kd, KDArguments, KDConfig),
+        "skd": (run_skd, SKDArguments, SpeculativeKDConfig),
+    }[known.command]
+    run(*TrlParser((*options, ModelConfig), prog=f"hf-distill {known.command}").parse_args_and_config(rest))  # pyright: ignore
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Running means over label-bearing tokens that cost no synchronisation until they are read."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,3 +41,67 @@ class TokenMeans:
         count, *sums = reduce(torch.stack([self._sums[name] for name in names])).tolist()
         self._sums = {}
         return {name: value / count for name, value in zip(names[1:], sums, strict=True)} if count else {}
+
+
+class RolloutMeans:
+    """Sums over rollouts, and the rates that they make over all processes."""
+
+    _SUMS = "tokens seconds blocks drafted accepted corrected first full length length_squared privilege privileged"
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = dict.fromkeys(self._SUMS.split(), 0.0)
+        self._shortest, self._longest = float("inf"), 0.0
+
+    def add(self, stats: Any, num_tokens: int, is_speculative: bool) -> None:
+        """Counts the tokens and seconds of one rollout (`RolloutStats`), and, of a speculative one, its blocks."""
+        self._sums["tokens"] += num_tokens
+        self._sums["seconds"] += stats.seconds
+        if not is_speculative:
+            return
+        blocks = stats.blocks
+        length = blocks.draft_length.double()
+        found = {
+            "blocks": len(length), "drafted": blocks.drafted.sum(), "accepted": blocks.accepted.sum(),
+            "corrected": blocks.corrected.sum(), "first": (blocks.accepted > 0).sum(),
+            "full": (blocks.accepted == blocks.drafted).sum(), "length": length.sum(),
+            "length_squared": length.square().sum(),
+        }  # fmt: skip
+        for name, value in found.items():
+            self._sums[name] += float(value)
+        self._shortest = min(self._shortest, float(length.min()))
+        self._longest = max(self._longest, float(length.max()))
+
+    def add_privilege(self, kl: Tensor, num_tokens: int) -> None:
+        """Counts the divergence, summed over tokens, of the teacher with knowledge from the one without."""
+        self._sums["privilege"] += float(kl)
+        self._sums["privileged"] += num_tokens
+
+    def pop(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+        """The rates since the last call, and a fresh start; empty when nothing was written.
+
+        Args:
+            gather (`Callable`): stacks a row (1, n) of every process; called once, by every process.
+        """
+        row = torch.tensor([[*self._sums.values(), self._shortest, self._longest]], dtype=torch.float32)
+        rows = gather(row.to(device)).double()
+        total = dict(zip(self._sums, rows.sum(0).tolist(), strict=False))
+        shortest, longest = rows[:, -2].min().item(), rows[:, -1].max().item()
+        self.__init__()
+        found = {}
+        if total["seconds"]:
+            found["tokens_per_second"] = total["tokens"] / total["seconds"] * len(rows)
+        if total["blocks"]:
+            mean = total["length"] / total["blocks"]
+            found |= {
+                "acceptance_rate": total["accepted"] / max(total["drafted"], 1),
+                "first_token_acceptance": total["first"] / total["blocks"],
+                "full_block_rate": total["full"] / total["blocks"],
+                "draft_length_mean": mean,
+                "draft_length_min": shortest,
+                "draft_length_max": longest,
+                "draft_length_std": max(total["length_squared"] / total["blocks"] - mean**2, 0.0) ** 0.5,
+                **{f"tokens_{name}": total[name] for name in ("drafted", "accepted", "corrected")},
+            }
+        if total["privileged"]:
+            found["value_of_privilege"] = total["privilege"] / total["privileged"]
+        return {f"rollout/{name}": value for name, value in found.items()}

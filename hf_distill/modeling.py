@@ -1,4 +1,4 @@
-"""The insides of transformers models: backbone, head, true vocabulary. No other file looks past `model(...)`.
+"""The insides of transformers models: backbone, head, true vocabulary, cache. No other file looks past `model(...)`.
 
 Shapes: B batch, T tokens, N label-bearing positions, D hidden width, V vocabulary.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.losses.fused_linear import Head
 
@@ -78,6 +78,68 @@ def expose_hidden_states(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+class CachedReader:
+    """Reads B texts of different lengths, a few tokens at a time, and takes the last of them back, row by row.
+
+    Keys and values stay flush right in the cache: the tokens of a row fill its last slots without a gap. So left
+    padding is all there is to mask, and a distance in slots is one in tokens, which is what sliding windows count.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model whose cache is nothing but keys and values.
+        ids (`torch.Tensor` of shape `(B, P)`), mask (`torch.Tensor` of shape `(B, P)`): texts, left-padded.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor) -> None:
+        self._model = causal_lm(model)
+        self.head = head_of(self._model)
+        self.device = embedding_weight(self._model).device
+        self.lengths = mask.sum(1).to(self.device)  # (R,) tokens of each text, those not read yet included
+        # The student's padding token may be one that the teacher has no embedding for.
+        self._unread = ids.masked_fill(mask == 0, 0).to(self.device)
+        self._cache = DynamicCache()
+
+    def read(self, ids: Tensor | None = None) -> Tensor:
+        """Reads what is not read yet, then `ids` (R, q), which every text gets; the last hidden states (R, n, D)."""
+        tokens = self._unread if ids is None else torch.cat([self._unread, ids.to(self.device)], 1)
+        self.lengths = self.lengths + tokens.shape[1] - self._unread.shape[1]
+        self._unread = tokens[:, :0]
+        slots = self._cache.get_seq_length() + tokens.shape[1]
+        order = torch.arange(slots, device=self.device) - (slots - self.lengths[:, None])  # (R, slots); padding < 0
+        outputs = self._model.base_model(
+            input_ids=tokens,
+            attention_mask=(order >= 0).long(),
+            position_ids=order[:, -tokens.shape[1] :].clamp(min=0),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return outputs.last_hidden_state
+
+    def rewind(self, rows: Tensor, counts: Tensor, following: Tensor) -> None:
+        """Goes on with some rows, which forget their last tokens and get another one, to be read next.
+
+        Args:
+            rows (`torch.Tensor` of shape `(r,)`): the rows to keep.
+            counts (`torch.Tensor` of shape `(r,)`): how many of the tokens read each of them forgets.
+            following (`torch.Tensor` of shape `(r,)`): the token that each of them goes on with.
+        """
+        rows = rows.to(self.device)
+        lengths = self.lengths[rows] - counts.to(self.device)
+        slots = int(lengths.max())
+        first = self._cache.get_seq_length() - self.lengths[rows]  # the slot of each text's first token
+        order = torch.arange(slots, device=self.device) - (slots - lengths[:, None])
+        taken = (order + first[:, None]).clamp(min=0)  # (r, slots): what is clamped is padding
+        for layer in self._cache.layers:
+            layer.keys, layer.values = (self._taken(tensor, rows, taken) for tensor in (layer.keys, layer.values))  # pyright: ignore
+        self.lengths = lengths + 1
+        self._unread = following.to(self.device).unsqueeze(1)
+
+    @staticmethod
+    def _taken(tensor: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+        """Keys or values (R, heads, S, width) of some rows (r,) at their own slots (r, s)."""
+        # Two indices around a slice come first: (r, s, heads, width).
+        return tensor[rows.to(tensor.device)[:, None], :, slots.to(tensor.device)].transpose(1, 2)
+
+
 def load_balancing_loss(model: PreTrainedModel, outputs, attention_mask: Tensor | None) -> Tensor:
     """The auxiliary loss of a mixture-of-experts model, without its coefficient (Switch, 2101.03961, eq. 4)."""
     # Every family takes this function from Mixtral.
@@ -114,6 +176,38 @@ def check_head(model: PreTrainedModel, name: str) -> None:
         raise ValueError(
             f"the {name} ({type(model).__name__}) does not compute its logits as its output layer, bias, logit scale "
             "and soft-cap say, so losses on hidden states would be wrong; this architecture is not supported"
+        )
+
+
+def check_cache(model: PreTrainedModel, name: str) -> None:
+    """Reads two short texts in pieces, takes some of it back, and compares with reading them at once.
+
+    Raises:
+        `ValueError`: the model remembers more than keys and values (a recurrent state, say), or not one per token.
+    """
+    embeddings = embedding_weight(model)
+    texts = torch.arange(14, device=embeddings.device).view(2, 7) % len(embeddings)
+    training = model.training
+    model.eval()
+    problem = ""
+    try:
+        with torch.no_grad():
+            mask = torch.tensor([[1, 1, 1], [0, 0, 1]], device=embeddings.device)
+            reader = CachedReader(model, texts[:, :3], mask)
+            reader.read(texts[:, 3:6])
+            reader.rewind(torch.tensor([1, 0]), torch.tensor([1, 2]), texts[[1, 0], [5, 4]])
+            found = reader.read(texts[[1, 0], [6, 5]].unsqueeze(1))[:, -1]
+            rows = texts[1:, 2:7], texts[:1, :6]
+            expected = torch.cat([last_hidden_states(model, input_ids=row)[:, -1] for row in rows])
+            if not (found - expected).abs().max() <= 0.05 * expected.abs().max():
+                problem = "its hidden states are others than those of the whole text"
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    model.train(training)
+    if problem:
+        raise ValueError(
+            f"the {name} ({type(model).__name__}) cannot take back what it has read, which rollouts need ({problem}); "
+            "only models whose cache is keys and values can be used"
         )
 
 

@@ -20,14 +20,21 @@ FIDELITY_COLUMNS = {
     "agreement": ("agreement", "{:.1%}", True),
     "expected_acceptance": ("acceptance", "{:.1%}", True),
 }
-BARS = ("student_perplexity", "kl", "agreement", "expected_acceptance")
+# The same for `SpeculativeKDTrainer.evaluate`, whose rows are written by the models themselves.
+ROLLOUT_COLUMNS = {
+    "eval_kd": ("divergence, nats", "{:.4f}", False),
+    "eval_agreement": ("agreement", "{:.1%}", True),
+    "eval_rollout/acceptance_rate": ("accepted", "{:.1%}", True),
+}
 LOSS_TERMS = ("loss", "kd", "ce")
 
 
-def fidelity_rows(results: Mapping[str, Mapping[str, float]]) -> list[dict[str, str]]:
-    """One row of text per named result of `evaluate_fidelity`, in the order given."""
+def result_rows(
+    results: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[str, str, bool]] = FIDELITY_COLUMNS
+) -> list[dict[str, str]]:
+    """One row of text per named result, by default of `evaluate_fidelity`, in the order given."""
     return [
-        {"": name, **{title: form.format(values[key]) for key, (title, form, _) in FIDELITY_COLUMNS.items()}}
+        {"": name, **{title: form.format(values[key]) for key, (title, form, _) in columns.items() if key in values}}
         for name, values in results.items()
     ]
 
@@ -53,35 +60,38 @@ def save_report(
     results: Mapping[str, Mapping[str, float]],
     histories: Mapping[str, Sequence[Mapping[str, float]]],
     title: str = "student against teacher, held-out rows",
+    columns: Mapping[str, tuple[str, str, bool]] = FIDELITY_COLUMNS,
 ) -> None:
     """Prints the table and writes it to `report.md`, the numbers to `report.json` and the picture to `report.png`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = fidelity_rows(results)
+    rows = result_rows(results, columns)
     Console().print(table(rows, title=title))
     (folder / "report.md").write_text(markdown(rows), encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    save_picture(folder / "report.png", histories, results)
+    save_picture(folder / "report.png", histories, results, columns)
 
 
 def save_picture(
     path: str | PathLike[str],
     histories: Mapping[str, Sequence[Mapping[str, float]]],
     results: Mapping[str, Mapping[str, float]],
+    columns: Mapping[str, tuple[str, str, bool]] = FIDELITY_COLUMNS,
 ) -> None:
     """A PNG: the loss terms over the steps, and a bar per model for each measure of fidelity.
 
     Args:
         path: the file to write.
         histories: for each run its `trainer.state.log_history`.
-        results: for each model what `evaluate_fidelity` returned.
+        results: for each model what `evaluate_fidelity` returned, or other numbers with their `columns`.
     """
+    measured = set.intersection(*(set(values) for values in results.values()))
+    drawn_columns = {key: column for key, column in columns.items() if key in measured and key != "teacher_perplexity"}
     figure = Figure(figsize=(14, 4), layout="constrained")
-    curves, *bars = figure.subplots(1, 1 + len(BARS), width_ratios=[2.6, *[1] * len(BARS)])
+    curves, *bars = figure.subplots(1, 1 + len(drawn_columns), width_ratios=[2.6, *[1] * len(drawn_columns)])
     colors = {name: f"C{i}" for i, name in enumerate([*results, *(run for run in histories if run not in results)])}
     _draw_terms(curves, histories, colors)
-    for axes, key in zip(bars, BARS, strict=True):
-        title, form, more_is_better = FIDELITY_COLUMNS[key]
+    for axes, (key, (title, form, more_is_better)) in zip(bars, drawn_columns.items(), strict=True):
         heights = [values[key] for values in results.values()]
         drawn = axes.bar(list(results), heights, color=[colors[name] for name in results])
         axes.bar_label(drawn, labels=[form.format(height) for height in heights], fontsize=7)

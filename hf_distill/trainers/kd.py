@@ -119,7 +119,7 @@ class KDTrainer(SFTTrainer):
         refuse_prompt_learning(peft_config, model, teacher_model)
         refuse_vision(model, processing_class)
         for name, dataset in named_datasets(train_dataset, eval_dataset).items():
-            check_columns(dataset, name, args.dataset_text_field, formatting_func is not None)
+            self.check_columns(dataset, name, args.dataset_text_field, formatting_func is not None)
 
         # The teacher comes first: what is wrong with it is told before the student is loaded and the data tokenised.
         processing_class = processing_class or student_tokenizer(model, args)
@@ -188,12 +188,13 @@ class KDTrainer(SFTTrainer):
         """The loss of a micro-batch, a scalar: its share of the mean over the whole update's label-bearing tokens."""
         inputs = dict(inputs)
         positions, labels = label_positions(inputs.pop("labels"))  # (N,)
-        signal = self.teacher(inputs, positions)
+        hard_labels = inputs.pop("hard_labels", labels)  # (N,): a student's own samples are no hard labels
+        signal = self.teacher_signal(inputs, positions)
         num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
 
         def with_hidden(outputs: Any, head: Head) -> dict[str, Tensor]:
             hidden = select_positions(outputs.last_hidden_state, positions)  # (N, Ds)
-            terms = self.distillation_terms(hidden, head, signal, labels, num_items)
+            terms = self.distillation_terms(hidden, head, signal, hard_labels, num_items)
             if self.aux_loss_enabled:
                 mask = inputs.get("attention_mask")
                 terms["aux_loss"] = load_balancing_loss(causal_lm(self.model), outputs, mask)
@@ -219,6 +220,10 @@ class KDTrainer(SFTTrainer):
                 return loss, model(**inputs, use_cache=False)
         return loss
 
+    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> TeacherSignal:
+        """What the teacher says at flat `positions` (N,) of a batch; what it takes for that leaves `inputs`."""
+        return self.teacher(inputs, positions)
+
     def distillation_terms(
         self, hidden: Tensor, head: Head, signal: TeacherSignal, labels: Tensor, num_items: Tensor | int
     ) -> dict[str, Tensor]:
@@ -227,7 +232,7 @@ class KDTrainer(SFTTrainer):
         Args:
             hidden (`torch.Tensor` of shape `(N, Ds)`), head (`Head`): the student's.
             signal (`TeacherSignal`): the teacher's hidden states (N, Dt) and head.
-            labels (`torch.Tensor` of shape `(N,)`): the tokens that follow.
+            labels (`torch.Tensor` of shape `(N,)`): the tokens that follow, -100 for no hard label.
             num_items: label-bearing tokens of the whole update, the divisor.
         """
         device = head.weight.device
@@ -285,17 +290,20 @@ class KDTrainer(SFTTrainer):
         return output
 
     def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
-        if description == "Evaluation" and isinstance(dataset, Dataset) and "labels" in dataset.column_names:
+        if description == "Evaluation" and isinstance(dataset, Dataset):
             dataset = self._fill_up(dataset, batch_size)
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)  # pyright: ignore
 
     def _fill_up(self, dataset: Dataset, batch_size: int) -> Any:
         """Adds rows without a label until every process has as many: accelerate would repeat rows, which then count."""
         missing = -len(dataset) % (batch_size * self.accelerator.num_processes)
-        if self.accelerator.num_processes == 1 or missing == 0:
+        if self.accelerator.num_processes == 1 or missing == 0 or (filler := self.filler(dataset[0])) is None:
             return dataset
-        filler = {**dataset[0], "labels": [-100] * len(dataset[0]["labels"])}
         return concatenate_datasets([dataset, Dataset.from_list([filler] * missing, features=dataset.features)])
+
+    def filler(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """A row like this one that counts for nothing; None where there is no telling."""
+        return {**row, "labels": [-100] * len(row["labels"])} if "labels" in row else None
 
     def _sum_over_processes(self, totals: Tensor) -> Tensor:
         return self.accelerator.reduce(totals, reduction="sum")  # pyright: ignore
@@ -343,6 +351,8 @@ class KDTrainer(SFTTrainer):
             )
 
     # ------------------------------------------------------------------------------------------------------ data
+
+    check_columns = staticmethod(check_columns)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)

@@ -1,0 +1,272 @@
+"""Rows with prompts to batches with two views of them: what the student reads, and what the teacher reads.
+
+`encode` turns one row into token ids: `student_prompt_ids`, `teacher_prompt_ids` and, where the row has one,
+`completion_ids`. A collator called on rows, encoded or not, returns the keyword arguments of
+[`~hf_distill.speculative.rollout`], left-padded, and `completion_ids` and `completion_mask`, right-padded.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from trl import apply_chat_template
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+class PromptCollator:
+    """One prompt for both sides: rows with `prompt` (text or messages) and maybe `completion`, or with `messages`.
+
+    The last message of `messages` is the completion if it is the assistant's.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): with a chat template, for rows with messages.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def encode(self, row: Row, name: str = "a row") -> Row:
+        """Token ids of a row, called `name` in errors.
+
+        Raises:
+            `ValueError`: no prompt, an empty one, or messages without a chat template.
+        """
+        if "messages" in row:
+            messages = row["messages"]
+            answered = bool(messages) and messages[-1]["role"] == "assistant"
+            row = {"prompt": messages[:-1], "completion": messages[-1:]} if answered else {"prompt": messages}
+        if not row.get("prompt"):
+            raise ValueError(f"{name} has no prompt: give it a 'prompt' (text or messages) or 'messages'")
+        prompt, completion, is_chat = row["prompt"], row.get("completion"), not isinstance(row["prompt"], str)
+        if is_chat:
+            check_chat_template(self.tokenizer)
+            texts = apply_chat_template({k: row[k] for k in ("prompt", "completion") if row.get(k)}, self.tokenizer)
+            prompt, completion = texts["prompt"], texts.get("completion")
+        ids = prompt_ids(self.tokenizer, prompt, add_special_tokens=not is_chat)
+        encoded = {"student_prompt_ids": ids, "teacher_prompt_ids": ids}
+        if completion:
+            encoded["completion_ids"] = completion_ids(self.tokenizer, prompt, completion, ids, ends=is_chat)
+        return encoded
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        return pad_prompts([encoded(self, row, i) for i, row in enumerate(rows)], self.tokenizer)
+
+
+class LUPICollator:
+    """Two prompts for one query: the student's holds the query alone, the teacher's also what is known about it.
+
+    Learning using privileged information (Vapnik and Vashist, 2009) for language models: the teacher reads system
+    prompt, few-shot turns, knowledge and query; the student, the query. Both prompts go through the chat template with
+    a generation prompt, so that the same completion continues both.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): with a chat template.
+        query_column, knowledge_column (`str`): where a row has its question, and what only the teacher may read.
+        system_prompt (`str`, *optional*): the teacher's first message.
+        few_shot (sequence of `dict`, *optional*):
+            Turns with `query`, `knowledge` and `answer`, shown to the teacher before the query.
+        knowledge_template (`str`): the teacher's message, with `{knowledge}` and `{query}` in it.
+        completion_column (`str`, *optional*): reference answers, for the "dataset" share of a rollout mix.
+        allow_missing_knowledge (`bool`): whether the teacher of a row without knowledge reads the bare query.
+        max_prompt_length (`int`, *optional*):
+            Tokens of a prompt. A longer one loses the end of its knowledge, never a part of its query.
+
+    Raises:
+        `ValueError`: at construction, a tokenizer without a chat template, a knowledge template without its two fields,
+            or few-shot turns without theirs; from a row: an empty query, missing knowledge, knowledge that the
+            student's prompt holds a copy of, or a query too long for `max_prompt_length`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        query_column: str = "query",
+        knowledge_column: str = "knowledge",
+        system_prompt: str | None = None,
+        few_shot: Sequence[dict[str, str]] = (),
+        knowledge_template: str = "[Background Knowledge]\n{knowledge}\n\n{query}",
+        completion_column: str | None = None,
+        allow_missing_knowledge: bool = False,
+        max_prompt_length: int | None = None,
+    ) -> None:
+        check_chat_template(tokenizer)
+        if missing := [field for field in ("{knowledge}", "{query}") if field not in knowledge_template]:
+            raise ValueError(f"knowledge_template has to contain {' and '.join(missing)}, got {knowledge_template!r}")
+        for i, turn in enumerate(few_shot):
+            if missing := {"query", "knowledge", "answer"} - {key for key, text in turn.items() if text}:
+                raise ValueError(f"few_shot[{i}] has no {', '.join(sorted(missing))}")
+        if max_prompt_length is not None and max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length has to be at least 1, got {max_prompt_length}")
+        self.tokenizer = tokenizer
+        self.query_column = query_column
+        self.knowledge_column = knowledge_column
+        self.knowledge_template = knowledge_template
+        self.completion_column = completion_column
+        self.allow_missing_knowledge = allow_missing_knowledge
+        self.max_prompt_length = max_prompt_length
+        self._beginning = [] if system_prompt is None else [_message("system", system_prompt)]
+        for turn in few_shot:
+            self._beginning += [
+                _message("user", self._question(turn["query"], turn["knowledge"])),
+                _message("assistant", turn["answer"]),
+            ]
+
+    def encode(self, row: Row, name: str = "a row") -> Row:
+        """Token ids of a row, called `name` in errors; `knowledge_truncated` says whether its knowledge was too long.
+
+        Raises:
+            `ValueError`: see [`LUPICollator`].
+        """
+        query, knowledge = row.get(self.query_column) or "", row.get(self.knowledge_column) or ""
+        if not query.strip():
+            raise ValueError(f"{name} has no {self.query_column!r}")
+        if not knowledge.strip() and not self.allow_missing_knowledge:
+            raise ValueError(
+                f"{name} has no {self.knowledge_column!r}; remove the row, or let its teacher read the bare query with "
+                "allow_missing_knowledge=True"
+            )
+        student = self._render([_message("user", query)])
+        if knowledge.strip() and _squeezed(knowledge) in _squeezed(student):
+            raise ValueError(
+                f"the student's prompt of {name} holds a copy of its {self.knowledge_column!r}: there is nothing left "
+                "that only the teacher knows"
+            )
+        student_ids = self._ids(student)
+        self._check_length(student_ids, "query", name)
+        teacher_ids = self._teacher_ids(query, knowledge)
+        truncated = self.max_prompt_length is not None and len(teacher_ids) > self.max_prompt_length
+        if truncated:
+            teacher_ids = self._truncated_ids(query, knowledge, name)
+        encoded = {
+            "student_prompt_ids": student_ids, "teacher_prompt_ids": teacher_ids, "knowledge_truncated": truncated
+        }  # fmt: skip
+        if self.completion_column is not None:
+            completion = row.get(self.completion_column)
+            if not completion:
+                raise ValueError(f"{name} has no {self.completion_column!r}")
+            turns = {"prompt": [_message("user", query)], "completion": [_message("assistant", completion)]}
+            texts = apply_chat_template(turns, self.tokenizer)
+            encoded["completion_ids"] = completion_ids(
+                self.tokenizer, texts["prompt"], texts["completion"], student_ids, ends=True
+            )
+        return encoded
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        if new := [row for row in rows if "teacher_prompt_ids" not in row]:
+            rows = [encoded(self, row, i) for i, row in enumerate(rows)]
+            warn_of_truncation(sum(row["knowledge_truncated"] for row in rows), len(new), "batch")
+        return pad_prompts(rows, self.tokenizer)
+
+    def _question(self, query: str, knowledge: str) -> str:
+        if not knowledge.strip():
+            return query
+        # Not str.format: queries and templates may have braces of their own.
+        before, after = self.knowledge_template.split("{knowledge}", 1)
+        return before.replace("{query}", query) + knowledge + after.replace("{query}", query)
+
+    def _teacher_ids(self, query: str, knowledge: str) -> list[int]:
+        return self._ids(self._render([*self._beginning, _message("user", self._question(query, knowledge))]))
+
+    def _truncated_ids(self, query: str, knowledge: str, name: str) -> list[int]:
+        """The teacher's prompt with as many words of the knowledge as fit."""
+        ends = [i for i in range(1, len(knowledge) + 1) if i == len(knowledge) or knowledge[i].isspace()]
+        # Texts without spaces between words are cut between characters.
+        ends = ends if len(ends) > len(knowledge) / 50 else list(range(1, len(knowledge) + 1))
+        fitting, too_long = 0, len(ends)  # how many of `ends` fit; bisection
+        best = self._teacher_ids(query, "")
+        self._check_length(best, "query, system prompt and few-shot turns", name)
+        while too_long - fitting > 1:
+            middle = (fitting + too_long) // 2
+            ids = self._teacher_ids(query, knowledge[: ends[middle - 1]])
+            if len(ids) <= self.max_prompt_length:  # pyright: ignore[reportOperatorIssue]
+                fitting, best = middle, ids
+            else:
+                too_long = middle
+        return best
+
+    def _check_length(self, ids: list[int], what: str, name: str) -> None:
+        if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:
+            raise ValueError(
+                f"{what} of {name} take {len(ids)} tokens, more than max_prompt_length={self.max_prompt_length}; only "
+                "knowledge is truncated"
+            )
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # pyright: ignore
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def encoded(collator: Any, row: Row, index: int) -> Row:
+    """A row as `collator` encodes it, unless it is encoded."""
+    return row if "teacher_prompt_ids" in row else collator.encode(row, f"row {index}")
+
+
+def pad_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """Encoded rows as one batch: prompts padded on the left, completions, if all rows have one, on the right."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    batch: dict[str, Tensor] = {}
+    for name, side in {"student_prompt": "left", "teacher_prompt": "left", "completion": "right"}.items():
+        if name != "completion" or all(row.get("completion_ids") for row in rows):
+            batch[f"{name}_ids"], batch[f"{name}_mask"] = _pad([row[f"{name}_ids"] for row in rows], pad, side)  # pyright: ignore
+    return batch
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, add_special_tokens: bool) -> list[int]:
+    """Token ids of a prompt, without the end of text that some tokenizers add."""
+    ids: list[int] = list(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])  # pyright: ignore
+    return ids[:-1] if len(ids) > 1 and add_special_tokens and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def completion_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, prefix: list[int], *, ends: bool
+) -> list[int]:
+    """Token ids of a completion as they follow those of its prompt; it gets an end of text unless it `ends` itself.
+
+    A token that would span the end of the prompt is taken apart: the prompt stays as it is when it stands alone.
+    """
+    ids = prompt_ids(tokenizer, prompt + completion, add_special_tokens=not ends)
+    if ids[: len(prefix)] == prefix:
+        ids = ids[len(prefix) :]
+    else:
+        ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])  # pyright: ignore
+    if not ends and ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
+    return ids
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `ValueError` where messages cannot become text."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the tokenizer has no chat template, and messages need one: set tokenizer.chat_template, use the tokenizer "
+            "of an instruction-tuned model, or give prompts as text"
+        )
+
+
+def warn_of_truncation(count: int, total: int, name: str) -> None:
+    if count:
+        logger.warning("the knowledge of %d of %d rows of the %s is cut at max_prompt_length", count, total, name)
+
+
+def _pad(sequences: list[list[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
+    tensors = [torch.tensor(sequence) for sequence in sequences]
+    ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])[:, None]
+    places = torch.arange(ids.shape[1])
+    return ids, places >= ids.shape[1] - lengths if side == "left" else places < lengths
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,354 @@
+"""SpeculativeKDTrainer: KDTrainer on text that student and teacher write together, made anew for every update."""
+
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_distill.collators import PromptCollator, pad_prompts, warn_of_truncation
+from hf_distill.losses.fused_linear import fused_linear_distillation_loss
+from hf_distill.metrics import RolloutMeans
+from hf_distill.modeling import causal_lm, check_cache
+from hf_distill.speculative import Block, completion_hidden, rollout
+from hf_distill.teachers import TeacherSignal
+from hf_distill.teachers.local import LocalTeacher
+from hf_distill.trainers.checks import AnyDataset
+from hf_distill.trainers.config import ROLLOUT_SOURCES, SpeculativeKDConfig
+from hf_distill.trainers.kd import KDTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Row:
+    """One row of an update. A filler, which makes processes even, has no teacher's prompt."""
+
+    student_prompt_ids: list[int]
+    teacher_prompt_ids: list[int]
+    completion_ids: list[int] = field(default_factory=list)  # those of the data set, then those written
+    source: str = ""
+    drafted: list[bool] = field(default_factory=list)  # whether a token is the student's own
+    teacher_hidden: Tensor | None = None  # (C, Dt), until the row is part of a batch
+
+
+class SpeculativeKDTrainer(KDTrainer):
+    """Distils on text written for every update by student and teacher together (speculative KD, Xu et al., 2410.11325).
+
+    The student drafts, the teacher replaces what it holds unlikely; the loss compares both on every token of the
+    result. With a [`LUPICollator`] the teacher writes and judges with knowledge in its prompt that the student never
+    sees. The rows may also come from the student alone (on-policy, GKD, 2306.13649), from the teacher alone
+    (sequence-level KD, 1606.07947) or from the data set, in the shares of `rollout_mix`.
+
+    Args:
+        model, teacher_model, eval_dataset, processing_class and everything else: as in [`KDTrainer`].
+        args ([`SpeculativeKDConfig`], *optional*): settings.
+        train_dataset (`Dataset` or `IterableDataset`):
+            Rows with `prompt` (text or messages) and, for the source "dataset", `completion`; rows with `messages`,
+            whose last turn, if it is the assistant's, is the completion; or what `data_collator` reads.
+        data_collator ([`LUPICollator`], *optional*): for rows with a query and knowledge for the teacher alone.
+
+    Raises:
+        `ValueError`: at construction, what [`KDTrainer`] refuses; rows without prompt, or without the completion that
+            the mix asks for; prompts that leave no room for `max_new_tokens`; no end-of-sequence token; models that
+            cannot take back what they have read.
+    """
+
+    args: SpeculativeKDConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    teacher: LocalTeacher  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    _tag_names = [*KDTrainer._tag_names, "speculative-knowledge-distillation"]
+    _name = "Speculative KD"
+    _paper = {
+        "title": "Speculative Knowledge Distillation: Bridging the Teacher-Student Gap Through Interleaved Sampling",
+        "id": "2410.11325",
+        "citation": "@inproceedings{xu2025speculative,\n"
+        "    title     = {{Speculative Knowledge Distillation: Bridging the Teacher-Student Gap Through Interleaved "
+        "Sampling}},\n"
+        "    author    = {Wenda Xu and others},\n"
+        "    year      = 2025,\n"
+        "    booktitle = {ICLR}\n}",
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: SpeculativeKDConfig | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        data_collator: DataCollator | None = None,
+        **kwargs: Any,
+    ):
+        args = SpeculativeKDConfig(output_dir="speculative_kd_output") if args is None else args
+        if not isinstance(args, SpeculativeKDConfig):
+            raise ValueError(f"args has to be a SpeculativeKDConfig, got {type(args).__name__}")
+        if data_collator is not None and not hasattr(data_collator, "encode"):
+            raise ValueError("data_collator has to make prompts: a LUPICollator, or none for rows with a prompt")
+        if kwargs.get("formatting_func") is not None:
+            raise ValueError("formatting_func is not used: give the rows a 'prompt' column, or pass a LUPICollator")
+        self._prompts = data_collator
+        self._rollout_means = {"train": RolloutMeans(), "eval": RolloutMeans()}
+        self._eval_batches = 0
+        self.last_rows: list[Row] = []  # what has been written last, for callbacks
+        super().__init__(
+            model, teacher_model, args, train_dataset, eval_dataset, processing_class,
+            data_collator=data_collator, **kwargs,
+        )  # fmt: skip
+        self.data_collator = self._prompts or PromptCollator(self.processing_class)
+        self.student = causal_lm(self.model)
+        self.eos_token_ids = _eos_token_ids(self.processing_class, self.student)
+        self.pad_token_id: int = self.processing_class.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
+        for name, side in {"student": self.student, "teacher": causal_lm(self.teacher.model)}.items():
+            check_cache(side, name)
+            self._check_positions(side, name)
+        if args.top_k > self.vocab_size:
+            raise ValueError(f"top_k={args.top_k} is more than the vocabulary has tokens ({self.vocab_size})")
+        # The student alone: one draft of any length, kept whatever the teacher thinks. The teacher alone: no draft.
+        alone = {"draft_length": args.max_new_tokens, "adaptive": False, "top_k": self.vocab_size, "min_prob": 0.0}
+        self._rollout_configs = {
+            "speculative": args.rollout_config(),
+            "student": args.rollout_config(**alone),
+            "teacher": args.rollout_config(draft_length=0),
+        }
+
+    # ------------------------------------------------------------------------------------------------------ data
+
+    @staticmethod
+    def check_columns(dataset: AnyDataset, name: str, *_: Any) -> None:
+        if next(iter(dataset), None) is None:
+            raise ValueError(f"the {name} dataset is empty")
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        collator = self._prompts or PromptCollator(processing_class)
+        function = partial(
+            _encode, collator=collator, vocab_size=self.vocab_size, dataset_name=dataset_name,
+            max_new_tokens=args.max_new_tokens, needs_completion=args.rollout_mix.get("dataset", 0) > 0,
+        )  # fmt: skip
+        columns = [name for name in next(iter(dataset)) if not name.endswith("_ids")]
+        if not isinstance(dataset, Dataset):
+            return dataset.map(function, with_indices=True, remove_columns=columns)
+        dataset = dataset.map(
+            function, with_indices=True, remove_columns=columns, num_proc=args.dataset_num_proc,
+            desc=f"Encoding prompts of {dataset_name} dataset",
+        )  # fmt: skip
+        if "knowledge_truncated" in dataset.column_names:
+            warn_of_truncation(sum(dataset["knowledge_truncated"]), len(dataset), f"{dataset_name} dataset")
+        return dataset
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["student_prompt_ids", "teacher_prompt_ids", "completion_ids"]
+
+    def _check_positions(self, model: PreTrainedModel, side: str) -> None:
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in {"train": self.train_dataset, **evaluation}.items():
+            if positions is None or not isinstance(dataset, Dataset):
+                continue
+            longest = max(map(len, dataset[f"{side}_prompt_ids"]))
+            if longest + self.args.max_new_tokens > positions:
+                raise ValueError(
+                    f"the longest {side} prompt of the {name} dataset ({longest} tokens) and max_new_tokens="
+                    f"{self.args.max_new_tokens} do not fit the {side}'s {positions} positions; lower max_new_tokens, "
+                    "or drop or shorten long rows (LUPICollator: max_prompt_length)"
+                )
+
+    def filler(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        return {**row, "teacher_prompt_ids": []}
+
+    # -------------------------------------------------------------------------------------------------- rollouts
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        # Rollouts are made here, so that transformers counts the tokens of what is really trained on.
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self._write_batches(batches, "train", self.state.global_step)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        # The same random numbers at every evaluation: what changes is the model.
+        (inputs,) = self._write_batches([inputs], "eval", self._eval_batches)
+        self._eval_batches += 1
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _write_batches(self, batches: list[dict[str, Tensor]], mode: str, step: int) -> list[dict[str, Tensor]]:
+        """Batches of prompts as batches to train on; a function of the weights, the rows, the seed, step and rank."""
+        batches_of_rows = [_rows(batch) for batch in batches]
+        rows = [row for batch in batches_of_rows for row in batch if row.teacher_prompt_ids]
+        entropy = self.args.seed, mode == "eval", step, self.args.process_index
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+        shares = torch.tensor([float(self.args.rollout_mix.get(name, 0)) for name in ROLLOUT_SOURCES])  # pyright: ignore
+        drawn = torch.multinomial(shares, max(len(rows), 1), replacement=True, generator=generator).tolist()
+        for row, index in zip(rows, drawn, strict=False):
+            row.source = ROLLOUT_SOURCES[index]
+        per_device = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+        size = self.args.rollout_batch_size or per_device
+        for source in ROLLOUT_SOURCES:
+            chosen = [row for row in rows if row.source == source]
+            for start in range(0, len(chosen), size):
+                with self.compute_loss_context_manager():
+                    self._write(chosen[start : start + size], mode, generator)
+        self.last_rows = rows
+        return [self._training_batch(batch) for batch in batches_of_rows]
+
+    def _write(self, rows: list[Row], mode: str, generator: torch.Generator) -> None:
+        """Gives rows of one source their completions, and the teacher's hidden states that predict them."""
+        batch = pad_prompts([vars(row) for row in rows], self.processing_class)
+        ids, mask = batch.pop("completion_ids", None), batch.pop("completion_mask", None)
+        source = rows[0].source
+        if source == "dataset":
+            assert ids is not None
+            assert mask is not None  # _encode has seen to it
+            drafted = torch.zeros_like(mask)
+            hidden = completion_hidden(
+                self.teacher.model, batch["teacher_prompt_ids"], batch["teacher_prompt_mask"], ids
+            )  # (B, C, Dt)
+        else:
+            written = rollout(
+                self.student, self.teacher.model, **batch, config=self._rollout_configs[source],
+                eos_token_id=self.eos_token_ids, pad_token_id=self.pad_token_id, generator=generator,
+                vocab_size=self.vocab_size, watch=self._log_block if self.args.rollout_debug else None,
+            )  # fmt: skip
+            ids, mask, drafted = (tensor.cpu() for tensor in written[:3])
+            hidden = written.teacher_hidden
+            self._rollout_means[mode].add(written.stats, int(mask.sum()), source == "speculative")
+        hidden = hidden.to(self.args.device)
+        if self._is_logging(mode) and any(row.student_prompt_ids != row.teacher_prompt_ids for row in rows):
+            kl = self._value_of_privilege(batch, ids, mask, hidden)
+            self._rollout_means[mode].add_privilege(kl, int(mask.sum()))
+        for i, row in enumerate(rows):
+            row.completion_ids = ids[i][mask[i]].tolist()
+            row.drafted = drafted[i][mask[i]].tolist()
+            row.teacher_hidden = hidden[i, : len(row.completion_ids)]
+
+    def _training_batch(self, rows: list[Row]) -> dict[str, Tensor]:
+        """Prompts and completions (B, T), right-padded, and, per label-bearing token (N,), hidden states and labels."""
+        ids, labels, hard_labels, hidden = [], [], [], []
+        for row in rows:
+            completion = row.completion_ids if row.source else []  # a filler counts for nothing
+            ids.append(torch.tensor(row.student_prompt_ids + completion))
+            labels.append(torch.tensor([-100] * len(row.student_prompt_ids) + completion))
+            # The student's own samples are nobody's hard labels.
+            hard_labels += completion if row.source in ("dataset", "teacher") else [-100] * len(completion)
+            if row.teacher_hidden is not None:
+                hidden.append(row.teacher_hidden)
+                row.teacher_hidden = None  # `last_rows` stays
+        weight = self.teacher.head.weight
+        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        return {
+            "input_ids": pad(ids, padding_value=self.pad_token_id),
+            "attention_mask": pad([torch.ones_like(row) for row in ids]),
+            "labels": pad(labels, padding_value=-100),
+            "hard_labels": torch.tensor(hard_labels, dtype=torch.long),
+            "teacher_hidden": torch.cat(hidden) if hidden else weight.new_zeros(0, weight.shape[1]),
+        }
+
+    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> TeacherSignal:
+        # The teacher has read every completion when it was written, after its own prompt.
+        return TeacherSignal(inputs.pop("teacher_hidden"), self.teacher.head)
+
+    # --------------------------------------------------------------------------------------------------- metrics
+
+    def _is_logging(self, mode: str) -> bool:
+        step = self.state.global_step + 1
+        first = step == 1 and self.args.logging_first_step
+        return mode == "eval" or first or (self.state.logging_steps > 0 and step % self.state.logging_steps == 0)
+
+    def _value_of_privilege(
+        self, prompts: dict[str, Tensor], completion_ids: Tensor, completion_mask: Tensor, hidden: Tensor
+    ) -> Tensor:
+        """The sum over completion tokens of KL(teacher with knowledge || teacher without)."""
+        bare = prompts["student_prompt_ids"], prompts["student_prompt_mask"]
+        without = completion_hidden(self.teacher.model, *bare, completion_ids).to(hidden.device)[completion_mask]
+        head, labels = self.teacher.head, completion_ids[completion_mask].to(hidden.device)
+        with torch.no_grad():
+            return fused_linear_distillation_loss(
+                without, head.weight, hidden[completion_mask], head.weight, labels,
+                kd_weight=1.0, vocab_size=self.vocab_size, student_bias=head.bias, teacher_bias=head.bias,
+                student_logit_scale=head.logit_scale, teacher_logit_scale=head.logit_scale,
+                student_softcap=head.softcap, teacher_softcap=head.softcap,
+            ).kd  # fmt: skip
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._rollout_means["train"].pop(self.accelerator.gather, self.args.device))  # pyright: ignore
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._eval_batches = 0
+        self._rollout_means["eval"] = RolloutMeans()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._rollout_means["eval"].pop(self.accelerator.gather, self.args.device)  # pyright: ignore
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})  # pyright: ignore
+        return output
+
+    def _log_block(self, block: Block) -> None:
+        for i, row in enumerate(block.rows.tolist()):
+            drafted, accepted = int(block.drafted[i]), int(block.accepted[i])
+            tokens = block.drafts[i, :drafted].tolist()
+            text = f"row {row}: {self.processing_class.decode(tokens)!r}, {accepted} of {drafted} accepted"
+            if accepted < drafted or drafted == 0:
+                rejected = self.processing_class.decode(tokens[accepted : accepted + 1])
+                text += f", {rejected!r} -> {self.processing_class.decode(block.corrections[i])!r}"
+            logger.info(text)
+
+    def describe(self) -> dict[str, str]:
+        shares = ", ".join(f"{name} {share:g}" for name, share in self.args.rollout_mix.items())  # pyright: ignore
+        rule = f"draft {self.args.draft_length}, top_k {self.args.top_k}, min_prob {self.args.min_prob:g}"
+        return {**super().describe(), "training text": shares, "speculation": rule}
+
+
+def _encode(
+    row: dict[str, Any],
+    index: int,
+    *,
+    collator: Any,
+    vocab_size: int,
+    max_new_tokens: int,
+    dataset_name: str,
+    needs_completion: bool,
+) -> dict[str, Any]:
+    """A row of token ids, checked; its completion ends at `max_new_tokens`, as those do that are written."""
+    name = f"row {index} of the {dataset_name} dataset"
+    row = row if "teacher_prompt_ids" in row else collator.encode(row, name)
+    for column in ("student_prompt_ids", "teacher_prompt_ids", "completion_ids"):
+        ids = row.get(column)
+        if ids is None and column == "completion_ids" and not needs_completion:
+            continue
+        if not ids:
+            raise ValueError(
+                f"{name} has no {column.removesuffix('_ids').replace('_', ' ')}; it needs one token at least"
+            )
+        if max(ids) >= vocab_size:
+            raise ValueError(
+                f"{name} has token id {max(ids)}, but student and teacher share only the ids below {vocab_size}: one "
+                "of them cannot read it. Use tokens (eos_token, chat template) that both know"
+            )
+    return {**row, "completion_ids": row["completion_ids"][:max_new_tokens]} if row.get("completion_ids") else row
+
+
+def _rows(batch: dict[str, Tensor]) -> list[Row]:
+    """The rows of a batch, without padding."""
+    columns = {
+        f"{name}_ids": [
+            ids[mask].tolist() for ids, mask in zip(batch[f"{name}_ids"], batch[f"{name}_mask"], strict=True)
+        ]
+        for name in ("student_prompt", "teacher_prompt", "completion")
+        if f"{name}_ids" in batch
+    }
+    return [Row(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+
+
+def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel) -> list[int]:
+    """The tokens that end a text: the tokenizer's, and those that the student's generation knows."""
+    found = [tokenizer.eos_token_id, getattr(student.generation_config, "eos_token_id", None)]
+    ids = {int(i) for entry in found if entry is not None for i in (entry if isinstance(entry, list) else [entry])}
+    if not ids:
+        raise ValueError("neither tokenizer nor student has an end-of-sequence token: set tokenizer.eos_token")
+    return sorted(ids)
