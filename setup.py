@@ -30,7 +30,7 @@ EXTRAS = {
     "trackers": ["wandb", "trackio", "tensorboard"],
     "eval": ["evaluate>=0.4.6", "rouge_score", "sacrebleu"],
     "benchmarks": ["liger-kernel>=0.8.2"],
-    "test": ["pytest>=8", *QUANTIZATION],  # the 4-bit tests run on CPU
+    "test": ["pytest>=8", "tensorboard", *QUANTIZATION],  # the 4-bit tests run on CPU
     "lint": [
         "ruff",
         "codespell",

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_distill import KDConfig, KDTrainer
+from hf_distill import KDConfig, KDTrainer, SpeculativeKDConfig, SpeculativeKDTrainer
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 
 # One update of eight rows, however many processes there are.
@@ -34,21 +34,41 @@ def make_rows(tokenizer) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
-def make_trainer(folder, num_processes: int, student, teacher, **changes) -> KDTrainer:
-    tokenizer = make_tokenizer()
-    rows = make_rows(tokenizer)
-    settings = {
+def make_settings(folder, num_processes: int) -> dict:
+    return {
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [],
         "disable_tqdm": True, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 2,
         "gradient_accumulation_steps": NUM_ROWS // 2 // num_processes, "logging_steps": 1, "save_strategy": "no",
         "temperature": 2.0, "kd_weight": 0.7,
     }  # fmt: skip
+
+
+def make_trainer(folder, num_processes: int, student, teacher, **changes) -> KDTrainer:
+    tokenizer = make_tokenizer()
+    rows = make_rows(tokenizer)
     return KDTrainer(
-        student, teacher, KDConfig(**settings | changes), rows,
+        student, teacher, KDConfig(**make_settings(folder, num_processes) | changes), rows,
         # Seven rows: the last batches of two processes are filled up with rows that were there before.
         rows.select(range(1, NUM_ROWS)), tokenizer, teacher_processing_class=tokenizer, callbacks=[Gradients()],
     )  # fmt: skip
+
+
+def run_speculative(folder, num_processes: int) -> dict:
+    """The same for text that is written greedily, so that it does not depend on which process writes which row."""
+    tokenizer = make_tokenizer()
+    prompts = [{"student_prompt_ids": ids[: 2 + i % 3]} for i, ids in enumerate(make_rows(tokenizer)["input_ids"])]
+    rows = Dataset.from_list([{**row, "teacher_prompt_ids": [7, *row["student_prompt_ids"]]} for row in prompts])
+    settings = make_settings(folder, num_processes) | {
+        "max_new_tokens": 8, "top_k": 50, "student_temperature": 0.0, "teacher_temperature": 0.0, "adaptive": True,
+    }  # fmt: skip
+    student = make_model(seed=2)
+    trainer = SpeculativeKDTrainer(
+        student, make_model(seed=1, hidden_size=48), SpeculativeKDConfig(**settings), rows,
+        rows.select(range(1, NUM_ROWS)), tokenizer, teacher_processing_class=tokenizer, callbacks=[Gradients()],
+    )  # fmt: skip
+    trainer.train()
+    return results_of(trainer)
 
 
 def students() -> dict[str, nn.Module]:
@@ -66,18 +86,23 @@ def run(folder, num_processes: int) -> dict:
     for name, student in students().items():
         trainer = make_trainer(Path(folder, name), num_processes, student, make_model(seed=1, hidden_size=48))
         trainer.train()
-        capture = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Gradients))
-        results[name] = {
-            "num_processes": trainer.accelerator.num_processes,
-            "distributed_type": str(trainer.accelerator.distributed_type),
-            "wrapper": type(trainer.model_wrapped).__name__,
-            "gradients": capture.found,
-            "weights": copy.deepcopy(trainer.model.state_dict()),
-            "logs": [log for log in trainer.state.log_history if "loss" in log],
-            "eval": trainer.evaluate(),
-            "packed_eval": evaluate_packed(trainer),
-        }
+        results[name] = results_of(trainer)
+        results[name]["packed_eval"] = evaluate_packed(trainer)
+    results["speculative"] = run_speculative(Path(folder, "speculative"), num_processes)
     return results
+
+
+def results_of(trainer: KDTrainer) -> dict:
+    capture = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Gradients))
+    return {
+        "num_processes": trainer.accelerator.num_processes,
+        "distributed_type": str(trainer.accelerator.distributed_type),
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "gradients": capture.found,
+        "weights": copy.deepcopy(trainer.model.state_dict()),
+        "logs": [log for log in trainer.state.log_history if "loss" in log],
+        "eval": trainer.evaluate(),
+    }
 
 
 def evaluate_packed(trainer: KDTrainer) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch
 
 from tests.distributed.kd_runs import run
 
-STUDENTS = ["full", "lora", "tied"]
+RUNS = ["full", "lora", "tied", "speculative"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def one(tmp_path_factory):
     return run(tmp_path_factory.mktemp("single"), num_processes=1)
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", RUNS)
 def test_there_really_are_two_processes(one, two, student):
     assert (one[student]["num_processes"], one[student]["distributed_type"]) == (1, "DistributedType.NO")
     for results in two:
@@ -41,7 +41,7 @@ def test_there_really_are_two_processes(one, two, student):
         assert results[student]["wrapper"] == "DistributedDataParallel"
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", RUNS)
 @pytest.mark.parametrize("what", ["gradients", "weights"])
 def test_two_processes_have_the_gradients_and_the_weights_of_one(one, two, student, what):
     expected = one[student][what]
@@ -52,7 +52,7 @@ def test_two_processes_have_the_gradients_and_the_weights_of_one(one, two, stude
             assert (found[name] - value).norm() <= 1e-5 * value.norm() + 1e-8, name
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", RUNS)
 def test_two_processes_log_what_one_logs(one, two, student):
     names = ("loss", "kd", "ce", "agreement", "student_entropy", "num_tokens", "grad_norm")
     for found, expected in zip(two[0][student]["logs"], one[student]["logs"], strict=True):
@@ -60,11 +60,11 @@ def test_two_processes_log_what_one_logs(one, two, student):
             assert found[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", RUNS)
 def test_evaluation_counts_each_row_once_though_rows_do_not_divide_among_processes(one, two, student):
     for results in two:
         for name in ("eval_loss", "eval_kd", "eval_ce", "eval_agreement", "eval_student_entropy"):
-            for evaluation in ("eval", "packed_eval"):
+            for evaluation in [key for key in ("eval", "packed_eval") if key in results[student]]:
                 found = results[student][evaluation][name]
                 assert found == pytest.approx(one[student]["eval"][name], rel=1e-5), (evaluation, name)
 
@@ -72,3 +72,9 @@ def test_evaluation_counts_each_row_once_though_rows_do_not_divide_among_process
 def test_non_finite_loss_in_one_process_stops_both(two):
     for results in two:
         assert "non-finite training at step 1" in results["nan"]
+
+
+def test_rollout_rates_count_what_all_processes_have_written(one, two):
+    for name in ("acceptance_rate", "full_block_rate", "draft_length_mean", "tokens_drafted", "tokens_accepted"):
+        found, expected = (run["speculative"]["logs"][-1][f"rollout/{name}"] for run in (two[0], one))
+        assert found == pytest.approx(expected, rel=1e-5), name

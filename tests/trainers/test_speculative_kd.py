@@ -1,0 +1,460 @@
+"""SpeculativeKDTrainer against the same update computed by hand on the tokens that it wrote."""
+
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+from torch.nn import functional as F
+from transformers import TrainerCallback
+
+from hf_distill import LUPICollator, SpeculativeKDConfig, SpeculativeKDTrainer
+from hf_distill.callbacks import RolloutSamplesCallback
+from hf_distill.trainers.config import ROLLOUT_SOURCES
+from tests.conftest import SENTENCES, make_model, make_tokenizer
+from tests.losses.oracle import ORACLE
+
+VOCAB = 384
+EVERYTHING = {"speculative": 0.4, "student": 0.2, "teacher": 0.2, "dataset": 0.2}
+SEED_OF_ALL_SOURCES = 0  # eight rows of this mix have each source at least once
+FACTS = [
+    {"query": f"What is fact {i}?", "knowledge": text, "answer": text.split()[-1]} for i, text in enumerate(SENTENCES)
+]
+
+
+def settings(folder, **changes) -> dict:
+    return {
+        "output_dir": str(folder), "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [],
+        "disable_tqdm": True, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0, "per_device_train_batch_size": 8, "max_steps": 1, "logging_steps": 1,
+        "save_strategy": "no", "max_new_tokens": 10, "draft_length": 4, "top_k": 60, **changes,
+    }  # fmt: skip
+
+
+def make_trainer(folder, student, teacher, dataset, tokenizer, *, eval_dataset=None, others=None, **changes):
+    return SpeculativeKDTrainer(
+        student, teacher, SpeculativeKDConfig(**settings(folder, **changes)), dataset, eval_dataset, tokenizer,
+        teacher_processing_class=tokenizer, **(others or {}),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def teacher():
+    return make_model("llama", seed=1, hidden_size=48, num_hidden_layers=3)
+
+
+@pytest.fixture
+def student():
+    return make_model("llama", seed=2)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    words = [sentence.split() for sentence in SENTENCES]
+    pairs = {"prompt": [" ".join(w[: 2 + i % 3]) for i, w in enumerate(words)]}
+    return Dataset.from_dict(pairs | {"completion": [" " + " ".join(w[2 + i % 3 :]) for i, w in enumerate(words)]})
+
+
+class Watch(TrainerCallback):
+    """The rows and gradients of every update."""
+
+    def __init__(self):
+        self.rows, self.gradients = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.rows.append(copy.deepcopy(self.trainer.last_rows))
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def watched(*args, **kwargs):
+    watch = Watch()
+    trainer = make_trainer(*args, others={"callbacks": [watch], **kwargs.pop("others", {})}, **kwargs)
+    watch.trainer = trainer
+    return trainer, watch
+
+
+def by_hand(student, teacher, rows, kd_weight=1.0, temperature=1.0, divergence="forward_kl"):
+    """The loss of an update and the logged means, row by row, from the logits that plain models return."""
+    kd, ce, privilege, count = 0.0, 0.0, 0.0, 0
+    for row in rows:
+        completion = torch.tensor(row.completion_ids)
+
+        def logits(model, prompt, completion=completion):
+            ids = torch.tensor([prompt]), completion[None]
+            return model(input_ids=torch.cat(ids, 1)).logits[0, len(prompt) - 1 : -1].double()  # (C, V)
+
+        student_logits = logits(student, row.student_prompt_ids)
+        with torch.no_grad():
+            teacher_logits = logits(teacher, row.teacher_prompt_ids)
+            bare = logits(teacher, row.student_prompt_ids)
+        kd = (
+            kd
+            + ORACLE[divergence](
+                (teacher_logits / temperature).softmax(-1), (student_logits / temperature).softmax(-1)
+            ).sum()
+        )
+        privilege += F.kl_div(bare.log_softmax(-1), teacher_logits.log_softmax(-1), log_target=True, reduction="sum")
+        if row.source in ("dataset", "teacher"):
+            ce = ce + F.cross_entropy(student_logits, completion, reduction="sum")
+        count += len(completion)
+    loss = (kd_weight * temperature**2 * kd + (1 - kd_weight) * ce) / count
+    return loss, {"kd": float(kd) / count, "ce": float(ce) / count, "privilege": float(privilege) / count}
+
+
+def assert_same_gradients(found, loss, model):
+    model.zero_grad()
+    loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    norm = torch.cat([g.flatten() for g in expected.values()]).norm()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 2e-5 * max(gradient.norm(), 1e-3 * norm), name
+
+
+# -------------------------------------------------------------------------------------------------- the update
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("rollout_batch_size", [None, 3])
+def test_update_is_the_one_by_hand_on_the_same_tokens(
+    tmp_path, tokenizer, rows, student, teacher, accumulation, rollout_batch_size
+):
+    plain = copy.deepcopy(student)
+    trainer, watch = watched(
+        tmp_path, student, teacher, rows, tokenizer, rollout_mix=EVERYTHING, kd_weight=0.6, temperature=2.0,
+        per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
+        rollout_batch_size=rollout_batch_size, adaptive=True, seed=SEED_OF_ALL_SOURCES,
+    )  # fmt: skip
+    trainer.train()
+    assert len(watch.rows[0]) == 8
+    assert {row.source for row in watch.rows[0]} == set(ROLLOUT_SOURCES)
+    loss, means = by_hand(plain, teacher, watch.rows[0], kd_weight=0.6, temperature=2.0)
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert (log["kd"], log["ce"]) == pytest.approx((means["kd"], means["ce"]), rel=1e-5)
+    assert log["num_tokens"] == sum(len(row.student_prompt_ids) + len(row.completion_ids) for row in watch.rows[0])
+    assert_same_gradients(watch.gradients[0], loss, plain)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon"])
+def test_any_divergence(tmp_path, tokenizer, rows, student, teacher, divergence):
+    plain = copy.deepcopy(student)
+    trainer, watch = watched(tmp_path, student, teacher, rows, tokenizer, divergence=divergence)
+    trainer.train()
+    assert_same_gradients(watch.gradients[0], by_hand(plain, teacher, watch.rows[0], divergence=divergence)[0], plain)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gpt2", "mistral"])
+def test_families_with_gradient_checkpointing_and_dropout_switched_off_while_writing(tmp_path, tokenizer, rows, family):
+    student, teacher = make_model(family, seed=2), make_model(family, seed=1)
+    plain = copy.deepcopy(student)
+    trainer, watch = watched(tmp_path, student, teacher, rows, tokenizer, gradient_checkpointing=True)
+    trainer.train()
+    assert_same_gradients(watch.gradients[0], by_hand(plain, teacher, watch.rows[0])[0], plain)
+
+
+def test_lora_student_writes_with_its_adapters(tmp_path, tokenizer, rows, student, teacher):
+    trainer, watch = watched(
+        tmp_path, student, teacher, rows, tokenizer, max_steps=2, student_temperature=0.0, learning_rate=50.0,
+        rollout_mix={"student": 1.0}, others={"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])},
+    )  # fmt: skip
+    trainer.train()
+    assert watch.gradients[0]
+    assert all("lora" in name for name in watch.gradients[0])
+    merged = trainer.model.merge_and_unload().eval()
+    trainer.last_rows.clear()
+    (batch,) = trainer._write_batches([trainer.data_collator(trainer.train_dataset.to_list()[:2])], "eval", 0)
+    for row in trainer.last_rows:
+        ids = torch.tensor([row.student_prompt_ids])
+        written = merged.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=trainer.eos_token_ids)
+        assert written[0, ids.shape[1] :].tolist() == row.completion_ids
+    assert batch["labels"].ne(-100).sum() == sum(len(row.completion_ids) for row in trainer.last_rows)
+
+
+def test_shares_of_the_mix_are_drawn_per_row(tmp_path, tokenizer, rows, student, teacher):
+    many = Dataset.from_list(rows.to_list() * 8)
+    trainer, watch = watched(
+        tmp_path, student, teacher, many, tokenizer, rollout_mix=EVERYTHING, max_steps=8, max_new_tokens=2,
+        per_device_train_batch_size=64,
+    )  # fmt: skip
+    trainer.train()
+    drawn = [row for update in watch.rows for row in update]
+    for source in ROLLOUT_SOURCES:  # 512 rows: within four standard deviations
+        expected = EVERYTHING[source]
+        share = sum(row.source == source for row in drawn) / len(drawn)
+        assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / len(drawn)), source
+    for row in drawn:
+        if row.source == "teacher":
+            assert not any(row.drafted)
+        if row.source == "student":
+            assert all(row.drafted)
+
+
+def test_dataset_rows_are_trained_as_they_are_up_to_max_new_tokens(tmp_path, tokenizer, rows, student, teacher):
+    trainer, watch = watched(
+        tmp_path, student, teacher, rows, tokenizer, rollout_mix={"dataset": 1.0}, kd_weight=0.5, max_new_tokens=6
+    )
+    trainer.train()
+    whole = {row["prompt"]: tokenizer(row["prompt"] + row["completion"] + "<eos>")["input_ids"] for row in rows}
+    for row in watch.rows[0]:
+        ids = whole[tokenizer.decode(row.student_prompt_ids)]
+        assert row.student_prompt_ids + row.completion_ids == ids[: len(row.student_prompt_ids) + 6]
+
+
+# ---------------------------------------------------------------------------------------------------------- LUPI
+
+
+def test_teacher_reads_what_the_student_does_not_and_both_meet_on_the_completion(tmp_path, tokenizer, student, teacher):
+    plain = copy.deepcopy(student)
+    collator = LUPICollator(tokenizer, system_prompt="Know it all.", completion_column="answer")
+    trainer, watch = watched(
+        tmp_path, student, teacher, Dataset.from_list(FACTS), tokenizer, kd_weight=0.5,
+        rollout_mix={"speculative": 0.6, "dataset": 0.4}, others={"data_collator": collator},
+    )  # fmt: skip
+    trainer.train()
+    assert all(len(row.teacher_prompt_ids) > len(row.student_prompt_ids) + 5 for row in watch.rows[0])
+    loss, means = by_hand(plain, teacher, watch.rows[0], kd_weight=0.5)
+    assert_same_gradients(watch.gradients[0], loss, plain)
+    log = trainer.state.log_history[0]
+    assert log["rollout/value_of_privilege"] == pytest.approx(means["privilege"], rel=1e-4)
+
+
+def test_value_of_privilege_is_measured_on_logging_steps_only(tmp_path, tokenizer, student, teacher, monkeypatch):
+    trainer = make_trainer(
+        tmp_path, student, teacher, Dataset.from_list(FACTS), tokenizer, max_steps=6, logging_steps=3,
+        others={"data_collator": LUPICollator(tokenizer)},
+    )  # fmt: skip
+    steps = []
+    original = trainer._value_of_privilege
+    monkeypatch.setattr(
+        trainer, "_value_of_privilege", lambda *args: (steps.append(trainer.state.global_step + 1), original(*args))[1]
+    )
+    trainer.train()
+    assert steps == [3, 6]
+
+
+# ----------------------------------------------------------------------------------------- what is written, and when
+
+
+def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(tmp_path, tokenizer, rows, teacher):
+    def run(folder, seed, **kwargs):
+        student = make_model("gpt2", seed=seed, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
+        trainer, watch = watched(
+            folder, student, teacher, rows, tokenizer, optim="adamw_torch", learning_rate=1e-2, max_steps=4,
+            rollout_mix=EVERYTHING, kd_weight=0.8, adaptive=True, per_device_train_batch_size=2,
+            gradient_accumulation_steps=2, save_strategy="steps", save_steps=2, max_grad_norm=1.0,
+        )  # fmt: skip
+        trainer.train(**kwargs)
+        return student.state_dict(), [[row.completion_ids for row in update] for update in watch.rows]
+
+    whole, whole_rows = run(tmp_path / "whole", seed=2)
+    resumed, rest = run(tmp_path / "resumed", seed=9, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert rest == whole_rows[2:]
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_the_global_random_numbers_play_no_part(tmp_path, tokenizer, rows, teacher):
+    written = []
+    for seed in (1, 2):
+        trainer, watch = watched(
+            tmp_path, make_model(seed=2), teacher, rows, tokenizer, train_sampling_strategy="sequential"
+        )
+        torch.manual_seed(seed)
+        trainer.train()
+        written.append([row.completion_ids for row in watch.rows[0]])
+    assert written[0] == written[1]
+
+
+def test_rows_change_with_step_and_seed(tmp_path, tokenizer, rows, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer)
+    batch = trainer.data_collator(trainer.train_dataset.to_list())
+
+    def write(step):
+        trainer._write_batches([batch], "train", step)
+        return [row.completion_ids for row in trainer.last_rows]
+
+    first = write(0)
+    assert write(0) == first
+    assert write(1) != first
+    trainer.args.seed += 1
+    assert write(0) != first
+
+
+def test_evaluation_writes_with_the_same_random_numbers_every_time(tmp_path, tokenizer, rows, student, teacher):
+    trainer = make_trainer(
+        tmp_path, student, teacher, rows, tokenizer, eval_dataset=rows.select(range(5)), per_device_eval_batch_size=2
+    )
+    first, second = trainer.evaluate(), trainer.evaluate()
+    for name in ("eval_loss", "eval_kd", "eval_rollout/acceptance_rate", "eval_rollout/tokens_drafted"):
+        assert first[name] == second[name], name
+    assert first["eval_loss"] == pytest.approx(first["eval_kd"], rel=1e-6)
+    before = first["eval_kd"]
+    trainer.args.max_steps, trainer.args.learning_rate = 20, 0.5
+    trainer.train()
+    assert trainer.evaluate()["eval_kd"] < before
+    # Rows given later are prepared as those at construction are.
+    assert trainer.evaluate(rows.select(range(5)))["eval_kd"] == trainer.evaluate()["eval_kd"]
+
+
+def test_streams_and_messages_and_token_ids(tmp_path, tokenizer, student, teacher, messages_dataset):
+    stream = IterableDataset.from_generator(lambda: iter([{"prompt": text} for text in SENTENCES]))
+    encoded = Dataset.from_list([{"student_prompt_ids": [5, 6, 7], "teacher_prompt_ids": [8, 9]}] * 4)
+    for dataset in (stream, messages_dataset, encoded):
+        trainer, watch = watched(
+            tmp_path, copy.deepcopy(student), teacher, dataset, tokenizer, per_device_train_batch_size=4
+        )
+        trainer.train()
+        assert all(row.completion_ids for row in watch.rows[0])
+    assert watch.rows[0][0].student_prompt_ids == [5, 6, 7]
+    assert watch.rows[0][0].teacher_prompt_ids == [8, 9]
+
+
+# -------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_logged_rates_are_those_of_the_blocks(tmp_path, tokenizer, rows, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer, max_steps=2, logging_steps=2, adaptive=True)
+    blocks = []
+    original = trainer._rollout_means["train"].add
+    trainer._rollout_means["train"].add = lambda stats, *args: (blocks.append(stats.blocks), original(stats, *args))
+    trainer.train()
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    _, draft_length, drafted, accepted, corrected = (torch.cat(column).double() for column in zip(*blocks, strict=True))
+    expected = {
+        "acceptance_rate": accepted.sum() / drafted.sum(),
+        "first_token_acceptance": (accepted > 0).double().mean(),
+        "full_block_rate": (accepted == drafted).double().mean(),
+        "draft_length_mean": draft_length.mean(),
+        "draft_length_min": draft_length.min(),
+        "draft_length_max": draft_length.max(),
+        "draft_length_std": draft_length.std(correction=0),
+        "tokens_drafted": drafted.sum(),
+        "tokens_accepted": accepted.sum(),
+        "tokens_corrected": corrected.sum(),
+    }
+    for name, value in expected.items():
+        assert log[f"rollout/{name}"] == pytest.approx(float(value), rel=1e-5), name
+    assert log["rollout/tokens_per_second"] > 0
+
+
+def test_samples_are_printed_and_reach_tensorboard(tmp_path, tokenizer, rows, student, teacher, capsys):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = make_trainer(
+        tmp_path, student, teacher, rows, tokenizer, max_steps=2, report_to=["tensorboard"], rollout_mix=EVERYTHING
+    )
+    trainer.add_callback(RolloutSamplesCallback(trainer, steps=2, num_samples=3))
+    trainer.train()
+    assert "rollout/samples, step 2" in capsys.readouterr().out
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    events = event_accumulator.EventAccumulator(str(folder)).Reload()
+    assert "rollout/acceptance_rate" in {tag.removeprefix("train/") for tag in events.Tags()["scalars"]}
+    text = events.Tensors("rollout/samples/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert len(text.splitlines()) == 2 + 3
+    for row in trainer.last_rows[:3]:
+        assert row.source in text
+
+
+def test_debugging_logs_every_block(tmp_path, tokenizer, rows, student, teacher, caplog):
+    trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer, rollout_debug=True)
+    with caplog.at_level("INFO", logger="hf_distill"):
+        trainer.train()
+    lines = [record.message for record in caplog.records if "accepted" in record.message]
+    assert len([line for line in lines if "->" in line]) == trainer.state.log_history[0]["rollout/tokens_corrected"]
+
+
+def test_model_card_says_how_the_text_was_written(tmp_path, tokenizer, rows, student, teacher):
+    trainer = make_trainer(
+        tmp_path, student, teacher, rows, tokenizer, rollout_mix={"speculative": 0.7, "dataset": 0.3}
+    )
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "speculative 0.7, dataset 0.3" in card
+    assert "2410.11325" in card
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+def no_template(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+CONFIGS = {
+    "top_k has to be at least 1": {"top_k": 0},
+    "top_k=1000 is more than the vocabulary": {"top_k": 1000},
+    "draft_length has to be at least 1": {"draft_length": 0},
+    "min_prob": {"min_prob": 1.5},
+    "student_temperature": {"student_temperature": -1.0},
+    "teacher_top_p": {"teacher_top_p": 0.0},
+    "rollout_mix has to give": {"rollout_mix": {"students": 1.0}},
+    "not all of them 0": {"rollout_mix": {"student": 0.0}},
+    "rollout_batch_size": {"rollout_batch_size": 0},
+    "max_length=512 is not used": {"max_length": 512},
+    "do not fit the student's 256 positions": {"max_new_tokens": 250},
+    "has no completion": {"rollout_mix": {"dataset": 1.0}},
+    "kd_weight": {"kd_weight": 2.0},
+}
+
+
+@pytest.mark.parametrize("message", CONFIGS)
+def test_bad_settings_are_refused_at_construction(tmp_path, tokenizer, student, teacher, message):
+    rows = Dataset.from_dict({"prompt": SENTENCES})
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, student, teacher, rows, tokenizer, **CONFIGS[message])
+
+
+@pytest.mark.parametrize("field", ["packing", "padding_free", "eval_packing"])
+def test_packing_is_refused_in_words(tmp_path, field):
+    with pytest.raises(ValueError, match="packing and padding_free are not possible with rollouts"):
+        SpeculativeKDConfig(**settings(tmp_path, **{field: True}))
+
+
+ROWS = {
+    "row 1 of the train dataset has no prompt": [{"prompt": "The"}, {"prompt": ""}],
+    "the train dataset is empty": [],
+    "row 0 of the train dataset has no prompt: give it": [{"text": "The"}],
+}
+
+
+@pytest.mark.parametrize("message", ROWS)
+def test_bad_rows_are_named(tmp_path, tokenizer, student, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, student, teacher, Dataset.from_list(ROWS[message]), tokenizer)
+
+
+def test_other_refusals(tmp_path, tokenizer, rows, student, teacher, messages_dataset):
+    with pytest.raises(ValueError, match="different vocabularies"):
+        SpeculativeKDTrainer(
+            student, teacher, SpeculativeKDConfig(**settings(tmp_path)), rows, None, tokenizer,
+            teacher_processing_class=make_tokenizer(corpus=[s[::-1] for s in SENTENCES]),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="no chat template"):
+        make_trainer(tmp_path, student, teacher, messages_dataset, no_template(tokenizer))
+    with pytest.raises(ValueError, match="row 0 of the train dataset has no 'knowledge'"):
+        make_trainer(
+            tmp_path, student, teacher, Dataset.from_list([{"query": "a", "knowledge": ""}]), tokenizer,
+            others={"data_collator": LUPICollator(tokenizer)},
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="data_collator has to make prompts"):
+        make_trainer(tmp_path, student, teacher, rows, tokenizer, others={"data_collator": lambda rows: rows})
+    with pytest.raises(ValueError, match="formatting_func is not used"):
+        make_trainer(tmp_path, student, teacher, rows, tokenizer, others={"formatting_func": str})
+    with pytest.raises(ValueError, match="has to be a SpeculativeKDConfig"):
+        SpeculativeKDTrainer(student, teacher, "speculative", rows)
+    with pytest.raises(ValueError, match="steps and num_samples"):
+        RolloutSamplesCallback(None, 0)
+    with pytest.raises(ValueError, match="writes no text"):
+        RolloutSamplesCallback(object(), 1)
+
+
+def test_a_model_with_a_state_that_cannot_be_rewound_is_refused(tmp_path, tokenizer, rows, teacher):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    student = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4))
+    with pytest.raises(ValueError, match="cannot take back what it has read"):
+        make_trainer(tmp_path, student, teacher, rows, tokenizer)
