@@ -40,13 +40,18 @@ OBJECTIVES = {
 }
 
 
+def load_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The token ids of each story, after the bos token."""
+    with open(path, encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    return [
+        [tokenizer.bos_token_id, *ids] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ]
+
+
 def load_chunks(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
     """The stories as one stream of tokens, cut into rows of `length`; what is left over is dropped."""
-    stream: list[int] = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            story = tokenizer(json.loads(line)["text"], add_special_tokens=False, verbose=False)["input_ids"]
-            stream += [tokenizer.bos_token_id, *story]
+    stream = [token for text in load_texts(path, tokenizer) for token in text]
     rows = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
