@@ -54,8 +54,13 @@ class SKDArguments(KDArguments):
         metadata={"help": "Column of what only the teacher reads (LUPI). Default: rows have `prompt` or `messages`."},
     )
     query_column: str = field(default="query", metadata={"help": "Column of the question, with knowledge_column."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompt, without knowledge_column."})
     completion_column: str | None = field(
         default=None, metadata={"help": "Column of reference answers, for the source `dataset`."}
+    )
+    as_chat: bool = field(
+        default=False,
+        metadata={"help": "Whether a prompt that is text is the user's message, and a completion the assistant's."},
     )
     system_prompt: str | None = field(default=None, metadata={"help": "First message to the teacher."})
     few_shot: str | None = field(
@@ -123,7 +128,10 @@ def run_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) ->
 def run_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: ModelConfig) -> None:
     """The same on text that student and teacher write; what is measured is written anew, from held-out prompts."""
     options = _trainer_arguments(arguments, args, model_config)
-    if arguments.knowledge_column is not None:
+    if arguments.knowledge_column is None:
+        for name in ("train_dataset", "eval_dataset"):
+            options[name] = options[name] and _with_prompts(options[name], arguments)
+    else:
         options["processing_class"] = student_tokenizer(arguments.model, args)
         options["data_collator"] = _lupi_collator(arguments, options["processing_class"])
     trainer = SpeculativeKDTrainer(**options)
@@ -169,6 +177,20 @@ def _train(trainer: KDTrainer, measure: Callable[[], dict[str, float]]) -> tuple
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return results, {"training": trainer.state.log_history}
+
+
+def _with_prompts(rows: Dataset | IterableDataset, arguments: SKDArguments) -> Dataset | IterableDataset:
+    """Rows with the columns `prompt` and `completion`, whatever they are called in the file."""
+    names = {arguments.prompt_column: "prompt", arguments.completion_column: "completion"}
+    for column, name in names.items():
+        if column not in (None, name):
+            rows = rows.rename_column(column, name)
+
+    def as_chat(row: dict[str, str]) -> dict[str, list]:
+        roles = {"prompt": "user", "completion": "assistant"}
+        return {name: [{"role": role, "content": row[name]}] for name, role in roles.items() if name in row}
+
+    return rows.map(as_chat) if arguments.as_chat else rows
 
 
 def _lupi_collator(arguments: SKDArguments, tokenizer: PreTrainedTokenizerBase) -> LUPICollator:
