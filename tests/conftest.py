@@ -14,10 +14,12 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -80,6 +82,9 @@ FAMILIES = {
     "gemma2": lambda **kw: Gemma2Config(
         **{**_SIZES, "head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0, **kw}
     ),
+    "gemma3_text": lambda **kw: Gemma3TextConfig(
+        **{**_SIZES, "head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], **kw}
+    ),
     "gpt2": lambda **kw: GPT2Config(
         **{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
         | {"attn_pdrop": 0.0, **kw}
@@ -87,6 +92,7 @@ FAMILIES = {
     "cohere": lambda **kw: CohereConfig(**{**_SIZES, "logit_scale": 0.25, **kw}),
     "granite": lambda **kw: GraniteConfig(**{**_SIZES, "logits_scaling": 4.0, **kw}),
     "phi": lambda **kw: PhiConfig(**{**_SIZES, "num_key_value_heads": 4, **kw}),
+    "phi3": lambda **kw: Phi3Config(**{**_SIZES, **kw}),
 }
 
 
