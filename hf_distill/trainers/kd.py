@@ -345,6 +345,13 @@ class KDTrainer(SFTTrainer):
     # ------------------------------------------------------------------------------------------------------ data
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        if packing:
+            # Rows are dropped and counted before they are joined. Of the strategies, only "bfd" cuts at max_length.
+            alone = copy.copy(args)
+            alone.shuffle_dataset, alone.truncation_mode = False, "keep_start"
+            alone.max_length = args.max_length if args.packing_strategy == "bfd" else None
+            dataset = self._prepare_dataset(dataset, processing_class, alone, False, formatting_func, dataset_name)
+            formatting_func = None
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         keep = partial(has_label, vocab_size=self.vocab_size, dataset_name=dataset_name)
         if not isinstance(prepared, Dataset) or not isinstance(dataset, Dataset):

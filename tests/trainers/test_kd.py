@@ -866,6 +866,35 @@ def test_rows_without_a_label_are_dropped_and_counted(tmp_path, tokenizer, stude
     assert "3 of 4 train rows have no label" in caplog.text
 
 
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_rows_without_a_label_are_dropped_and_counted_before_packing(
+    tmp_path, tokenizer, student, teacher, caplog, strategy
+):
+    ids = [[5, 6, 7], [5, 6, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17, 18]]
+    labels = [[-100, -100, 7], [-100] * 3, [9, -100, -100], [-100] * 6 + [18]]
+    dataset = Dataset.from_dict({"input_ids": ids, "labels": labels})
+    with caplog.at_level(logging.WARNING, logger="hf_distill"):
+        trainer = make_trainer(
+            tmp_path, student, teacher, dataset, tokenizer, packing=True, packing_strategy=strategy, max_length=6
+        )
+    # The label of the last row is past max_length, where "bfd" cuts and the others go on in another row.
+    dropped = 3 if strategy == "bfd" else 2
+    assert f"{dropped} of 4 train rows have no label" in caplog.text
+    found = {token for row in trainer.train_dataset["input_ids"] for token in row}
+    assert {5, 6, 7} <= found
+    assert not {8, 9, 10, 11} & found
+
+
+def test_packing_cuts_and_mixes_rows_as_sfttrainer_does(tmp_path, tokenizer, student, teacher):
+    dataset = Dataset.from_dict({"text": SENTENCES})
+    for strategy in ("bfd", "bfd_split", "wrapped"):
+        options = {"packing": True, "packing_strategy": strategy, "max_length": 12, "shuffle_dataset": True}
+        args = SFTConfig(**settings(tmp_path, **options))
+        sft = SFTTrainer(copy.deepcopy(student), args, train_dataset=dataset, processing_class=tokenizer)
+        trainer = make_trainer(tmp_path, student, teacher, dataset, tokenizer, **options)
+        assert trainer.train_dataset["input_ids"] == sft.train_dataset["input_ids"], strategy
+
+
 def test_caller_keeps_dataset_args_and_configs_as_they_were(tmp_path, tokenizer, student, teacher):
     dataset = Dataset.from_dict({"text": SENTENCES})
     params, kwargs = {"alpha": 0.3}, {"attn_implementation": "eager"}
