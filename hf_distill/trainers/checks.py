@@ -1,6 +1,7 @@
 """What the trainers refuse at construction, and in which words; and the tokenizers they find by themselves."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -13,6 +14,9 @@ from hf_distill.trainers.config import KDConfig
 logger = logging.getLogger(__name__)
 
 AnyDataset = Dataset | IterableDataset
+
+# A stream has to have a label within these.
+PEEKED_ROWS = 1000
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, AnyDataset]:
@@ -39,14 +43,27 @@ def check_columns(dataset: AnyDataset, name: str, text_field: str, has_formattin
         )
 
 
-def has_label(row: dict[str, list[int]], vocab_size: int, dataset_name: str) -> bool:
+def has_label(row: Mapping[str, Any], vocab_size: int, dataset_name: str) -> bool:
     """Whether a tokenised row has anything to train on; `ValueError` for a token that the teacher does not know."""
-    if (largest := max(row["input_ids"], default=0)) >= vocab_size:
+    if "input_ids" not in row:
+        return True  # Of a dataset that is prepared by its own collator.
+    if (largest := int(max(row["input_ids"], default=0))) >= vocab_size:
         raise ValueError(
             f"a row of the {dataset_name} dataset has token id {largest}, but student and teacher share only the ids "
             f"below {vocab_size}: one of them cannot read it. Use tokens (eos_token, chat template) that both know"
         )
-    return any(label != -100 for label in row["labels"][1:])
+    labels = row["labels"] if "labels" in row else row["input_ids"]
+    return any(label != -100 for label in labels[1:])
+
+
+def refuse_no_label(kept: AnyDataset, name: str, args: KDConfig) -> None:
+    """Raises `ValueError` if no row has been kept, of a stream none of the first `PEEKED_ROWS`."""
+    if next(iter(kept), None) is None:
+        which = "no row" if isinstance(kept, Dataset) else f"none of the first {PEEKED_ROWS:,} rows"
+        raise ValueError(
+            f"{which} of the {name} dataset has a label left to train on; check max_length ({args.max_length}), "
+            "completion_only_loss, assistant_only_loss and the chat template"
+        )
 
 
 def refuse_vision(model: str | PreTrainedModel, processing_class: Any) -> None:

@@ -31,11 +31,13 @@ from hf_distill.modeling import (
 from hf_distill.teachers import Teacher, TeacherSignal
 from hf_distill.teachers.local import LocalTeacher, load_teacher
 from hf_distill.trainers.checks import (
+    PEEKED_ROWS,
     AnyDataset,
     check_columns,
     has_label,
     named_datasets,
     refuse_frozen,
+    refuse_no_label,
     refuse_prompt_learning,
     refuse_shared_memory,
     refuse_vision,
@@ -137,6 +139,12 @@ class KDTrainer(SFTTrainer):
             refuse_shared_memory(model, teacher)  # Before the teacher is frozen, and what it shares with it.
         self.teacher: Teacher = LocalTeacher(teacher, args.device)
         self.vocab_size = min(self.vocab_size, self.teacher.head.weight.shape[0], student_rows(model, args))
+
+        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            # Such rows are trained on as they are; a token that the teacher lacks would fail in the middle of training.
+            for name, dataset in named_datasets(train_dataset, eval_dataset).items():
+                dataset = dataset if isinstance(dataset, Dataset) else dataset.take(PEEKED_ROWS)
+                refuse_no_label(self._with_label(dataset, args, name), name, args)
 
         if isinstance(model, str) and args.device.type == "cuda" and args.world_size == 1:
             # TRL would spread the student over all GPUs, the teacher's too.
@@ -353,20 +361,22 @@ class KDTrainer(SFTTrainer):
             dataset = self._prepare_dataset(dataset, processing_class, alone, False, formatting_func, dataset_name)
             formatting_func = None
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        kept = self._with_label(prepared, args, dataset_name)
+        if isinstance(dataset, Dataset):
+            refuse_no_label(kept, dataset_name, args)
+            if not packing and (dropped := len(dataset) - len(kept)):
+                logger.warning("%d of %d %s rows have no label and are dropped", dropped, len(dataset), dataset_name)
+        elif not packing:
+            first = dataset.take(PEEKED_ROWS)
+            first = super()._prepare_dataset(first, processing_class, args, False, formatting_func, dataset_name)
+            refuse_no_label(self._with_label(first, args, dataset_name), dataset_name, args)
+        return kept
+
+    def _with_label(self, dataset: AnyDataset, args: KDConfig, dataset_name: str) -> AnyDataset:
         keep = partial(has_label, vocab_size=self.vocab_size, dataset_name=dataset_name)
-        if not isinstance(prepared, Dataset) or not isinstance(dataset, Dataset):
-            return prepared.filter(keep)
-        prepared = prepared.filter(
-            keep, num_proc=args.dataset_num_proc, desc=f"Checking labels of {dataset_name} dataset"
-        )
-        if len(prepared) == 0:
-            raise ValueError(
-                f"no row of the {dataset_name} dataset has a label left to train on; check max_length "
-                f"({args.max_length}), completion_only_loss, assistant_only_loss and the chat template"
-            )
-        if not packing and (dropped := len(dataset) - len(prepared)):
-            logger.warning("%d of %d %s rows have no label and are dropped", dropped, len(dataset), dataset_name)
-        return prepared
+        if not isinstance(dataset, Dataset):
+            return dataset.filter(keep)
+        return dataset.filter(keep, num_proc=args.dataset_num_proc, desc=f"Checking labels of {dataset_name} dataset")
 
     # ------------------------------------------------------------------------------------------------ model card
 

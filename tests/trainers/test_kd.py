@@ -895,6 +895,76 @@ def test_packing_cuts_and_mixes_rows_as_sfttrainer_does(tmp_path, tokenizer, stu
         assert trainer.train_dataset["input_ids"] == sft.train_dataset["input_ids"], strategy
 
 
+def endless(row: dict[str, list[int]]) -> IterableDataset:
+    def rows():
+        while True:
+            yield row
+
+    return IterableDataset.from_generator(rows)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("labels", [[-100] * 3, [5, -100, -100]])
+def test_stream_that_starts_with_too_many_rows_without_a_label_is_refused(
+    tmp_path, tokenizer, student, teacher, packing, labels
+):
+    dataset = endless({"input_ids": [5, 6, 7], "labels": labels})
+    with pytest.raises(ValueError, match=r"none of the first 1,000 rows of the train dataset has a label.*max_length"):
+        make_trainer(tmp_path, student, teacher, dataset, tokenizer, packing=packing)
+
+
+def test_stream_may_start_with_rows_without_a_label(tmp_path, tokenizer, student, teacher):
+    def rows():
+        yield from [{"input_ids": [5, 6, 7], "labels": [-100] * 3}] * 999
+        yield {"input_ids": [8, 9, 10], "labels": [8, 9, 10]}
+
+    dataset = IterableDataset.from_generator(rows)
+    trainer = make_trainer(tmp_path, student, teacher, dataset, tokenizer, per_device_train_batch_size=1)
+    assert [row["input_ids"] for row in trainer.train_dataset] == [[8, 9, 10]]
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("kind", ["rows", "torch", "transform", "stream"])
+def test_rows_that_are_not_prepared_are_checked_all_the_same(tmp_path, tokenizer, student, teacher, kind):
+    def make(rows) -> Dataset | IterableDataset:
+        dataset = Dataset.from_dict(rows)
+        if kind == "transform":
+            return dataset.with_transform(lambda batch: {name: list(values) for name, values in batch.items()})
+        return (
+            dataset.to_iterable_dataset()
+            if kind == "stream"
+            else dataset.with_format("torch" if kind == "torch" else None)
+        )
+
+    known = make({"input_ids": [[5, 6, 7], [8, 9, 10]], "labels": [[5, 6, 7], [-100] * 3]})
+    foreign = make({"input_ids": [[5, 6, 7], [8, VOCAB, 10]], "labels": [[-100, -100, -100], [8, 9, 10]]})
+    unlabelled = make({"input_ids": [[5, 6, 7]], "labels": [[-100] * 3]})
+    skip = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+    trainer = make_trainer(
+        tmp_path, student, teacher, known, tokenizer, **skip, per_device_train_batch_size=1, max_steps=2
+    )
+    trainer.train()
+    assert trainer.train_dataset is known
+    for dataset, message in ((foreign, "token id 384.*share only the ids below 384"), (unlabelled, "has a label left")):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, student, teacher, dataset, tokenizer, **skip)
+        with pytest.raises(ValueError, match=message):
+            make_trainer(
+                tmp_path, student, teacher, known, tokenizer, **skip, trainer_settings={"eval_dataset": dataset}
+            )
+
+
+def test_rows_that_are_not_prepared_and_have_no_labels_train_on_every_token(tmp_path, tokenizer, student, teacher):
+    dataset = Dataset.from_dict({"input_ids": [[5, 6, 7]]})
+    trainer = make_trainer(
+        tmp_path, student, teacher, dataset, tokenizer, dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    trainer.train()
+    expected = dense_loss(student, teacher, [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}]).item()
+    assert trainer.evaluate(dataset)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_caller_keeps_dataset_args_and_configs_as_they_were(tmp_path, tokenizer, student, teacher):
     dataset = Dataset.from_dict({"text": SENTENCES})
     params, kwargs = {"alpha": 0.3}, {"attn_implementation": "eager"}
