@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 from functools import partial
 from typing import Any
@@ -48,6 +49,9 @@ from hf_distill.trainers.checks import (
 from hf_distill.trainers.config import KDConfig
 
 logger = logging.getLogger(__name__)
+
+# So many halvings take the loss scaler's first scale, 2^16, below 1: what is not finite then never will be.
+MAX_SKIPPED_UPDATES = 20
 
 
 class KDTrainer(SFTTrainer):
@@ -168,7 +172,7 @@ class KDTrainer(SFTTrainer):
         # compute_loss divides by the label-bearing tokens of the whole update, whatever the student's forward takes.
         self.model_accepts_loss_kwargs = True
         self._means = {"train": TokenMeans(), "eval": TokenMeans()}
-        self._update_loss = 0.0
+        self._update_loss, self._skipped_updates = 0.0, 0
         student = causal_lm(self.model)
         refuse_vision(student, None)
         refuse_frozen(self.model)
@@ -312,7 +316,7 @@ class KDTrainer(SFTTrainer):
 
     def train(self, *args, **kwargs):
         """As in `trl.SFTTrainer`; whatever stops it, the student is saved to `emergency/` in the output directory."""
-        self._means["train"], self._update_loss = TokenMeans(), 0.0  # what an interrupted run has left
+        self._means["train"], self._update_loss, self._skipped_updates = TokenMeans(), 0.0, 0  # of an interrupted run
         try:
             return super().train(*args, **kwargs)
         except (Exception, KeyboardInterrupt):
@@ -333,9 +337,12 @@ class KDTrainer(SFTTrainer):
         # transformers calls this once per update, right before the optimizer's step.
         grad_norm = super()._get_grad_norm(model, grad_norm)
         scaler = self.accelerator.scaler
-        # With float16's loss scaling a non-finite gradient is everyday: the scaler skips that step. DeepSpeed has
-        # stepped by now; compute_loss has checked its loss.
-        ignored = self.is_deepspeed_enabled or (scaler is not None and scaler.is_enabled())
+        # With float16's loss scaling a non-finite gradient is everyday: the scaler skips that step and halves its
+        # scale. DeepSpeed has stepped by now, and has a limit of its own; compute_loss has checked its loss.
+        ignored = self.is_deepspeed_enabled
+        if scaler is not None and scaler.is_enabled():
+            self._skipped_updates = 0 if math.isfinite(grad_norm) else self._skipped_updates + 1
+            ignored = ignored or self._skipped_updates < MAX_SKIPPED_UPDATES
         self._stop_unless_finite(0.0 if ignored else grad_norm)
         return grad_norm
 
@@ -343,11 +350,12 @@ class KDTrainer(SFTTrainer):
         loss = self._sum_over_processes(torch.as_tensor(self._update_loss, device=self.args.device))
         self._update_loss = 0.0
         if not torch.isfinite(loss + torch.as_tensor(grad_norm).to(loss)):
+            skipped = f", in {self._skipped_updates} updates in a row" if self._skipped_updates else ""
             raise FloatingPointError(
                 f"non-finite training at step {self.state.global_step + 1}: loss {loss.item()}, gradient norm "
-                f"{torch.as_tensor(grad_norm).item()}. The optimizer has not stepped; checkpoints up to this step are "
-                "intact. Try a lower learning rate or temperature, or bf16 instead of fp16, and look at the rows of "
-                "this step"
+                f"{torch.as_tensor(grad_norm).item()}{skipped}. The optimizer has not stepped; checkpoints up to this "
+                "step are intact. Try a lower learning rate or temperature, or bf16 instead of fp16, and look at the "
+                "rows of this step"
             )
 
     # ------------------------------------------------------------------------------------------------------ data

@@ -752,6 +752,23 @@ def test_non_finite_training_stops_before_the_optimizer_and_names_the_step(
         assert torch.equal(value, rescued[name])
 
 
+@pytest.mark.parametrize("finite", [(1,), (1, 21)])
+def test_loss_scaler_may_skip_updates_but_not_for_ever(
+    tmp_path, tokenizer, rows, student, teacher, monkeypatch, finite
+):
+    trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer, max_steps=50)
+    monkeypatch.setattr(trainer.accelerator, "scaler", torch.amp.GradScaler("cpu"))
+    student.model.norm.weight.register_hook(
+        lambda gradient: gradient * (1.0 if trainer.state.global_step + 1 in finite else float("inf"))
+    )
+    stop = finite[-1] + 20  # 19 in a row are everyday.
+    with pytest.raises(FloatingPointError, match=f"at step {stop}: .*norm (inf|nan), in 20 updates in a row.*lower"):
+        trainer.train()
+    assert trainer.state.global_step == stop - 1
+    assert trainer.accelerator.scaler.get_scale() == 2.0 ** (16 - (stop - 1 - len(finite)))
+    assert all(torch.isfinite(value).all() for value in student.state_dict().values())
+
+
 def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(tmp_path, tokenizer, rows, teacher):
     def run(folder, seed, **kwargs):
         student = make_model("gpt2", seed=seed, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
