@@ -59,8 +59,8 @@ def load_rows(name: str, split: str, config: str | None = None) -> Dataset | Ite
     return loaded[split]
 
 
-def run_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> None:
-    """Distils, measures the student before and after on held-out rows, saves student, table and picture."""
+def make_trainer(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> KDTrainer:
+    """The trainer of `hf-distill kd`; `ValueError` for settings and data that it could not train with."""
     if model_config.model_name_or_path is not None:
         raise ValueError("--model_name_or_path is not used here: the student is --model, the teacher --teacher_model")
     args.model_init_kwargs = {
@@ -71,7 +71,7 @@ def run_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) ->
     }
     train_dataset = load_rows(arguments.dataset, arguments.train_split, arguments.dataset_config)
     eval_dataset = _load_eval_rows(arguments)
-    trainer = KDTrainer(
+    return KDTrainer(
         arguments.model,
         arguments.teacher_model,
         args,
@@ -80,6 +80,11 @@ def run_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) ->
         peft_config=get_peft_config(model_config),
         quantization_config=get_quantization_config(model_config),
     )
+
+
+def run_kd(trainer: KDTrainer) -> None:
+    """Distils, measures the student before and after on held-out rows, saves student, table and picture."""
+    args = trainer.args
     results = {}
 
     def measure(name: str) -> None:
@@ -143,7 +148,11 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit("distillation did not win: please report this with the table above")
     else:
         kd_parser = TrlParser((KDArguments, KDConfig, ModelConfig), prog="hf-distill kd")  # pyright: ignore
-        run_kd(*kd_parser.parse_args_and_config(rest))
+        try:
+            trainer = make_trainer(*kd_parser.parse_args_and_config(rest))
+        except ValueError as error:
+            kd_parser.exit(2, f"{kd_parser.prog}: error: {error}\n")
+        run_kd(trainer)
 
 
 if __name__ == "__main__":
