@@ -1,12 +1,15 @@
 """What the trainers refuse at construction, and in which words; and the tokenizers they find by themselves."""
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate import ParallelismConfig
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_distill.modeling import causal_lm, embedding_weight, shared_parameters
 from hf_distill.trainers.config import KDConfig
@@ -82,6 +85,26 @@ def refuse_prompt_learning(peft_config: Any, *models: Any) -> None:
     for config in (peft_config, *(getattr(model, "active_peft_config", None) for model in models)):
         if config is not None and config.is_prompt_learning:
             raise ValueError(f"{type(config).__name__} shifts every position; use LoRA or another adapter")
+
+
+def refuse_sharding(args: KDConfig) -> None:
+    """Raises `ValueError` for ways to spread a run over devices that KDTrainer does not train in."""
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("DeepSpeed ZeRO-3 is not supported yet: use ZeRO-2 (accelerate_configs/zero2.yaml) or DDP")
+    # What accelerate will read: the settings, or else what `accelerate launch` has left in the environment.
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError("FSDP is not supported yet: use DDP (accelerate_configs/ddp.yaml) or ZeRO-2")
+    parallelism = args.parallelism_config
+    if parallelism is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        parallelism = ParallelismConfig()
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError("context and sequence parallelism are not supported: the teacher reads whole rows")
+
+
+def refuse_split(student: Any) -> None:
+    """Raises `ValueError` for a student that is spread over devices; by name it has yet to be loaded."""
+    if len(set((getattr(causal_lm(student), "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError("the student is split over devices; load it on one: device_map={'': 0}")
 
 
 def refuse_frozen(student: nn.Module) -> None:

@@ -13,7 +13,6 @@ from huggingface_hub import ModelCard
 from peft import PeftConfig
 from torch import Tensor
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from hf_distill.losses.divergence import check_divergence
@@ -40,7 +39,9 @@ from hf_distill.trainers.checks import (
     refuse_frozen,
     refuse_no_label,
     refuse_prompt_learning,
+    refuse_sharding,
     refuse_shared_memory,
+    refuse_split,
     refuse_vision,
     student_rows,
     student_tokenizer,
@@ -116,14 +117,14 @@ class KDTrainer(SFTTrainer):
         args = KDConfig(output_dir="kd_output") if args is None else args
         if not isinstance(args, KDConfig):
             raise ValueError(f"args has to be a KDConfig, got {type(args).__name__}; KDConfig takes the same fields")
-        if is_deepspeed_zero3_enabled():
-            raise ValueError("DeepSpeed ZeRO-3 is not supported yet: use ZeRO-2 (accelerate_configs/zero2.yaml) or DDP")
+        refuse_sharding(args)
         if teacher_model is None:
             raise ValueError("teacher_model is missing: pass a hub id, a path or a model (SFTTrainer trains without)")
         if model is teacher_model and not isinstance(model, str):
             raise ValueError("the teacher is the student object itself; load the model twice to distil it into itself")
         refuse_prompt_learning(peft_config, model, teacher_model)
         refuse_vision(model, processing_class)
+        refuse_split(model)
         for name, dataset in named_datasets(train_dataset, eval_dataset).items():
             check_columns(dataset, name, args.dataset_text_field, formatting_func is not None)
 
@@ -180,13 +181,7 @@ class KDTrainer(SFTTrainer):
         check_head(student, "student")
         expose_hidden_states(student)
         refuse_shared_memory(self.model, teacher)
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError("context and sequence parallelism are not supported: the teacher reads whole rows")
-        if self.is_fsdp_enabled:
-            raise ValueError("FSDP is not supported yet: use DDP (accelerate_configs/ddp.yaml) or ZeRO-2")
-        if len(set((getattr(student, "hf_device_map", None) or {}).values())) > 1:
-            raise ValueError("the student is split over devices; load it on one: device_map={'': 0}")
+        refuse_split(student)
 
     # ------------------------------------------------------------------------------------------------- the heart
 

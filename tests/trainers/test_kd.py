@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from datasets import Dataset, IterableDataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
@@ -1174,6 +1175,45 @@ def test_bad_input_is_refused_at_construction_in_words(tmp_path, tokenizer, rows
     arguments |= change(student, teacher, tmp_path)
     with pytest.raises(ValueError, match=message):
         KDTrainer(**arguments)
+
+
+SHARDED = {
+    "fsdp": ({"fsdp": True}, {}, "FSDP is not supported.*ddp.yaml"),
+    "fsdp by accelerate": ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP is not supported.*ddp.yaml"),
+    "context parallel": (
+        {"parallelism_config": ParallelismConfig(cp_size=2)}, {}, "context and sequence parallelism are not supported",
+    ),
+    "sequence parallel by accelerate": (
+        {}, {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_SP_SIZE": "2"},
+        "context and sequence parallelism are not supported",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_sharded_runs_are_refused_before_anything_is_loaded(tmp_path, tokenizer, rows, case, monkeypatch):
+    changes, environment, message = SHARDED[case]
+    args = KDConfig(**settings(tmp_path, **changes))
+    for name, value in {"ACCELERATE_USE_FSDP": "false", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        KDTrainer("no/student", "no/teacher", args, rows, processing_class=tokenizer)
+
+
+def test_student_that_is_split_over_devices_is_refused_before_the_teacher_is_loaded(tmp_path, tokenizer, rows, student):
+    student.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    for model in (student, get_peft_model(student, lora())):
+        with pytest.raises(ValueError, match=r"the student is split over devices.*device_map"):
+            KDTrainer(model, "no/teacher", KDConfig(**settings(tmp_path)), rows, processing_class=tokenizer)
+
+
+def test_student_that_is_loaded_onto_several_devices_is_refused(tmp_path, tokenizer, rows, student, teacher):
+    student.save_pretrained(tmp_path / "student")
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    kwargs = {"model_init_kwargs": {"device_map": device_map, "offload_folder": str(tmp_path / "offload")}}
+    with pytest.raises(ValueError, match=r"the student is split over devices.*device_map"):
+        make_trainer(tmp_path, str(tmp_path / "student"), teacher, rows, tokenizer, **kwargs)
 
 
 def test_frozen_weights_may_be_shared_with_the_teacher(tmp_path, tokenizer, rows, student):
