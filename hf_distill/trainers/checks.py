@@ -10,6 +10,8 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import SFTConfig, is_conversational
+from trl.data_utils import is_conversational_from_value
 
 from hf_distill.modeling import causal_lm, embedding_weight, shared_parameters
 from hf_distill.trainers.config import KDConfig
@@ -46,6 +48,17 @@ def check_columns(dataset: AnyDataset, name: str, text_field: str, has_formattin
         )
 
 
+def check_chat_template(dataset: AnyDataset, name: str, tokenizer: PreTrainedTokenizerBase, args: KDConfig) -> None:
+    """Raises `ValueError` for conversations that the tokenizer cannot turn into text."""
+    row = next(iter(dataset))
+    chats = "input_ids" not in row and (is_conversational(row) or is_conversational_from_value(row))
+    if chats and tokenizer.chat_template is None and args.chat_template_path is None:
+        raise ValueError(
+            f"the {name} dataset has conversations, but the student's tokenizer has no chat template: use one of an "
+            "instruct model, set chat_template_path, or turn each conversation into a 'text' column"
+        )
+
+
 def has_label(row: Mapping[str, Any], vocab_size: int, dataset_name: str) -> bool:
     """Whether a tokenised row has anything to train on; `ValueError` for a token that the teacher does not know."""
     if "input_ids" not in row:
@@ -59,7 +72,7 @@ def has_label(row: Mapping[str, Any], vocab_size: int, dataset_name: str) -> boo
     return any(label != -100 for label in labels[1:])
 
 
-def refuse_no_label(kept: AnyDataset, name: str, args: KDConfig) -> None:
+def refuse_no_label(kept: AnyDataset, name: str, args: SFTConfig) -> None:
     """Raises `ValueError` if no row has been kept, of a stream none of the first `PEEKED_ROWS`."""
     if next(iter(kept), None) is None:
         which = "no row" if isinstance(kept, Dataset) else f"none of the first {PEEKED_ROWS:,} rows"

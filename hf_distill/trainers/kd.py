@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 import os
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from huggingface_hub import ModelCard
 from peft import PeftConfig
 from torch import Tensor
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from hf_distill.losses.divergence import check_divergence
 from hf_distill.losses.fused_linear import Head, fused_linear_distillation_loss
@@ -33,6 +32,7 @@ from hf_distill.teachers.local import LocalTeacher, load_teacher
 from hf_distill.trainers.checks import (
     PEEKED_ROWS,
     AnyDataset,
+    check_chat_template,
     check_columns,
     has_label,
     named_datasets,
@@ -130,6 +130,10 @@ class KDTrainer(SFTTrainer):
 
         # The teacher comes first: what is wrong with it is told before the student is loaded and the data tokenised.
         processing_class = processing_class or student_tokenizer(model, args)
+        skip_prepare = (args.dataset_kwargs or {}).get("skip_prepare_dataset")  # pyright: ignore[reportAttributeAccessIssue]
+        if not skip_prepare:
+            for name, dataset in named_datasets(train_dataset, eval_dataset).items():
+                check_chat_template(dataset, name, processing_class, args)
         teacher_processing_class = teacher_processing_class or teacher_tokenizer(teacher_model, args)
         # Token ids below this mean the same to both sides; ids past it get no probability.
         self.vocab_size = shared_vocabulary(processing_class, teacher_processing_class or processing_class)
@@ -145,7 +149,7 @@ class KDTrainer(SFTTrainer):
         self.teacher: Teacher = LocalTeacher(teacher, args.device)
         self.vocab_size = min(self.vocab_size, self.teacher.head.weight.shape[0], student_rows(model, args))
 
-        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        if skip_prepare:
             # Such rows are trained on as they are; a token that the teacher lacks would fail in the middle of training.
             for name, dataset in named_datasets(train_dataset, eval_dataset).items():
                 dataset = dataset if isinstance(dataset, Dataset) else dataset.take(PEEKED_ROWS)
@@ -336,7 +340,7 @@ class KDTrainer(SFTTrainer):
         # scale. DeepSpeed has stepped by now, and has a limit of its own; compute_loss has checked its loss.
         ignored = self.is_deepspeed_enabled
         if scaler is not None and scaler.is_enabled():
-            self._skipped_updates = 0 if math.isfinite(grad_norm) else self._skipped_updates + 1
+            self._skipped_updates = 0 if torch.as_tensor(grad_norm).isfinite() else self._skipped_updates + 1
             ignored = ignored or self._skipped_updates < MAX_SKIPPED_UPDATES
         self._stop_unless_finite(0.0 if ignored else grad_norm)
         return grad_norm
@@ -345,7 +349,8 @@ class KDTrainer(SFTTrainer):
         loss = self._sum_over_processes(torch.as_tensor(self._update_loss, device=self.args.device))
         self._update_loss = 0.0
         if not torch.isfinite(loss + torch.as_tensor(grad_norm).to(loss)):
-            skipped = f", in {self._skipped_updates} updates in a row" if self._skipped_updates else ""
+            in_a_row = self._skipped_updates >= MAX_SKIPPED_UPDATES
+            skipped = f", in {MAX_SKIPPED_UPDATES} updates in a row" if in_a_row else ""
             raise FloatingPointError(
                 f"non-finite training at step {self.state.global_step + 1}: loss {loss.item()}, gradient norm "
                 f"{torch.as_tensor(grad_norm).item()}{skipped}. The optimizer has not stepped; checkpoints up to this "
@@ -375,7 +380,7 @@ class KDTrainer(SFTTrainer):
             refuse_no_label(self._with_label(first, args, dataset_name), dataset_name, args)
         return kept
 
-    def _with_label(self, dataset: AnyDataset, args: KDConfig, dataset_name: str) -> AnyDataset:
+    def _with_label(self, dataset: AnyDataset, args: SFTConfig, dataset_name: str) -> AnyDataset:
         keep = partial(has_label, vocab_size=self.vocab_size, dataset_name=dataset_name)
         if not isinstance(dataset, Dataset):
             return dataset.filter(keep)

@@ -1177,6 +1177,24 @@ def test_bad_input_is_refused_at_construction_in_words(tmp_path, tokenizer, rows
         KDTrainer(**arguments)
 
 
+CHATS = ["messages", "conversations", "conversational prompt and completion"]
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_conversations_without_a_chat_template_are_refused_in_words(tmp_path, tokenizer, rows, student, teacher, name):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    chats, _, _ = dataset_case(name, tokenizer)
+    message = r"the {} dataset has conversations, but .* no chat template: .*chat_template_path"
+    with pytest.raises(ValueError, match=message.format("train")):
+        make_trainer(tmp_path, student, teacher, chats, plain)
+    with pytest.raises(ValueError, match=message.format("eval")):
+        make_trainer(tmp_path, student, teacher, rows, plain, trainer_settings={"eval_dataset": chats})
+    (tmp_path / "template.jinja").write_text(tokenizer.chat_template)
+    args = {"chat_template_path": str(tmp_path / "template.jinja")}
+    make_trainer(tmp_path, student, teacher, chats, plain, **args).train()
+
+
 SHARDED = {
     "fsdp": ({"fsdp": True}, {}, "FSDP is not supported.*ddp.yaml"),
     "fsdp by accelerate": ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP is not supported.*ddp.yaml"),
