@@ -6,18 +6,13 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM
 
 from hf_distill import cli
-from tests.conftest import SENTENCES, make_model
+from tests.conftest import SENTENCES
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
+def folder(folder):
     """A student and a teacher on disk, and their rows in every kind of file."""
-    folder = tmp_path_factory.mktemp("cli")
-    for name, seed in (("student", 1), ("teacher", 2)):
-        make_model(seed=seed).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
     rows = Dataset.from_dict({"text": SENTENCES})
-    rows.to_json(folder / "rows.jsonl")
     rows.to_parquet(folder / "rows.parquet")
     rows.save_to_disk(folder / "saved_rows")
     DatasetDict({"train": rows, "test": rows.select(range(4))}).save_to_disk(folder / "saved")

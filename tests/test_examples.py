@@ -9,20 +9,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
 
 from hf_distill import KDConfig, KDTrainer, cli
-from tests.conftest import SENTENCES, make_model
+from tests.conftest import SENTENCES
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("examples")
-    for name, seed in (("student", 1), ("teacher", 2)):
-        make_model(seed=seed).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    Dataset.from_dict({"text": SENTENCES}).to_json(folder / "rows.jsonl")
-    return folder
 
 
 def load_example(name):
