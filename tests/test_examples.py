@@ -48,6 +48,14 @@ def test_the_plain_loop_computes_what_the_trainer_computes(folder, tmp_path, kd_
     assert losses == pytest.approx(plain, rel=1e-4)
 
 
+def test_the_plain_loop_names_the_column_it_needs(folder, tmp_path, capsys):
+    Dataset.from_dict({"story": SENTENCES}).to_json(tmp_path / "rows.jsonl")
+    options = ["--student", str(folder / "student"), "--teacher", str(folder / "teacher")]
+    with pytest.raises(SystemExit):
+        load_example("kd_loop").main([*options, "--data", str(tmp_path / "rows.jsonl")])
+    assert 'has the columns story; it needs "text"' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_with_its_own_settings(folder, tmp_path, recipe):
     """Only the models, the data and the length of the run are replaced."""
