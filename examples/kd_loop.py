@@ -37,13 +37,15 @@ def main(argv: list[str] | None = None) -> list[float]:
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args(argv)
 
+    rows = load_dataset("json", data_files=options.data, split="train")
+    if "text" not in rows.column_names:
+        parser.error(f'{options.data} has the columns {", ".join(rows.column_names)}; it needs "text"')
+
     torch.manual_seed(42)
     tokenizer = AutoTokenizer.from_pretrained(options.student)
     student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32).train()
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher).eval()
-    texts = [
-        text + tokenizer.eos_token for text in load_dataset("json", data_files=options.data, split="train")["text"]
-    ]
+    texts = [text + tokenizer.eos_token for text in rows["text"]]
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.learning_rate, weight_decay=0.0)
 
     losses = []

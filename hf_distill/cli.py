@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from hf_distill.callbacks import RolloutSamplesCallback
 from hf_distill.collators import LUPICollator
 from hf_distill.evaluation import evaluate_fidelity
-from hf_distill.report import ROLLOUT_COLUMNS, save_report
+from hf_distill.report import FIDELITY_COLUMNS, ROLLOUT_COLUMNS, save_report
 from hf_distill.trainers.checks import student_tokenizer
 from hf_distill.trainers.config import KDConfig, SpeculativeKDConfig
 from hf_distill.trainers.kd import KDTrainer
@@ -100,33 +100,13 @@ def load_rows(name: str, split: str, config: str | None = None) -> Dataset | Ite
     return loaded[split]
 
 
-def run_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> None:
-    """Distils, measures the student before and after on held-out rows, saves student, table and picture."""
-    trainer = KDTrainer(**_trainer_arguments(arguments, args, model_config))
-
-    def measure() -> dict[str, float]:
-        return evaluate_fidelity(
-            trainer.accelerator.unwrap_model(trainer.model),
-            trainer.teacher.model,  # pyright: ignore[reportAttributeAccessIssue]
-            trainer.eval_dataset,  # pyright: ignore[reportArgumentType]
-            trainer.processing_class,
-            batch_size=args.per_device_eval_batch_size,
-            vocab_size=trainer.vocab_size,
-        )
-
-    def measure_once() -> dict[str, float]:
-        found = measure() if trainer.is_world_process_zero() else {}
-        trainer.accelerator.wait_for_everyone()
-        return found
-
-    results, histories = _train(trainer, measure_once)
-    if results and trainer.is_world_process_zero():
-        save_report(str(args.output_dir), results, histories)
-        print(f"student, report.md and report.png are in {args.output_dir}")
+def make_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> KDTrainer:
+    """The trainer of `hf-distill kd`; `ValueError` for settings and data that it could not train with."""
+    return KDTrainer(**_trainer_arguments(arguments, args, model_config))
 
 
-def run_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: ModelConfig) -> None:
-    """The same on text that student and teacher write; what is measured is written anew, from held-out prompts."""
+def make_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: ModelConfig) -> SpeculativeKDTrainer:
+    """The trainer of `hf-distill skd`; `ValueError` for settings and data that it could not train with."""
     options = _trainer_arguments(arguments, args, model_config)
     if arguments.knowledge_column is None:
         for name in ("train_dataset", "eval_dataset"):
@@ -137,10 +117,55 @@ def run_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: Mo
     trainer = SpeculativeKDTrainer(**options)
     if arguments.samples_steps:
         trainer.add_callback(RolloutSamplesCallback(trainer, arguments.samples_steps))
-    results, histories = _train(trainer, trainer.evaluate)
+    return trainer
+
+
+def run_kd(trainer: KDTrainer) -> None:
+    """Distils, measures the student before and after on held-out rows, saves student, table and picture."""
+
+    def measure() -> dict[str, float]:
+        found = {}
+        if trainer.is_world_process_zero():
+            found = evaluate_fidelity(
+                trainer.accelerator.unwrap_model(trainer.model),
+                trainer.teacher.model,  # pyright: ignore[reportAttributeAccessIssue]
+                trainer.eval_dataset,  # pyright: ignore[reportArgumentType]
+                trainer.processing_class,
+                batch_size=trainer.args.per_device_eval_batch_size,
+                vocab_size=trainer.vocab_size,
+            )
+        trainer.accelerator.wait_for_everyone()
+        return found
+
+    _run(trainer, measure, "student against teacher, held-out rows", FIDELITY_COLUMNS)
+
+
+def run_skd(trainer: SpeculativeKDTrainer) -> None:
+    """The same on text that student and teacher write; what is measured is written anew, from held-out prompts."""
+    _run(trainer, trainer.evaluate, "student against teacher, text written from held-out prompts", ROLLOUT_COLUMNS)
+
+
+def _run(
+    trainer: KDTrainer,
+    measure: Callable[[], dict[str, float]],
+    title: str,
+    columns: Mapping[str, tuple[str, str, bool]],
+) -> None:
+    results = {}
+    if trainer.eval_dataset is not None:
+        results["before"] = measure()
+    resume = trainer.args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model()
+    trainer.create_model_card()
+    if trainer.eval_dataset is not None:
+        results["after"] = measure()
     if results and trainer.is_world_process_zero():
-        save_report(str(args.output_dir), results, histories, "held-out prompts, written anew", ROLLOUT_COLUMNS)
-        print(f"student, report.md and report.png are in {args.output_dir}")
+        folder = str(trainer.args.output_dir)
+        save_report(folder, results, {"training": trainer.state.log_history}, title, columns)
+        print(f"student, report.md and report.png are in {folder}")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
 
 
 def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
@@ -161,22 +186,6 @@ def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: Mod
         "peft_config": get_peft_config(model_config),
         "quantization_config": get_quantization_config(model_config),
     }
-
-
-def _train(trainer: KDTrainer, measure: Callable[[], dict[str, float]]) -> tuple[dict, dict]:
-    """Trains, saves, and returns what was measured before and after, if there are held-out rows, and the history."""
-    results = {}
-    if trainer.eval_dataset is not None:
-        results["before"] = measure()
-    resume = trainer.args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    trainer.save_model()
-    trainer.create_model_card()
-    if trainer.eval_dataset is not None:
-        results["after"] = measure()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-    return results, {"training": trainer.state.log_history}
 
 
 def _with_prompts(rows: Dataset | IterableDataset, arguments: SKDArguments) -> Dataset | IterableDataset:
@@ -248,11 +257,16 @@ def main(argv: list[str] | None = None) -> None:
         if results["distilled"]["student_perplexity"] >= results["hard labels only"]["student_perplexity"]:
             sys.exit("distillation did not win: please report this with the table above")
         return
-    run, *options = {
-        "kd": (run_kd, KDArguments, KDConfig),
-        "skd": (run_skd, SKDArguments, SpeculativeKDConfig),
+    make, run, *options = {
+        "kd": (make_kd, run_kd, KDArguments, KDConfig),
+        "skd": (make_skd, run_skd, SKDArguments, SpeculativeKDConfig),
     }[known.command]
-    run(*TrlParser((*options, ModelConfig), prog=f"hf-distill {known.command}").parse_args_and_config(rest))  # pyright: ignore
+    command = TrlParser((*options, ModelConfig), prog=f"hf-distill {known.command}")  # pyright: ignore
+    try:
+        trainer = make(*command.parse_args_and_config(rest))
+    except ValueError as error:
+        command.exit(2, f"{command.prog}: error: {error}\n")
+    run(trainer)
 
 
 if __name__ == "__main__":

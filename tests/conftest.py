@@ -113,6 +113,26 @@ def tokenizer():
     return make_tokenizer()
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, tokenizer):
+    """A student and a teacher on disk, and rows for them."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, seed in (("student", 1), ("teacher", 2)):
+        make_model(seed=seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    Dataset.from_dict({"text": SENTENCES}).to_json(folder / "rows.jsonl")
+    return folder
+
+
+@pytest.fixture
+def inputs():
+    """A batch of 12 and of 7 tokens, padded to (2, 12)."""
+    torch.manual_seed(0)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, 7:] = 0
+    return {"input_ids": torch.randint(2, 384, (2, 12)), "attention_mask": mask}
+
+
 @pytest.fixture
 def text_dataset():
     return Dataset.from_dict({"text": SENTENCES * 2})

@@ -6,18 +6,13 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM
 
 from hf_distill import cli
-from tests.conftest import SENTENCES, make_model
+from tests.conftest import SENTENCES
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
+def folder(folder):
     """A student and a teacher on disk, and their rows in every kind of file."""
-    folder = tmp_path_factory.mktemp("cli")
-    for name, seed in (("student", 1), ("teacher", 2)):
-        make_model(seed=seed).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
     rows = Dataset.from_dict({"text": SENTENCES})
-    rows.to_json(folder / "rows.jsonl")
     rows.to_parquet(folder / "rows.parquet")
     rows.save_to_disk(folder / "saved_rows")
     DatasetDict({"train": rows, "test": rows.select(range(4))}).save_to_disk(folder / "saved")
@@ -84,21 +79,45 @@ def test_a_recipe_is_read_and_the_command_line_has_the_last_word(folder, tmp_pat
         ({"divergence_params": '{"beta": 0.5}'}, "no parameters"),
     ],
 )
-def test_a_wrong_setting_is_told_in_words(folder, tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        cli.main(["kd", *options(folder, output_dir=tmp_path, **changes)])
+def test_a_wrong_setting_is_told_in_words_without_a_traceback(folder, tmp_path, capsys, changes, message):
+    assert message in error_of(capsys, options(folder, output_dir=tmp_path, **changes))
 
 
-def test_a_missing_split_names_those_there_are(folder, tmp_path):
-    with pytest.raises(ValueError, match="splits train, test, not 'dev'"):
-        cli.main(["kd", *options(folder, dataset=folder / "saved", train_split="dev", output_dir=tmp_path)])
+def error_of(capsys, arguments) -> str:
+    """The one line that the command line ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["kd", *arguments])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("hf-distill kd: error: ")
+    return error
 
 
-def test_held_out_rows_that_were_asked_for_have_to_exist(folder, tmp_path):
-    with pytest.raises(ValueError, match="splits train, test, not 'held_out'"):
-        cli.main(["kd", *options(folder, dataset=folder / "saved", eval_split="held_out", output_dir=tmp_path)])
-    with pytest.raises(ValueError, match="splits train, not 'test'"):
-        cli.main(["kd", *options(folder, eval_dataset=folder / "saved_rows", output_dir=tmp_path)])
+def test_an_unknown_setting_in_a_recipe_is_told_in_words(folder, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("no_such_setting: 3\n")
+    arguments = options(folder, output_dir=tmp_path / "out", config=tmp_path / "recipe.yaml")
+    assert "no_such_setting" in error_of(capsys, arguments)
+
+
+def test_an_error_of_the_training_itself_keeps_its_traceback(folder, tmp_path, monkeypatch):
+    def fail(self, *_, **__):
+        raise ValueError("in the middle")
+
+    monkeypatch.setattr(cli.KDTrainer, "training_step", fail)
+    with pytest.raises(ValueError, match="in the middle"):
+        cli.main(["kd", *options(folder, output_dir=tmp_path)])
+
+
+def test_a_missing_split_names_those_there_are(folder, tmp_path, capsys):
+    arguments = options(folder, dataset=folder / "saved", train_split="dev", output_dir=tmp_path)
+    assert "splits train, test, not 'dev'" in error_of(capsys, arguments)
+
+
+def test_held_out_rows_that_were_asked_for_have_to_exist(folder, tmp_path, capsys):
+    arguments = options(folder, dataset=folder / "saved", eval_split="held_out", output_dir=tmp_path)
+    assert "splits train, test, not 'held_out'" in error_of(capsys, arguments)
+    arguments = options(folder, eval_dataset=folder / "saved_rows", output_dir=tmp_path)
+    assert "splits train, not 'test'" in error_of(capsys, arguments)
 
 
 def test_an_unknown_command_is_refused(capsys):

@@ -9,20 +9,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
 
 from hf_distill import KDConfig, KDTrainer, cli
-from tests.conftest import SENTENCES, make_model
+from tests.conftest import SENTENCES
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("examples")
-    for name, seed in (("student", 1), ("teacher", 2)):
-        make_model(seed=seed).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    Dataset.from_dict({"text": SENTENCES}).to_json(folder / "rows.jsonl")
-    return folder
 
 
 def load_example(name):
@@ -56,6 +46,14 @@ def test_the_plain_loop_computes_what_the_trainer_computes(folder, tmp_path, kd_
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses == pytest.approx(plain, rel=1e-4)
+
+
+def test_the_plain_loop_names_the_column_it_needs(folder, tmp_path, capsys):
+    Dataset.from_dict({"story": SENTENCES}).to_json(tmp_path / "rows.jsonl")
+    options = ["--student", str(folder / "student"), "--teacher", str(folder / "teacher")]
+    with pytest.raises(SystemExit):
+        load_example("kd_loop").main([*options, "--data", str(tmp_path / "rows.jsonl")])
+    assert 'has the columns story; it needs "text"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -36,15 +36,6 @@ from hf_distill.modeling import (
 )
 from tests.conftest import FAMILIES, SENTENCES, make_model, make_tokenizer
 
-
-@pytest.fixture
-def inputs():
-    torch.manual_seed(0)
-    mask = torch.ones(2, 12, dtype=torch.long)
-    mask[1, 7:] = 0
-    return {"input_ids": torch.randint(2, 384, (2, 12)), "attention_mask": mask}
-
-
 # ------------------------------------------------------------------------------------------------------ head, backbone
 
 

@@ -2,7 +2,7 @@ import json
 
 from rich.console import Console
 
-from hf_distill.report import fidelity_rows, markdown, save_report, table
+from hf_distill.report import markdown, result_rows, save_report, table
 
 RESULTS = {
     "before": {
@@ -27,14 +27,14 @@ HISTORY = [{"step": 1, "loss": 3.0, "kd": 2.0, "ce": 4.0}, {"step": 2, "loss": 2
 
 def test_a_table_shows_every_number_within_eighty_columns():
     console = Console(width=80, record=True)
-    console.print(table(fidelity_rows(RESULTS), title="title"))
+    console.print(table(result_rows(RESULTS), title="title"))
     text = console.export_text()
     for expected in ("before", "after", "40.000", "0.5000", "12.5%", "87.5%", "title"):
         assert expected in text
 
 
 def test_markdown_has_a_row_per_model_and_a_cell_per_column():
-    lines = markdown(fidelity_rows(RESULTS)).splitlines()
+    lines = markdown(result_rows(RESULTS)).splitlines()
     assert len(lines) == 4
     assert {line.count("|") for line in lines} == {7}
     assert lines[3].startswith("| after | 8.000 |")

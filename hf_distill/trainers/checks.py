@@ -1,11 +1,17 @@
 """What the trainers refuse at construction, and in which words; and the tokenizers they find by themselves."""
 
 import logging
+import os
+from collections.abc import Mapping
 from typing import Any
 
+from accelerate import ParallelismConfig
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import SFTConfig, is_conversational
+from trl.data_utils import is_conversational_from_value
 
 from hf_distill.modeling import causal_lm, embedding_weight, shared_parameters
 from hf_distill.trainers.config import KDConfig
@@ -13,6 +19,9 @@ from hf_distill.trainers.config import KDConfig
 logger = logging.getLogger(__name__)
 
 AnyDataset = Dataset | IterableDataset
+
+# A stream has to have a label within these.
+PEEKED_ROWS = 1000
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, AnyDataset]:
@@ -39,14 +48,38 @@ def check_columns(dataset: AnyDataset, name: str, text_field: str, has_formattin
         )
 
 
-def has_label(row: dict[str, list[int]], vocab_size: int, dataset_name: str) -> bool:
+def check_chat_template(dataset: AnyDataset, name: str, tokenizer: PreTrainedTokenizerBase, args: KDConfig) -> None:
+    """Raises `ValueError` for conversations that the tokenizer cannot turn into text."""
+    row = next(iter(dataset))
+    chats = "input_ids" not in row and (is_conversational(row) or is_conversational_from_value(row))
+    if chats and tokenizer.chat_template is None and args.chat_template_path is None:
+        raise ValueError(
+            f"the {name} dataset has conversations, but the student's tokenizer has no chat template: use one of an "
+            "instruct model, set chat_template_path, or turn each conversation into a 'text' column"
+        )
+
+
+def has_label(row: Mapping[str, Any], vocab_size: int, dataset_name: str) -> bool:
     """Whether a tokenised row has anything to train on; `ValueError` for a token that the teacher does not know."""
-    if (largest := max(row["input_ids"], default=0)) >= vocab_size:
+    if "input_ids" not in row:
+        return True  # Of a dataset that is prepared by its own collator.
+    if (largest := int(max(row["input_ids"], default=0))) >= vocab_size:
         raise ValueError(
             f"a row of the {dataset_name} dataset has token id {largest}, but student and teacher share only the ids "
             f"below {vocab_size}: one of them cannot read it. Use tokens (eos_token, chat template) that both know"
         )
-    return any(label != -100 for label in row["labels"][1:])
+    labels = row["labels"] if "labels" in row else row["input_ids"]
+    return any(label != -100 for label in labels[1:])
+
+
+def refuse_no_label(kept: AnyDataset, name: str, args: SFTConfig) -> None:
+    """Raises `ValueError` if no row has been kept, of a stream none of the first `PEEKED_ROWS`."""
+    if next(iter(kept), None) is None:
+        which = "no row" if isinstance(kept, Dataset) else f"none of the first {PEEKED_ROWS:,} rows"
+        raise ValueError(
+            f"{which} of the {name} dataset has a label left to train on; check max_length ({args.max_length}), "
+            "completion_only_loss, assistant_only_loss and the chat template"
+        )
 
 
 def refuse_vision(model: str | PreTrainedModel, processing_class: Any) -> None:
@@ -65,6 +98,26 @@ def refuse_prompt_learning(peft_config: Any, *models: Any) -> None:
     for config in (peft_config, *(getattr(model, "active_peft_config", None) for model in models)):
         if config is not None and config.is_prompt_learning:
             raise ValueError(f"{type(config).__name__} shifts every position; use LoRA or another adapter")
+
+
+def refuse_sharding(args: KDConfig) -> None:
+    """Raises `ValueError` for ways to spread a run over devices that KDTrainer does not train in."""
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("DeepSpeed ZeRO-3 is not supported yet: use ZeRO-2 (accelerate_configs/zero2.yaml) or DDP")
+    # What accelerate will read: the settings, or else what `accelerate launch` has left in the environment.
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError("FSDP is not supported yet: use DDP (accelerate_configs/ddp.yaml) or ZeRO-2")
+    parallelism = args.parallelism_config
+    if parallelism is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        parallelism = ParallelismConfig()
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError("context and sequence parallelism are not supported: the teacher reads whole rows")
+
+
+def refuse_split(student: Any) -> None:
+    """Raises `ValueError` for a student that is spread over devices; by name it has yet to be loaded."""
+    if len(set((getattr(causal_lm(student), "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError("the student is split over devices; load it on one: device_map={'': 0}")
 
 
 def refuse_frozen(student: nn.Module) -> None:

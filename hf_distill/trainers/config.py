@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
 from hf_distill.losses.divergence import DIVERGENCES, check_divergence
@@ -16,7 +17,8 @@ class KDConfig(SFTConfig):
     """Settings of `KDTrainer`: every field of `trl.SFTConfig`, and those of the teacher and the distillation loss.
 
     Raises:
-        `ValueError`: a value out of its range, or a setting of SFTTrainer's own loss (`loss_type`, label smoothing).
+        `ValueError`: a value out of its range, a setting of SFTTrainer's own loss (`loss_type`, label smoothing),
+            or Liger's kernels where they cannot run.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "divergence_params"]
@@ -96,6 +98,12 @@ class KDConfig(SFTConfig):
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the teacher's distribution is "
                 "the soft label. Set it to 0 and choose kd_weight and temperature"
             )
+        if self.use_liger_kernel:
+            # TRL keeps to Liger's layers, which go together with any loss. They fail only when training starts.
+            if not is_liger_kernel_available():
+                raise ValueError("use_liger_kernel=True needs Liger: pip install liger-kernel, or remove it")
+            if self.device.type == "cpu":
+                raise ValueError("use_liger_kernel=True needs a GPU: its kernels do not run on the CPU. Remove it")
 
 
 ROLLOUT_SOURCES = ("speculative", "student", "teacher", "dataset")
@@ -185,6 +193,11 @@ class SpeculativeKDConfig(KDConfig):
             raise ValueError(
                 "packing and padding_free are not possible with rollouts, whose lengths are known only when they are "
                 "written: set both to False"
+            )
+        if (self.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            raise ValueError(
+                "skip_prepare_dataset is not possible: prompts are encoded and checked first. Rows that are token ids "
+                "already (student_prompt_ids, teacher_prompt_ids, completion_ids) are taken as they are"
             )
         if self.max_length is not None:
             raise ValueError(

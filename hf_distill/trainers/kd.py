@@ -12,8 +12,7 @@ from huggingface_hub import ModelCard
 from peft import PeftConfig
 from torch import Tensor
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from hf_distill.losses.divergence import check_divergence
 from hf_distill.losses.fused_linear import Head, fused_linear_distillation_loss
@@ -31,13 +30,18 @@ from hf_distill.modeling import (
 from hf_distill.teachers import Teacher, TeacherSignal
 from hf_distill.teachers.local import LocalTeacher, load_teacher
 from hf_distill.trainers.checks import (
+    PEEKED_ROWS,
     AnyDataset,
+    check_chat_template,
     check_columns,
     has_label,
     named_datasets,
     refuse_frozen,
+    refuse_no_label,
     refuse_prompt_learning,
+    refuse_sharding,
     refuse_shared_memory,
+    refuse_split,
     refuse_vision,
     student_rows,
     student_tokenizer,
@@ -46,6 +50,9 @@ from hf_distill.trainers.checks import (
 from hf_distill.trainers.config import KDConfig
 
 logger = logging.getLogger(__name__)
+
+# So many halvings take the loss scaler's first scale, 2^16, below 1: what is not finite then never will be.
+MAX_SKIPPED_UPDATES = 20
 
 
 class KDTrainer(SFTTrainer):
@@ -110,19 +117,23 @@ class KDTrainer(SFTTrainer):
         args = KDConfig(output_dir="kd_output") if args is None else args
         if not isinstance(args, KDConfig):
             raise ValueError(f"args has to be a KDConfig, got {type(args).__name__}; KDConfig takes the same fields")
-        if is_deepspeed_zero3_enabled():
-            raise ValueError("DeepSpeed ZeRO-3 is not supported yet: use ZeRO-2 (accelerate_configs/zero2.yaml) or DDP")
+        refuse_sharding(args)
         if teacher_model is None:
             raise ValueError("teacher_model is missing: pass a hub id, a path or a model (SFTTrainer trains without)")
         if model is teacher_model and not isinstance(model, str):
             raise ValueError("the teacher is the student object itself; load the model twice to distil it into itself")
         refuse_prompt_learning(peft_config, model, teacher_model)
         refuse_vision(model, processing_class)
+        refuse_split(model)
         for name, dataset in named_datasets(train_dataset, eval_dataset).items():
             self.check_columns(dataset, name, args.dataset_text_field, formatting_func is not None)
 
         # The teacher comes first: what is wrong with it is told before the student is loaded and the data tokenised.
         processing_class = processing_class or student_tokenizer(model, args)
+        skip_prepare = (args.dataset_kwargs or {}).get("skip_prepare_dataset")  # pyright: ignore[reportAttributeAccessIssue]
+        if not skip_prepare:
+            for name, dataset in named_datasets(train_dataset, eval_dataset).items():
+                check_chat_template(dataset, name, processing_class, args)
         teacher_processing_class = teacher_processing_class or teacher_tokenizer(teacher_model, args)
         # Token ids below this mean the same to both sides; ids past it get no probability.
         self.vocab_size = shared_vocabulary(processing_class, teacher_processing_class or processing_class)
@@ -137,6 +148,12 @@ class KDTrainer(SFTTrainer):
             refuse_shared_memory(model, teacher)  # Before the teacher is frozen, and what it shares with it.
         self.teacher: Teacher = LocalTeacher(teacher, args.device)
         self.vocab_size = min(self.vocab_size, self.teacher.head.weight.shape[0], student_rows(model, args))
+
+        if skip_prepare:
+            # Such rows are trained on as they are; a token that the teacher lacks would fail in the middle of training.
+            for name, dataset in named_datasets(train_dataset, eval_dataset).items():
+                dataset = dataset if isinstance(dataset, Dataset) else dataset.take(PEEKED_ROWS)
+                refuse_no_label(self._with_label(dataset, args, name), name, args)
 
         if isinstance(model, str) and args.device.type == "cuda" and args.world_size == 1:
             # TRL would spread the student over all GPUs, the teacher's too.
@@ -160,7 +177,7 @@ class KDTrainer(SFTTrainer):
         # compute_loss divides by the label-bearing tokens of the whole update, whatever the student's forward takes.
         self.model_accepts_loss_kwargs = True
         self._means = {"train": TokenMeans(), "eval": TokenMeans()}
-        self._update_loss = 0.0
+        self._update_loss, self._skipped_updates = 0.0, 0
         student = causal_lm(self.model)
         refuse_vision(student, None)
         refuse_frozen(self.model)
@@ -168,13 +185,7 @@ class KDTrainer(SFTTrainer):
         check_head(student, "student")
         expose_hidden_states(student)
         refuse_shared_memory(self.model, teacher)
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError("context and sequence parallelism are not supported: the teacher reads whole rows")
-        if self.is_fsdp_enabled:
-            raise ValueError("FSDP is not supported yet: use DDP (accelerate_configs/ddp.yaml) or ZeRO-2")
-        if len(set((getattr(student, "hf_device_map", None) or {}).values())) > 1:
-            raise ValueError("the student is split over devices; load it on one: device_map={'': 0}")
+        refuse_split(student)
 
     # ------------------------------------------------------------------------------------------------- the heart
 
@@ -312,7 +323,7 @@ class KDTrainer(SFTTrainer):
 
     def train(self, *args, **kwargs):
         """As in `trl.SFTTrainer`; whatever stops it, the student is saved to `emergency/` in the output directory."""
-        self._means["train"], self._update_loss = TokenMeans(), 0.0  # what an interrupted run has left
+        self._means["train"], self._update_loss, self._skipped_updates = TokenMeans(), 0.0, 0  # of an interrupted run
         try:
             return super().train(*args, **kwargs)
         except (Exception, KeyboardInterrupt):
@@ -333,9 +344,12 @@ class KDTrainer(SFTTrainer):
         # transformers calls this once per update, right before the optimizer's step.
         grad_norm = super()._get_grad_norm(model, grad_norm)
         scaler = self.accelerator.scaler
-        # With float16's loss scaling a non-finite gradient is everyday: the scaler skips that step. DeepSpeed has
-        # stepped by now; compute_loss has checked its loss.
-        ignored = self.is_deepspeed_enabled or (scaler is not None and scaler.is_enabled())
+        # With float16's loss scaling a non-finite gradient is everyday: the scaler skips that step and halves its
+        # scale. DeepSpeed has stepped by now, and has a limit of its own; compute_loss has checked its loss.
+        ignored = self.is_deepspeed_enabled
+        if scaler is not None and scaler.is_enabled():
+            self._skipped_updates = 0 if torch.as_tensor(grad_norm).isfinite() else self._skipped_updates + 1
+            ignored = ignored or self._skipped_updates < MAX_SKIPPED_UPDATES
         self._stop_unless_finite(0.0 if ignored else grad_norm)
         return grad_norm
 
@@ -343,11 +357,13 @@ class KDTrainer(SFTTrainer):
         loss = self._sum_over_processes(torch.as_tensor(self._update_loss, device=self.args.device))
         self._update_loss = 0.0
         if not torch.isfinite(loss + torch.as_tensor(grad_norm).to(loss)):
+            in_a_row = self._skipped_updates >= MAX_SKIPPED_UPDATES
+            skipped = f", in {MAX_SKIPPED_UPDATES} updates in a row" if in_a_row else ""
             raise FloatingPointError(
                 f"non-finite training at step {self.state.global_step + 1}: loss {loss.item()}, gradient norm "
-                f"{torch.as_tensor(grad_norm).item()}. The optimizer has not stepped; checkpoints up to this step are "
-                "intact. Try a lower learning rate or temperature, or bf16 instead of fp16, and look at the rows of "
-                "this step"
+                f"{torch.as_tensor(grad_norm).item()}{skipped}. The optimizer has not stepped; checkpoints up to this "
+                "step are intact. Try a lower learning rate or temperature, or bf16 instead of fp16, and look at the "
+                "rows of this step"
             )
 
     # ------------------------------------------------------------------------------------------------------ data
@@ -355,21 +371,30 @@ class KDTrainer(SFTTrainer):
     check_columns = staticmethod(check_columns)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        if packing:
+            # Rows are dropped and counted before they are joined. Of the strategies, only "bfd" cuts at max_length.
+            alone = copy.copy(args)
+            alone.shuffle_dataset, alone.truncation_mode = False, "keep_start"
+            alone.max_length = args.max_length if args.packing_strategy == "bfd" else None
+            dataset = self._prepare_dataset(dataset, processing_class, alone, False, formatting_func, dataset_name)
+            formatting_func = None
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        kept = self._with_label(prepared, args, dataset_name)
+        if isinstance(dataset, Dataset):
+            refuse_no_label(kept, dataset_name, args)
+            if not packing and (dropped := len(dataset) - len(kept)):
+                logger.warning("%d of %d %s rows have no label and are dropped", dropped, len(dataset), dataset_name)
+        elif not packing:
+            first = dataset.take(PEEKED_ROWS)
+            first = super()._prepare_dataset(first, processing_class, args, False, formatting_func, dataset_name)
+            refuse_no_label(self._with_label(first, args, dataset_name), dataset_name, args)
+        return kept
+
+    def _with_label(self, dataset: AnyDataset, args: SFTConfig, dataset_name: str) -> AnyDataset:
         keep = partial(has_label, vocab_size=self.vocab_size, dataset_name=dataset_name)
-        if not isinstance(prepared, Dataset) or not isinstance(dataset, Dataset):
-            return prepared.filter(keep)
-        prepared = prepared.filter(
-            keep, num_proc=args.dataset_num_proc, desc=f"Checking labels of {dataset_name} dataset"
-        )
-        if len(prepared) == 0:
-            raise ValueError(
-                f"no row of the {dataset_name} dataset has a label left to train on; check max_length "
-                f"({args.max_length}), completion_only_loss, assistant_only_loss and the chat template"
-            )
-        if not packing and (dropped := len(dataset) - len(prepared)):
-            logger.warning("%d of %d %s rows have no label and are dropped", dropped, len(dataset), dataset_name)
-        return prepared
+        if not isinstance(dataset, Dataset):
+            return dataset.filter(keep)
+        return dataset.filter(keep, num_proc=args.dataset_num_proc, desc=f"Checking labels of {dataset_name} dataset")
 
     # ------------------------------------------------------------------------------------------------ model card
 

@@ -18,14 +18,6 @@ from tests.conftest import FAMILIES, make_model
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def inputs():
-    torch.manual_seed(0)
-    mask = torch.ones(2, 9, dtype=torch.long)
-    mask[1, 6:] = 0
-    return {"input_ids": torch.randint(2, 384, (2, 9)), "attention_mask": mask}
-
-
 # ---------------------------------------------------------------------------------------------------------- the signal
 
 
@@ -56,12 +48,12 @@ def test_teacher_with_an_adapter_answers_with_it(inputs):
 
 def test_asking_leaves_the_batch_as_it_was_and_survives_ids_that_the_teacher_cannot_embed(inputs):
     teacher = LocalTeacher(make_model(), CPU)
-    inputs["input_ids"][1, 6:] = 400  # Another tokenizer's padding: behind the mask, past the embedding.
+    inputs["input_ids"][1, 7:] = 400  # Another tokenizer's padding: behind the mask, past the embedding.
     before = {name: value.clone() for name, value in inputs.items()}
-    hidden, _ = teacher(inputs, torch.arange(15))
+    hidden, _ = teacher(inputs, torch.arange(19))
     assert all(torch.equal(value, before[name]) for name, value in inputs.items())
-    inputs["input_ids"][1, 6:] = 3
-    assert torch.equal(hidden, teacher(inputs, torch.arange(15)).hidden)
+    inputs["input_ids"][1, 7:] = 3
+    assert torch.equal(hidden, teacher(inputs, torch.arange(19)).hidden)
 
 
 def test_teacher_goes_back_to_eval_mode_when_something_has_put_it_into_training_mode(inputs):
@@ -141,8 +133,8 @@ def test_quantisation_on_request_reaches_all_but_the_head_is_logged_and_stays_cl
     layers = [name for name, module in model.named_modules() if type(module).__name__ == layer]
     assert len(layers) == 2 * 7  # layers x linear maps
     assert "lm_head" not in layers
-    hidden, head = LocalTeacher(model, CPU)(inputs, torch.arange(15))
-    expected = saved(**inputs).logits.flatten(0, 1)[:15]
+    hidden, head = LocalTeacher(model, CPU)(inputs, torch.arange(19))
+    expected = saved(**inputs).logits.flatten(0, 1)[:19]
     correlation = torch.corrcoef(torch.stack([head.logits(hidden).flatten(), expected.flatten()]))[0, 1]
     assert correlation > 0.9
     assert not torch.allclose(head.logits(hidden), expected, atol=1e-4)  # It really was quantised.

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 from trl import SFTConfig
 
@@ -58,6 +59,17 @@ def test_quantisation_without_bitsandbytes_is_refused_with_the_extra_to_install(
     monkeypatch.setattr("hf_distill.teachers.local.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'hf_distill\[quantization\]'"):
         config(teacher_quantization="4bit")
+
+
+def test_liger_kernels_are_refused_where_they_cannot_run(monkeypatch):
+    monkeypatch.setattr("hf_distill.trainers.config.is_liger_kernel_available", lambda: False)
+    with pytest.raises(ValueError, match="use_liger_kernel=True needs Liger: pip install liger-kernel"):
+        config(use_liger_kernel=True)
+    monkeypatch.setattr("hf_distill.trainers.config.is_liger_kernel_available", lambda: True)
+    with pytest.raises(ValueError, match=r"use_liger_kernel=True needs a GPU.*Remove it"):
+        config(use_liger_kernel=True)
+    monkeypatch.setattr(KDConfig, "device", torch.device("cuda:0"))
+    assert config(use_liger_kernel=True).use_liger_kernel
 
 
 def test_defaults_of_sftconfig_are_kept_but_for_the_filter_that_hides_non_finite_losses():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from datasets import Dataset, IterableDataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
@@ -752,6 +753,23 @@ def test_non_finite_training_stops_before_the_optimizer_and_names_the_step(
         assert torch.equal(value, rescued[name])
 
 
+@pytest.mark.parametrize("finite", [(1,), (1, 21)])
+def test_loss_scaler_may_skip_updates_but_not_for_ever(
+    tmp_path, tokenizer, rows, student, teacher, monkeypatch, finite
+):
+    trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer, max_steps=50)
+    monkeypatch.setattr(trainer.accelerator, "scaler", torch.amp.GradScaler("cpu"))
+    student.model.norm.weight.register_hook(
+        lambda gradient: gradient * (1.0 if trainer.state.global_step + 1 in finite else float("inf"))
+    )
+    stop = finite[-1] + 20  # 19 in a row are everyday.
+    with pytest.raises(FloatingPointError, match=f"at step {stop}: .*norm (inf|nan), in 20 updates in a row.*lower"):
+        trainer.train()
+    assert trainer.state.global_step == stop - 1
+    assert trainer.accelerator.scaler.get_scale() == 2.0 ** (16 - (stop - 1 - len(finite)))
+    assert all(torch.isfinite(value).all() for value in student.state_dict().values())
+
+
 def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(tmp_path, tokenizer, rows, teacher):
     def run(folder, seed, **kwargs):
         student = make_model("gpt2", seed=seed, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
@@ -864,6 +882,105 @@ def test_rows_without_a_label_are_dropped_and_counted(tmp_path, tokenizer, stude
         trainer = make_trainer(tmp_path, student, teacher, dataset, tokenizer)
     assert trainer.train_dataset["input_ids"] == [[5, 6, 7]]
     assert "3 of 4 train rows have no label" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_rows_without_a_label_are_dropped_and_counted_before_packing(
+    tmp_path, tokenizer, student, teacher, caplog, strategy
+):
+    ids = [[5, 6, 7], [5, 6, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17, 18]]
+    labels = [[-100, -100, 7], [-100] * 3, [9, -100, -100], [-100] * 6 + [18]]
+    dataset = Dataset.from_dict({"input_ids": ids, "labels": labels})
+    with caplog.at_level(logging.WARNING, logger="hf_distill"):
+        trainer = make_trainer(
+            tmp_path, student, teacher, dataset, tokenizer, packing=True, packing_strategy=strategy, max_length=6
+        )
+    # The label of the last row is past max_length, where "bfd" cuts and the others go on in another row.
+    dropped = 3 if strategy == "bfd" else 2
+    assert f"{dropped} of 4 train rows have no label" in caplog.text
+    found = {token for row in trainer.train_dataset["input_ids"] for token in row}
+    assert {5, 6, 7} <= found
+    assert not {8, 9, 10, 11} & found
+
+
+def test_packing_cuts_and_mixes_rows_as_sfttrainer_does(tmp_path, tokenizer, student, teacher):
+    dataset = Dataset.from_dict({"text": SENTENCES})
+    for strategy in ("bfd", "bfd_split", "wrapped"):
+        options = {"packing": True, "packing_strategy": strategy, "max_length": 12, "shuffle_dataset": True}
+        args = SFTConfig(**settings(tmp_path, **options))
+        sft = SFTTrainer(copy.deepcopy(student), args, train_dataset=dataset, processing_class=tokenizer)
+        trainer = make_trainer(tmp_path, student, teacher, dataset, tokenizer, **options)
+        assert trainer.train_dataset["input_ids"] == sft.train_dataset["input_ids"], strategy
+
+
+def endless(row: dict[str, list[int]]) -> IterableDataset:
+    def rows():
+        while True:
+            yield row
+
+    return IterableDataset.from_generator(rows)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("labels", [[-100] * 3, [5, -100, -100]])
+def test_stream_that_starts_with_too_many_rows_without_a_label_is_refused(
+    tmp_path, tokenizer, student, teacher, packing, labels
+):
+    dataset = endless({"input_ids": [5, 6, 7], "labels": labels})
+    with pytest.raises(ValueError, match=r"none of the first 1,000 rows of the train dataset has a label.*max_length"):
+        make_trainer(tmp_path, student, teacher, dataset, tokenizer, packing=packing)
+
+
+def test_stream_may_start_with_rows_without_a_label(tmp_path, tokenizer, student, teacher):
+    def rows():
+        yield from [{"input_ids": [5, 6, 7], "labels": [-100] * 3}] * 999
+        yield {"input_ids": [8, 9, 10], "labels": [8, 9, 10]}
+
+    dataset = IterableDataset.from_generator(rows)
+    trainer = make_trainer(tmp_path, student, teacher, dataset, tokenizer, per_device_train_batch_size=1)
+    assert [row["input_ids"] for row in trainer.train_dataset] == [[8, 9, 10]]
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("kind", ["rows", "torch", "transform", "stream"])
+def test_rows_that_are_not_prepared_are_checked_all_the_same(tmp_path, tokenizer, student, teacher, kind):
+    def make(rows) -> Dataset | IterableDataset:
+        dataset = Dataset.from_dict(rows)
+        if kind == "transform":
+            return dataset.with_transform(lambda batch: {name: list(values) for name, values in batch.items()})
+        return (
+            dataset.to_iterable_dataset()
+            if kind == "stream"
+            else dataset.with_format("torch" if kind == "torch" else None)
+        )
+
+    known = make({"input_ids": [[5, 6, 7], [8, 9, 10]], "labels": [[5, 6, 7], [-100] * 3]})
+    foreign = make({"input_ids": [[5, 6, 7], [8, VOCAB, 10]], "labels": [[-100, -100, -100], [8, 9, 10]]})
+    unlabelled = make({"input_ids": [[5, 6, 7]], "labels": [[-100] * 3]})
+    skip = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+    trainer = make_trainer(
+        tmp_path, student, teacher, known, tokenizer, **skip, per_device_train_batch_size=1, max_steps=2
+    )
+    trainer.train()
+    assert trainer.train_dataset is known
+    for dataset, message in ((foreign, "token id 384.*share only the ids below 384"), (unlabelled, "has a label left")):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, student, teacher, dataset, tokenizer, **skip)
+        with pytest.raises(ValueError, match=message):
+            make_trainer(
+                tmp_path, student, teacher, known, tokenizer, **skip, trainer_settings={"eval_dataset": dataset}
+            )
+
+
+def test_rows_that_are_not_prepared_and_have_no_labels_train_on_every_token(tmp_path, tokenizer, student, teacher):
+    dataset = Dataset.from_dict({"input_ids": [[5, 6, 7]]})
+    trainer = make_trainer(
+        tmp_path, student, teacher, dataset, tokenizer, dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    trainer.train()
+    expected = dense_loss(student, teacher, [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}]).item()
+    assert trainer.evaluate(dataset)["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_caller_keeps_dataset_args_and_configs_as_they_were(tmp_path, tokenizer, student, teacher):
@@ -1058,6 +1175,63 @@ def test_bad_input_is_refused_at_construction_in_words(tmp_path, tokenizer, rows
     arguments |= change(student, teacher, tmp_path)
     with pytest.raises(ValueError, match=message):
         KDTrainer(**arguments)
+
+
+CHATS = ["messages", "conversations", "conversational prompt and completion"]
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_conversations_without_a_chat_template_are_refused_in_words(tmp_path, tokenizer, rows, student, teacher, name):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    chats, _, _ = dataset_case(name, tokenizer)
+    message = r"the {} dataset has conversations, but .* no chat template: .*chat_template_path"
+    with pytest.raises(ValueError, match=message.format("train")):
+        make_trainer(tmp_path, student, teacher, chats, plain)
+    with pytest.raises(ValueError, match=message.format("eval")):
+        make_trainer(tmp_path, student, teacher, rows, plain, trainer_settings={"eval_dataset": chats})
+    (tmp_path / "template.jinja").write_text(tokenizer.chat_template)
+    args = {"chat_template_path": str(tmp_path / "template.jinja")}
+    make_trainer(tmp_path, student, teacher, chats, plain, **args).train()
+
+
+SHARDED = {
+    "fsdp": ({"fsdp": True}, {}, "FSDP is not supported.*ddp.yaml"),
+    "fsdp by accelerate": ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP is not supported.*ddp.yaml"),
+    "context parallel": (
+        {"parallelism_config": ParallelismConfig(cp_size=2)}, {}, "context and sequence parallelism are not supported",
+    ),
+    "sequence parallel by accelerate": (
+        {}, {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_SP_SIZE": "2"},
+        "context and sequence parallelism are not supported",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_sharded_runs_are_refused_before_anything_is_loaded(tmp_path, tokenizer, rows, case, monkeypatch):
+    changes, environment, message = SHARDED[case]
+    args = KDConfig(**settings(tmp_path, **changes))
+    for name, value in {"ACCELERATE_USE_FSDP": "false", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        KDTrainer("no/student", "no/teacher", args, rows, processing_class=tokenizer)
+
+
+def test_student_that_is_split_over_devices_is_refused_before_the_teacher_is_loaded(tmp_path, tokenizer, rows, student):
+    student.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    for model in (student, get_peft_model(student, lora())):
+        with pytest.raises(ValueError, match=r"the student is split over devices.*device_map"):
+            KDTrainer(model, "no/teacher", KDConfig(**settings(tmp_path)), rows, processing_class=tokenizer)
+
+
+def test_student_that_is_loaded_onto_several_devices_is_refused(tmp_path, tokenizer, rows, student, teacher):
+    student.save_pretrained(tmp_path / "student")
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    kwargs = {"model_init_kwargs": {"device_map": device_map, "offload_folder": str(tmp_path / "offload")}}
+    with pytest.raises(ValueError, match=r"the student is split over devices.*device_map"):
+        make_trainer(tmp_path, str(tmp_path / "student"), teacher, rows, tokenizer, **kwargs)
 
 
 def test_frozen_weights_may_be_shared_with_the_teacher(tmp_path, tokenizer, rows, student):

@@ -394,6 +394,7 @@ CONFIGS = {
     "not all of them 0": {"rollout_mix": {"student": 0.0}},
     "rollout_batch_size": {"rollout_batch_size": 0},
     "max_length=512 is not used": {"max_length": 512},
+    "skip_prepare_dataset is not possible": {"dataset_kwargs": {"skip_prepare_dataset": True}},
     "do not fit the student's 256 positions": {"max_new_tokens": 250},
     "has no completion": {"rollout_mix": {"dataset": 1.0}},
     "kd_weight": {"kd_weight": 2.0},
