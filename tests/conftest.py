@@ -115,12 +115,17 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory, tokenizer):
-    """A student and a teacher on disk, and rows for them."""
+    """A student and a teacher on disk, and rows for them: texts, and questions with answers or knowledge."""
     folder = tmp_path_factory.mktemp("models")
     for name, seed in (("student", 1), ("teacher", 2)):
         make_model(seed=seed).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     Dataset.from_dict({"text": SENTENCES}).to_json(folder / "rows.jsonl")
+    facts = [
+        {"question": f"Which is sentence {i}?", "answer": text, "query": f"Where is {i}?", "knowledge": text}
+        for i, text in enumerate(SENTENCES)
+    ]
+    Dataset.from_list(facts).to_json(folder / "facts.jsonl")
     return folder
 
 

@@ -71,6 +71,42 @@ def test_a_recipe_is_read_and_the_command_line_has_the_last_word(folder, tmp_pat
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
 
 
+WRITTEN = {"max_new_tokens": 8, "top_k": 60, "eval_steps": 1}
+
+
+def test_skd_reports_what_is_written_from_held_out_prompts(folder, tmp_path, capsys):
+    held_out = folder / "facts.jsonl"
+    columns = {"prompt_column": "question", "completion_column": "answer", "as_chat": True, "samples_steps": 4}
+    mix = {"rollout_mix": '{"speculative": 0.5, "dataset": 0.5}'}
+    run = {"output_dir": tmp_path, "max_steps": 8, "learning_rate": 1e-2, "max_eval_rows": 4, **WRITTEN}
+    data = {"dataset": held_out, "eval_dataset": held_out}
+    cli.main(["skd", *options(folder, **data, **columns, **mix, **run)])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["after"]["eval_kd"] < report["before"]["eval_kd"]
+    printed = capsys.readouterr().out
+    for expected in ("before", "accepted", "rollout/samples, step 8", "Which is sentence"):
+        assert expected in printed, expected
+    assert (tmp_path / "report.png").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_skd_gives_knowledge_to_the_teacher_alone(folder, tmp_path, monkeypatch):
+    few_shot = [{"query": "Who?", "knowledge": "Tom ran.", "answer": "Tom."}]
+    (tmp_path / "few_shot.json").write_text(json.dumps(few_shot))
+    trainers = []
+    monkeypatch.setattr(cli, "run_skd", trainers.append)
+    lupi = {"knowledge_column": "knowledge", "system_prompt": "Read.", "few_shot": tmp_path / "few_shot.json"}
+    lupi |= {"knowledge_template": "{query} ({knowledge})", "completion_column": "answer", "max_prompt_length": 200}
+    cli.main(["skd", *options(folder, dataset=folder / "facts.jsonl", output_dir=tmp_path, **lupi, **WRITTEN)])
+    tokenizer, row = trainers[0].processing_class, trainers[0].train_dataset[0]
+    assert tokenizer.decode(row["student_prompt_ids"]) == "<|user|>Where is 0?<eos><|assistant|>"
+    assert tokenizer.decode(row["teacher_prompt_ids"]) == (
+        "<|system|>Read.<eos><|user|>Who? (Tom ran.)<eos><|assistant|>Tom.<eos>"
+        f"<|user|>Where is 0? ({SENTENCES[0]})<eos><|assistant|>"
+    )
+    assert tokenizer.decode(row["completion_ids"]).startswith(SENTENCES[0][:10])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

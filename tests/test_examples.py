@@ -31,6 +31,16 @@ def test_kd_is_a_drop_in_script(folder, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
+def test_speculative_kd_is_a_drop_in_script(folder, tmp_path):
+    Dataset.from_dict({"prompt": SENTENCES}).to_json(tmp_path / "prompts.jsonl")
+    models = ["--model", str(folder / "student"), "--teacher_model", str(folder / "teacher")]
+    run = ["--max_steps", "2", "--use_cpu", "--bf16", "false", "--report_to", "none", "--max_new_tokens", "8"]
+    data = ["--dataset", str(tmp_path / "prompts.jsonl"), "--output_dir", str(tmp_path / "out")]
+    trainer = load_example("speculative_kd").main([*models, *data, *run])
+    assert trainer.state.global_step == 2
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(("kd_weight", "temperature"), [(0.5, 1.0), (0.7, 2.0)])
 def test_the_plain_loop_computes_what_the_trainer_computes(folder, tmp_path, kd_weight, temperature):
     options = {"student": folder / "student", "teacher": folder / "teacher", "data": folder / "rows.jsonl"}
@@ -70,10 +80,15 @@ def test_every_recipe_runs_with_its_own_settings(folder, tmp_path, recipe):
         "bf16": False,
         "report_to": "none",
     }
-    if "teacher_quantization" in yaml.safe_load(recipe.read_text()):
+    settings = yaml.safe_load(recipe.read_text())
+    if "teacher_quantization" in settings:
         pytest.importorskip("bitsandbytes")
+    command = "kd"
+    if "draft_length" in settings:  # the models of the tests have few positions
+        command, replaced["dataset"], replaced["max_new_tokens"] = "skd", folder / "facts.jsonl", 8
+    assert f"hf-distill {command} --config examples/recipes/{recipe.name}" in recipe.read_text()
     arguments = [part for name, value in replaced.items() for part in (f"--{name}", str(value))]
-    cli.main(["kd", "--config", str(recipe), *arguments])
+    cli.main([command, "--config", str(recipe), *arguments])
     assert (tmp_path / "README.md").exists()
 
 
