@@ -1,7 +1,9 @@
 """SpeculativeKDTrainer against the same update computed by hand on the tokens that it wrote."""
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.losses.oracle import ORACLE
 
 VOCAB = 384
+KOREAN_CULTURE = Path(__file__).parents[3] / "shared" / "data" / "korean_culture"  # used where it is there
 EVERYTHING = {"speculative": 0.4, "student": 0.2, "teacher": 0.2, "dataset": 0.2}
 SEED_OF_ALL_SOURCES = 0  # eight rows of this mix have each source at least once
 FACTS = [
@@ -233,6 +236,24 @@ def test_value_of_privilege_is_measured_on_logging_steps_only(tmp_path, tokenize
     )
     trainer.train()
     assert steps == [3, 6]
+
+
+@pytest.mark.parametrize("language", ["", "_en"])
+def test_real_questions_with_long_knowledge_run_from_file_to_student(tmp_path, tokenizer, teacher, language):
+    path = KOREAN_CULTURE / f"korean_culture_train_200{language}.json"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not beside the project")
+    rows = Dataset.from_list(json.loads(path.read_text())).select(range(24))
+    collator = LUPICollator(tokenizer, system_prompt="Use the background.", max_prompt_length=240)
+    trainer, watch = watched(
+        tmp_path, make_model(seed=2, max_position_embeddings=512), teacher, rows, tokenizer, max_steps=3,
+        others={"data_collator": collator},
+    )  # fmt: skip
+    trainer.train()
+    for row in (row for update in watch.rows for row in update):
+        assert len(row.teacher_prompt_ids) <= 240
+        assert row.completion_ids
+    assert trainer.state.log_history[0]["rollout/value_of_privilege"] > 0
 
 
 # ----------------------------------------------------------------------------------------- what is written, and when
