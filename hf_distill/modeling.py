@@ -94,8 +94,7 @@ class CachedReader:
         self.head = head_of(self._model)
         self.device = embedding_weight(self._model).device
         self.lengths = mask.sum(1).to(self.device)  # (R,) tokens of each text, those not read yet included
-        # The student's padding token may be one that the teacher has no embedding for.
-        self._unread = ids.masked_fill(mask == 0, 0).to(self.device)
+        self._unread = ids.to(self.device)
         self._cache = DynamicCache()
 
     def read(self, ids: Tensor | None = None) -> Tensor:
@@ -106,7 +105,8 @@ class CachedReader:
         slots = self._cache.get_seq_length() + tokens.shape[1]
         order = torch.arange(slots, device=self.device) - (slots - self.lengths[:, None])  # (R, slots); padding < 0
         outputs = self._model.base_model(
-            input_ids=tokens,
+            # The padding token may be one that the model has no embedding for.
+            input_ids=tokens.masked_fill(tokens >= len(embedding_weight(self._model)), 0),
             attention_mask=(order >= 0).long(),
             position_ids=order[:, -tokens.shape[1] :].clamp(min=0),
             past_key_values=self._cache,

@@ -160,75 +160,79 @@ def rollout(
 
     drafter = CachedReader(student, student_prompt_ids, student_prompt_mask)
     checker = CachedReader(teacher, teacher_prompt_ids, teacher_prompt_mask)
+    readers = (drafter, checker) if config.draft_length else (checker,)
     student_head, teacher_head = drafter.head.truncated(vocab_size), checker.head.truncated(vocab_size)
     device = drafter.device
     end_of_text = torch.tensor(eos, device=device)
     shape = len(student_prompt_ids), config.max_new_tokens
+    texts = _Texts(shape, pad_token_id, device)
     noise_device = device if generator is None else generator.device
     noise = torch.rand(*shape, 2, generator=generator, device=noise_device, dtype=sum_dtype(noise_device)).to(device)
-    completion = torch.full(shape, pad_token_id, device=device)
-    is_draft = torch.zeros(shape, dtype=torch.bool, device=device)
-    written = torch.zeros(shape[0], dtype=torch.long, device=device)  # (B,)
-    draft_length = torch.full_like(written, config.draft_length)  # (B,)
-    hidden = None  # (B, C, Dt), on the teacher's device, allocated when its width and dtype are known
+    draft_length = torch.full_like(texts.lengths, config.draft_length)  # (B,)
     rows = torch.arange(shape[0], device=device)  # (R,), the unfinished ones
     blocks, forwards = [], {"student": 0, "teacher": 0}
 
     with _evaluating(student), _evaluating(teacher):
         while len(rows):
-            places = written[rows][:, None] + torch.arange(config.max_new_tokens + 1, device=device)  # (R, ...)
-            places = places.clamp(max=config.max_new_tokens - 1)
-            row_noise = noise[rows[:, None], places]  # (R, ..., 2), from each row's next place on
+            place, draft = texts.lengths[rows], draft_length[rows]
+            student_noise, teacher_noise = (_from_place(table[rows], place) for table in noise.unbind(-1))
 
-            limits = torch.minimum(draft_length[rows], config.max_new_tokens - written[rows])
-            drafts, drafted = _draft(drafter, student_head, limits, row_noise[..., 0], end_of_text, config)
-            forwards["student"] += drafts.shape[1]
-
+            limits = torch.minimum(draft, config.max_new_tokens - place)
+            drafts, drafted = _draft(drafter, student_head, limits, student_noise, end_of_text, config)
             width = max(drafts.shape[1], 1)
             states = checker.read(drafts[:, :-1])[:, -width:]  # (R, width, Dt): what predicts drafts[:, j]
-            forwards["teacher"] += 1
             accepted = _accepted(teacher_head, states, drafts, drafted, config).to(device)  # (R,)
             is_corrected = (accepted < drafted) | (drafted == 0)
-            # Rows that kept a whole draft get a correction too; nobody reads it.
-            at = accepted.clamp(max=width - 1)
-            state = states[torch.arange(len(rows)), at.to(states.device)]  # (R, Dt)
-            uniform = row_noise[:, :, 1].gather(1, at[:, None]).squeeze(1)
-            correction = sample(
-                teacher_head.logits(state), uniform.to(state.device), config.teacher_temperature, config.teacher_top_p
-            ).to(device)
+            # Rows that keep a whole draft get a correction too; nobody reads it.
+            corrections = _correct(teacher_head, states, accepted.clamp(max=width - 1), teacher_noise, config)
+
+            forwards["student"] += drafts.shape[1]
+            forwards["teacher"] += 1
+            blocks.append(Blocks(rows, draft, drafted, accepted, is_corrected.long()))
             if watch is not None:
-                watch(Block(rows, drafts, drafted, accepted, correction))
+                watch(Block(rows, drafts, drafted, accepted, corrections))
 
             tokens = torch.nn.functional.pad(drafts, (0, width - drafts.shape[1]))  # (R, width)
-            tokens = torch.where(is_corrected[:, None] & _at(accepted, width), correction[:, None], tokens)
+            is_correction = torch.arange(width, device=device) == accepted[:, None]
+            tokens = torch.where(is_correction, corrections[:, None], tokens)
             kept = accepted + is_corrected  # (R,), at least 1
-            is_kept = torch.arange(width, device=device) < kept[:, None]  # (R, width)
-            row, place = rows[:, None].expand_as(is_kept)[is_kept], places[:, :width][is_kept]
-            completion[row, place] = tokens[is_kept]
-            is_draft[row, place] = (torch.arange(width, device=device) < accepted[:, None])[is_kept]
-            if hidden is None:
-                hidden = states.new_zeros(*shape, states.shape[-1])
-            hidden[row.to(hidden.device), place.to(hidden.device)] = states[is_kept.to(states.device)]
-            blocks.append((rows, draft_length[rows], drafted, accepted, is_corrected.long()))
-
-            written[rows] += kept
+            texts.append(rows, tokens, kept, accepted, states)
             if config.adaptive:
-                whole = (draft_length[rows] + 2).clamp(max=config.draft_length)
-                draft_length[rows] = torch.where(is_corrected, (accepted + 1).clamp(max=config.draft_length), whole)
+                draft_length[rows] = torch.where(is_corrected, accepted + 1, draft + 2).clamp(max=config.draft_length)
             last = tokens.gather(1, kept[:, None] - 1).squeeze(1)
-            going_on = ~torch.isin(last, end_of_text) & (written[rows] < config.max_new_tokens)
-            rows = rows[going_on]
+            goes_on = ~torch.isin(last, end_of_text) & (texts.lengths[rows] < config.max_new_tokens)
+            rows = rows[goes_on]
             if len(rows):
-                for reader in (drafter, checker) if config.draft_length else (checker,):
-                    reader.rewind(going_on.nonzero().squeeze(1), (width - kept)[going_on], last[going_on])
+                for reader in readers:
+                    reader.rewind(goes_on.nonzero().squeeze(1), (width - kept)[goes_on], last[goes_on])
 
-    longest = int(written.max())
-    stats = RolloutStats(
-        Blocks(*(torch.cat(column).cpu() for column in zip(*blocks, strict=True))),
-        forwards["student"], forwards["teacher"], time.perf_counter() - start,
-    )  # fmt: skip
-    mask = torch.arange(longest, device=device) < written[:, None]
-    return Rollout(completion[:, :longest], mask, is_draft[:, :longest], hidden[:, :longest], stats)  # pyright: ignore
+    history = Blocks(*(torch.cat(column).cpu() for column in zip(*blocks, strict=True)))
+    stats = RolloutStats(history, forwards["student"], forwards["teacher"], time.perf_counter() - start)
+    longest = int(texts.lengths.max())
+    mask = torch.arange(longest, device=device) < texts.lengths[:, None]
+    return Rollout(texts.ids[:, :longest], mask, texts.is_draft[:, :longest], texts.hidden[:, :longest], stats)
+
+
+class _Texts:
+    """The completions of all rows while they are written."""
+
+    def __init__(self, shape: tuple[int, int], pad_token_id: int, device: torch.device) -> None:
+        self.ids = torch.full(shape, pad_token_id, device=device)  # (B, C)
+        self.is_draft = torch.zeros(shape, dtype=torch.bool, device=device)  # (B, C)
+        self.lengths = torch.zeros(shape[0], dtype=torch.long, device=device)  # (B,)
+        self.hidden = torch.empty(0)  # (B, C, Dt), on the teacher's device
+
+    def append(self, rows: Tensor, tokens: Tensor, kept: Tensor, accepted: Tensor, states: Tensor) -> None:
+        """Appends the first `kept` (R,) of `tokens` (R, width) to `rows` (R,), with what predicts them."""
+        if not self.hidden.numel():
+            self.hidden = states.new_zeros(*self.ids.shape, states.shape[-1])
+        offsets = torch.arange(tokens.shape[1], device=rows.device).expand_as(tokens)
+        is_kept = offsets < kept[:, None]  # (R, width)
+        row, place = rows[:, None].expand_as(tokens)[is_kept], (self.lengths[rows][:, None] + offsets)[is_kept]
+        self.ids[row, place] = tokens[is_kept]
+        self.is_draft[row, place] = (offsets < accepted[:, None])[is_kept]
+        self.hidden[row.to(states.device), place.to(states.device)] = states[is_kept.to(states.device)]
+        self.lengths[rows] += kept
 
 
 @torch.no_grad()
@@ -300,8 +304,18 @@ def _is_likely(logits: Tensor, tokens: Tensor, config: RolloutConfig) -> Tensor:
     return (rank < config.top_k) & (prob >= config.min_prob)
 
 
-def _at(index: Tensor, width: int) -> Tensor:
-    return torch.arange(width, device=index.device) == index[:, None]
+def _correct(head: Head, states: Tensor, offsets: Tensor, uniform: Tensor, config: RolloutConfig) -> Tensor:
+    """The teacher's own token (R,) at `offsets` (R,) of a block, on their device."""
+    state = states[torch.arange(len(states), device=states.device), offsets.to(states.device)]  # (R, Dt)
+    chosen = uniform.gather(1, offsets[:, None]).squeeze(1).to(states.device)
+    tokens = sample(head.logits(state), chosen, config.teacher_temperature, config.teacher_top_p)
+    return tokens.to(offsets.device)
+
+
+def _from_place(table: Tensor, place: Tensor) -> Tensor:
+    """Each row of (R, C) from its own place (R,) on, with anything behind its end."""
+    columns = place[:, None] + torch.arange(table.shape[1], device=table.device)
+    return table.gather(1, columns.clamp(max=table.shape[1] - 1))
 
 
 @contextmanager

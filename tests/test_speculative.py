@@ -257,6 +257,8 @@ def test_min_prob_is_taken_at_the_teachers_temperature(pair):
                 student_temperature=0.0, teacher_top_p=0.7,
             )  # fmt: skip
             assert run(pair, config, [prompt]).drafted_mask.tolist() == [[is_kept]]
+    # At least: with one token there is only the probability 1.
+    assert run(pair, {"top_k": 1, "min_prob": 1.0}, vocab_size=1).drafted_mask.all()
 
 
 # -------------------------------------------------------------------------------------------------------------- limits

@@ -194,7 +194,7 @@ class SpeculativeKDConfig(KDConfig):
                 "packing and padding_free are not possible with rollouts, whose lengths are known only when they are "
                 "written: set both to False"
             )
-        if (self.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        if (self.dataset_kwargs or {}).get("skip_prepare_dataset"):  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(
                 "skip_prepare_dataset is not possible: prompts are encoded and checked first. Rows that are token ids "
                 "already (student_prompt_ids, teacher_prompt_ids, completion_ids) are taken as they are"
