@@ -60,8 +60,9 @@ def _sample(row: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, lis
     parts, end, text = [], 0, ""
     for is_draft, run in groupby(drafted):
         end += len(list(run))
-        # The text of a token may depend on what is before it.
+        # The text of a token may depend on what is before it, and a character end only in a later part.
         longer = str(tokenizer.decode(row.completion_ids[:end]))
+        longer = longer if end == len(drafted) else longer.rstrip("\ufffd")
         parts.append((not is_draft, longer[len(text) :]))
         text = longer
     return row.source, str(tokenizer.decode(row.student_prompt_ids)), parts

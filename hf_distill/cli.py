@@ -5,8 +5,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
@@ -107,6 +107,7 @@ def make_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -
 
 def make_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: ModelConfig) -> SpeculativeKDTrainer:
     """The trainer of `hf-distill skd`; `ValueError` for settings and data that it could not train with."""
+    _refuse_ignored(arguments)
     options = _trainer_arguments(arguments, args, model_config)
     if arguments.knowledge_column is None:
         for name in ("train_dataset", "eval_dataset"):
@@ -125,7 +126,7 @@ def run_kd(trainer: KDTrainer) -> None:
 
     def measure() -> dict[str, float]:
         found = {}
-        if trainer.is_world_process_zero():
+        if trainer.eval_dataset is not None and trainer.is_world_process_zero():
             found = evaluate_fidelity(
                 trainer.accelerator.unwrap_model(trainer.model),
                 trainer.teacher.model,  # pyright: ignore[reportAttributeAccessIssue]
@@ -137,31 +138,38 @@ def run_kd(trainer: KDTrainer) -> None:
         trainer.accelerator.wait_for_everyone()
         return found
 
-    _run(trainer, measure, "student against teacher, held-out rows", FIDELITY_COLUMNS)
+    before = measure()
+    _train(trainer)
+    _report(trainer, before, measure(), "student against teacher, held-out rows", FIDELITY_COLUMNS)
 
 
 def run_skd(trainer: SpeculativeKDTrainer) -> None:
     """The same on text that student and teacher write; what is measured is written anew, from held-out prompts."""
-    _run(trainer, trainer.evaluate, "student against teacher, text written from held-out prompts", ROLLOUT_COLUMNS)
+    # The engines evaluate only what they have prepared for training.
+    trainer.args.eval_on_start = trainer.eval_dataset is not None
+    _train(trainer)
+    before = next((entry for entry in trainer.state.log_history if "eval_kd" in entry), {})
+    after = trainer.evaluate() if before else {}
+    title = "student against teacher, text written from held-out prompts"
+    _report(trainer, before, after, title, ROLLOUT_COLUMNS)
 
 
-def _run(
-    trainer: KDTrainer,
-    measure: Callable[[], dict[str, float]],
-    title: str,
-    columns: Mapping[str, tuple[str, str, bool]],
-) -> None:
-    results = {}
-    if trainer.eval_dataset is not None:
-        results["before"] = measure()
+def _train(trainer: KDTrainer) -> None:
     resume = trainer.args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     trainer.create_model_card()
-    if trainer.eval_dataset is not None:
-        results["after"] = measure()
-    if results and trainer.is_world_process_zero():
-        folder = str(trainer.args.output_dir)
+
+
+def _report(
+    trainer: KDTrainer,
+    before: dict[str, float],
+    after: dict[str, float],
+    title: str,
+    columns: Mapping[str, tuple[str, str, bool]],
+) -> None:
+    if before and trainer.is_world_process_zero():
+        folder, results = str(trainer.args.output_dir), {"before": before, "after": after}
         save_report(folder, results, {"training": trainer.state.log_history}, title, columns)
         print(f"student, report.md and report.png are in {folder}")
     if trainer.args.push_to_hub:
@@ -202,9 +210,21 @@ def _with_prompts(rows: Dataset | IterableDataset, arguments: SKDArguments) -> D
     return rows.map(as_chat) if arguments.as_chat else rows
 
 
+def _refuse_ignored(arguments: SKDArguments) -> None:
+    """Raises `ValueError` for options that belong to the other kind of rows."""
+    lupi = ("query_column", "system_prompt", "few_shot", "knowledge_template", "allow_missing_knowledge")
+    ignored = (*lupi, "max_prompt_length") if arguments.knowledge_column is None else ("prompt_column", "as_chat")
+    defaults = {entry.name: entry.default for entry in fields(SKDArguments)}
+    if given := [name for name in ignored if getattr(arguments, name) != defaults[name]]:
+        need = "needs" if arguments.knowledge_column is None else "does not go together with"
+        raise ValueError(f"--{given[0]} {need} --knowledge_column")
+
+
 def _lupi_collator(arguments: SKDArguments, tokenizer: PreTrainedTokenizerBase) -> LUPICollator:
     few_shot = ()
     if arguments.few_shot is not None:
+        if not os.path.isfile(arguments.few_shot):
+            raise ValueError(f"few_shot file {arguments.few_shot!r} does not exist")
         with open(arguments.few_shot, encoding="utf-8") as file:
             few_shot = json.load(file)
     template = {} if arguments.knowledge_template is None else {"knowledge_template": arguments.knowledge_template}

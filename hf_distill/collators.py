@@ -1,11 +1,12 @@
 """Rows with prompts to batches with two views of them: what the student reads, and what the teacher reads.
 
-`encode` turns one row into token ids: `student_prompt_ids`, `teacher_prompt_ids` and, where the row has one,
-`completion_ids`. A collator called on rows, encoded or not, returns the keyword arguments of
+`encode` turns one row into token ids: `student_prompt_ids`, `teacher_prompt_ids` and `completion_ids`, which are empty
+where the row has no completion. A collator called on rows, encoded or not, returns the keyword arguments of
 [`~hf_distill.speculative.rollout`], left-padded, and `completion_ids` and `completion_mask`, right-padded.
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,22 +38,23 @@ class PromptCollator:
         Raises:
             `ValueError`: no prompt, an empty one, or messages without a chat template.
         """
-        if "messages" in row:
+        options = {name: row[name] for name in ("chat_template_kwargs",) if row.get(name)}
+        tools = row.get("tools")
+        if row.get("messages"):
             messages = row["messages"]
-            answered = bool(messages) and messages[-1]["role"] == "assistant"
+            answered = messages[-1]["role"] == "assistant"
             row = {"prompt": messages[:-1], "completion": messages[-1:]} if answered else {"prompt": messages}
-        if not row.get("prompt"):
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if not prompt:
             raise ValueError(f"{name} has no prompt: give it a 'prompt' (text or messages) or 'messages'")
-        prompt, completion, is_chat = row["prompt"], row.get("completion"), not isinstance(row["prompt"], str)
-        if is_chat:
+        if is_chat := not isinstance(prompt, str):
             check_chat_template(self.tokenizer)
-            texts = apply_chat_template({k: row[k] for k in ("prompt", "completion") if row.get(k)}, self.tokenizer)
+            turns = {"prompt": prompt, **({"completion": completion} if completion else {}), **options}
+            texts = apply_chat_template(turns, self.tokenizer, tools)
             prompt, completion = texts["prompt"], texts.get("completion")
         ids = prompt_ids(self.tokenizer, prompt, add_special_tokens=not is_chat)
-        encoded = {"student_prompt_ids": ids, "teacher_prompt_ids": ids}
-        if completion:
-            encoded["completion_ids"] = completion_ids(self.tokenizer, prompt, completion, ids, ends=is_chat)
-        return encoded
+        answer = completion_ids(self.tokenizer, prompt, completion, ids, ends=is_chat) if completion else []
+        return {"student_prompt_ids": ids, "teacher_prompt_ids": ids, "completion_ids": answer}
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         return pad_prompts([encoded(self, row, i) for i, row in enumerate(rows)], self.tokenizer)
@@ -123,7 +125,7 @@ class LUPICollator:
         Raises:
             `ValueError`: see [`LUPICollator`].
         """
-        query, knowledge = row.get(self.query_column) or "", row.get(self.knowledge_column) or ""
+        query, knowledge = self._text(row, self.query_column, name), self._text(row, self.knowledge_column, name)
         if not query.strip():
             raise ValueError(f"{name} has no {self.query_column!r}")
         if not knowledge.strip() and not self.allow_missing_knowledge:
@@ -131,44 +133,47 @@ class LUPICollator:
                 f"{name} has no {self.knowledge_column!r}; remove the row, or let its teacher read the bare query with "
                 "allow_missing_knowledge=True"
             )
-        student = self._render([_message("user", query)])
-        if knowledge.strip() and _squeezed(knowledge) in _squeezed(student):
+        if knowledge.strip() and re.search(rf"(?<!\w){re.escape(_squeezed(knowledge))}(?!\w)", _squeezed(query)):
             raise ValueError(
                 f"the student's prompt of {name} holds a copy of its {self.knowledge_column!r}: there is nothing left "
                 "that only the teacher knows"
             )
-        student_ids = self._ids(student)
+        student_ids = self._ids(self._render([_message("user", query)]))
         self._check_length(student_ids, "query", name)
         teacher_ids = self._teacher_ids(query, knowledge)
         truncated = self.max_prompt_length is not None and len(teacher_ids) > self.max_prompt_length
         if truncated:
             teacher_ids = self._truncated_ids(query, knowledge, name)
-        encoded = {
-            "student_prompt_ids": student_ids, "teacher_prompt_ids": teacher_ids, "knowledge_truncated": truncated
-        }  # fmt: skip
+        answer = []
         if self.completion_column is not None:
-            completion = row.get(self.completion_column)
+            completion = self._text(row, self.completion_column, name)
             if not completion:
                 raise ValueError(f"{name} has no {self.completion_column!r}")
             turns = {"prompt": [_message("user", query)], "completion": [_message("assistant", completion)]}
             texts = apply_chat_template(turns, self.tokenizer)
-            encoded["completion_ids"] = completion_ids(
-                self.tokenizer, texts["prompt"], texts["completion"], student_ids, ends=True
-            )
-        return encoded
+            answer = completion_ids(self.tokenizer, texts["prompt"], texts["completion"], student_ids, ends=True)
+        return {
+            "student_prompt_ids": student_ids, "teacher_prompt_ids": teacher_ids, "completion_ids": answer,
+            "knowledge_truncated": truncated,
+        }  # fmt: skip
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        if new := [row for row in rows if "teacher_prompt_ids" not in row]:
-            rows = [encoded(self, row, i) for i, row in enumerate(rows)]
-            warn_of_truncation(sum(row["knowledge_truncated"] for row in rows), len(new), "batch")
+        rows = [encoded(self, row, i) for i, row in enumerate(rows)]
+        warn_of_truncation(sum(row.get("knowledge_truncated", False) for row in rows), len(rows), "batch")
         return pad_prompts(rows, self.tokenizer)
+
+    def _text(self, row: Row, column: str, name: str) -> str:
+        text = row.get(column) or ""
+        if not isinstance(text, str):
+            raise ValueError(f"{column!r} of {name} has to be text, got {type(text).__name__}; join its parts first")
+        return text
 
     def _question(self, query: str, knowledge: str) -> str:
         if not knowledge.strip():
             return query
         # Not str.format: queries and templates may have braces of their own.
-        before, after = self.knowledge_template.split("{knowledge}", 1)
-        return before.replace("{query}", query) + knowledge + after.replace("{query}", query)
+        texts = {"{query}": query, "{knowledge}": knowledge}
+        return re.sub("{query}|{knowledge}", lambda field: texts[field[0]], self.knowledge_template)
 
     def _teacher_ids(self, query: str, knowledge: str) -> list[int]:
         return self._ids(self._render([*self._beginning, _message("user", self._question(query, knowledge))]))
@@ -188,6 +193,11 @@ class LUPICollator:
                 fitting, best = middle, ids
             else:
                 too_long = middle
+        if fitting == 0 and not self.allow_missing_knowledge:
+            raise ValueError(
+                f"max_prompt_length={self.max_prompt_length} leaves no room for {self.knowledge_column!r} of {name}: "
+                "raise it, shorten system prompt and few-shot turns, or set allow_missing_knowledge=True"
+            )
         return best
 
     def _check_length(self, ids: list[int], what: str, name: str) -> None:
@@ -220,9 +230,10 @@ def pad_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, add_special_tokens: bool) -> list[int]:
-    """Token ids of a prompt, without the end of text that some tokenizers add."""
-    ids: list[int] = list(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])  # pyright: ignore
-    return ids[:-1] if len(ids) > 1 and add_special_tokens and ids[-1] == tokenizer.eos_token_id else ids
+    """Token ids of a prompt, without the end of text that some tokenizers add on their own."""
+    encoded = tokenizer(prompt, add_special_tokens=add_special_tokens, return_special_tokens_mask=True)
+    ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]  # pyright: ignore[reportArgumentType]
+    return ids[:-1] if add_special_tokens and added[-1] and ids[-1] == tokenizer.eos_token_id else ids  # pyright: ignore
 
 
 def completion_ids(
@@ -238,6 +249,8 @@ def completion_ids(
     else:
         ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])  # pyright: ignore
     if not ends and ids[-1:] != [tokenizer.eos_token_id]:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end-of-sequence token to end a completion: set tokenizer.eos_token")
         ids.append(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
     return ids
 

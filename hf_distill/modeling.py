@@ -4,12 +4,15 @@ Shapes: B batch, T tokens, N label-bearing positions, D hidden width, V vocabula
 """
 
 import functools
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_distill.losses.fused_linear import Head
 
@@ -21,6 +24,18 @@ MULTIPLIES_BY_LOGITS_SCALING = {"hyperclovax"}
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside PEFT's wrapper, adapters included; the model itself where there is none."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout, and no gradient checkpointing, which would keep the cache empty; afterwards all is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:
@@ -140,6 +155,97 @@ class CachedReader:
         return tensor[rows.to(tensor.device)[:, None], :, slots.to(tensor.device)].transpose(1, 2)
 
 
+class KVCapture:
+    """Keys and values of some layers of a causal language model, as its attention gets them, with their gradient.
+
+    They are taken where every family hands them to the attention function, after key norms, fused projections and
+    adapters, before heads are repeated; so there is one way for all families, with and without gradient checkpointing,
+    and no cache. Keys before the rotary embedding are what the family's own rotary function is given.
+
+        with capture(positions):
+            model(**inputs)
+        keys, values = capture.found[layer]  # (N, F) each
+
+    Args:
+        model (`PreTrainedModel`): with softmax attention in all captured layers.
+        layers (`Iterable[int]`): which layers.
+        kv_positions (`str`): "pre" or "post": keys before or after the rotary embedding.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[int], kv_positions: str = "pre") -> None:
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers = set(layers)
+        self._pre = kv_positions == "pre"
+        self._modules = {id(module) for module in model.modules()}
+        self._files = {sys.modules[type(m).__module__] for m in model.modules() if hasattr(m, "layer_idx")}
+        self._positions: Tensor | None = None
+        self._unrotated: Tensor | None = None
+
+    @contextmanager
+    def __call__(self, positions: Tensor | None = None) -> Iterator[None]:
+        """Within it, the model's forwards are watched; of each layer only flat `positions` (N,) of (B * T) are kept."""
+        self.found, self._positions, self._unrotated = {}, positions, None
+        rotary = {file: file.apply_rotary_pos_emb for file in self._files if hasattr(file, "apply_rotary_pos_emb")}
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface
+        ALL_ATTENTION_FUNCTIONS.get_interface = lambda *args: functools.partial(self._attend, interface(*args))  # pyright: ignore
+        for file, rotate in rotary.items():
+            file.apply_rotary_pos_emb = functools.partial(self._rotate, rotate)  # pyright: ignore
+        try:
+            yield
+        finally:
+            del ALL_ATTENTION_FUNCTIONS.get_interface  # the instance's; the class's is as it was
+            for file, rotate in rotary.items():
+                file.apply_rotary_pos_emb = rotate  # pyright: ignore
+
+    def _rotate(self, rotate: Callable, query: Tensor, key: Tensor, *args, **kwargs):
+        self._unrotated = key
+        return rotate(query, key, *args, **kwargs)
+
+    def _attend(self, attend: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
+        layer = getattr(module, "layer_idx", None)
+        if id(module) in self._modules and layer in self._layers:
+            unrotated, self._unrotated = self._unrotated, None
+            kept = key
+            if self._pre and unrotated is not None:
+                # Of a partial rotary embedding only the first numbers of each head go through it.
+                kept = torch.cat([unrotated, key[..., unrotated.shape[-1] :]], -1)
+            self.found[layer] = self._flat(kept), self._flat(value)
+        return attend(module, query, key, value, *args, **kwargs)
+
+    def _flat(self, heads: Tensor) -> Tensor:
+        """(B, H, T, E) as (N, H * E), at the positions that are kept."""
+        features = heads.transpose(1, 2).flatten(2)
+        return features.flatten(0, 1) if self._positions is None else select_positions(features, self._positions)
+
+
+def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str) -> dict[int, int]:
+    """The width of the keys of each layer, found by capturing those of a few tokens.
+
+    Raises:
+        `ValueError`: a layer has no keys and values that can be captured: latent (MLA) or no softmax attention.
+    """
+    layers = list(layers)
+    config = model.config.get_text_config()
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ValueError(
+            f"the {name} ({type(model).__name__}) has multi-head latent attention: its keys are made anew from a "
+            "latent vector, so keys and values cannot be compared; distil hidden states instead"
+        )
+    embeddings = embedding_weight(model)
+    ids = torch.arange(5, device=embeddings.device).unsqueeze(0) % len(embeddings)
+    capture = KVCapture(model, layers)
+    with torch.no_grad(), evaluating(model), capture():
+        last_hidden_states(model, input_ids=ids)
+    missing = [layer for layer in layers if layer not in capture.found]
+    strange = [i for i, (keys, values) in capture.found.items() if len(keys) != 5 or keys.shape != values.shape]
+    if missing or strange:
+        raise ValueError(
+            f"layer {(missing + strange)[0]} of the {name} ({type(model).__name__}) has no keys and values of one "
+            "width per token (a state-space or another attention layer); choose other layers with kv_layers"
+        )
+    return {layer: keys.shape[1] for layer, (keys, _) in capture.found.items()}
+
+
 def load_balancing_loss(model: PreTrainedModel, outputs, attention_mask: Tensor | None) -> Tensor:
     """The auxiliary loss of a mixture-of-experts model, without its coefficient (Switch, 2101.03961, eq. 4)."""
     # Every family takes this function from Mixtral.
@@ -162,13 +268,10 @@ def check_head(model: PreTrainedModel, name: str) -> None:
     head = head_of(model)
     if not head.weight.is_floating_point():
         raise ValueError(f"the {name}'s output layer is quantised; load it with the output layer left out (lm_head)")
-    training = model.training
-    model.eval()
     ids = torch.arange(4, device=embeddings.device).unsqueeze(0) % len(embeddings)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         expected = model(input_ids=ids, use_cache=False).logits.float()
         found = head.logits(last_hidden_states(model, input_ids=ids).to(head.weight.device)).float()
-    model.train(training)
     if not expected.isfinite().all():
         raise ValueError(f"the {name}'s logits are not finite: its weights are damaged, or its dtype cannot hold them")
     scale = expected.abs().max().clamp(min=1.0)
@@ -187,11 +290,9 @@ def check_cache(model: PreTrainedModel, name: str) -> None:
     """
     embeddings = embedding_weight(model)
     texts = torch.arange(14, device=embeddings.device).view(2, 7) % len(embeddings)
-    training = model.training
-    model.eval()
     problem = ""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             mask = torch.tensor([[1, 1, 1], [0, 0, 1]], device=embeddings.device)
             reader = CachedReader(model, texts[:, :3], mask)
             reader.read(texts[:, 3:6])
@@ -203,7 +304,6 @@ def check_cache(model: PreTrainedModel, name: str) -> None:
                 problem = "its hidden states are others than those of the whole text"
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
-    model.train(training)
     if problem:
         raise ValueError(
             f"the {name} ({type(model).__name__}) cannot take back what it has read, which rollouts need ({problem}); "

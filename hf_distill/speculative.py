@@ -7,18 +7,18 @@ Shapes: B rows, R of them unfinished, P prompt tokens, C completion tokens, G to
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_distill.losses.fused_linear import Head
 from hf_distill.metrics import sum_dtype
-from hf_distill.modeling import CachedReader, causal_lm, embedding_weight, head_of
+from hf_distill.modeling import CachedReader, causal_lm, embedding_weight, evaluating, head_of
 
 # Logits of a draft that exist at one time, in bytes.
 CHUNK_BYTES = 256 * 2**20
@@ -118,6 +118,7 @@ def rollout(
     pad_token_id: int,
     generator: torch.Generator | None = None,
     vocab_size: int | None = None,
+    student_context: Callable[[], AbstractContextManager] = nullcontext,
     watch: Callable[[Block], Any] | None = None,
 ) -> Rollout:
     """Completes prompts: the student drafts, one teacher forward per block checks the whole draft (2410.11325, alg. 1).
@@ -138,6 +139,7 @@ def rollout(
         pad_token_id (`int`): fills completions on the right.
         generator (`torch.Generator`, *optional*): where all random numbers come from, on any device.
         vocab_size (`int`, *optional*): ids from here on are never written; by default the smaller head's rows.
+        student_context (`Callable`, *optional*): makes what the student's forwards run in, such as autocast.
         watch (`Callable`, *optional*): called with every [`Block`].
 
     Raises:
@@ -172,13 +174,14 @@ def rollout(
     rows = torch.arange(shape[0], device=device)  # (R,), the unfinished ones
     blocks, forwards = [], {"student": 0, "teacher": 0}
 
-    with _evaluating(student), _evaluating(teacher):
+    with evaluating(student), evaluating(teacher):
         while len(rows):
             place, draft = texts.lengths[rows], draft_length[rows]
             student_noise, teacher_noise = (_from_place(table[rows], place) for table in noise.unbind(-1))
 
             limits = torch.minimum(draft, config.max_new_tokens - place)
-            drafts, drafted = _draft(drafter, student_head, limits, student_noise, end_of_text, config)
+            with student_context():
+                drafts, drafted = _draft(drafter, student_head, limits, student_noise, end_of_text, config)
             width = max(drafts.shape[1], 1)
             states = checker.read(drafts[:, :-1])[:, -width:]  # (R, width, Dt): what predicts drafts[:, j]
             accepted = _accepted(teacher_head, states, drafts, drafted, config).to(device)  # (R,)
@@ -240,7 +243,7 @@ def completion_hidden(
     model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor
 ) -> Tensor:
     """What predicts each token of given completions (B, C), right-padded, after left-padded prompts: (B, C, D)."""
-    with _evaluating(model):
+    with evaluating(model):
         hidden = CachedReader(model, prompt_ids, prompt_mask).read(completion_ids[:, :-1])
     return hidden[:, -completion_ids.shape[1] :]
 
@@ -316,18 +319,6 @@ def _from_place(table: Tensor, place: Tensor) -> Tensor:
     """Each row of (R, C) from its own place (R,) on, with anything behind its end."""
     columns = place[:, None] + torch.arange(table.shape[1], device=table.device)
     return table.gather(1, columns.clamp(max=table.shape[1] - 1))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, and no gradient checkpointing, which would keep the cache empty; afterwards all is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check_prompts(side: str, model: PreTrainedModel, ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:

@@ -110,6 +110,20 @@ def test_skd_gives_knowledge_to_the_teacher_alone(folder, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"system_prompt": "Read."}, "--system_prompt needs --knowledge_column"),
+        ({"knowledge_column": "knowledge", "as_chat": True}, "--as_chat does not go together with --knowledge_column"),
+        ({"knowledge_column": "knowledge", "few_shot": "none.json"}, "few_shot file 'none.json' does not exist"),
+    ],
+)
+def test_skd_ignores_no_option(folder, tmp_path, capsys, changes, message):
+    with pytest.raises(SystemExit):
+        cli.main(["skd", *options(folder, dataset=folder / "facts.jsonl", output_dir=tmp_path, **changes, **WRITTEN)])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"dataset": "missing.jsonl"}, "does not exist"),
         ({"kd_weight": 2}, "kd_weight"),
         ({"divergence_params": '{"beta": 0.5}'}, "no parameters"),

@@ -1,15 +1,17 @@
 """Prompts of two views, against chat templates and tokenizers applied by hand."""
 
+import copy
 import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from hf_distill.collators import LUPICollator, PromptCollator, encoded, pad_prompts
-from tests.conftest import SENTENCES, make_tokenizer
+from tests.conftest import CHAT_TEMPLATE, SENTENCES, make_tokenizer
 
 EOS = 1
 TEMPLATE = "[Background Knowledge]\n{knowledge}\n\n{query}"
@@ -233,12 +235,15 @@ def test_as_many_words_of_the_knowledge_are_kept_as_fit(tokenizer, settings):
         {"query": row["query"]}
     )["teacher_prompt_ids"])  # fmt: skip
     kept = [
-        check_truncation(tokenizer, row, limit, words, " ", **settings) for limit in [*range(bare, whole, 9), whole - 1]
+        check_truncation(tokenizer, row, limit, words, " ", allow_missing_knowledge=True, **settings)
+        for limit in [*range(bare, whole, 9), whole - 1]
     ]
     assert kept[0] == 0
     assert kept == sorted(kept)
     assert kept[-1] == len(words) - 1
     assert check_truncation(tokenizer, row, whole, words, " ", **settings) == len(words)
+    with pytest.raises(ValueError, match=f"max_prompt_length={bare} leaves no room for 'knowledge' of row 4"):
+        LUPICollator(tokenizer, max_prompt_length=bare, **settings).encode(row, "row 4")
     with pytest.raises(ValueError, match=f"row 4 .* tokens, more than max_prompt_length={bare - 1}"):
         LUPICollator(tokenizer, max_prompt_length=bare - 1, **settings).encode(row, "row 4")
 
@@ -335,7 +340,7 @@ def test_message_prompts_go_through_the_chat_template(tokenizer):
     collator = PromptCollator(tokenizer)
     for row in ({"prompt": messages}, {"messages": messages}):
         found = collator.encode(row)
-        assert found == {"student_prompt_ids": expected, "teacher_prompt_ids": expected}
+        assert found == {"student_prompt_ids": expected, "teacher_prompt_ids": expected, "completion_ids": []}
     answered = [*messages, assistant("The dog.")]
     whole = chat(tokenizer, *answered, generate=False)
     for row in ({"prompt": messages, "completion": answered[-1:]}, {"messages": answered}):
@@ -362,6 +367,15 @@ def test_completions_are_tokenized_as_they_follow_their_prompt(make):
             assert found["completion_ids"] == (joint[len(alone) :] if jointly[-1] else separate) + [EOS]
             assert tokenizer.decode(found["student_prompt_ids"] + found["completion_ids"]).endswith(sentence + "<eos>")
     assert {True, False} == set(jointly)
+
+
+def test_a_completion_does_not_begin_like_a_text_of_its_own():
+    """Many tokenizers put a space before a text; there is none inside of one."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    found = PromptCollator(tokenizer).encode({"prompt": "Who ran?", "completion": "(The dog.)"})
+    assert tokenizer.decode(tokenizer("(The dog.)")["input_ids"]) == " (The dog.)"
+    assert tokenizer.decode(found["student_prompt_ids"] + found["completion_ids"]) == " Who ran?(The dog.)<eos>"
 
 
 @pytest.mark.parametrize("make", [make_tokenizer, make_bos_tokenizer])
@@ -396,17 +410,43 @@ def test_rows_without_a_prompt_are_refused_by_name(tokenizer, row):
 
 
 def test_encoded_rows_are_only_padded(tokenizer, caplog):
-    collator = LUPICollator(tokenizer, max_prompt_length=40)
+    collator = LUPICollator(tokenizer, max_prompt_length=56)
     rows = [encoded(collator, row, i) for i, row in enumerate(ROWS)]
-    direct = collator(ROWS)
+    count = sum(row["knowledge_truncated"] for row in rows)
+    assert 0 < count < len(rows)
+    for given in (ROWS, rows):  # encoded rows come from a stream: nobody else has counted them
+        caplog.clear()
+        batch = collator(given)
+        assert f"the knowledge of {count} of {len(rows)} rows of the batch" in caplog.text
     caplog.clear()
-    again = collator(rows)
-    assert not caplog.records  # they have been counted when they were encoded
-    assert direct.keys() == again.keys()
-    assert all(torch.equal(direct[name], again[name]) for name in direct)
-    # As they come out of a data set that has kept nothing but ids.
+    # As they come out of a data set, which has counted them and kept nothing but ids.
     ids = [{name: value for name, value in row.items() if name.endswith("_ids")} for row in rows]
-    assert all(torch.equal(direct[name], value) for name, value in collator(ids).items())
+    again = collator(ids)
+    assert not caplog.records
+    assert batch.keys() == again.keys()
+    assert all(torch.equal(batch[name], value) for name, value in again.items())
+
+
+def test_a_template_is_filled_in_everywhere_and_only_once(tokenizer):
+    row = {"query": "Who {knowledge}?", "knowledge": "Tom {query}."}
+    collator = LUPICollator(tokenizer, knowledge_template="{knowledge} {query} {knowledge}")
+    found = tokenizer.decode(collator.encode(row)["teacher_prompt_ids"])
+    assert found == "<|user|>Tom {query}. Who {knowledge}? Tom {query}.<eos><|assistant|>"
+
+
+def test_what_is_no_text_is_named(tokenizer):
+    row = {"query": "Who?", "knowledge": ["Tom.", "Ann."]}
+    with pytest.raises(ValueError, match="'knowledge' of row 3 has to be text, got list"):
+        LUPICollator(tokenizer).encode(row, "row 3")
+
+
+def test_tools_and_template_arguments_reach_the_chat_template(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{{ style }}" + CHAT_TEMPLATE
+    tools = [{"type": "function", "function": {"name": "search", "description": "", "parameters": {}}}]
+    row = {"prompt": [user("Who?")], "tools": tools, "chat_template_kwargs": {"style": "brief"}}
+    ids = PromptCollator(tokenizer).encode(row)["student_prompt_ids"]
+    assert tokenizer.decode(ids) == "searchbrief<|user|>Who?<eos><|assistant|>"
 
 
 def test_completions_are_given_only_where_all_rows_have_one(tokenizer):

@@ -41,6 +41,20 @@ def test_speculative_kd_is_a_drop_in_script(folder, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_lupi_runs(capsys):
+    table = load_example("lupi").main(["--teacher_steps", "2", "--steps", "1", "--facts", "4"])
+    assert "control student" in capsys.readouterr().out
+    assert table["teacher without knowledge"] == table["student before"] == 0.0
+
+
+@pytest.mark.slow
+def test_lupi_teaches_what_only_the_teacher_may_read():
+    table = load_example("lupi").main([])
+    assert table["teacher with knowledge"] >= 0.9
+    assert table["student after"] >= 0.8
+    assert max(table[name] for name in ("teacher without knowledge", "student before", "control student")) <= 0.05
+
+
 @pytest.mark.parametrize(("kd_weight", "temperature"), [(0.5, 1.0), (0.7, 2.0)])
 def test_the_plain_loop_computes_what_the_trainer_computes(folder, tmp_path, kd_weight, temperature):
     options = {"student": folder / "student", "teacher": folder / "teacher", "data": folder / "rows.jsonl"}

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import ParallelismConfig
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig, is_conversational
 from trl.data_utils import is_conversational_from_value
@@ -154,9 +154,16 @@ def student_rows(model: str | PreTrainedModel, args: KDConfig) -> int:
     """How many token ids the student has embeddings for, before it is loaded."""
     if not isinstance(model, str):
         return len(embedding_weight(causal_lm(model)))
+    return text_config(model, args).vocab_size
+
+
+def text_config(model: str | PreTrainedModel, args: KDConfig) -> PreTrainedConfig:
+    """The configuration of a student, loaded or not."""
+    if not isinstance(model, str):
+        return causal_lm(model).config.get_text_config()
     revision = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore[reportAttributeAccessIssue]
     config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
-    return config.get_text_config().vocab_size
+    return config.get_text_config()
 
 
 def teacher_tokenizer(model: str | PreTrainedModel, args: KDConfig) -> PreTrainedTokenizerBase | None:

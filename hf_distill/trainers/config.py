@@ -107,6 +107,7 @@ class KDConfig(SFTConfig):
 
 
 ROLLOUT_SOURCES = ("speculative", "student", "teacher", "dataset")
+HARD_SOURCES = ("teacher", "dataset")  # a student's own samples are nobody's hard labels
 
 
 @dataclass
@@ -175,12 +176,18 @@ class SpeculativeKDConfig(KDConfig):
         if (
             not isinstance(self.rollout_mix, dict)
             or not set(self.rollout_mix) <= set(ROLLOUT_SOURCES)
+            or any(not isinstance(share, int | float) for share in self.rollout_mix.values())
             or any(not 0 <= share < math.inf for share in self.rollout_mix.values())
             or sum(self.rollout_mix.values()) == 0
         ):
             raise ValueError(
                 f"rollout_mix has to give the sources {', '.join(ROLLOUT_SOURCES)} shares of at least 0, not all of "
                 f"them 0, got {self.rollout_mix!r}"
+            )
+        if self.kd_weight < 1 and not any(self.rollout_mix.get(name) for name in HARD_SOURCES):
+            raise ValueError(
+                f"kd_weight={self.kd_weight} leaves {1 - self.kd_weight:g} for hard labels, but only the sources "
+                f"{' and '.join(HARD_SOURCES)} have any: set kd_weight=1, or give one of them a share of rollout_mix"
             )
         if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
             raise ValueError(f"rollout_batch_size has to be at least 1, got {self.rollout_batch_size}")
@@ -199,6 +206,13 @@ class SpeculativeKDConfig(KDConfig):
                 "skip_prepare_dataset is not possible: prompts are encoded and checked first. Rows that are token ids "
                 "already (student_prompt_ids, teacher_prompt_ids, completion_ids) are taken as they are"
             )
+        if self.completion_only_loss is False or self.assistant_only_loss:
+            raise ValueError(
+                "completion_only_loss=False and assistant_only_loss=True are not possible: what is written is trained "
+                "on, and nothing else"
+            )
+        if self.train_sampling_strategy == "group_by_length":
+            raise ValueError("group_by_length is not possible: lengths are known only when the texts are written")
         if self.max_length is not None:
             raise ValueError(
                 f"max_length={self.max_length} is not used: completions end at max_new_tokens, and prompts are never "

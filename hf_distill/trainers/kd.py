@@ -324,6 +324,11 @@ class KDTrainer(SFTTrainer):
     def train(self, *args, **kwargs):
         """As in `trl.SFTTrainer`; whatever stops it, the student is saved to `emergency/` in the output directory."""
         self._means["train"], self._update_loss, self._skipped_updates = TokenMeans(), 0.0, 0  # of an interrupted run
+        if self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
+            # An evaluation before the training has marked the model as prepared without wrapping it: every process
+            # would train a student of its own.
+            self.model._is_accelerate_prepared = False  # pyright: ignore
+            self.accelerator._models.clear()
         try:
             return super().train(*args, **kwargs)
         except (Exception, KeyboardInterrupt):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,11 +18,21 @@ from hf_distill.modeling import causal_lm, check_cache
 from hf_distill.speculative import Block, completion_hidden, rollout
 from hf_distill.teachers import TeacherSignal
 from hf_distill.teachers.local import LocalTeacher
-from hf_distill.trainers.checks import AnyDataset
-from hf_distill.trainers.config import ROLLOUT_SOURCES, SpeculativeKDConfig
+from hf_distill.trainers.checks import AnyDataset, text_config
+from hf_distill.trainers.config import HARD_SOURCES, ROLLOUT_SOURCES, SpeculativeKDConfig
 from hf_distill.trainers.kd import KDTrainer
 
 logger = logging.getLogger(__name__)
+
+# What a row of either collator becomes.
+ENCODED = Features(
+    {
+        "student_prompt_ids": List(Value("int64")),
+        "teacher_prompt_ids": List(Value("int64")),
+        "completion_ids": List(Value("int64")),
+        "knowledge_truncated": Value("bool"),
+    }
+)
 
 
 @dataclass
@@ -94,21 +104,26 @@ class SpeculativeKDTrainer(KDTrainer):
             raise ValueError("data_collator has to make prompts: a LUPICollator, or none for rows with a prompt")
         if kwargs.get("formatting_func") is not None:
             raise ValueError("formatting_func is not used: give the rows a 'prompt' column, or pass a LUPICollator")
+        if data_collator is not None:
+            processing_class = processing_class or data_collator.tokenizer  # pyright: ignore[reportFunctionMemberAccess]
+            if data_collator.tokenizer.get_vocab() != processing_class.get_vocab():  # pyright: ignore
+                raise ValueError("data_collator has another tokenizer than the trainer: pass the same to both")
         self._prompts = data_collator
+        if isinstance(model, str | PreTrainedModel) and isinstance(teacher_model, str | PreTrainedModel):
+            self._positions = {
+                side: getattr(text_config(value, args), "max_position_embeddings", None)
+                for side, value in {"student": model, "teacher": teacher_model}.items()
+            }
         self._rollout_means = {"train": RolloutMeans(), "eval": RolloutMeans()}
         self._eval_batches = 0
         self.last_rows: list[Row] = []  # what has been written last, for callbacks
-        super().__init__(
-            model, teacher_model, args, train_dataset, eval_dataset, processing_class,
-            data_collator=data_collator, **kwargs,
-        )  # fmt: skip
+        super().__init__(model, teacher_model, args, train_dataset, eval_dataset, processing_class, **kwargs)
         self.data_collator = self._prompts or PromptCollator(self.processing_class)
         self.student = causal_lm(self.model)
-        self.eos_token_ids = _eos_token_ids(self.processing_class, self.student)
+        self.eos_token_ids = _eos_token_ids(self.processing_class, self.student, self.teacher.model)
         self.pad_token_id: int = self.processing_class.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
         for name, side in {"student": self.student, "teacher": causal_lm(self.teacher.model)}.items():
             check_cache(side, name)
-            self._check_positions(side, name)
         if args.top_k > self.vocab_size:
             raise ValueError(f"top_k={args.top_k} is more than the vocabulary has tokens ({self.vocab_size})")
         # The student alone: one draft of any length, kept whatever the teacher thinks. The teacher alone: no draft.
@@ -129,36 +144,23 @@ class SpeculativeKDTrainer(KDTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         collator = self._prompts or PromptCollator(processing_class)
         function = partial(
-            _encode, collator=collator, vocab_size=self.vocab_size, dataset_name=dataset_name,
-            max_new_tokens=args.max_new_tokens, needs_completion=args.rollout_mix.get("dataset", 0) > 0,
+            _encode, collator=collator, vocab_size=self.vocab_size, positions=self._positions, args=args,
+            dataset_name=dataset_name,
         )  # fmt: skip
-        columns = [name for name in next(iter(dataset)) if not name.endswith("_ids")]
+        columns = list(next(iter(dataset)))
         if not isinstance(dataset, Dataset):
             return dataset.map(function, with_indices=True, remove_columns=columns)
-        dataset = dataset.map(
-            function, with_indices=True, remove_columns=columns, num_proc=args.dataset_num_proc,
-            desc=f"Encoding prompts of {dataset_name} dataset",
-        )  # fmt: skip
-        if "knowledge_truncated" in dataset.column_names:
-            warn_of_truncation(sum(dataset["knowledge_truncated"]), len(dataset), f"{dataset_name} dataset")
-        return dataset
+        with args.main_process_first(desc=f"encoding the {dataset_name} dataset"):
+            dataset = dataset.map(
+                function, with_indices=True, remove_columns=columns, num_proc=args.dataset_num_proc,
+                features=ENCODED, desc=f"Encoding prompts of {dataset_name} dataset",
+            )  # fmt: skip
+        warn_of_truncation(sum(dataset["knowledge_truncated"]), len(dataset), f"{dataset_name} dataset")
+        dataset = dataset.remove_columns("knowledge_truncated")  # a stream's collator counts them
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["student_prompt_ids", "teacher_prompt_ids", "completion_ids"]
-
-    def _check_positions(self, model: PreTrainedModel, side: str) -> None:
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        for name, dataset in {"train": self.train_dataset, **evaluation}.items():
-            if positions is None or not isinstance(dataset, Dataset):
-                continue
-            longest = max(map(len, dataset[f"{side}_prompt_ids"]))
-            if longest + self.args.max_new_tokens > positions:
-                raise ValueError(
-                    f"the longest {side} prompt of the {name} dataset ({longest} tokens) and max_new_tokens="
-                    f"{self.args.max_new_tokens} do not fit the {side}'s {positions} positions; lower max_new_tokens, "
-                    "or drop or shorten long rows (LUPICollator: max_prompt_length)"
-                )
+        self._signature_columns = list(ENCODED)
 
     def filler(self, row: dict[str, Any]) -> dict[str, Any] | None:
         return {**row, "teacher_prompt_ids": []}
@@ -192,8 +194,7 @@ class SpeculativeKDTrainer(KDTrainer):
         for source in ROLLOUT_SOURCES:
             chosen = [row for row in rows if row.source == source]
             for start in range(0, len(chosen), size):
-                with self.compute_loss_context_manager():
-                    self._write(chosen[start : start + size], mode, generator)
+                self._write(chosen[start : start + size], mode, generator)
         self.last_rows = rows
         return [self._training_batch(batch) for batch in batches_of_rows]
 
@@ -213,7 +214,8 @@ class SpeculativeKDTrainer(KDTrainer):
             written = rollout(
                 self.student, self.teacher.model, **batch, config=self._rollout_configs[source],
                 eos_token_id=self.eos_token_ids, pad_token_id=self.pad_token_id, generator=generator,
-                vocab_size=self.vocab_size, watch=self._log_block if self.args.rollout_debug else None,
+                vocab_size=self.vocab_size, student_context=self.accelerator.autocast,  # pyright: ignore[reportArgumentType]
+                watch=partial(self._log_block, source) if self.args.rollout_debug else None,
             )  # fmt: skip
             ids, mask, drafted = (tensor.cpu() for tensor in written[:3])
             hidden = written.teacher_hidden
@@ -222,10 +224,12 @@ class SpeculativeKDTrainer(KDTrainer):
         if self._is_logging(mode) and any(row.student_prompt_ids != row.teacher_prompt_ids for row in rows):
             kl = self._value_of_privilege(batch, ids, mask, hidden)
             self._rollout_means[mode].add_privilege(kl, int(mask.sum()))
-        for i, row in enumerate(rows):
+        # A compact copy: padding does not have to wait for the update.
+        parts = hidden[mask.to(hidden.device)].split(mask.sum(1).tolist())
+        for i, (row, part) in enumerate(zip(rows, parts, strict=True)):
             row.completion_ids = ids[i][mask[i]].tolist()
             row.drafted = drafted[i][mask[i]].tolist()
-            row.teacher_hidden = hidden[i, : len(row.completion_ids)]
+            row.teacher_hidden = part
 
     def _training_batch(self, rows: list[Row]) -> dict[str, Tensor]:
         """Prompts and completions (B, T), right-padded, and, per label-bearing token (N,), hidden states and labels."""
@@ -235,7 +239,7 @@ class SpeculativeKDTrainer(KDTrainer):
             ids.append(torch.tensor(row.student_prompt_ids + completion))
             labels.append(torch.tensor([-100] * len(row.student_prompt_ids) + completion))
             # The student's own samples are nobody's hard labels.
-            hard_labels += completion if row.source in ("dataset", "teacher") else [-100] * len(completion)
+            hard_labels += completion if row.source in HARD_SOURCES else [-100] * len(completion)
             if row.teacher_hidden is not None:
                 hidden.append(row.teacher_hidden)
                 row.teacher_hidden = None  # `last_rows` stays
@@ -255,10 +259,15 @@ class SpeculativeKDTrainer(KDTrainer):
 
     # --------------------------------------------------------------------------------------------------- metrics
 
+    def train(self, *args, **kwargs):
+        self._rollout_means["train"] = RolloutMeans()  # nothing of an interrupted run
+        return super().train(*args, **kwargs)
+
     def _is_logging(self, mode: str) -> bool:
         step = self.state.global_step + 1
-        first = step == 1 and self.args.logging_first_step
-        return mode == "eval" or first or (self.state.logging_steps > 0 and step % self.state.logging_steps == 0)
+        if mode == "eval" or (step == 1 and self.args.logging_first_step):
+            return True
+        return self.args.logging_strategy == "steps" and step % self.state.logging_steps == 0
 
     def _value_of_privilege(
         self, prompts: dict[str, Tensor], completion_ids: Tensor, completion_mask: Tensor, hidden: Tensor
@@ -288,15 +297,15 @@ class SpeculativeKDTrainer(KDTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})  # pyright: ignore
         return output
 
-    def _log_block(self, block: Block) -> None:
+    def _log_block(self, source: str, block: Block) -> None:
         for i, row in enumerate(block.rows.tolist()):
             drafted, accepted = int(block.drafted[i]), int(block.accepted[i])
             tokens = block.drafts[i, :drafted].tolist()
-            text = f"row {row}: {self.processing_class.decode(tokens)!r}, {accepted} of {drafted} accepted"
+            text = f"{source} row {row}: {self.processing_class.decode(tokens)!r}, {accepted} of {drafted} accepted"
             if accepted < drafted or drafted == 0:
                 rejected = self.processing_class.decode(tokens[accepted : accepted + 1])
                 text += f", {rejected!r} -> {self.processing_class.decode(block.corrections[i])!r}"
-            logger.info(text)
+            logger.warning(text)  # what was asked for has to be seen without setting up logging
 
     def describe(self) -> dict[str, str]:
         shares = ", ".join(f"{name} {share:g}" for name, share in self.args.rollout_mix.items())  # pyright: ignore
@@ -310,27 +319,37 @@ def _encode(
     *,
     collator: Any,
     vocab_size: int,
-    max_new_tokens: int,
+    positions: dict[str, int | None],
+    args: SpeculativeKDConfig,
     dataset_name: str,
-    needs_completion: bool,
 ) -> dict[str, Any]:
     """A row of token ids, checked; its completion ends at `max_new_tokens`, as those do that are written."""
     name = f"row {index} of the {dataset_name} dataset"
     row = row if "teacher_prompt_ids" in row else collator.encode(row, name)
-    for column in ("student_prompt_ids", "teacher_prompt_ids", "completion_ids"):
-        ids = row.get(column)
-        if ids is None and column == "completion_ids" and not needs_completion:
-            continue
+    completion = (row.get("completion_ids") or [])[: args.max_new_tokens]
+    if not completion and args.rollout_mix.get("dataset"):  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        raise ValueError(f"{name} has no completion, and rollout_mix has a share of the source 'dataset'")
+    for side, limit in positions.items():
+        ids = row[f"{side}_prompt_ids"]
         if not ids:
+            raise ValueError(f"the {side}'s prompt of {name} is empty; it needs at least one token")
+        if max(*ids, *completion, 0) >= vocab_size:
             raise ValueError(
-                f"{name} has no {column.removesuffix('_ids').replace('_', ' ')}; it needs one token at least"
+                f"{name} has token id {max(*ids, *completion)}, but student and teacher share only the ids below "
+                f"{vocab_size}: one of them cannot read it. Use tokens (eos_token, chat template) that both know"
             )
-        if max(ids) >= vocab_size:
+        if limit is not None and len(ids) + args.max_new_tokens > limit:
             raise ValueError(
-                f"{name} has token id {max(ids)}, but student and teacher share only the ids below {vocab_size}: one "
-                "of them cannot read it. Use tokens (eos_token, chat template) that both know"
+                f"the {side}'s prompt of {name} ({len(ids)} tokens) and max_new_tokens={args.max_new_tokens} do not "
+                f"fit the {side}'s {limit} positions; lower max_new_tokens, or drop or shorten long rows (a "
+                "LUPICollator cuts knowledge at max_prompt_length)"
             )
-    return {**row, "completion_ids": row["completion_ids"][:max_new_tokens]} if row.get("completion_ids") else row
+    return {
+        "student_prompt_ids": row["student_prompt_ids"],
+        "teacher_prompt_ids": row["teacher_prompt_ids"],
+        "completion_ids": completion,
+        "knowledge_truncated": row.get("knowledge_truncated", False),
+    }
 
 
 def _rows(batch: dict[str, Tensor]) -> list[Row]:
@@ -345,10 +364,10 @@ def _rows(batch: dict[str, Tensor]) -> list[Row]:
     return [Row(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
 
 
-def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel) -> list[int]:
-    """The tokens that end a text: the tokenizer's, and those that the student's generation knows."""
-    found = [tokenizer.eos_token_id, getattr(student.generation_config, "eos_token_id", None)]
+def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel) -> list[int]:
+    """The tokens that end a text: the tokenizer's, and those that either model's generation knows."""
+    found = [tokenizer.eos_token_id, *(getattr(model.generation_config, "eos_token_id", None) for model in models)]
     ids = {int(i) for entry in found if entry is not None for i in (entry if isinstance(entry, list) else [entry])}
     if not ids:
-        raise ValueError("neither tokenizer nor student has an end-of-sequence token: set tokenizer.eos_token")
+        raise ValueError("neither tokenizer nor models have an end-of-sequence token: set tokenizer.eos_token")
     return sorted(ids)

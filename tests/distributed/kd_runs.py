@@ -60,13 +60,15 @@ def run_speculative(folder, num_processes: int) -> dict:
     prompts = [{"student_prompt_ids": ids[: 2 + i % 3]} for i, ids in enumerate(make_rows(tokenizer)["input_ids"])]
     rows = Dataset.from_list([{**row, "teacher_prompt_ids": [7, *row["student_prompt_ids"]]} for row in prompts])
     settings = make_settings(folder, num_processes) | {
-        "max_new_tokens": 8, "top_k": 50, "student_temperature": 0.0, "teacher_temperature": 0.0, "adaptive": True,
+        "kd_weight": 1.0, "max_new_tokens": 8, "top_k": 50, "adaptive": True, "student_temperature": 0.0,
+        "teacher_temperature": 0.0,
     }  # fmt: skip
     student = make_model(seed=2)
     trainer = SpeculativeKDTrainer(
         student, make_model(seed=1, hidden_size=48), SpeculativeKDConfig(**settings), rows,
         rows.select(range(1, NUM_ROWS)), tokenizer, teacher_processing_class=tokenizer, callbacks=[Gradients()],
     )  # fmt: skip
+    trainer.evaluate()  # before the training, which has to wrap the model all the same
     trainer.train()
     return results_of(trainer)
 

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from hf_distill import LUPICollator, SpeculativeKDConfig, SpeculativeKDTrainer
-from hf_distill.callbacks import RolloutSamplesCallback
+from hf_distill.callbacks import RolloutSamplesCallback, _sample
+from hf_distill.metrics import RolloutMeans
 from hf_distill.trainers.config import ROLLOUT_SOURCES
+from hf_distill.trainers.speculative_kd import Row
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.losses.oracle import ORACLE
 
@@ -335,11 +337,13 @@ def test_streams_and_messages_and_token_ids(tmp_path, tokenizer, student, teache
 # -------------------------------------------------------------------------------------------------------- metrics
 
 
-def test_logged_rates_are_those_of_the_blocks(tmp_path, tokenizer, rows, student, teacher):
+def test_logged_rates_are_those_of_the_blocks(tmp_path, tokenizer, rows, student, teacher, monkeypatch):
     trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer, max_steps=2, logging_steps=2, adaptive=True)
     blocks = []
-    original = trainer._rollout_means["train"].add
-    trainer._rollout_means["train"].add = lambda stats, *args: (blocks.append(stats.blocks), original(stats, *args))
+    original = RolloutMeans.add
+    monkeypatch.setattr(
+        RolloutMeans, "add", lambda self, stats, *args: (blocks.append(stats.blocks), original(self, stats, *args))
+    )
     trainer.train()
     log = next(entry for entry in trainer.state.log_history if "loss" in entry)
     _, draft_length, drafted, accepted, corrected = (torch.cat(column).double() for column in zip(*blocks, strict=True))
@@ -417,6 +421,10 @@ CONFIGS = {
     "max_length=512 is not used": {"max_length": 512},
     "skip_prepare_dataset is not possible": {"dataset_kwargs": {"skip_prepare_dataset": True}},
     "do not fit the student's 256 positions": {"max_new_tokens": 250},
+    "only the sources teacher and dataset have any": {"kd_weight": 0.5},
+    "rollout_mix has to give the sources": {"rollout_mix": {"student": "0.7"}},
+    "group_by_length is not possible": {"train_sampling_strategy": "group_by_length"},
+    "assistant_only_loss=True are not possible": {"assistant_only_loss": True},
     "has no completion": {"rollout_mix": {"dataset": 1.0}},
     "kd_weight": {"kd_weight": 2.0},
 }
@@ -446,6 +454,65 @@ ROWS = {
 def test_bad_rows_are_named(tmp_path, tokenizer, student, teacher, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, student, teacher, Dataset.from_list(ROWS[message]), tokenizer)
+
+
+def test_rows_with_and_without_a_completion_may_be_mixed_where_none_is_needed(tmp_path, tokenizer, student, teacher):
+    rows = [{"prompt": "The", "completion": None}, {"prompt": "A", "completion": " dog"}]
+    for order in (1, -1):
+        trainer = make_trainer(tmp_path, student, teacher, Dataset.from_list(rows[::order]), tokenizer)
+        assert [len(ids) > 0 for ids in trainer.train_dataset["completion_ids"]] == [False, True][::order]
+    with pytest.raises(ValueError, match="row 1 of the train dataset has no completion"):
+        make_trainer(tmp_path, student, teacher, Dataset.from_list(rows[::-1]), tokenizer, rollout_mix={"dataset": 1.0})
+
+
+def test_a_text_ends_where_either_model_ends_one(tmp_path, tokenizer, rows, student, teacher):
+    teacher.generation_config.eos_token_id = [1, 7]
+    assert make_trainer(tmp_path, student, teacher, rows, tokenizer).eos_token_ids == [1, 7]
+
+
+def test_a_tokenizer_without_a_padding_token_and_another_ones_collator(tmp_path, tokenizer, student, teacher):
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    collator = LUPICollator(bare)
+    trainer = make_trainer(
+        tmp_path, student, teacher, Dataset.from_list(FACTS), bare, others={"data_collator": collator}
+    )
+    trainer.train()
+    other = LUPICollator(make_tokenizer(added_tokens=("<more>",)))
+    with pytest.raises(ValueError, match="another tokenizer than the trainer"):
+        make_trainer(tmp_path, student, teacher, Dataset.from_list(FACTS), tokenizer, others={"data_collator": other})
+
+
+def test_the_student_writes_in_the_precision_it_is_trained_in(tmp_path, tokenizer, rows, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer, bf16=True)
+    seen = {}
+    for side, model in {"student": trainer.student, "teacher": teacher}.items():
+
+        def record(module, args, output, side=side):
+            seen[side] = output.dtype
+
+        model.model.layers[0].self_attn.q_proj.register_forward_hook(record)
+    trainer._write_batches([trainer.data_collator(trainer.train_dataset.to_list()[:2])], "train", 0)
+    assert seen == {"student": torch.bfloat16, "teacher": torch.float32}
+
+
+def test_hidden_states_that_wait_for_the_update_hold_no_padding(
+    tmp_path, tokenizer, rows, student, teacher, monkeypatch
+):
+    trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer, max_new_tokens=100)
+    batch = trainer.data_collator(trainer.train_dataset.to_list()[:4])
+    monkeypatch.setattr(trainer, "_training_batch", lambda rows: rows)
+    (written,) = trainer._write_batches([batch], "train", 0)
+    storages = {row.teacher_hidden.untyped_storage().data_ptr(): row.teacher_hidden for row in written}
+    total = sum(hidden.untyped_storage().nbytes() for hidden in storages.values())
+    assert total == sum(len(row.completion_ids) for row in written) * 48 * 4
+
+
+def test_samples_keep_characters_of_several_tokens_together(tokenizer):
+    ids = tokenizer("가나", add_special_tokens=False)["input_ids"]
+    row = Row([5], [5], ids, "speculative", [i % 2 == 0 for i in range(len(ids))])
+    assert len(ids) > 3
+    assert "".join(text for _, text in _sample(row, tokenizer)[2]) == "가나"
 
 
 def test_other_refusals(tmp_path, tokenizer, rows, student, teacher, messages_dataset):

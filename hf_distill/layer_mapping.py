@@ -1,0 +1,72 @@
+"""Which of the teacher's layers each of the student's learns from."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# For each of the student's layers: the teacher's, with weights that sum to 1.
+Mapping = dict[int, dict[int, float]]
+NAMES = ("last", "uniform", "cka")
+
+
+def layer_mapping(layers: str | Sequence[Sequence[int]], num_student_layers: int, num_teacher_layers: int) -> Mapping:
+    """A mapping that needs no data.
+
+    Args:
+        layers (`str` or list of pairs):
+            "last" (the last of both), "uniform" (every student layer, at the same share of the depth, the last on the
+            last), or pairs `(student layer, teacher layer)`, negative ones counted from the end.
+
+    Raises:
+        `ValueError`: an unknown name, or a layer that does not exist.
+    """
+    if layers == "last":
+        layers = [(-1, -1)]
+    elif layers == "uniform":
+        layers = [
+            (i, max(0, round((i + 1) * num_teacher_layers / num_student_layers) - 1)) for i in range(num_student_layers)
+        ]
+    elif isinstance(layers, str):
+        raise ValueError(f"layers have to be one of {', '.join(NAMES)} or a list of pairs, got {layers!r}")
+    found: Mapping = {}
+    for pair in layers:
+        if len(pair) != 2:
+            raise ValueError(f"layers have to be pairs [student layer, teacher layer], got {list(pair)}")
+        student = _index(pair[0], num_student_layers, "student")
+        found.setdefault(student, {})[_index(pair[1], num_teacher_layers, "teacher")] = 1.0
+    return {student: {i: 1 / len(teachers) for i in teachers} for student, teachers in sorted(found.items())}
+
+
+def cka_mapping(student: Sequence[Tensor], teacher: Sequence[Tensor], top: int = 2) -> Mapping:
+    """Each student layer learns from the `top` teacher layers that are most like it on a probe batch.
+
+    Args:
+        student, teacher (sequences of `torch.Tensor` of shape `(N, F)`): features per layer at the same N positions.
+
+    Returns:
+        Weights in proportion to the linear CKA (Kornblith et al., 1905.00414).
+    """
+    mapping: Mapping = {}
+    for i, features in enumerate(student):
+        likeness = torch.stack([linear_cka(features, other) for other in teacher])
+        values, indices = likeness.topk(min(top, len(teacher)))
+        weights = values / values.sum().clamp(min=1e-12)
+        mapping[i] = dict(zip(indices.tolist(), weights.tolist(), strict=True))
+    return mapping
+
+
+def linear_cka(x: Tensor, y: Tensor) -> Tensor:
+    """Linear centred kernel alignment of features (N, F) and (N, G), in [0, 1] (Kornblith et al., 1905.00414, eq. 4).
+
+    Invariant to rotations and one scale of either side; 1 for a rotation of the same features.
+    """
+    x, y = (z.double() - z.double().mean(0) for z in (x, y))
+    cross = (y.T @ x).square().sum()
+    return cross / ((x.T @ x).norm() * (y.T @ y).norm()).clamp(min=1e-12)
+
+
+def _index(layer: int, num_layers: int, side: str) -> int:
+    if not -num_layers <= layer < num_layers:
+        raise ValueError(f"the {side} has {num_layers} layers, there is no layer {layer}")
+    return layer % num_layers

@@ -1,0 +1,94 @@
+"""Distances between aligned vectors: hidden states, keys, values.
+
+Each takes a student's and a teacher's vectors (..., F) of one width and a mask (...,) of the positions that count, and
+returns the sum over those positions divided by `num_items`, and their mean cosine, detached. The teacher's side gets a
+gradient if it has one to get (a projector's).
+"""
+
+import torch
+from torch import Tensor
+
+
+def mercator_loss(
+    student_kv: Tensor,
+    teacher_kv: Tensor,
+    mask: Tensor,
+    *,
+    direction_weight: float = 1.0,
+    magnitude_weight: float = 0.01,
+    num_items: int | float | Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Direction, as on Mercator's map, and, with its own weight, the logarithm of the length.
+
+    `sum over mask of direction_weight * (1 - cos) + magnitude_weight * (log|s| - log|t|)^2`, lengths at least `eps`.
+    A vector against 100 times itself costs nothing in direction, an orthogonal one 1, the opposite one 2.
+
+    Args:
+        student_kv, teacher_kv (`torch.Tensor` of shape `(..., F)`): vectors of one width.
+        mask (`torch.Tensor` of shape `(...,)`, bool): positions that count.
+        num_items (*optional*): the divisor; by default the number of positions that count.
+        eps (`float`): keeps value and gradient finite where a vector is 0.
+
+    Returns:
+        The loss, a scalar with gradient, and the mean cosine, detached.
+    """
+    student, teacher = _at(mask, student_kv, teacher_kv)
+    cosine, student_norm, teacher_norm = _cosine(student, teacher, eps)
+    magnitude = (student_norm.log() - teacher_norm.log()).square()
+    loss = direction_weight * (1 - cosine) + magnitude_weight * magnitude
+    return loss.sum() / _divisor(mask, num_items), _mean(cosine)
+
+
+def mse_loss(
+    student_kv: Tensor, teacher_kv: Tensor, mask: Tensor, *, num_items: int | float | Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The mean squared difference of a vector's F numbers, summed over positions; as [`mercator_loss`] otherwise."""
+    student, teacher = _at(mask, student_kv, teacher_kv)
+    loss = (student - teacher).square().mean(-1)
+    return loss.sum() / _divisor(mask, num_items), _mean(_cosine(student, teacher, 1e-6)[0])
+
+
+def normalized_l1_loss(
+    student_kv: Tensor,
+    teacher_kv: Tensor,
+    mask: Tensor,
+    *,
+    num_items: int | float | Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """The mean absolute difference in units of the teacher's standard deviation over the positions (KaVa, 2510.02312).
+
+    As [`mercator_loss`] otherwise; the unit has no gradient.
+    """
+    student, teacher = _at(mask, student_kv, teacher_kv)
+    scale = teacher.detach().std(correction=0).clamp(min=eps) if teacher.numel() else 1.0
+    loss = ((student - teacher) / scale).abs().mean(-1)
+    return loss.sum() / _divisor(mask, num_items), _mean(_cosine(student, teacher, eps)[0])
+
+
+FEATURE_LOSSES = {"mercator": mercator_loss, "mse": mse_loss, "normalized_l1": normalized_l1_loss}
+
+
+def _at(mask: Tensor, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The vectors (N, F) that count, in float32 at least."""
+    if student.shape != teacher.shape or mask.shape != student.shape[:-1]:
+        raise ValueError(
+            f"student and teacher have to have one shape (..., F) and the mask (...,), got {tuple(student.shape)}, "
+            f"{tuple(teacher.shape)} and {tuple(mask.shape)}"
+        )
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    return student[mask].to(dtype), teacher[mask].to(dtype)
+
+
+def _cosine(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    student_norm, teacher_norm = (x.norm(dim=-1).clamp(min=eps) for x in (student, teacher))  # (N,)
+    return (student * teacher).sum(-1) / (student_norm * teacher_norm), student_norm, teacher_norm
+
+
+def _divisor(mask: Tensor, num_items: int | float | Tensor | None) -> int | float | Tensor:
+    return mask.sum().clamp(min=1) if num_items is None else num_items
+
+
+def _mean(cosine: Tensor) -> Tensor:
+    return cosine.detach().sum() / max(len(cosine), 1)
