@@ -7,7 +7,8 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -174,28 +175,26 @@ class KVCapture:
 
     def __init__(self, model: nn.Module, layers: Iterable[int], kv_positions: str = "pre") -> None:
         self.found: dict[int, tuple[Tensor, Tensor]] = {}
+        self.positions: Tensor | None = None
         self._layers = set(layers)
         self._pre = kv_positions == "pre"
         self._modules = {id(module) for module in model.modules()}
         self._files = {sys.modules[type(m).__module__] for m in model.modules() if hasattr(m, "layer_idx")}
-        self._positions: Tensor | None = None
         self._unrotated: Tensor | None = None
 
     @contextmanager
     def __call__(self, positions: Tensor | None = None) -> Iterator[None]:
         """Within it, the model's forwards are watched; of each layer only flat `positions` (N,) of (B * T) are kept."""
-        self.found, self._positions, self._unrotated = {}, positions, None
-        rotary = {file: file.apply_rotary_pos_emb for file in self._files if hasattr(file, "apply_rotary_pos_emb")}
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface
-        ALL_ATTENTION_FUNCTIONS.get_interface = lambda *args: functools.partial(self._attend, interface(*args))  # pyright: ignore
-        for file, rotate in rotary.items():
-            file.apply_rotary_pos_emb = functools.partial(self._rotate, rotate)  # pyright: ignore
-        try:
+        self.found, self.positions, self._unrotated = {}, positions, None
+        with ExitStack() as stack:
+            choose = ALL_ATTENTION_FUNCTIONS.get_interface
+            watched = lambda *args: functools.partial(self._attend, choose(*args))  # noqa: E731
+            stack.enter_context(patch.object(ALL_ATTENTION_FUNCTIONS, "get_interface", watched))
+            for file in self._files:
+                if rotate := getattr(file, "apply_rotary_pos_emb", None):
+                    watched = functools.partial(self._rotate, rotate)
+                    stack.enter_context(patch.object(file, "apply_rotary_pos_emb", watched))
             yield
-        finally:
-            del ALL_ATTENTION_FUNCTIONS.get_interface  # the instance's; the class's is as it was
-            for file, rotate in rotary.items():
-                file.apply_rotary_pos_emb = rotate  # pyright: ignore
 
     def _rotate(self, rotate: Callable, query: Tensor, key: Tensor, *args, **kwargs):
         self._unrotated = key
@@ -203,8 +202,8 @@ class KVCapture:
 
     def _attend(self, attend: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
         layer = getattr(module, "layer_idx", None)
+        unrotated, self._unrotated = self._unrotated, None
         if id(module) in self._modules and layer in self._layers:
-            unrotated, self._unrotated = self._unrotated, None
             kept = key
             if self._pre and unrotated is not None:
                 # Of a partial rotary embedding only the first numbers of each head go through it.
@@ -215,7 +214,7 @@ class KVCapture:
     def _flat(self, heads: Tensor) -> Tensor:
         """(B, H, T, E) as (N, H * E), at the positions that are kept."""
         features = heads.transpose(1, 2).flatten(2)
-        return features.flatten(0, 1) if self._positions is None else select_positions(features, self._positions)
+        return features.flatten(0, 1) if self.positions is None else select_positions(features, self.positions)
 
 
 def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str) -> dict[int, int]:
