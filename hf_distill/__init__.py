@@ -2,8 +2,20 @@
 
 from hf_distill.collators import LUPICollator
 from hf_distill.evaluation import evaluate_fidelity
-from hf_distill.trainers.config import KDConfig, SpeculativeKDConfig
+from hf_distill.kv_projector import KVProjector
+from hf_distill.trainers.config import KDConfig, KVProjectionConfig, SpeculativeKDConfig
 from hf_distill.trainers.kd import KDTrainer
+from hf_distill.trainers.kv_projection import KVProjectionTrainer
 from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
 
-__all__ = ["KDConfig", "KDTrainer", "LUPICollator", "SpeculativeKDConfig", "SpeculativeKDTrainer", "evaluate_fidelity"]
+__all__ = [
+    "KDConfig",
+    "KDTrainer",
+    "KVProjectionConfig",
+    "KVProjectionTrainer",
+    "KVProjector",
+    "LUPICollator",
+    "SpeculativeKDConfig",
+    "SpeculativeKDTrainer",
+    "evaluate_fidelity",
+]

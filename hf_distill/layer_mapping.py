@@ -7,7 +7,7 @@ from torch import Tensor
 
 # For each of the student's layers: the teacher's, with weights that sum to 1.
 Mapping = dict[int, dict[int, float]]
-NAMES = ("last", "uniform", "cka")
+NAMES = ("uniform", "last", "cka")
 
 
 def layer_mapping(layers: str | Sequence[Sequence[int]], num_student_layers: int, num_teacher_layers: int) -> Mapping:

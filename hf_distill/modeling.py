@@ -165,7 +165,7 @@ class KVCapture:
 
         with capture(positions):
             model(**inputs)
-        keys, values = capture.found[layer]  # (N, F) each
+        keys, values = capture.features(layer)  # (N, F) each
 
     Args:
         model (`PreTrainedModel`): with softmax attention in all captured layers.
@@ -174,7 +174,7 @@ class KVCapture:
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[int], kv_positions: str = "pre") -> None:
-        self.found: dict[int, tuple[Tensor, Tensor]] = {}
+        self.heads: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values (B, H, T, E) of each layer
         self.positions: Tensor | None = None
         self._layers = set(layers)
         self._pre = kv_positions == "pre"
@@ -185,7 +185,7 @@ class KVCapture:
     @contextmanager
     def __call__(self, positions: Tensor | None = None) -> Iterator[None]:
         """Within it, the model's forwards are watched; of each layer only flat `positions` (N,) of (B * T) are kept."""
-        self.found, self.positions, self._unrotated = {}, positions, None
+        self.heads, self.positions, self._unrotated = {}, positions, None
         with ExitStack() as stack:
             choose = ALL_ATTENTION_FUNCTIONS.get_interface
             watched = lambda *args: functools.partial(self._attend, choose(*args))  # noqa: E731
@@ -208,13 +208,16 @@ class KVCapture:
             if self._pre and unrotated is not None:
                 # Of a partial rotary embedding only the first numbers of each head go through it.
                 kept = torch.cat([unrotated, key[..., unrotated.shape[-1] :]], -1)
-            self.found[layer] = self._flat(kept), self._flat(value)
+            # Nothing that autograd would remember may happen here: checkpointing would miss it when it recomputes.
+            self.heads[layer] = kept, value
         return attend(module, query, key, value, *args, **kwargs)
 
-    def _flat(self, heads: Tensor) -> Tensor:
-        """(B, H, T, E) as (N, H * E), at the positions that are kept."""
-        features = heads.transpose(1, 2).flatten(2)
-        return features.flatten(0, 1) if self.positions is None else select_positions(features, self.positions)
+    def features(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, H * E) of a layer, at the positions asked for."""
+        keys, values = (heads.transpose(1, 2).flatten(2) for heads in self.heads[layer])  # (B, T, H * E)
+        if self.positions is None:
+            return keys.flatten(0, 1), values.flatten(0, 1)
+        return select_positions(keys, self.positions), select_positions(values, self.positions)
 
 
 def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str) -> dict[int, int]:
@@ -235,14 +238,15 @@ def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str) -> dict[
     capture = KVCapture(model, layers)
     with torch.no_grad(), evaluating(model), capture():
         last_hidden_states(model, input_ids=ids)
-    missing = [layer for layer in layers if layer not in capture.found]
-    strange = [i for i, (keys, values) in capture.found.items() if len(keys) != 5 or keys.shape != values.shape]
+    missing = [layer for layer in layers if layer not in capture.heads]
+    found = {layer: capture.features(layer) for layer in capture.heads}
+    strange = [i for i, (keys, values) in found.items() if len(keys) != 5 or keys.shape != values.shape]
     if missing or strange:
         raise ValueError(
             f"layer {(missing + strange)[0]} of the {name} ({type(model).__name__}) has no keys and values of one "
             "width per token (a state-space or another attention layer); choose other layers with kv_layers"
         )
-    return {layer: keys.shape[1] for layer, (keys, _) in capture.found.items()}
+    return {layer: keys.shape[1] for layer, (keys, _) in found.items()}
 
 
 def load_balancing_loss(model: PreTrainedModel, outputs, attention_mask: Tensor | None) -> Tensor:

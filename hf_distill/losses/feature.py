@@ -92,3 +92,18 @@ def _divisor(mask: Tensor, num_items: int | float | Tensor | None) -> int | floa
 
 def _mean(cosine: Tensor) -> Tensor:
     return cosine.detach().sum() / max(len(cosine), 1)
+
+
+def centered_cosine(x: Tensor, y: Tensor, eps: float = 1e-6) -> Tensor:
+    """The mean cosine of features (N, F) after their means over the N tokens are taken away.
+
+    Keys share a large mean, which alone makes any two of them look alike.
+    """
+    return _cosine(x - x.mean(0), y - y.mean(0), eps)[0].mean()
+
+
+def effective_rank(features: Tensor) -> Tensor:
+    """`exp` of the entropy of the normalised singular values of centred features (N, F) (Roy and Vetterli, 2007)."""
+    values = torch.linalg.svdvals(features - features.mean(0))
+    shares = values / values.sum().clamp(min=1e-12)
+    return torch.special.entr(shares).sum().exp()

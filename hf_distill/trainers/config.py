@@ -1,5 +1,6 @@
 """Settings of the trainers. Each field is explained once, in its `help`, which is also what the command line prints."""
 
+import json
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -7,7 +8,10 @@ from typing import Any
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
+from hf_distill.kv_projector import PROJECTORS
+from hf_distill.layer_mapping import NAMES as LAYER_MAPPINGS
 from hf_distill.losses.divergence import DIVERGENCES, check_divergence
+from hf_distill.losses.feature import FEATURE_LOSSES
 from hf_distill.speculative import RolloutConfig
 from hf_distill.teachers.local import check_quantization
 
@@ -224,3 +228,82 @@ class SpeculativeKDConfig(KDConfig):
         """The fields that are `RolloutConfig`'s."""
         names = [entry.name for entry in fields(RolloutConfig)]
         return RolloutConfig(**{name: getattr(self, name) for name in names} | changes)
+
+
+@dataclass
+class KVProjectionConfig(KDConfig):
+    """Settings of `KVProjectionTrainer`: every field of `KDConfig`, and those of the keys and values.
+
+    Raises:
+        `ValueError`: what `KDConfig` refuses, or a value out of its range.
+    """
+
+    kv_weight: float = field(default=1.0, metadata={"help": "Weight of the term of keys and values."})
+    kv_loss: str = field(
+        default="mercator",
+        metadata={"help": "How keys and values are compared.", "choices": sorted(FEATURE_LOSSES)},
+    )
+    kv_layers: str = field(  # or the list of pairs itself; the command line's parser knows no such union
+        default="uniform",
+        metadata={
+            "help": "Which teacher layer each student layer learns from: uniform, last, cka, or pairs "
+            "[student layer, teacher layer] as JSON such as '[[0, 1], [-1, -1]]'."
+        },
+    )
+    direction_weight: float = field(default=1.0, metadata={"help": "Weight of the direction in the Mercator loss."})
+    magnitude_weight: float = field(default=0.01, metadata={"help": "Weight of the length in the Mercator loss."})
+    kv_positions: str = field(
+        default="pre",
+        metadata={
+            "help": "Keys before or after the rotary embedding, which shifts them with the length of the prompt.",
+            "choices": ["pre", "post"],
+        },
+    )
+    projector: str = field(
+        default="mlp",
+        metadata={
+            "help": "What brings the teacher's keys and values to the student's width: a trained bottleneck, or its "
+            "principal components, which stay as they are.",
+            "choices": sorted(PROJECTORS),
+        },
+    )
+    projector_mlp_ratio: float = field(
+        default=1.0, metadata={"help": "Width of the bottleneck, in units of the student's."}
+    )
+    projector_dropout: float = field(default=0.1, metadata={"help": "Dropout of the bottleneck, in [0, 1)."})
+    projector_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the projector."})
+    projector_freeze_after: int | None = field(
+        default=None, metadata={"help": "Updates after which the projector stays as it is."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, allowed in {
+            "kv_loss": FEATURE_LOSSES, "kv_positions": ("pre", "post"), "projector": PROJECTORS
+        }.items():  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} has to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if isinstance(self.kv_layers, str) and self.kv_layers.startswith("["):
+            self.kv_layers = json.loads(self.kv_layers)
+        if isinstance(self.kv_layers, str) and self.kv_layers not in LAYER_MAPPINGS:
+            raise ValueError(
+                f"kv_layers has to be one of {', '.join(LAYER_MAPPINGS)} or pairs such as [[0, 1], [-1, -1]], got "
+                f"{self.kv_layers!r}"
+            )
+        for name in ("kv_weight", "direction_weight", "magnitude_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} has to be at least 0 and finite, got {getattr(self, name)}")
+        if self.projector_mlp_ratio <= 0 or not 0 <= self.projector_dropout < 1:
+            raise ValueError(
+                f"projector_mlp_ratio has to be above 0 and projector_dropout in [0, 1), got "
+                f"{self.projector_mlp_ratio} and {self.projector_dropout}"
+            )
+        if self.projector_learning_rate <= 0:
+            raise ValueError(f"projector_learning_rate has to be above 0, got {self.projector_learning_rate}")
+        if self.projector_freeze_after is not None and self.projector_freeze_after < 0:
+            raise ValueError(f"projector_freeze_after has to be at least 0, got {self.projector_freeze_after}")
+        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(
+                "reentrant gradient checkpointing gives keys and values without a gradient: leave "
+                "gradient_checkpointing_kwargs out, or set use_reentrant to False"
+            )
