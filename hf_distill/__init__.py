@@ -1,5 +1,6 @@
 """Distillation of causal language models as drop-in subclasses of TRL trainers."""
 
+from hf_distill.callbacks import CosinePhaseCallback
 from hf_distill.collators import LUPICollator
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.kv_projector import KVProjector
@@ -9,6 +10,7 @@ from hf_distill.trainers.kv_projection import KVProjectionTrainer
 from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
 
 __all__ = [
+    "CosinePhaseCallback",
     "KDConfig",
     "KDTrainer",
     "KVProjectionConfig",

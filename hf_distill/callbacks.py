@@ -10,9 +10,69 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import is_trackio_available, is_wandb_available
 
-from hf_distill.report import markdown
+from hf_distill.report import markdown, save_curve
 
 TITLE = "rollout/samples"
+# What a cosine below each number is called; above all of them it is Excellent. A name, no proof of learning.
+PHASES = {0.50: "Adapting", 0.70: "Learning", 0.90: "Good", 0.95: "Great", 1.01: "Excellent"}
+
+
+class CosinePhaseCallback(TrainerCallback):
+    """Prints the cosine of keys and values with its phase, draws its curve at the end, and may stop a run.
+
+    `[Step 0200] loss 0.0432 | cosine 0.9568 | Excellent`
+
+    Args:
+        every (`int`): updates between two lines; what is shown is what was logged last.
+        target (`float`, *optional*): stops the run when the cosine has stayed at this or above for `hold` updates.
+        hold (`int`): see `target`.
+
+    Raises:
+        `ValueError`: `every` or `hold` below 1, or a target that is no cosine.
+    """
+
+    def __init__(self, every: int = 50, target: float | None = None, hold: int = 100) -> None:
+        if every < 1 or hold < 1:
+            raise ValueError(f"every and hold have to be at least 1, got {every} and {hold}")
+        if target is not None and not -1 <= target <= 1:
+            raise ValueError(f"target has to be a cosine, in [-1, 1], got {target}")
+        self.every = every
+        self.target = target
+        self.hold = hold
+        self.curve: list[tuple[float, float]] = []  # step, cosine
+        self._printed = 0
+        self._held_since: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.curve = [(entry["step"], entry["kv/cosine"]) for entry in state.log_history if "kv/cosine" in entry]
+        self._printed = state.global_step
+        self._held_since = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "kv/cosine" not in logs:
+            return
+        step, cosine = state.global_step, logs["kv/cosine"]
+        self.curve.append((step, cosine))
+        if step // self.every > self._printed // self.every and state.is_world_process_zero:
+            self._printed = step
+            Console(highlight=False).print(
+                f"\\[Step {step:04d}] loss {logs['loss']:.4f} | cosine {cosine:.4f} | {phase(cosine)}"
+            )
+        if self.target is None or cosine < self.target:
+            self._held_since = None
+            return
+        self._held_since = step if self._held_since is None else self._held_since
+        if step - self._held_since >= self.hold:
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.curve and state.is_world_process_zero:
+            save_curve(f"{args.output_dir}/cosine.png", self.curve, "cosine of keys and values", PHASES)
+
+
+def phase(cosine: float) -> str:
+    """Adapting, Learning, Good, Great or Excellent."""
+    return next((name for limit, name in PHASES.items() if cosine < limit), "Excellent")
 
 
 class RolloutSamplesCallback(TrainerCallback):

@@ -1,4 +1,4 @@
-"""The command line: `hf-distill demo`, `hf-distill kd`, `hf-distill skd`. Parse, then one call."""
+"""The command line: `hf-distill demo`, `kd`, `kv`, `skd`. Parse, then one call."""
 
 import argparse
 import json
@@ -13,13 +13,14 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from hf_distill.callbacks import RolloutSamplesCallback
+from hf_distill.callbacks import CosinePhaseCallback, RolloutSamplesCallback
 from hf_distill.collators import LUPICollator
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.report import FIDELITY_COLUMNS, ROLLOUT_COLUMNS, save_report
 from hf_distill.trainers.checks import student_tokenizer
-from hf_distill.trainers.config import KDConfig, SpeculativeKDConfig
+from hf_distill.trainers.config import KDConfig, KVProjectionConfig, SpeculativeKDConfig
 from hf_distill.trainers.kd import KDTrainer
+from hf_distill.trainers.kv_projection import KVProjectionTrainer
 from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -43,6 +44,15 @@ class KDArguments:
         default=None, metadata={"help": "Split of the held-out rows. Default: `test`, where there is one."}
     )
     max_eval_rows: int = field(default=500, metadata={"help": "Held-out rows used before and after the training."})
+
+
+@dataclass
+class KVArguments(KDArguments):
+    """Which models and which data."""
+
+    cosine_steps: int = field(
+        default=50, metadata={"help": "Show the cosine of keys and values and its phase every this many steps."}
+    )
 
 
 @dataclass
@@ -118,6 +128,13 @@ def make_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: M
     trainer = SpeculativeKDTrainer(**options)
     if arguments.samples_steps:
         trainer.add_callback(RolloutSamplesCallback(trainer, arguments.samples_steps))
+    return trainer
+
+
+def make_kv(arguments: KVArguments, args: KVProjectionConfig, model_config: ModelConfig) -> KVProjectionTrainer:
+    """The trainer of `hf-distill kv`; `ValueError` for settings and data that it could not train with."""
+    trainer = KVProjectionTrainer(**_trainer_arguments(arguments, args, model_config))
+    trainer.add_callback(CosinePhaseCallback(arguments.cosine_steps))
     return trainer
 
 
@@ -260,10 +277,11 @@ def _load_eval_rows(arguments: KDArguments) -> Dataset | IterableDataset | None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `hf-distill`."""
     parser = argparse.ArgumentParser(prog="hf-distill", description="Distil causal language models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,kd,skd}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,kd,kv,skd}")
     demo = commands.add_parser("demo", help="distil the packaged teacher, offline, on a CPU, in three minutes")
     demo.add_argument("--output_dir", default="demo_out", help="where student, table and picture go")
     commands.add_parser("kd", help="distil a student; --help lists all options", add_help=False)
+    commands.add_parser("kv", help="with the teacher's keys and values beside its logits", add_help=False)
     commands.add_parser("skd", help="on text that student and teacher write together", add_help=False)
     argv = sys.argv[1:] if argv is None else argv
     known, rest = parser.parse_known_args(argv)
@@ -279,6 +297,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     make, run, *options = {
         "kd": (make_kd, run_kd, KDArguments, KDConfig),
+        "kv": (make_kv, run_kd, KVArguments, KVProjectionConfig),
         "skd": (make_skd, run_skd, SKDArguments, SpeculativeKDConfig),
     }[known.command]
     command = TrlParser((*options, ModelConfig), prog=f"hf-distill {known.command}")  # pyright: ignore

@@ -105,6 +105,22 @@ def save_picture(
     figure.savefig(path, dpi=130)
 
 
+def save_curve(
+    path: str | PathLike[str], points: Sequence[tuple[float, float]], title: str, bands: Mapping[float, str]
+) -> None:
+    """A PNG: values over the steps, with a named band below each of the limits in `bands`."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    bottom = min(0.0, *(value for _, value in points))
+    for i, (limit, name) in enumerate(bands.items()):
+        axes.axhspan(bottom, limit, color="C0", alpha=0.04 + 0.05 * i, linewidth=0)
+        axes.text(1.01, (bottom + limit) / 2, name, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+        bottom = limit
+    axes.plot(*zip(*points, strict=True), color="C1", marker="." if len(points) < 50 else "")
+    axes.set(xlabel="step", title=title, ylim=(min(0.0, *(value for _, value in points)), bottom))
+    figure.savefig(path, dpi=130)
+
+
 def _draw_terms(axes: Axes, histories: Mapping[str, Sequence[Mapping[str, float]]], colors: Mapping[str, str]) -> None:
     for run, history in histories.items():
         for term, style in zip(LOSS_TERMS, ("-", "--", ":"), strict=True):

@@ -1,6 +1,7 @@
 """Every example, recipe and launch configuration runs or parses: what is shown to users works."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,15 @@ def test_lupi_runs(capsys):
     table = load_example("lupi").main(["--teacher_steps", "2", "--steps", "1", "--facts", "4"])
     assert "control student" in capsys.readouterr().out
     assert table["teacher without knowledge"] == table["student before"] == 0.0
+
+
+def test_kv_projection_compares_settings(folder, tmp_path):
+    options = {"student": folder / "student", "teacher": folder / "teacher", "data": folder / "rows.jsonl"}
+    options |= {"steps": 1, "batch_size": 2, "output_dir": tmp_path}
+    arguments = [part for k, v in options.items() for part in (f"--{k}", str(v))]
+    table = load_example("kv_projection").main([*arguments, "--use_cpu", "--only", "pure direction", "low capacity"])
+    assert [row[""] for row in table] == ["pure direction", "low capacity"]
+    assert (tmp_path / "low_capacity" / "projector.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -97,10 +107,9 @@ def test_every_recipe_runs_with_its_own_settings(folder, tmp_path, recipe):
     settings = yaml.safe_load(recipe.read_text())
     if "teacher_quantization" in settings:
         pytest.importorskip("bitsandbytes")
-    command = "kd"
-    if "draft_length" in settings:  # the models of the tests have few positions
-        command, replaced["dataset"], replaced["max_new_tokens"] = "skd", folder / "facts.jsonl", 8
-    assert f"hf-distill {command} --config examples/recipes/{recipe.name}" in recipe.read_text()
+    (command,) = re.findall(rf"#   hf-distill (\w+) --config examples/recipes/{recipe.name}", recipe.read_text())
+    if command == "skd":  # the models of the tests have few positions
+        replaced["dataset"], replaced["max_new_tokens"] = folder / "facts.jsonl", 8
     arguments = [part for name, value in replaced.items() for part in (f"--{name}", str(value))]
     cli.main([command, "--config", str(recipe), *arguments])
     assert (tmp_path / "README.md").exists()
