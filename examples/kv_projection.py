@@ -16,8 +16,8 @@ SETTINGS = {
     "pure direction": {"direction_weight": 1.0, "magnitude_weight": 0.0},
     "weak magnitude": {"direction_weight": 1.0, "magnitude_weight": 0.01},
     "strong magnitude": {"direction_weight": 1.0, "magnitude_weight": 0.1},
-    "high capacity": {"projector_mlp_ratio": 2.0},
-    "low capacity": {"projector_mlp_ratio": 0.5},
+    "high capacity": {"projector": "mlp", "projector_mlp_ratio": 2.0},
+    "low capacity": {"projector": "mlp", "projector_mlp_ratio": 0.5},
 }
 COLUMNS = {
     "KL": "kd",

@@ -78,7 +78,7 @@ def phase(cosine: float) -> str:
 class RolloutSamplesCallback(TrainerCallback):
     """Shows every `steps` updates what has been written last: in the terminal, and in W&B, trackio or TensorBoard.
 
-    Tokens of the teacher's own are set off, in the terminal by colour, elsewhere by `‹›`.
+    Tokens of the teacher's own are set off, in a terminal by colour, elsewhere by `‹›`.
 
     Args:
         trainer (`SpeculativeKDTrainer`): the run; add the callback to it with `add_callback`.
@@ -133,10 +133,14 @@ def _plain(parts: list[tuple[bool, str]]) -> str:
 
 
 def _print(rows: list[tuple[str, str, list[tuple[bool, str]]]], title: str) -> None:
-    view = Table("source", "prompt", "completion", title=title, title_justify="left", show_lines=True)
+    console = Console()
+    view = Table(title=title, title_justify="left", show_lines=True)
+    for name in ("source", "prompt", "completion"):
+        view.add_column(name, overflow="fold")
     for source, prompt, parts in rows:
-        view.add_row(source, Text(prompt), Text.assemble(*((text, "bold red" if mine else "") for mine, text in parts)))
-    Console().print(view)
+        colored = Text.assemble(*((text, "bold red" if mine else "") for mine, text in parts))
+        view.add_row(source, Text(prompt), colored if console.is_terminal else Text(_plain(parts)))
+    console.print(view)
 
 
 def _log_tables(report_to: list[str], rows: list[dict[str, Any]]) -> None:

@@ -17,7 +17,7 @@ from hf_distill.callbacks import CosinePhaseCallback, RolloutSamplesCallback
 from hf_distill.collators import LUPICollator
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.report import FIDELITY_COLUMNS, ROLLOUT_COLUMNS, save_report
-from hf_distill.trainers.checks import student_tokenizer
+from hf_distill.trainers.checks import refuse_missing_checkpoint, student_tokenizer
 from hf_distill.trainers.config import KDConfig, KVProjectionConfig, SpeculativeKDConfig
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
@@ -172,10 +172,9 @@ def run_skd(trainer: SpeculativeKDTrainer) -> None:
 
 
 def _train(trainer: KDTrainer) -> None:
-    resume = trainer.args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint=_resume(trainer.args))
     trainer.save_model()
-    trainer.create_model_card()
+    trainer.create_model_card(model_name=os.path.basename(os.path.normpath(str(trainer.args.output_dir))))
 
 
 def _report(
@@ -185,17 +184,26 @@ def _report(
     title: str,
     columns: Mapping[str, tuple[str, str, bool]],
 ) -> None:
+    folder = str(trainer.args.output_dir)
     if before and trainer.is_world_process_zero():
-        folder, results = str(trainer.args.output_dir), {"before": before, "after": after}
+        results = {"before": before, "after": after}
         save_report(folder, results, {"training": trainer.state.log_history}, title, columns)
         print(f"student, report.md and report.png are in {folder}")
+    elif trainer.is_world_process_zero():
+        print(f"the student is in {folder}; there were no held-out rows (--eval_dataset) to measure it on")
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+
+
+def _resume(args: KDConfig) -> str | bool | None:
+    resume = args.resume_from_checkpoint
+    return True if str(resume).lower() == "true" else resume
 
 
 def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
     if model_config.model_name_or_path is not None:
         raise ValueError("--model_name_or_path is not used here: the student is --model, the teacher --teacher_model")
+    refuse_missing_checkpoint(_resume(args), args)
     args.model_init_kwargs = {
         "revision": model_config.model_revision,
         "attn_implementation": model_config.attn_implementation,
@@ -305,7 +313,10 @@ def main(argv: list[str] | None = None) -> None:
         trainer = make(*command.parse_args_and_config(rest))
     except ValueError as error:
         command.exit(2, f"{command.prog}: error: {error}\n")
-    run(trainer)
+    try:
+        run(trainer)
+    except KeyboardInterrupt:
+        sys.exit(130)  # the trainer has said where the student is
 
 
 if __name__ == "__main__":

@@ -46,7 +46,10 @@ class PromptCollator:
             row = {"prompt": messages[:-1], "completion": messages[-1:]} if answered else {"prompt": messages}
         prompt, completion = row.get("prompt"), row.get("completion")
         if not prompt:
-            raise ValueError(f"{name} has no prompt: give it a 'prompt' (text or messages) or 'messages'")
+            raise ValueError(
+                f"{name} has no prompt: it needs a 'prompt' (text or messages) or 'messages', and has the columns "
+                f"{', '.join(row)}; rename one, or pass a LUPICollator for queries with knowledge"
+            )
         if is_chat := not isinstance(prompt, str):
             check_chat_template(self.tokenizer)
             turns = {"prompt": prompt, **({"completion": completion} if completion else {}), **options}
@@ -163,6 +166,8 @@ class LUPICollator:
         return pad_prompts(rows, self.tokenizer)
 
     def _text(self, row: Row, column: str, name: str) -> str:
+        if column not in row and not (column == self.knowledge_column and self.allow_missing_knowledge):
+            raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(row)}")
         text = row.get(column) or ""
         if not isinstance(text, str):
             raise ValueError(f"{column!r} of {name} has to be text, got {type(text).__name__}; join its parts first")

@@ -31,10 +31,12 @@ def layer_mapping(layers: str | Sequence[Sequence[int]], num_student_layers: int
         raise ValueError(f"layers have to be one of {', '.join(NAMES)} or a list of pairs, got {layers!r}")
     found: Mapping = {}
     for pair in layers:
-        if len(pair) != 2:
-            raise ValueError(f"layers have to be pairs [student layer, teacher layer], got {list(pair)}")
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(layer, int) for layer in pair):
+            raise ValueError(f"layers have to be pairs [student layer, teacher layer] of whole numbers, got {pair}")
         student = _index(pair[0], num_student_layers, "student")
         found.setdefault(student, {})[_index(pair[1], num_teacher_layers, "teacher")] = 1.0
+    if not found:
+        raise ValueError("layers have to be one pair [student layer, teacher layer] at least")
     return {student: {i: 1 / len(teachers) for i in teachers} for student, teachers in sorted(found.items())}
 
 
@@ -62,8 +64,9 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     Invariant to rotations and one scale of either side; 1 for a rotation of the same features.
     """
     x, y = (z.double() - z.double().mean(0) for z in (x, y))
+    x, y = (z / z.norm().clamp(min=torch.finfo(z.dtype).tiny) for z in (x, y))
     cross = (y.T @ x).square().sum()
-    return cross / ((x.T @ x).norm() * (y.T @ y).norm()).clamp(min=1e-12)
+    return cross / ((x.T @ x).norm() * (y.T @ y).norm()).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def _index(layer: int, num_layers: int, side: str) -> int:

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, N label-bearing positions, D hidden width, V vocabula
 """
 
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -196,9 +197,12 @@ class KVCapture:
                     stack.enter_context(patch.object(file, "apply_rotary_pos_emb", watched))
             yield
 
-    def _rotate(self, rotate: Callable, query: Tensor, key: Tensor, *args, **kwargs):
-        self._unrotated = key
-        return rotate(query, key, *args, **kwargs)
+    def _rotate(self, rotate: Callable, *args, **kwargs):
+        # Most families rotate queries and keys together; some one by one, the keys last.
+        one_by_one = next(iter(inspect.signature(rotate).parameters)) == "x"
+        key = args[0] if one_by_one else args[1]
+        self._unrotated = key.transpose(1, 2) if kwargs.get("unsqueeze_dim") == 2 else key  # (B, H, T, E)
+        return rotate(*args, **kwargs)
 
     def _attend(self, attend: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
         layer = getattr(module, "layer_idx", None)
@@ -220,7 +224,7 @@ class KVCapture:
         return select_positions(keys, self.positions), select_positions(values, self.positions)
 
 
-def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str) -> dict[int, int]:
+def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str, kv_positions: str = "pre") -> dict[int, int]:
     """The width of the keys of each layer, found by capturing those of a few tokens.
 
     Raises:
@@ -235,9 +239,15 @@ def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str) -> dict[
         )
     embeddings = embedding_weight(model)
     ids = torch.arange(5, device=embeddings.device).unsqueeze(0) % len(embeddings)
-    capture = KVCapture(model, layers)
-    with torch.no_grad(), evaluating(model), capture():
-        last_hidden_states(model, input_ids=ids)
+    capture = KVCapture(model, layers, kv_positions)
+    try:
+        with torch.no_grad(), evaluating(model), capture():
+            last_hidden_states(model, input_ids=ids)
+    except (IndexError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"the keys and values of the {name} ({type(model).__name__}) cannot be captured {kv_positions} rotary "
+            f"embedding: {error}"
+        ) from error
     missing = [layer for layer in layers if layer not in capture.heads]
     found = {layer: capture.features(layer) for layer in capture.heads}
     strange = [i for i, (keys, values) in found.items() if len(keys) != 5 or keys.shape != values.shape]

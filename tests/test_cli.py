@@ -138,6 +138,9 @@ def test_skd_ignores_no_option(folder, tmp_path, capsys, changes, message):
     ("changes", "message"),
     [
         ({"dataset": "missing.jsonl"}, "does not exist"),
+        ({"model": "./nowhere"}, "no model with a tokenizer in the folder or under the hub id './nowhere'"),
+        ({"resume_from_checkpoint": "true"}, "there is no checkpoint to resume from"),
+        ({"resume_from_checkpoint": "nowhere"}, "there is no checkpoint 'nowhere'"),
         ({"kd_weight": 2}, "kd_weight"),
         ({"divergence_params": '{"beta": 0.5}'}, "no parameters"),
     ],

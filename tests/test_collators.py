@@ -101,7 +101,7 @@ def test_columns_and_template_have_the_names_they_are_given(tokenizer):
     found = collator.encode({"q": "Who ran?", "k": "The dog.", "query": "unused", "knowledge": "unused"})
     assert found["teacher_prompt_ids"] == chat(tokenizer, user("Who ran? -- The dog. -- Who ran??"))
     assert found["student_prompt_ids"] == chat(tokenizer, user("Who ran?"))
-    with pytest.raises(ValueError, match="a row has no 'k'"):
+    with pytest.raises(ValueError, match="a row has no column 'k'; its columns are q, knowledge"):
         collator.encode({"q": "Who ran?", "knowledge": "The dog."})
 
 
@@ -177,9 +177,11 @@ def test_special_tokens_are_those_of_the_template():
 @pytest.mark.parametrize("missing", [{}, {"knowledge": None}, {"knowledge": ""}, {"knowledge": " \n"}])
 def test_missing_knowledge_is_refused_by_name_or_passed_through(tokenizer, missing):
     row = {"query": "Who ran?", **missing}
-    with pytest.raises(ValueError, match=r"row 17 has no 'knowledge'.*allow_missing_knowledge"):
+    there = r"row 17 has no 'knowledge'.*allow_missing_knowledge"
+    message = there if missing else "row 17 has no column 'knowledge'; its columns are query"
+    with pytest.raises(ValueError, match=message):
         LUPICollator(tokenizer).encode(row, "row 17")
-    with pytest.raises(ValueError, match="row 1 has no 'knowledge'"):
+    with pytest.raises(ValueError, match=message.replace("17", "1")):
         LUPICollator(tokenizer)([ROWS[0], row])
     found = LUPICollator(tokenizer, allow_missing_knowledge=True, system_prompt="Be kind.").encode(row)
     system = {"role": "system", "content": "Be kind."}

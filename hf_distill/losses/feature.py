@@ -28,7 +28,7 @@ def mercator_loss(
         student_kv, teacher_kv (`torch.Tensor` of shape `(..., F)`): vectors of one width.
         mask (`torch.Tensor` of shape `(...,)`, bool): positions that count.
         num_items (*optional*): the divisor; by default the number of positions that count.
-        eps (`float`): keeps value and gradient finite where a vector is 0.
+        eps (`float`): keeps value and gradient finite where a vector is 0 (in float32 or bfloat16).
 
     Returns:
         The loss, a scalar with gradient, and the mean cosine, detached.
@@ -57,12 +57,13 @@ def normalized_l1_loss(
     num_items: int | float | Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """The mean absolute difference in units of the teacher's standard deviation over the positions (KaVa, 2510.02312).
+    """The mean absolute difference in units of the teacher's standard deviation (normalised L1, KaVa, 2510.02312).
 
-    As [`mercator_loss`] otherwise; the unit has no gradient.
+    The unit is that of each vector's F numbers, so that it does not depend on the batch, and has no gradient. As
+    [`mercator_loss`] otherwise.
     """
     student, teacher = _at(mask, student_kv, teacher_kv)
-    scale = teacher.detach().std(correction=0).clamp(min=eps) if teacher.numel() else 1.0
+    scale = teacher.detach().std(-1, correction=0, keepdim=True).clamp(min=eps)
     loss = ((student - teacher) / scale).abs().mean(-1)
     return loss.sum() / _divisor(mask, num_items), _mean(_cosine(student, teacher, eps)[0])
 

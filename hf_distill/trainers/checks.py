@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, is_conversational
 from trl.data_utils import is_conversational_from_value
 
@@ -55,7 +56,7 @@ def check_chat_template(dataset: AnyDataset, name: str, tokenizer: PreTrainedTok
     if chats and tokenizer.chat_template is None and args.chat_template_path is None:
         raise ValueError(
             f"the {name} dataset has conversations, but the student's tokenizer has no chat template: use one of an "
-            "instruct model, set chat_template_path, or turn each conversation into a 'text' column"
+            "instruct model, set chat_template_path, or give the rows as text"
         )
 
 
@@ -120,6 +121,14 @@ def refuse_split(student: Any) -> None:
         raise ValueError("the student is split over devices; load it on one: device_map={'': 0}")
 
 
+def refuse_missing_checkpoint(resume: str | bool | None, args: KDConfig) -> None:
+    """Raises `ValueError` for a checkpoint to resume from that is not there."""
+    if resume is True and get_last_checkpoint(args.output_dir) is None:
+        raise ValueError(f"there is no checkpoint to resume from in {args.output_dir!r}: start without resuming")
+    if isinstance(resume, str) and not os.path.isdir(resume):
+        raise ValueError(f"there is no checkpoint {resume!r} to resume from")
+
+
 def refuse_frozen(student: nn.Module) -> None:
     """Raises `ValueError` for a student without anything to train."""
     if not any(parameter.requires_grad for parameter in student.parameters()):
@@ -142,12 +151,16 @@ def student_tokenizer(model: str | PreTrainedModel, args: KDConfig) -> PreTraine
     """The tokenizer that was saved with the student.
 
     Raises:
-        `ValueError`: the student is a model that was not loaded by name.
+        `ValueError`: the student is a model that was not loaded by name, or there is none of this name.
     """
     name = _name(model)
     if not name:
         raise ValueError("processing_class is missing: the student was not loaded by name, so its tokenizer is unknown")
-    return _load_tokenizer(name, args.model_init_kwargs, args)
+    try:
+        return _load_tokenizer(name, args.model_init_kwargs, args)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no model with a tokenizer in the folder or under the hub id {name!r}: {reason}") from error
 
 
 def student_rows(model: str | PreTrainedModel, args: KDConfig) -> int:

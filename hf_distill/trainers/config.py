@@ -184,9 +184,11 @@ class SpeculativeKDConfig(KDConfig):
             or any(not 0 <= share < math.inf for share in self.rollout_mix.values())
             or sum(self.rollout_mix.values()) == 0
         ):
+            unknown = set(self.rollout_mix) - set(ROLLOUT_SOURCES) if isinstance(self.rollout_mix, dict) else ()
             raise ValueError(
                 f"rollout_mix has to give the sources {', '.join(ROLLOUT_SOURCES)} shares of at least 0, not all of "
-                f"them 0, got {self.rollout_mix!r}"
+                f"them 0, as a dict or JSON, got {self.rollout_mix!r}{' with the unknown ' if unknown else ''}"
+                f"{', '.join(map(repr, sorted(unknown)))}"
             )
         if self.kd_weight < 1 and not any(self.rollout_mix.get(name) for name in HARD_SOURCES):
             raise ValueError(
@@ -260,10 +262,10 @@ class KVProjectionConfig(KDConfig):
         },
     )
     projector: str = field(
-        default="mlp",
+        default="pca",
         metadata={
-            "help": "What brings the teacher's keys and values to the student's width: a trained bottleneck, or its "
-            "principal components, which stay as they are.",
+            "help": "What brings the teacher's keys and values to the student's width: its principal components, which "
+            "stay as they are, or a bottleneck (mlp) that is trained with the student.",
             "choices": sorted(PROJECTORS),
         },
     )
@@ -284,7 +286,10 @@ class KVProjectionConfig(KDConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} has to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if isinstance(self.kv_layers, str) and self.kv_layers.startswith("["):
-            self.kv_layers = json.loads(self.kv_layers)
+            try:
+                self.kv_layers = json.loads(self.kv_layers)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"kv_layers has to be JSON such as '[[0, 1]]', got {self.kv_layers!r}") from error
         if isinstance(self.kv_layers, str) and self.kv_layers not in LAYER_MAPPINGS:
             raise ValueError(
                 f"kv_layers has to be one of {', '.join(LAYER_MAPPINGS)} or pairs such as [[0, 1], [-1, -1]], got "
@@ -293,13 +298,15 @@ class KVProjectionConfig(KDConfig):
         for name in ("kv_weight", "direction_weight", "magnitude_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} has to be at least 0 and finite, got {getattr(self, name)}")
-        if self.projector_mlp_ratio <= 0 or not 0 <= self.projector_dropout < 1:
+        if not 0 < self.projector_mlp_ratio < math.inf or not 0 <= self.projector_dropout < 1:
             raise ValueError(
                 f"projector_mlp_ratio has to be above 0 and projector_dropout in [0, 1), got "
                 f"{self.projector_mlp_ratio} and {self.projector_dropout}"
             )
-        if self.projector_learning_rate <= 0:
-            raise ValueError(f"projector_learning_rate has to be above 0, got {self.projector_learning_rate}")
+        if not 0 < self.projector_learning_rate < math.inf:
+            raise ValueError(
+                f"projector_learning_rate has to be above 0 and finite, got {self.projector_learning_rate}"
+            )
         if self.projector_freeze_after is not None and self.projector_freeze_after < 0:
             raise ValueError(f"projector_freeze_after has to be at least 0, got {self.projector_freeze_after}")
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):  # pyright: ignore[reportAttributeAccessIssue]

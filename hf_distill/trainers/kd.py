@@ -37,6 +37,7 @@ from hf_distill.trainers.checks import (
     has_label,
     named_datasets,
     refuse_frozen,
+    refuse_missing_checkpoint,
     refuse_no_label,
     refuse_prompt_learning,
     refuse_sharding,
@@ -177,6 +178,7 @@ class KDTrainer(SFTTrainer):
         # compute_loss divides by the label-bearing tokens of the whole update, whatever the student's forward takes.
         self.model_accepts_loss_kwargs = True
         self._means = {"train": TokenMeans(), "eval": TokenMeans()}
+        self._hard_means = {"train": TokenMeans(), "eval": TokenMeans()}
         self._update_loss, self._skipped_updates = 0.0, 0
         student = causal_lm(self.model)
         refuse_vision(student, None)
@@ -221,7 +223,7 @@ class KDTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * terms["aux_loss"] / steps
-        self._record(loss, terms, inputs, labels.numel())
+        self._record(loss, terms, inputs, hard_labels)
         if self.model.training:
             self._update_loss += loss.detach()
             if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
@@ -271,32 +273,39 @@ class KDTrainer(SFTTrainer):
 
     # --------------------------------------------------------------------------------------------------- metrics
 
-    def _record(self, loss: Tensor, terms: dict[str, Tensor], inputs: dict[str, Any], num_labels: int) -> None:
+    def _record(self, loss: Tensor, terms: dict[str, Tensor], inputs: dict[str, Any], hard_labels: Tensor) -> None:
+        num_labels = hard_labels.numel()
         mode = "train" if self.model.training else "eval"
-        sums = {name: terms[name] for name in ("kd", "ce", "agreement", "student_entropy")}
+        sums = {name: terms[name] for name in ("kd", "agreement", "student_entropy")}
         if self.aux_loss_enabled:
             sums["aux_loss"] = terms["aux_loss"] * num_labels
         if mode == "eval":
             # transformers averages a batch's loss over rows; this replaces it by the mean over tokens.
             sums["loss"] = loss * num_labels
         self._means[mode].add(num_labels, **sums)
+        self._hard_means[mode].add((hard_labels != -100).sum(), ce=terms["ce"])
         if mode == "train":
             mask = inputs.get("attention_mask")
             self._total_train_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
 
+    def _pop_means(self, mode: str) -> dict[str, float]:
+        # Without any hard label there is no "ce".
+        means = (self._means[mode], self._hard_means[mode])
+        return {name: value for part in means for name, value in part.pop(self._sum_over_processes).items()}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # "loss" is in the record of a logging step, which every process makes at the same step.
         if "loss" in logs:
-            logs.update(self._means["train"].pop(self._sum_over_processes))
+            logs.update(self._pop_means("train"))
             device = self.accelerator.device
             tokens = torch.as_tensor(self._total_train_tokens, device=device).to(sum_dtype(device))
             logs["num_tokens"] = self._sum_over_processes(tokens.unsqueeze(0)).item()
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._means["eval"] = TokenMeans()
+        self._means["eval"], self._hard_means["eval"] = TokenMeans(), TokenMeans()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._means["eval"].pop(self._sum_over_processes)
+        means = self._pop_means("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})  # pyright: ignore
         return output
 
@@ -323,7 +332,10 @@ class KDTrainer(SFTTrainer):
 
     def train(self, *args, **kwargs):
         """As in `trl.SFTTrainer`; whatever stops it, the student is saved to `emergency/` in the output directory."""
-        self._means["train"], self._update_loss, self._skipped_updates = TokenMeans(), 0.0, 0  # of an interrupted run
+        refuse_missing_checkpoint(args[0] if args else kwargs.get("resume_from_checkpoint"), self.args)
+        # Nothing of an interrupted run.
+        self._means["train"], self._hard_means["train"] = TokenMeans(), TokenMeans()
+        self._update_loss, self._skipped_updates = 0.0, 0
         if self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
             # An evaluation before the training has marked the model as prepared without wrapping it: every process
             # would train a student of its own.

@@ -1,7 +1,7 @@
 """KVProjectionTrainer: KDTrainer with a term for the teacher's keys and values."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from hf_distill.layer_mapping import Mapping, cka_mapping, layer_mapping, linear
 from hf_distill.losses.feature import FEATURE_LOSSES, centered_cosine, effective_rank
 from hf_distill.losses.fused_linear import Head
 from hf_distill.metrics import TokenMeans
-from hf_distill.modeling import KVCapture, causal_lm, evaluating, kv_widths, label_positions
+from hf_distill.modeling import KVCapture, causal_lm, evaluating, kv_widths, label_positions, last_hidden_states
 from hf_distill.report import table
 from hf_distill.teachers import TeacherSignal
 from hf_distill.teachers.local import LocalTeacher
@@ -72,29 +72,28 @@ class KVProjectionTrainer(KDTrainer):
         super().__init__(model, teacher_model, args, *positional, **kwargs)
         self.student, teacher = causal_lm(self.model), causal_lm(self.teacher.model)
         depths = [side.config.get_text_config().num_hidden_layers for side in (self.student, teacher)]
-        everything = [range(depth) for depth in depths]
-        widths = [kv_widths(side, layers, name) for side, layers, name in zip(
-            (self.student, teacher), everything, ("student", "teacher"), strict=True
-        )]  # fmt: skip
-        probe = self._probe(everything)
-        self.mapping: Mapping = (
-            cka_mapping(*[[torch.cat(pair, 1) for pair in side.values()] for side in probe])  # pyright: ignore
-            if args.kv_layers == "cka"
-            else layer_mapping(args.kv_layers, *depths)
-        )
-        for side, layers in zip(widths, (self.mapping, {t for ts in self.mapping.values() for t in ts}), strict=True):
-            if len(found := {side[layer] for layer in layers}) > 1:
+        if args.kv_layers == "cka":
+            probe = self._probe(*map(range, depths))
+            self.mapping: Mapping = cka_mapping(*[[torch.cat(pair, 1) for pair in side.values()] for side in probe])  # pyright: ignore
+        else:
+            self.mapping = layer_mapping(args.kv_layers, *depths)
+        sources = sorted({layer for teachers in self.mapping.values() for layer in teachers})
+        widths = []
+        for side, layers, name in ((teacher, sources, "teacher"), (self.student, self.mapping, "student")):
+            found = set(kv_widths(side, layers, name, args.kv_positions).values())
+            if len(found) > 1:
                 raise ValueError(
-                    f"mapped layers have keys of different widths ({sorted(found)}): choose with kv_layers"
+                    f"the {name}'s mapped layers have keys of widths {sorted(found)}: choose with kv_layers"
                 )
-        self.projector = self._make_projector(widths, probe).to(self.args.device)
+            widths += found
+        self.projector = self._make_projector(widths[0], widths[1], sources).to(self.args.device)
         self._captures = {
             "student": KVCapture(self.student, self.mapping, args.kv_positions),
-            "teacher": KVCapture(teacher, {t for ts in self.mapping.values() for t in ts}, args.kv_positions),
+            "teacher": KVCapture(teacher, sources, args.kv_positions),
         }
         self._kv_means = {"train": TokenMeans(), "eval": TokenMeans()}
         self._kv_diagnostics = {"train": TokenMeans(), "eval": TokenMeans()}
-        self._first: dict[str, float] | None = None  # the first evaluation
+        self._first: dict[str, dict[str, float]] = {}  # the first evaluation of each set
         self._has_warned = False
         if self.is_world_process_zero():
             Console().print(table(self._mapping_rows(), "which layer learns from which"))
@@ -102,8 +101,13 @@ class KVProjectionTrainer(KDTrainer):
     # ------------------------------------------------------------------------------------------------- the heart
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        with self._captures["student"]():
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        self.projector.train(self.model.training)
+        try:
+            with self._captures["student"]():
+                return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            for capture in self._captures.values():
+                capture.heads = {}
 
     def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> TeacherSignal:
         self._captures["student"].positions = positions
@@ -149,31 +153,33 @@ class KVProjectionTrainer(KDTrainer):
 
     # ----------------------------------------------------------------------------------------------- the projector
 
-    def _probe(self, layers: list[range]) -> list[dict[int, tuple[Tensor, Tensor]]]:
-        """Keys and values of all layers of student and teacher on a few training rows."""
+    def _probe(
+        self, student_layers: Iterable[int], teacher_layers: Iterable[int]
+    ) -> list[dict[int, tuple[Tensor, Tensor]]]:
+        """Keys and values of some layers of student and teacher on a few training rows."""
         rows = list(islice(iter(self.train_dataset), PROBE_ROWS))  # pyright: ignore
-        names = self._signature_columns or ["input_ids", "labels", "seq_lengths"]
+        names = ("input_ids", "labels", "seq_lengths")
         batch = self.data_collator([{k: v for k, v in row.items() if k in names} for row in rows])
         positions, _ = label_positions(batch.pop("labels"))
-        found = []
-        for side, which in zip((self.student, causal_lm(self.teacher.model)), layers, strict=True):
-            capture = KVCapture(side, which, self.args.kv_positions)
-            inputs = {name: tensor.to(side.device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
-            with torch.no_grad(), evaluating(side), capture(positions):
-                side.base_model(**inputs, use_cache=False)
-            found.append({layer: capture.features(layer) for layer in which})
-        return found
+        inputs = {name: tensor.to(self.student.device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
+        student = KVCapture(self.student, student_layers, self.args.kv_positions)
+        with torch.no_grad(), evaluating(self.student), student(positions):
+            last_hidden_states(self.student, **inputs)
+        teacher = KVCapture(causal_lm(self.teacher.model), teacher_layers, self.args.kv_positions)
+        with teacher(positions):
+            self.teacher(inputs, positions)
+        return [{layer: side.features(layer) for layer in sorted(side.heads)} for side in (student, teacher)]
 
-    def _make_projector(self, widths: list[dict[int, int]], probe: list[dict]) -> KVProjector | PCAProjector:
-        teacher_layers = [next(iter(teachers)) for teachers in self.mapping.values()]
-        sizes = widths[1][teacher_layers[0]], widths[0][next(iter(self.mapping))], len(self.mapping)
+    def _make_projector(self, teacher_width: int, student_width: int, sources: list[int]) -> KVProjector | PCAProjector:
         if self.args.projector == "mlp":
+            sizes = teacher_width, student_width, len(self.mapping)
             return KVProjector(*sizes, self.args.projector_mlp_ratio, self.args.projector_dropout)
-        projector = PCAProjector(*sizes)
+        projector = PCAProjector(teacher_width, student_width, len(self.mapping))
+        student, teacher = self._probe(self.mapping, sources)
         for index, (layer, teachers) in enumerate(self.mapping.items()):
             for kind in range(2):
-                teacher = sum(weight * probe[1][i][kind] for i, weight in teachers.items())
-                projector.fit(kind, index, teacher.cpu(), probe[0][layer][kind].cpu())  # pyright: ignore
+                target = sum(weight * teacher[i][kind] for i, weight in teachers.items())
+                projector.fit(kind, index, target.cpu(), student[layer][kind].cpu())  # pyright: ignore
         return projector
 
     def train(self, *args, **kwargs):
@@ -211,12 +217,19 @@ class KVProjectionTrainer(KDTrainer):
                 optimizer.add_param_group({**group, "params": mine, "lr": self.args.projector_learning_rate})
         return optimizer
 
-    def _get_grad_norm(self, model, grad_norm=None):
+    def _clip_grad_norm(self, *args, **kwargs):
+        self._drop_frozen_gradients()
+        return super()._clip_grad_norm(*args, **kwargs)
+
+    def _get_grad_norm(self, *args, **kwargs):
+        self._drop_frozen_gradients()  # without clipping, too
+        return super()._get_grad_norm(*args, **kwargs)
+
+    def _drop_frozen_gradients(self) -> None:
         after = self.args.projector_freeze_after
         if after is not None and self.state.global_step >= after:
             for parameter in self.projector.parameters():
                 parameter.grad = None  # the optimizer passes over it
-        return super()._get_grad_norm(model, grad_norm)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         state_dict = state_dict and {k: v for k, v in state_dict.items() if "kv_projector." not in k}
@@ -255,11 +268,11 @@ class KVProjectionTrainer(KDTrainer):
         found = {name: [] for name in DIAGNOSTICS}
         for student, teacher, projected, _ in seen.values():
             for triple in zip(student, teacher, projected, strict=True):
-                values = _diagnose(*(features.float() for features in triple)) if count > 1 else [count * 0.0] * 4
+                values = _diagnose(*(features.float() for features in triple)) if count > 1 else [0.0] * 4
                 for name, value in zip(DIAGNOSTICS, values, strict=True):
                     found[name].append(torch.as_tensor(value, device=self.args.device))
         means = {name: torch.stack(values).mean() * count for name, values in found.items()}
-        self._kv_diagnostics[mode].add(count, **means)
+        self._kv_diagnostics[mode].add(count if count > 1 else 0, **means)  # a single token says nothing
 
     def _pop_kv(self, mode: str) -> dict[str, float]:
         reduce = self._sum_over_processes
@@ -275,23 +288,24 @@ class KVProjectionTrainer(KDTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         found = self._pop_kv("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})  # pyright: ignore
-        self._warn_of_collapse({"kd": output.metrics[f"{metric_key_prefix}_kd"], **found})  # pyright: ignore
+        self._warn_of_collapse({"kd": output.metrics[f"{metric_key_prefix}_kd"], **found}, metric_key_prefix)  # pyright: ignore
         return output
 
-    def _warn_of_collapse(self, found: dict[str, float]) -> None:
-        """Compares an evaluation with the first one: does the cosine rise while the student learns nothing?"""
-        self._first = self._first or found
-        rises = found["kv/cosine"] > self._first["kv/cosine"] + RISE
-        learns = found["kd"] < PROGRESS * self._first["kd"] and found["kv/cka"] > LOSS_OF_CKA * self._first["kv/cka"]
-        if rises and not learns and not self._has_warned:
+    def _warn_of_collapse(self, found: dict[str, float], name: str = "eval") -> None:
+        """Compares an evaluation with the first one on the same rows: does the cosine rise while nothing is learned?"""
+        first = self._first.setdefault(name, found)
+        if self._has_warned or "kv/cka" not in found or "kv/cka" not in first:
+            return
+        rises = found["kv/cosine"] > first["kv/cosine"] + RISE
+        learns = found["kd"] < PROGRESS * first["kd"] and found["kv/cka"] > LOSS_OF_CKA * first["kv/cka"]
+        if rises and not learns:
             self._has_warned = True
             logger.warning(
                 "the cosine of keys and values rose from %.3f to %.3f on held-out rows, but the divergence from the "
                 "teacher went from %.4f to %.4f and the CKA with the teacher's own keys and values from %.3f to %.3f: "
-                "student and projector meet where nothing is said about the teacher. Raise kd_weight, lower kv_weight, "
-                "freeze the projector early (projector_freeze_after) or take projector='pca'",
-                self._first["kv/cosine"], found["kv/cosine"], self._first["kd"], found["kd"],
-                self._first["kv/cka"], found["kv/cka"],
+                "student and projector meet where nothing is said about the teacher. Take projector='pca', raise "
+                "kd_weight, lower kv_weight or freeze the projector early (projector_freeze_after)",
+                first["kv/cosine"], found["kv/cosine"], first["kd"], found["kd"], first["kv/cka"], found["kv/cka"],
             )  # fmt: skip
 
     def describe(self) -> dict[str, str]:

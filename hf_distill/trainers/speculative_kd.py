@@ -31,6 +31,7 @@ ENCODED = Features(
         "teacher_prompt_ids": List(Value("int64")),
         "completion_ids": List(Value("int64")),
         "knowledge_truncated": Value("bool"),
+        "completion_truncated": Value("bool"),
     }
 )
 
@@ -115,6 +116,9 @@ class SpeculativeKDTrainer(KDTrainer):
                 for side, value in {"student": model, "teacher": teacher_model}.items()
             }
         self._rollout_means = {"train": RolloutMeans(), "eval": RolloutMeans()}
+        # What is measured is what has been written, unless nothing is.
+        written = {name: share for name, share in args.rollout_mix.items() if name != "dataset"}  # pyright: ignore
+        self._mixes = {"train": args.rollout_mix, "eval": written if sum(written.values()) else args.rollout_mix}
         self._eval_batches = 0
         self.last_rows: list[Row] = []  # what has been written last, for callbacks
         super().__init__(model, teacher_model, args, train_dataset, eval_dataset, processing_class, **kwargs)
@@ -144,8 +148,9 @@ class SpeculativeKDTrainer(KDTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         collator = self._prompts or PromptCollator(processing_class)
         function = partial(
-            _encode, collator=collator, vocab_size=self.vocab_size, positions=self._positions, args=args,
-            dataset_name=dataset_name,
+            _encode, collator=collator, vocab_size=self.vocab_size, positions=self._positions,
+            max_new_tokens=args.max_new_tokens, dataset_name=dataset_name,
+            needs_completion=self._mixes["train" if dataset_name == "train" else "eval"].get("dataset", 0) > 0,
         )  # fmt: skip
         columns = list(next(iter(dataset)))
         if not isinstance(dataset, Dataset):
@@ -156,11 +161,16 @@ class SpeculativeKDTrainer(KDTrainer):
                 features=ENCODED, desc=f"Encoding prompts of {dataset_name} dataset",
             )  # fmt: skip
         warn_of_truncation(sum(dataset["knowledge_truncated"]), len(dataset), f"{dataset_name} dataset")
-        dataset = dataset.remove_columns("knowledge_truncated")  # a stream's collator counts them
+        if self._mixes["train"].get("dataset") and (cut := sum(dataset["completion_truncated"])):
+            logger.warning(
+                "%d of %d completions of the %s dataset end at max_new_tokens=%d",
+                cut, len(dataset), dataset_name, args.max_new_tokens,
+            )  # fmt: skip
+        dataset = dataset.remove_columns(["knowledge_truncated", "completion_truncated"])
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = list(ENCODED)
+        self._signature_columns = [name for name in ENCODED if name != "completion_truncated"]
 
     def filler(self, row: dict[str, Any]) -> dict[str, Any] | None:
         return {**row, "teacher_prompt_ids": []}
@@ -185,7 +195,7 @@ class SpeculativeKDTrainer(KDTrainer):
         rows = [row for batch in batches_of_rows for row in batch if row.teacher_prompt_ids]
         entropy = self.args.seed, mode == "eval", step, self.args.process_index
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
-        shares = torch.tensor([float(self.args.rollout_mix.get(name, 0)) for name in ROLLOUT_SOURCES])  # pyright: ignore
+        shares = torch.tensor([float(self._mixes[mode].get(name, 0)) for name in ROLLOUT_SOURCES])
         drawn = torch.multinomial(shares, max(len(rows), 1), replacement=True, generator=generator).tolist()
         for row, index in zip(rows, drawn, strict=False):
             row.source = ROLLOUT_SOURCES[index]
@@ -320,14 +330,16 @@ def _encode(
     collator: Any,
     vocab_size: int,
     positions: dict[str, int | None],
-    args: SpeculativeKDConfig,
+    max_new_tokens: int,
     dataset_name: str,
+    needs_completion: bool,
 ) -> dict[str, Any]:
     """A row of token ids, checked; its completion ends at `max_new_tokens`, as those do that are written."""
     name = f"row {index} of the {dataset_name} dataset"
     row = row if "teacher_prompt_ids" in row else collator.encode(row, name)
-    completion = (row.get("completion_ids") or [])[: args.max_new_tokens]
-    if not completion and args.rollout_mix.get("dataset"):  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    whole = row.get("completion_ids") or []
+    completion = whole[:max_new_tokens]
+    if needs_completion and not completion:
         raise ValueError(f"{name} has no completion, and rollout_mix has a share of the source 'dataset'")
     for side, limit in positions.items():
         ids = row[f"{side}_prompt_ids"]
@@ -338,9 +350,9 @@ def _encode(
                 f"{name} has token id {max(*ids, *completion)}, but student and teacher share only the ids below "
                 f"{vocab_size}: one of them cannot read it. Use tokens (eos_token, chat template) that both know"
             )
-        if limit is not None and len(ids) + args.max_new_tokens > limit:
+        if limit is not None and len(ids) + max_new_tokens > limit:
             raise ValueError(
-                f"the {side}'s prompt of {name} ({len(ids)} tokens) and max_new_tokens={args.max_new_tokens} do not "
+                f"the {side}'s prompt of {name} ({len(ids)} tokens) and max_new_tokens={max_new_tokens} do not "
                 f"fit the {side}'s {limit} positions; lower max_new_tokens, or drop or shorten long rows (a "
                 "LUPICollator cuts knowledge at max_prompt_length)"
             )
@@ -349,6 +361,7 @@ def _encode(
         "teacher_prompt_ids": row["teacher_prompt_ids"],
         "completion_ids": completion,
         "knowledge_truncated": row.get("knowledge_truncated", False),
+        "completion_truncated": len(whole) > max_new_tokens,
     }
 
 

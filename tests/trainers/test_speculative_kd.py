@@ -82,7 +82,7 @@ def watched(*args, **kwargs):
 
 def by_hand(student, teacher, rows, kd_weight=1.0, temperature=1.0, divergence="forward_kl"):
     """The loss of an update and the logged means, row by row, from the logits that plain models return."""
-    kd, ce, privilege, count = 0.0, 0.0, 0.0, 0
+    kd, ce, privilege, count, num_hard = 0.0, 0.0, 0.0, 0, 0
     for row in rows:
         completion = torch.tensor(row.completion_ids)
 
@@ -103,9 +103,10 @@ def by_hand(student, teacher, rows, kd_weight=1.0, temperature=1.0, divergence="
         privilege += F.kl_div(bare.log_softmax(-1), teacher_logits.log_softmax(-1), log_target=True, reduction="sum")
         if row.source in ("dataset", "teacher"):
             ce = ce + F.cross_entropy(student_logits, completion, reduction="sum")
+            num_hard += len(completion)
         count += len(completion)
     loss = (kd_weight * temperature**2 * kd + (1 - kd_weight) * ce) / count
-    return loss, {"kd": float(kd) / count, "ce": float(ce) / count, "privilege": float(privilege) / count}
+    return loss, {"kd": float(kd) / count, "ce": float(ce) / max(num_hard, 1), "privilege": float(privilege) / count}
 
 
 def assert_same_gradients(found, loss, model):
@@ -317,8 +318,28 @@ def test_evaluation_writes_with_the_same_random_numbers_every_time(tmp_path, tok
     trainer.args.max_steps, trainer.args.learning_rate = 20, 0.5
     trainer.train()
     assert trainer.evaluate()["eval_kd"] < before
+    # Held-out rows need no completion, because none of them is trained on.
+    trainer._mixes["train"] = {"dataset": 0.5, "speculative": 0.5}
     # Rows given later are prepared as those at construction are.
     assert trainer.evaluate(rows.select(range(5)))["eval_kd"] == trainer.evaluate()["eval_kd"]
+
+
+def test_what_is_measured_is_what_is_written(tmp_path, tokenizer, rows, student, teacher):
+    prompts = rows.remove_columns("completion")
+    trainer = make_trainer(
+        tmp_path, student, teacher, rows, tokenizer, eval_dataset=prompts, rollout_mix={"dataset": 0.9, "student": 0.1}
+    )
+    assert "eval_ce" not in trainer.evaluate()
+    assert {row.source for row in trainer.last_rows} == {"student"}
+    trainer = make_trainer(
+        tmp_path, student, teacher, rows, tokenizer, eval_dataset=rows, rollout_mix={"dataset": 1.0}, max_new_tokens=5
+    )
+    assert trainer.evaluate()["eval_ce"] > 0
+
+
+def test_completions_that_are_cut_are_counted(tmp_path, tokenizer, rows, student, teacher, caplog):
+    make_trainer(tmp_path, student, teacher, rows, tokenizer, rollout_mix={"dataset": 1.0}, max_new_tokens=5)
+    assert "8 of 8 completions of the train dataset end at max_new_tokens=5" in caplog.text
 
 
 def test_streams_and_messages_and_token_ids(tmp_path, tokenizer, student, teacher, messages_dataset):
@@ -446,7 +467,7 @@ def test_packing_is_refused_in_words(tmp_path, field):
 ROWS = {
     "row 1 of the train dataset has no prompt": [{"prompt": "The"}, {"prompt": ""}],
     "the train dataset is empty": [],
-    "row 0 of the train dataset has no prompt: give it": [{"text": "The"}],
+    "row 0 of the train dataset has no prompt: .* has the columns text": [{"text": "The"}],
 }
 
 
