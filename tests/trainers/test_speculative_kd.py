@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,19 @@ def test_lora_student_writes_with_its_adapters(tmp_path, tokenizer, rows, studen
         written = merged.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=trainer.eos_token_ids)
         assert written[0, ids.shape[1] :].tolist() == row.completion_ids
     assert batch["labels"].ne(-100).sum() == sum(len(row.completion_ids) for row in trainer.last_rows)
+
+
+def test_4bit_teacher_checks_drafts_and_gives_the_signal(tmp_path, tokenizer, rows, student, teacher):
+    pytest.importorskip("bitsandbytes")
+    teacher.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    plain = copy.deepcopy(student)
+    trainer, watch = watched(
+        tmp_path, student, str(tmp_path / "teacher"), rows, tokenizer, teacher_quantization="4bit", max_steps=1
+    )
+    trainer.train()
+    assert any(type(module).__name__ == "Linear4bit" for module in trainer.teacher.model.modules())
+    assert_same_gradients(watch.gradients[0], by_hand(plain, trainer.teacher.model, watch.rows[0])[0], plain)
 
 
 def test_shares_of_the_mix_are_drawn_per_row(tmp_path, tokenizer, rows, student, teacher):
@@ -402,6 +417,28 @@ def test_samples_are_printed_and_reach_tensorboard(tmp_path, tokenizer, rows, st
         assert row.source in text
 
 
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_samples_reach_trackers_as_a_table(tmp_path, tokenizer, rows, student, teacher, monkeypatch, tracker):
+    """The trackers themselves are not installed: what they are called with is what counts."""
+    logged = []
+    fake = types.SimpleNamespace(
+        run=object(), Table=lambda **kwargs: kwargs, log=lambda table, **_: logged.append(table)
+    )
+    monkeypatch.setitem(sys.modules, tracker, fake)
+    monkeypatch.setattr(f"hf_distill.callbacks.is_{tracker}_available", lambda: True)
+    trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer, max_steps=1)
+    trainer.add_callback(RolloutSamplesCallback(trainer, steps=1, num_samples=3))
+    trainer.args.report_to = [tracker]
+    trainer.train()
+    ((name, table),) = logged[0].items()
+    assert name == "rollout/samples"
+    if tracker == "wandb":
+        assert table["columns"] == ["step", "source", "prompt", "completion"]
+        assert len(table["data"]) == 3
+    else:
+        assert list(table["dataframe"]["source"]) == ["speculative"] * 3
+
+
 def test_debugging_logs_every_block(tmp_path, tokenizer, rows, student, teacher, caplog):
     trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer, rollout_debug=True)
     with caplog.at_level("INFO", logger="hf_distill"):
@@ -484,6 +521,15 @@ def test_rows_with_and_without_a_completion_may_be_mixed_where_none_is_needed(tm
         assert [len(ids) > 0 for ids in trainer.train_dataset["completion_ids"]] == [False, True][::order]
     with pytest.raises(ValueError, match="row 1 of the train dataset has no completion"):
         make_trainer(tmp_path, student, teacher, Dataset.from_list(rows[::-1]), tokenizer, rollout_mix={"dataset": 1.0})
+
+
+def test_no_end_of_text_anywhere_is_refused(tmp_path, tokenizer, rows, student, teacher):
+    bare = copy.deepcopy(tokenizer)
+    bare.eos_token = None
+    for model in (student, teacher):
+        model.generation_config.eos_token_id = model.config.eos_token_id = None
+    with pytest.raises(ValueError, match="have an end-of-sequence token"):
+        make_trainer(tmp_path, student, teacher, rows.remove_columns("completion"), bare)
 
 
 def test_a_text_ends_where_either_model_ends_one(tmp_path, tokenizer, rows, student, teacher):
