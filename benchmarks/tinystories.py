@@ -49,10 +49,11 @@ def load_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]
     ]
 
 
-def load_chunks(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
-    """The stories as one stream of tokens, cut into rows of `length`; what is left over is dropped."""
-    stream = [token for text in load_texts(path, tokenizer) for token in text]
-    rows = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+def load_chunks(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, by_story: bool = False) -> Dataset:
+    """The stories as one stream of tokens, or one by one, cut into rows of `length`; what is left over is dropped."""
+    texts = load_texts(path, tokenizer)
+    streams = texts if by_story else [[token for text in texts for token in text]]
+    rows = [stream[i : i + length] for stream in streams for i in range(0, len(stream) - length + 1, length)]
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
 
@@ -153,6 +154,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--by-story", action="store_true", help="cut each story by itself, not all in one stream")
     parser.add_argument("--plain", action="store_true", help="a plain torch loop in place of KDTrainer")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     return parser.parse_args()
@@ -165,8 +167,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32).to(device)
-    rows = load_chunks(options.data / "train.jsonl", tokenizer, options.length)
-    held_out = load_chunks(options.data / "test.jsonl", tokenizer, options.length)
+    rows, held_out = (
+        load_chunks(options.data / f"{name}.jsonl", tokenizer, options.length, options.by_story)
+        for name in ("train", "test")
+    )
     students = {
         f"its layers {', '.join(map(str, options.layers))}": lambda: some_layers(teacher, options.layers),
         f"random, {options.random_layers} layers": lambda: random_model(teacher, options.random_layers),

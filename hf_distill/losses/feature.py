@@ -63,7 +63,8 @@ def normalized_l1_loss(
     [`mercator_loss`] otherwise.
     """
     student, teacher = _at(mask, student_kv, teacher_kv)
-    scale = teacher.detach().std(-1, correction=0, keepdim=True).clamp(min=eps)
+    unit = teacher.detach()
+    scale = (unit - unit.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt().clamp(min=eps)  # (N, 1)
     loss = ((student - teacher) / scale).abs().mean(-1)
     return loss.sum() / _divisor(mask, num_items), _mean(_cosine(student, teacher, eps)[0])
 
