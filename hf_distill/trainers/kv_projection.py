@@ -95,7 +95,7 @@ class KVProjectionTrainer(KDTrainer):
         self._kv_diagnostics = {"train": TokenMeans(), "eval": TokenMeans()}
         self._first: dict[str, dict[str, float]] = {}  # the first evaluation of each set
         self._has_warned = False
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and not self.args.disable_tqdm:
             Console().print(table(self._mapping_rows(), "which layer learns from which"))
 
     # ------------------------------------------------------------------------------------------------- the heart
