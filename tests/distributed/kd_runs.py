@@ -15,7 +15,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_distill import KDConfig, KDTrainer, SpeculativeKDConfig, SpeculativeKDTrainer
+from hf_distill import (
+    KDConfig,
+    KDTrainer,
+    KVProjectionConfig,
+    KVProjectionTrainer,
+    SpeculativeKDConfig,
+    SpeculativeKDTrainer,
+)
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 
 # One update of eight rows, however many processes there are.
@@ -73,6 +80,23 @@ def run_speculative(folder, num_processes: int) -> dict:
     return results_of(trainer)
 
 
+def run_kv(folder, num_processes: int) -> dict:
+    """The same with keys and values, and a projector that is trained with the student."""
+    tokenizer = make_tokenizer()
+    rows = make_rows(tokenizer)
+    settings = make_settings(folder, num_processes) | {
+        "projector": "mlp", "projector_dropout": 0.0, "projector_learning_rate": 0.1, "kv_layers": [[0, 1], [1, 1]],
+    }  # fmt: skip
+    trainer = KVProjectionTrainer(
+        make_model(seed=2), make_model(seed=1, hidden_size=48), KVProjectionConfig(**settings), rows,
+        rows.select(range(1, NUM_ROWS)), tokenizer, teacher_processing_class=tokenizer, callbacks=[Gradients()],
+    )  # fmt: skip
+    trainer.train()
+    results = results_of(trainer)
+    results["weights"] |= {f"projector.{name}": p.clone() for name, p in trainer.projector.state_dict().items()}
+    return results
+
+
 def students() -> dict[str, nn.Module]:
     adapted = get_peft_model(make_model(seed=2), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     torch.manual_seed(7)
@@ -91,6 +115,7 @@ def run(folder, num_processes: int) -> dict:
         results[name] = results_of(trainer)
         results[name]["packed_eval"] = evaluate_packed(trainer)
     results["speculative"] = run_speculative(Path(folder, "speculative"), num_processes)
+    results["kv"] = run_kv(Path(folder, "kv"), num_processes)
     return results
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.distributed.kd_runs import run
 
-RUNS = ["full", "lora", "tied", "speculative"]
+RUNS = ["full", "lora", "tied", "speculative", "kv"]
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +80,10 @@ def test_rollout_rates_count_what_all_processes_have_written(one, two):
     for name in ("acceptance_rate", "full_block_rate", "draft_length_mean", "tokens_drafted", "tokens_accepted"):
         found, expected = (run["speculative"]["logs"][-1][f"rollout/{name}"] for run in (two[0], one))
         assert found == pytest.approx(expected, rel=1e-5), name
+
+
+def test_the_projector_is_trained_with_the_student_and_its_cosine_counts_all_processes(one, two):
+    assert any("kv_projector" in name for name in one["kv"]["gradients"])
+    for found, expected in zip(two[0]["kv"]["logs"], one["kv"]["logs"], strict=True):
+        for name in ("kv/cosine", "kv/cosine_layer_0", "kv/cosine_layer_1"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), name
