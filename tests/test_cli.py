@@ -126,9 +126,11 @@ def test_skd_gives_knowledge_to_the_teacher_alone(folder, tmp_path, monkeypatch)
         ({"system_prompt": "Read."}, "--system_prompt needs --knowledge_column"),
         ({"knowledge_column": "knowledge", "as_chat": True}, "--as_chat does not go together with --knowledge_column"),
         ({"knowledge_column": "knowledge", "few_shot": "none.json"}, "few_shot file 'none.json' does not exist"),
+        ({"prompt_column": "question", "model": "./nowhere"}, "no model with a tokenizer in the folder"),
+        ({"prompt_column": "question", "teacher_model": "./nowhere"}, "teacher_model='./nowhere' cannot be loaded"),
     ],
 )
-def test_skd_ignores_no_option(folder, tmp_path, capsys, changes, message):
+def test_skd_refuses_in_one_line_and_ignores_no_option(folder, tmp_path, capsys, changes, message):
     with pytest.raises(SystemExit):
         cli.main(["skd", *options(folder, dataset=folder / "facts.jsonl", output_dir=tmp_path, **changes, **WRITTEN)])
     assert message in capsys.readouterr().err

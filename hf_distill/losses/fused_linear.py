@@ -95,6 +95,13 @@ class Head(NamedTuple):
         return gradient if self.logit_scale == 1 else gradient * self.logit_scale
 
 
+def head_options(student: Head, teacher: Head) -> dict[str, Tensor | float | None]:
+    """What two heads have beside their weights, as keyword arguments of [`fused_linear_distillation_loss`]."""
+    names = ("bias", "logit_scale", "softcap")
+    sides = {"student": student, "teacher": teacher}
+    return {f"{side}_{name}": getattr(head, name) for side, head in sides.items() for name in names}
+
+
 def fused_linear_distillation_loss(
     student_hidden: Tensor,
     student_head: Tensor,

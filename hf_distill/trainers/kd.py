@@ -15,7 +15,7 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from trl import SFTConfig, SFTTrainer
 
 from hf_distill.losses.divergence import check_divergence
-from hf_distill.losses.fused_linear import Head, fused_linear_distillation_loss
+from hf_distill.losses.fused_linear import Head, fused_linear_distillation_loss, head_options
 from hf_distill.metrics import TokenMeans, sum_dtype
 from hf_distill.modeling import (
     causal_lm,
@@ -177,8 +177,10 @@ class KDTrainer(SFTTrainer):
         self.divergence_params = check_divergence(args.divergence, args.divergence_params)  # pyright: ignore[reportArgumentType]
         # compute_loss divides by the label-bearing tokens of the whole update, whatever the student's forward takes.
         self.model_accepts_loss_kwargs = True
-        self._means = {"train": TokenMeans(), "eval": TokenMeans()}
-        self._hard_means = {"train": TokenMeans(), "eval": TokenMeans()}
+        self._means: dict[str, TokenMeans] = {}
+        self._hard_means: dict[str, TokenMeans] = {}
+        for mode in ("train", "eval"):
+            self._reset_means(mode)
         self._update_loss, self._skipped_updates = 0.0, 0
         student = causal_lm(self.model)
         refuse_vision(student, None)
@@ -261,13 +263,8 @@ class KDTrainer(SFTTrainer):
             divergence_params=self.divergence_params,
             num_items=torch.as_tensor(num_items, device=device).clamp(min=1),
             vocab_size=self.vocab_size,
-            student_bias=head.bias,
-            teacher_bias=signal.head.bias,
-            student_logit_scale=head.logit_scale,
-            teacher_logit_scale=signal.head.logit_scale,
-            student_softcap=head.softcap,
-            teacher_softcap=signal.head.softcap,
             chunk_size=self.args.loss_chunk_size,
+            **head_options(head, signal.head),  # pyright: ignore[reportArgumentType]
         )
         return result._asdict()
 
@@ -288,7 +285,19 @@ class KDTrainer(SFTTrainer):
             mask = inputs.get("attention_mask")
             self._total_train_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
 
+    def _is_logging(self, mode: str) -> bool:
+        """Whether what costs more than a sum is measured in this update: it would not be logged otherwise."""
+        step = self.state.global_step + 1
+        if mode == "eval" or (step == 1 and self.args.logging_first_step):
+            return True
+        return self.args.logging_strategy != "no" and step % max(self.state.logging_steps, 1) == 0
+
+    def _reset_means(self, mode: str) -> None:
+        """A fresh start for what is logged of "train" or "eval"; trainers with more to log add theirs here."""
+        self._means[mode], self._hard_means[mode] = TokenMeans(), TokenMeans()
+
     def _pop_means(self, mode: str) -> dict[str, float]:
+        """What is logged of "train" or "eval" since the last time; called by all processes."""
         # Without any hard label there is no "ce".
         means = (self._means[mode], self._hard_means[mode])
         return {name: value for part in means for name, value in part.pop(self._sum_over_processes).items()}
@@ -303,7 +312,7 @@ class KDTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._means["eval"], self._hard_means["eval"] = TokenMeans(), TokenMeans()
+        self._reset_means("eval")
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._pop_means("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})  # pyright: ignore
@@ -333,8 +342,7 @@ class KDTrainer(SFTTrainer):
     def train(self, *args, **kwargs):
         """As in `trl.SFTTrainer`; whatever stops it, the student is saved to `emergency/` in the output directory."""
         refuse_missing_checkpoint(args[0] if args else kwargs.get("resume_from_checkpoint"), self.args)
-        # Nothing of an interrupted run.
-        self._means["train"], self._hard_means["train"] = TokenMeans(), TokenMeans()
+        self._reset_means("train")  # nothing of an interrupted run
         self._update_loss, self._skipped_updates = 0.0, 0
         if self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
             # An evaluation before the training has marked the model as prepared without wrapping it: every process

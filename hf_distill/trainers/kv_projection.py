@@ -69,6 +69,8 @@ class KVProjectionTrainer(KDTrainer):
             raise ValueError(f"args has to be a KVProjectionConfig, got {type(args).__name__}")
         if any(part is not None for part in kwargs.get("optimizers") or ()):
             raise ValueError("optimizers are not taken: the projector has to be in them, with its own learning rate")
+        self._kv_means: dict[str, TokenMeans] = {}
+        self._kv_diagnostics: dict[str, TokenMeans] = {}
         super().__init__(model, teacher_model, args, *positional, **kwargs)
         self.student, teacher = causal_lm(self.model), causal_lm(self.teacher.model)
         depths = [side.config.get_text_config().num_hidden_layers for side in (self.student, teacher)]
@@ -91,8 +93,6 @@ class KVProjectionTrainer(KDTrainer):
             "student": KVCapture(self.student, self.mapping, args.kv_positions),
             "teacher": KVCapture(teacher, sources, args.kv_positions),
         }
-        self._kv_means = {"train": TokenMeans(), "eval": TokenMeans()}
-        self._kv_diagnostics = {"train": TokenMeans(), "eval": TokenMeans()}
         self._first: dict[str, dict[str, float]] = {}  # the first evaluation of each set
         self._has_warned = False
         if self.is_world_process_zero() and not self.args.disable_tqdm:
@@ -183,7 +183,6 @@ class KVProjectionTrainer(KDTrainer):
         return projector
 
     def train(self, *args, **kwargs):
-        self._kv_means["train"], self._kv_diagnostics["train"] = TokenMeans(), TokenMeans()
         with self._attached():
             return super().train(*args, **kwargs)
 
@@ -262,8 +261,7 @@ class KVProjectionTrainer(KDTrainer):
         cosines = {f"kv/cosine_layer_{layer}": cosine for layer, (*_, cosine) in seen.items()}
         cosines = {"kv/cosine": torch.stack(list(cosines.values())).mean(), **cosines}
         self._kv_means[mode].add(count, **{name: value * count for name, value in cosines.items()})
-        step = self.state.global_step + 1
-        if mode == "train" and step % max(self.state.logging_steps, 1) != 0:
+        if not self._is_logging(mode):
             return  # what follows looks at all tokens of a batch at once, and costs
         found = {name: [] for name in DIAGNOSTICS}
         for student, teacher, projected, _ in seen.values():
@@ -274,21 +272,19 @@ class KVProjectionTrainer(KDTrainer):
         means = {name: torch.stack(values).mean() * count for name, values in found.items()}
         self._kv_diagnostics[mode].add(count if count > 1 else 0, **means)  # a single token says nothing
 
-    def _pop_kv(self, mode: str) -> dict[str, float]:
-        reduce = self._sum_over_processes
-        return self._kv_means[mode].pop(reduce) | self._kv_diagnostics[mode].pop(reduce)
+    def _reset_means(self, mode: str) -> None:
+        super()._reset_means(mode)
+        self._kv_means[mode], self._kv_diagnostics[mode] = TokenMeans(), TokenMeans()
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs.update(self._pop_kv("train"))
-        super().log(logs, start_time)
+    def _pop_means(self, mode: str) -> dict[str, float]:
+        parts = (self._kv_means[mode], self._kv_diagnostics[mode])
+        found = {name: value for part in parts for name, value in part.pop(self._sum_over_processes).items()}
+        return super()._pop_means(mode) | found
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._kv_means["eval"], self._kv_diagnostics["eval"] = TokenMeans(), TokenMeans()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        found = self._pop_kv("eval")
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})  # pyright: ignore
-        self._warn_of_collapse({"kd": output.metrics[f"{metric_key_prefix}_kd"], **found}, metric_key_prefix)  # pyright: ignore
+        found = {name.removeprefix(f"{metric_key_prefix}_"): value for name, value in output.metrics.items()}  # pyright: ignore
+        self._warn_of_collapse(found, metric_key_prefix)
         return output
 
     def _warn_of_collapse(self, found: dict[str, float], name: str = "eval") -> None:

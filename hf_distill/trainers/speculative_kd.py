@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.collators import PromptCollator, pad_prompts, warn_of_truncation
-from hf_distill.losses.fused_linear import fused_linear_distillation_loss
+from hf_distill.losses.fused_linear import fused_linear_distillation_loss, head_options
 from hf_distill.metrics import RolloutMeans
 from hf_distill.modeling import causal_lm, check_cache
 from hf_distill.speculative import Block, completion_hidden, rollout
@@ -110,16 +110,11 @@ class SpeculativeKDTrainer(KDTrainer):
             if data_collator.tokenizer.get_vocab() != processing_class.get_vocab():  # pyright: ignore
                 raise ValueError("data_collator has another tokenizer than the trainer: pass the same to both")
         self._prompts = data_collator
-        if isinstance(model, str | PreTrainedModel) and isinstance(teacher_model, str | PreTrainedModel):
-            self._positions = {
-                side: getattr(text_config(value, args), "max_position_embeddings", None)
-                for side, value in {"student": model, "teacher": teacher_model}.items()
-            }
-        self._rollout_means = {"train": RolloutMeans(), "eval": RolloutMeans()}
+        self._student = model
+        self._rollout_means: dict[str, RolloutMeans] = {}
         # What is measured is what has been written, unless nothing is.
         written = {name: share for name, share in args.rollout_mix.items() if name != "dataset"}  # pyright: ignore
         self._mixes = {"train": args.rollout_mix, "eval": written if sum(written.values()) else args.rollout_mix}
-        self._eval_batches = 0
         self.last_rows: list[Row] = []  # what has been written last, for callbacks
         super().__init__(model, teacher_model, args, train_dataset, eval_dataset, processing_class, **kwargs)
         self.data_collator = self._prompts or PromptCollator(self.processing_class)
@@ -147,8 +142,10 @@ class SpeculativeKDTrainer(KDTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         collator = self._prompts or PromptCollator(processing_class)
+        configs = {"student": text_config(self._student, args), "teacher": text_config(self.teacher.model, args)}
         function = partial(
-            _encode, collator=collator, vocab_size=self.vocab_size, positions=self._positions,
+            _encode, collator=collator, vocab_size=self.vocab_size,
+            positions={side: getattr(config, "max_position_embeddings", None) for side, config in configs.items()},
             max_new_tokens=args.max_new_tokens, dataset_name=dataset_name,
             needs_completion=self._mixes["train" if dataset_name == "train" else "eval"].get("dataset", 0) > 0,
         )  # fmt: skip
@@ -184,7 +181,7 @@ class SpeculativeKDTrainer(KDTrainer):
         return batches, self._get_num_items_in_batch(batches, device)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        # The same random numbers at every evaluation: what changes is the model.
+        # The same random numbers at every evaluation: what changes is the model. evaluation_loop starts the count.
         (inputs,) = self._write_batches([inputs], "eval", self._eval_batches)
         self._eval_batches += 1
         return super().prediction_step(model, inputs, *args, **kwargs)
@@ -269,15 +266,13 @@ class SpeculativeKDTrainer(KDTrainer):
 
     # --------------------------------------------------------------------------------------------------- metrics
 
-    def train(self, *args, **kwargs):
-        self._rollout_means["train"] = RolloutMeans()  # nothing of an interrupted run
-        return super().train(*args, **kwargs)
+    def _reset_means(self, mode: str) -> None:
+        super()._reset_means(mode)
+        self._rollout_means[mode] = RolloutMeans()
 
-    def _is_logging(self, mode: str) -> bool:
-        step = self.state.global_step + 1
-        if mode == "eval" or (step == 1 and self.args.logging_first_step):
-            return True
-        return self.args.logging_strategy == "steps" and step % self.state.logging_steps == 0
+    def _pop_means(self, mode: str) -> dict[str, float]:
+        rollouts = self._rollout_means[mode].pop(self.accelerator.gather, self.args.device)  # pyright: ignore
+        return super()._pop_means(mode) | rollouts
 
     def _value_of_privilege(
         self, prompts: dict[str, Tensor], completion_ids: Tensor, completion_mask: Tensor, hidden: Tensor
@@ -289,23 +284,12 @@ class SpeculativeKDTrainer(KDTrainer):
         with torch.no_grad():
             return fused_linear_distillation_loss(
                 without, head.weight, hidden[completion_mask], head.weight, labels,
-                kd_weight=1.0, vocab_size=self.vocab_size, student_bias=head.bias, teacher_bias=head.bias,
-                student_logit_scale=head.logit_scale, teacher_logit_scale=head.logit_scale,
-                student_softcap=head.softcap, teacher_softcap=head.softcap,
+                kd_weight=1.0, vocab_size=self.vocab_size, **head_options(head, head),  # pyright: ignore
             ).kd  # fmt: skip
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs.update(self._rollout_means["train"].pop(self.accelerator.gather, self.args.device))  # pyright: ignore
-        super().log(logs, start_time)
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(self, *args, **kwargs):
         self._eval_batches = 0
-        self._rollout_means["eval"] = RolloutMeans()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._rollout_means["eval"].pop(self.accelerator.gather, self.args.device)  # pyright: ignore
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})  # pyright: ignore
-        return output
+        return super().evaluation_loop(*args, **kwargs)
 
     def _log_block(self, source: str, block: Block) -> None:
         for i, row in enumerate(block.rows.tolist()):

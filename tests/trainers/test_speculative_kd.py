@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
@@ -179,6 +179,14 @@ def test_lora_student_writes_with_its_adapters(tmp_path, tokenizer, rows, studen
         written = merged.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=trainer.eos_token_ids)
         assert written[0, ids.shape[1] :].tolist() == row.completion_ids
     assert batch["labels"].ne(-100).sum() == sum(len(row.completion_ids) for row in trainer.last_rows)
+
+
+def test_student_that_has_adapters_already_is_trained(tmp_path, tokenizer, rows, student, teacher):
+    adapted = get_peft_model(student, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    trainer, watch = watched(tmp_path, adapted, teacher, rows, tokenizer)
+    trainer.train()
+    assert watch.gradients[0]
+    assert all("lora" in name for name in watch.gradients[0])
 
 
 def test_4bit_teacher_checks_drafts_and_gives_the_signal(tmp_path, tokenizer, rows, student, teacher):
