@@ -38,8 +38,7 @@ class PromptCollator:
         Raises:
             `ValueError`: no prompt, an empty one, or messages without a chat template.
         """
-        options = {name: row[name] for name in ("chat_template_kwargs",) if row.get(name)}
-        tools = row.get("tools")
+        tools, template_kwargs = row.get("tools"), row.get("chat_template_kwargs") or {}
         if row.get("messages"):
             messages = row["messages"]
             answered = messages[-1]["role"] == "assistant"
@@ -52,8 +51,8 @@ class PromptCollator:
             )
         if is_chat := not isinstance(prompt, str):
             check_chat_template(self.tokenizer)
-            turns = {"prompt": prompt, **({"completion": completion} if completion else {}), **options}
-            texts = apply_chat_template(turns, self.tokenizer, tools)
+            turns = {"prompt": prompt, **({"completion": completion} if completion else {})}
+            texts = apply_chat_template(turns, self.tokenizer, tools, **template_kwargs)
             prompt, completion = texts["prompt"], texts.get("completion")
         ids = prompt_ids(self.tokenizer, prompt, add_special_tokens=not is_chat)
         answer = completion_ids(self.tokenizer, prompt, completion, ids, ends=is_chat) if completion else []

@@ -82,8 +82,8 @@ class RolloutMeans:
         Args:
             gather (`Callable`): stacks a row (1, n) of every process; called once, by every process.
         """
-        row = torch.tensor([[*self._sums.values(), self._shortest, self._longest]], dtype=torch.float32)
-        rows = gather(row.to(device)).double()
+        values = [*self._sums.values(), self._shortest, self._longest]
+        rows = gather(torch.tensor([values], dtype=sum_dtype(device), device=device))
         total = dict(zip(self._sums, rows.sum(0).tolist(), strict=False))
         shortest, longest = rows[:, -2].min().item(), rows[:, -1].max().item()
         self.__init__()

@@ -40,10 +40,13 @@ def result_rows(
 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
-    """A `rich` table of rows with the same keys; the first column is text, the others are aligned as numbers."""
+    """A `rich` table of rows with the same keys; the first column is text, the others are aligned as numbers.
+
+    On a narrow terminal titles break into two lines; cut short, nobody could tell what a number is.
+    """
     view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for i, name in enumerate(rows[0]):
-        view.add_column(name, justify="right" if i else "left", no_wrap=True)
+        view.add_column(name, justify="right" if i else "left", no_wrap=not i)
     for row in rows:
         view.add_row(*(str(value) for value in row.values()))
     return view

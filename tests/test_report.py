@@ -33,6 +33,15 @@ def test_a_table_shows_every_number_within_eighty_columns():
         assert expected in text
 
 
+def test_no_title_is_cut_short_beside_a_long_name():
+    console = Console(width=72, record=True)
+    console.print(table(result_rows({"untrained student": RESULTS["before"]})))
+    text = console.export_text()
+    assert "…" not in text
+    for word in ("untrained student", "perplexity", "teacher's", "KL,", "nats", "agreement", "acceptance", "40.000"):
+        assert word in text, word
+
+
 def test_markdown_has_a_row_per_model_and_a_cell_per_column():
     lines = markdown(result_rows(RESULTS)).splitlines()
     assert len(lines) == 4
