@@ -44,9 +44,9 @@ def table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
 
     On a narrow terminal titles break into two lines; cut short, nobody could tell what a number is.
     """
-    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(rows[0]):
-        view.add_column(name, justify="right" if i else "left", no_wrap=not i)
+        view.add_column(name, justify="right" if i else "left", no_wrap=not i, overflow="fold")
     for row in rows:
         view.add_row(*(str(value) for value in row.values()))
     return view

@@ -34,7 +34,7 @@ def test_a_table_shows_every_number_within_eighty_columns():
 
 
 def test_no_title_is_cut_short_beside_a_long_name():
-    console = Console(width=72, record=True)
+    console = Console(width=80, record=True)
     console.print(table(result_rows({"untrained student": RESULTS["before"]})))
     text = console.export_text()
     assert "…" not in text
