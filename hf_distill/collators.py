@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
+# What only the teachers see of a row or a batch: which of them it is for, and a text that differs from the student's.
+TEACHER_COLUMNS = ("teacher_index", "teacher_input_ids", "teacher_labels", "teacher_attention_mask")
+
 
 class PromptCollator:
     """One prompt for both sides: rows with `prompt` (text or messages) and maybe `completion`, or with `messages`.
@@ -216,6 +219,55 @@ class LUPICollator:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+class TeacherColumnsCollator:
+    """Adds `TEACHER_COLUMNS` to the batches of another collator, padded on the right.
+
+    Args:
+        collator: makes batches of `input_ids` and `labels`, row by row; not one that joins rows.
+    """
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Row]) -> Row:
+        """A batch. `ValueError` for a row with other label-bearing tokens for the teacher than for the student."""
+        batch = self.collator([{k: v for k, v in row.items() if k not in TEACHER_COLUMNS} for row in rows])
+        if "teacher_index" in rows[0]:
+            batch["teacher_index"] = torch.tensor([row["teacher_index"] for row in rows])
+        if "teacher_input_ids" in rows[0]:
+            for row in rows:
+                sides = [[i for i in row[name][1:] if i != -100] for name in ("labels", "teacher_labels")]
+                if sides[0] != sides[1]:
+                    raise ValueError(
+                        f"a row has {len(sides[0])} label-bearing tokens for the student and {len(sides[1])} for the "
+                        "teacher, or others: both have to end with the same completion"
+                    )
+            ids, mask = _pad([row["teacher_input_ids"] for row in rows], 0, "right")
+            batch |= {"teacher_input_ids": ids, "teacher_attention_mask": mask.long()}
+            batch["teacher_labels"], _ = _pad([row["teacher_labels"] for row in rows], -100, "right")
+        return batch
+
+
+def with_teacher_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, dataset_name: str) -> Row:
+    """What the teacher reads of a tokenised row: its `teacher_prompt`, if there is one, before the same completion.
+
+    Raises:
+        `ValueError`: the row has no prompt that the teacher's could stand for.
+    """
+    ids, labels = row["input_ids"], row["labels"]
+    if row.get("teacher_prompt"):
+        start = next(i for i, label in enumerate(labels) if label != -100)
+        if start == 0:
+            raise ValueError(
+                f"a row of the {dataset_name} dataset has a 'teacher_prompt', but no prompt that it could stand for: "
+                "it needs 'prompt' and 'completion'"
+            )
+        name = f"a row of the {dataset_name} dataset"
+        prompt = PromptCollator(tokenizer).encode({"prompt": row["teacher_prompt"]}, name)["teacher_prompt_ids"]
+        ids, labels = prompt + ids[start:], [-100] * len(prompt) + labels[start:]
+    return {"teacher_input_ids": ids, "teacher_labels": labels}
 
 
 def encoded(collator: Any, row: Row, index: int) -> Row:

@@ -1,17 +1,12 @@
 """Where the teacher's signal comes from."""
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-from hf_distill.losses.fused_linear import Head
+from hf_distill.losses.fused_linear import TeacherSignal
 
-
-class TeacherSignal(NamedTuple):
-    """What a teacher says at the label-bearing positions of a batch, on the device that asked for it."""
-
-    hidden: Tensor  # (N, Dt), last hidden states, without gradient
-    head: Head  # turns them into logits
+__all__ = ["Teacher", "TeacherSignal"]
 
 
 class Teacher(Protocol):
@@ -19,6 +14,9 @@ class Teacher(Protocol):
 
     name: str  # for model cards and logs
 
-    def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> TeacherSignal:
-        """The signal at flat `positions` (N,) of a batch's (B * T); `inputs` are what the forward takes."""
+    def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> list[TeacherSignal]:
+        """The signals at flat `positions` (N,) of a batch's (B * T); `inputs` are what the forward takes.
+
+        One signal per model; where there are several, they carry their weights.
+        """
         ...

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import ParallelismConfig
@@ -15,6 +15,7 @@ from trl import SFTConfig, is_conversational
 from trl.data_utils import is_conversational_from_value
 
 from hf_distill.modeling import causal_lm, embedding_weight, shared_parameters
+from hf_distill.teachers.local import public_name
 from hf_distill.trainers.config import KDConfig
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,56 @@ def check_columns(dataset: AnyDataset, name: str, text_field: str, has_formattin
             f"the {name} dataset has the columns {', '.join(sorted(columns))}; it needs {text_field!r}, 'messages', "
             "'prompt' and 'completion', or 'input_ids'. Rename a column, set dataset_text_field or pass formatting_func"
         )
+
+
+def named_teachers(
+    teachers: Any, tokenizers: Any, args: KDConfig
+) -> tuple[dict[str, str | PreTrainedModel], dict[str, PreTrainedTokenizerBase | None]]:
+    """The teachers, and the tokenizers that came with them, by name.
+
+    Raises:
+        `ValueError`: there is no teacher, or what is said of several does not fit their number.
+    """
+    if teachers is None or (isinstance(teachers, Sequence | Mapping) and not teachers):
+        raise ValueError("teacher_model is missing: pass a hub id, a path or a model (SFTTrainer trains without)")
+    if isinstance(teachers, Mapping):
+        named = dict(teachers)
+    else:
+        listed = [teachers] if isinstance(teachers, str) or not isinstance(teachers, Sequence) else teachers
+        named = {}
+        for teacher in listed:
+            name = public_name(teacher)
+            named[name if name not in named else f"{name} ({len(named) + 1})"] = teacher
+    if isinstance(tokenizers, Mapping):
+        if unknown := set(tokenizers) - set(named):
+            raise ValueError(f"teacher_processing_class has {sorted(unknown)}; the teachers are {', '.join(named)}")
+        found = {name: tokenizers.get(name) for name in named}
+    else:
+        listed = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(named)
+        if len(listed) != len(named):
+            raise ValueError(f"there are {len(named)} teachers and {len(listed)} of teacher_processing_class")
+        found = dict(zip(named, listed, strict=True))
+    if args.teacher_weights is not None and len(args.teacher_weights) != len(named):
+        raise ValueError(f"there are {len(named)} teachers ({', '.join(named)}) and {args.teacher_weights=}")
+    if args.teacher_device is not None and args.teacher_device.count(",") not in (0, len(named) - 1):
+        raise ValueError(
+            f"there are {len(named)} teachers and {args.teacher_device=}: name one device, or one for each"
+        )
+    if len(named) == 1 and (args.teacher_combination != "mixture" or args.teacher_weights):
+        raise ValueError("teacher_combination and teacher_weights need several teachers: teacher_model=[...]")
+    if args.teacher_combination == "route" and args.teacher_weights:
+        raise ValueError("teacher_weights are not used with teacher_combination='route': each row has one teacher")
+    return named, found
+
+
+def refuse_row_columns(dataset: AnyDataset, name: str, args: KDConfig) -> None:
+    """Raises `ValueError` where a column for the teachers is missing or could not be followed."""
+    columns = set(next(iter(dataset)))
+    if args.teacher_combination == "route" and not columns & {"teacher", "teacher_index"}:
+        raise ValueError(f"teacher_combination='route' needs a column 'teacher' in the {name} dataset")
+    found = columns & {"teacher_prompt", "teacher_input_ids"} or (args.teacher_combination == "route" and {"teacher"})
+    if found and (args.packing or args.eval_packing or args.padding_free):
+        raise ValueError(f"packing and padding_free join rows, and would lose {sorted(found)[0]!r}: set both to False")
 
 
 def check_chat_template(dataset: AnyDataset, name: str, tokenizer: PreTrainedTokenizerBase, args: KDConfig) -> None:

@@ -93,7 +93,9 @@ def run_kv(folder, num_processes: int) -> dict:
     )  # fmt: skip
     trainer.train()
     results = results_of(trainer)
-    results["weights"] |= {f"projector.{name}": p.clone() for name, p in trainer.projector.state_dict().items()}
+    results["weights"] |= {
+        f"projector.{name}": p.clone() for name, p in trainer.projectors["projector"].state_dict().items()
+    }
     return results
 
 
