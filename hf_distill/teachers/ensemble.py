@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_distill.teachers import Teacher, TeacherSignal
+from hf_distill.teachers import Signal, Teacher
 
 # "mixture" and "sum" weigh all teachers everywhere; with "route" a column of the dataset names the teacher of a row.
 COMBINATIONS = ("mixture", "sum", "route")
@@ -34,7 +34,7 @@ class EnsembleTeacher:
             name if routed else f"{weight:.3g} {name}" for name, weight in zip(teachers, self.weights, strict=True)
         )
 
-    def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> list[TeacherSignal]:
+    def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> list[Signal]:
         if self.routed:
             return self._ask_by_row(dict(inputs), positions)
         # A teacher without weight is not asked: its forward would be for nothing.
@@ -45,7 +45,7 @@ class EnsembleTeacher:
             for signal in teacher(inputs, positions)
         ]
 
-    def _ask_by_row(self, inputs: dict[str, Tensor], positions: Tensor) -> list[TeacherSignal]:
+    def _ask_by_row(self, inputs: dict[str, Tensor], positions: Tensor) -> list[Signal]:
         index = inputs.pop("teacher_index")  # (B,)
         num_tokens = inputs["input_ids"].shape[1]
         row_of = torch.div(positions, num_tokens, rounding_mode="floor")  # (N,)

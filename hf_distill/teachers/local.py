@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
-from hf_distill.losses.fused_linear import Head
+from hf_distill.losses.fused_linear import Head, TeacherSignal
 from hf_distill.modeling import (
     causal_lm,
     check_head,
@@ -21,7 +21,6 @@ from hf_distill.modeling import (
     keep_4bit_weights,
     select_positions,
 )
-from hf_distill.teachers import TeacherSignal
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,11 @@ class LocalTeacher:
     def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> list[TeacherSignal]:
         self.model.eval()
         embeddings = embedding_weight(self._causal_lm)
-        inputs = {k: v.to(embeddings.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        inputs = {
+            name: value.to(embeddings.device) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+            if not name.startswith("teacher_")  # what others read
+        }
         # The student's padding token may be one that the teacher has no embedding for.
         inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] >= len(embeddings), 0)
         return [signal_of(self._causal_lm, self.head, inputs, positions, self.layers, self.signal_device)]

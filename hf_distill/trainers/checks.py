@@ -100,6 +100,24 @@ def refuse_row_columns(dataset: AnyDataset, name: str, args: KDConfig) -> None:
         raise ValueError(f"packing and padding_free join rows, and would lose {sorted(found)[0]!r}: set both to False")
 
 
+def refuse_across(across: Mapping[str, Any], teachers: Mapping[str, Any], args: KDConfig) -> None:
+    """Raises `ValueError` for what is not possible with teachers `across` that have another tokenizer."""
+    if not across:
+        return
+    name = next(iter(across))
+    if len(teachers) > 1 and args.teacher_combination != "sum":
+        raise ValueError(
+            f"{name} has another tokenizer than the student, so that there is no {args.teacher_combination} of the "
+            "teachers' distributions: take teacher_combination='sum', or teachers with the student's tokenizer"
+        )
+    if args.packing or args.eval_packing or args.padding_free:
+        raise ValueError(
+            f"packing and padding_free join rows, but {name} reads them in its own tokens: set both to False"
+        )
+    if args.hidden_weight or "hidden_weight" in (args.schedule or {}):
+        raise ValueError(f"hidden_weight compares token by token, but {name} has another tokenizer: set it to 0")
+
+
 def check_chat_template(dataset: AnyDataset, name: str, tokenizer: PreTrainedTokenizerBase, args: KDConfig) -> None:
     """Raises `ValueError` for conversations that the tokenizer cannot turn into text."""
     row = next(iter(dataset))

@@ -90,6 +90,15 @@ class KDConfig(SFTConfig):
             "choices": list(COMBINATIONS),
         },
     )
+    cross_tokenizer: str = field(
+        default="auto",
+        metadata={
+            "help": "What is compared with a teacher of another tokenizer: aligned (distributions over the texts that "
+            "both can write), uld (probabilities in order of size), or nothing (error). The default is aligned, unless "
+            "the vocabularies have next to nothing in common.",
+            "choices": ["auto", "aligned", "uld", "error"],
+        },
+    )
     hidden_weight: float = field(
         default=0.0, metadata={"help": "Weight of the term of inner hidden states; 0 leaves it out."}
     )
@@ -143,6 +152,8 @@ class KDConfig(SFTConfig):
             raise ValueError(
                 f"teacher_combination has to be one of {', '.join(COMBINATIONS)}, got {self.teacher_combination!r}"
             )
+        if self.cross_tokenizer not in ("auto", "aligned", "uld", "error"):
+            raise ValueError(f"cross_tokenizer has to be auto, aligned, uld or error, got {self.cross_tokenizer!r}")
         weights = self.teacher_weights
         if weights is not None and (not weights or any(not 0 <= w < math.inf for w in weights) or sum(weights) == 0):
             raise ValueError(f"teacher_weights have to be at least 0, not all of them 0, got {weights}")

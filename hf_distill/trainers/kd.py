@@ -16,13 +16,20 @@ from torch import Tensor
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from hf_distill.collators import TEACHER_COLUMNS, TeacherColumnsCollator, with_teacher_prompt
+from hf_distill.collators import (
+    OWN_COLUMNS,
+    TEACHER_COLUMNS,
+    TeacherColumnsCollator,
+    with_own_tokens,
+    with_teacher_prompt,
+)
 from hf_distill.kv_projector import HiddenProjector, Projectors
 from hf_distill.layer_mapping import Mapping as LayerMapping
 from hf_distill.layer_mapping import cka_mapping, layer_mapping
+from hf_distill.losses.cross_tokenizer import AlignedSignal, cross_tokenizer_loss
 from hf_distill.losses.divergence import check_divergence
 from hf_distill.losses.feature import HIDDEN_LOSSES
-from hf_distill.losses.fused_linear import Head, fused_distillation_loss
+from hf_distill.losses.fused_linear import DistillationLoss, Head, TeacherSignal, fused_distillation_loss
 from hf_distill.metrics import TokenMeans, sum_dtype
 from hf_distill.modeling import (
     causal_lm,
@@ -36,7 +43,8 @@ from hf_distill.modeling import (
     select_positions,
     shared_vocabulary,
 )
-from hf_distill.teachers import Teacher, TeacherSignal
+from hf_distill.teachers import Signal, Teacher
+from hf_distill.teachers.across import AcrossTeacher
 from hf_distill.teachers.ensemble import EnsembleTeacher
 from hf_distill.teachers.local import BASE, BaseTeacher, LocalTeacher, load_teacher, signal_of
 from hf_distill.trainers.checks import (
@@ -47,6 +55,7 @@ from hf_distill.trainers.checks import (
     has_label,
     named_datasets,
     named_teachers,
+    refuse_across,
     refuse_frozen,
     refuse_missing_checkpoint,
     refuse_no_label,
@@ -104,6 +113,7 @@ class KDTrainer(SFTTrainer):
     model: PreTrainedModel
     processing_class: PreTrainedTokenizerBase
 
+    _crosses_tokenizers = True
     _tag_names = ["hf_distill", "knowledge-distillation"]
     _name = "KD"
     _paper = {
@@ -153,9 +163,11 @@ class KDTrainer(SFTTrainer):
         if not skip_prepare:
             for name, dataset in named_datasets(train_dataset, eval_dataset).items():
                 check_chat_template(dataset, name, processing_class, args)
+        self.student_tokenizer = processing_class  # before TRL puts it into `processing_class`
         # Token ids below this mean the same to all sides; ids past it get no probability.
         self.vocab_size = student_rows(model, args)
         self.teachers: dict[str, Any] = {}
+        self._across: dict[str, PreTrainedTokenizerBase] = {}  # tokenizers of teachers that have another vocabulary
         self.teacher_processing_class = processing_class
         devices = (args.teacher_device or str(args.device)).split(",")
         for (name, teacher), device in zip(teachers.items(), devices * len(teachers), strict=False):
@@ -163,7 +175,7 @@ class KDTrainer(SFTTrainer):
                 self.teachers[name] = None  # until the student is there
                 continue
             tokenizer = tokenizers[name] or teacher_tokenizer(teacher, args) or processing_class
-            self.vocab_size = min(self.vocab_size, shared_vocabulary(processing_class, tokenizer))
+            shared = self._shared_vocabulary(processing_class, tokenizer, args)
             teacher = load_teacher(
                 teacher,
                 device=device.strip(),
@@ -174,8 +186,16 @@ class KDTrainer(SFTTrainer):
             if not isinstance(model, str) and peft_config is None:
                 refuse_shared_memory(model, teacher)  # Before the teacher is frozen, and what it shares with it.
             self.teachers[name] = LocalTeacher(teacher, args.device)
-            self.vocab_size = min(self.vocab_size, self.teachers[name].head.weight.shape[0])
+            if shared is None:
+                self.teachers[name] = AcrossTeacher(
+                    self.teachers[name], tokenizer, processing_class, index=len(self.teachers) - 1,
+                    method=args.cross_tokenizer, student_rows=student_rows(model, args),
+                )  # fmt: skip
+                self._across[name] = tokenizer
+                continue
+            self.vocab_size = min(self.vocab_size, shared, self.teachers[name].head.weight.shape[0])
             self.teacher_processing_class = tokenizer
+        refuse_across(self._across, self.teachers, args)
 
         if skip_prepare:
             # Such rows are trained on as they are; a token that the teacher lacks would fail in the middle of training.
@@ -222,12 +242,12 @@ class KDTrainer(SFTTrainer):
         check_head(student, "student")
         expose_hidden_states(student)
         for teacher in self.teachers.values():
-            if isinstance(teacher, LocalTeacher):
+            if not isinstance(teacher, BaseTeacher):
                 refuse_shared_memory(self.model, teacher.model)
         refuse_split(student)
         datasets = named_datasets(self.train_dataset, self.eval_dataset).values()
-        if any(set(TEACHER_COLUMNS) & set(next(iter(dataset), {})) for dataset in datasets):
-            self.data_collator = TeacherColumnsCollator(self.data_collator)
+        if any(set(self._teacher_columns()) & set(next(iter(dataset), {})) for dataset in datasets):
+            self.data_collator = TeacherColumnsCollator(self.data_collator, len(self.teachers))
         self.projectors = Projectors()
         self.hidden_mapping: LayerMapping = {}
         if args.hidden_weight or "hidden_weight" in (args.schedule or {}):
@@ -252,6 +272,8 @@ class KDTrainer(SFTTrainer):
         def with_hidden(outputs: Any, head: Head) -> dict[str, Tensor]:
             hidden = select_positions(outputs.last_hidden_state, positions)  # (N, Ds)
             terms = self.distillation_terms(hidden, head, signals, hard_labels, num_items)
+            if aligned := [signal for signal in signals if isinstance(signal, AlignedSignal)]:
+                terms["alignment/exact_fraction"] = sum(s.num_exact for s in aligned) / len(aligned)  # pyright: ignore
             if self.hidden_mapping:
                 terms["hidden"] = self.hidden_loss(outputs.hidden_states, signals, positions)
                 weight = self.setting("hidden_weight") / torch.as_tensor(num_items).clamp(min=1)
@@ -283,14 +305,14 @@ class KDTrainer(SFTTrainer):
                 return loss, model(**inputs, use_cache=False)
         return loss
 
-    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> list[TeacherSignal]:
+    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> Sequence[Signal]:
         """What the teachers say at flat `positions` (N,) of a batch; what it takes for that leaves `inputs`."""
         return self.teacher(*self.teacher_view(inputs, positions))
 
     @staticmethod
     def teacher_view(inputs: dict[str, Any], positions: Tensor) -> tuple[dict[str, Any], Tensor]:
         """What the teacher reads, and the positions (N,) there: its own prompt before the same completion, if any."""
-        own = {name: inputs.pop(name) for name in TEACHER_COLUMNS if name in inputs}
+        own = {name: inputs.pop(name) for name in list(inputs) if name.startswith("teacher_")}
         if "teacher_input_ids" not in own:
             return inputs | own, positions
         positions, _ = label_positions(own.pop("teacher_labels"))
@@ -298,35 +320,49 @@ class KDTrainer(SFTTrainer):
         return view | own, positions
 
     def distillation_terms(
-        self, hidden: Tensor, head: Head, signals: list[TeacherSignal], labels: Tensor, num_items: Tensor | int
+        self, hidden: Tensor, head: Head, signals: Sequence[Signal], labels: Tensor, num_items: Tensor | int
     ) -> dict[str, Tensor]:
         """Loss and sums over N label-bearing positions, inside the student's forward.
 
         Args:
             hidden (`torch.Tensor` of shape `(N, Ds)`), head (`Head`): the student's.
-            signals (list of `TeacherSignal`): each teacher's hidden states (N, Dt) and head.
+            signals (sequence of `Signal`): each teacher's hidden states (N, Dt) and head.
             labels (`torch.Tensor` of shape `(N,)`): the tokens that follow, -100 for no hard label.
             num_items: label-bearing tokens of the whole update, the divisor.
         """
         device = head.weight.device
         changing = {name: self.setting(name) for name in self.args.schedule or ()}
         params = self.divergence_params | {name: changing[name] for name in changing if not hasattr(self.args, name)}
-        result = fused_distillation_loss(
-            hidden.to(device),
-            head,
-            [signal._replace(hidden=signal.hidden.to(device)) for signal in signals],
-            labels.to(device),
-            combination="sum" if self.args.teacher_combination == "sum" else "mixture",
-            kd_weight=self.setting("kd_weight"),
-            temperature=self.setting("temperature"),
-            divergence=self.args.divergence,
-            divergence_params=params,
-            num_items=torch.as_tensor(num_items, device=device).clamp(min=1),
-            vocab_size=self.vocab_size,
-            chunk_size=self.args.loss_chunk_size,
-            compiled=not changing,
-        )
-        return result._asdict()
+        options = {
+            "kd_weight": self.setting("kd_weight"),
+            "temperature": self.setting("temperature"),
+            "divergence": self.args.divergence,
+            "divergence_params": params,
+            "num_items": torch.as_tensor(num_items, device=device).clamp(min=1),
+            "chunk_size": self.args.loss_chunk_size,
+        }
+        hidden, labels = hidden.to(device), labels.to(device)
+        signals = [signal._replace(hidden=signal.hidden.to(device)) for signal in signals]
+        same = [signal for signal in signals if isinstance(signal, TeacherSignal)]
+        results = []
+        if same:
+            # A sum of divergences over teachers, of which others may have another tokenizer.
+            share = sum(signal.weight for signal in same) if self.args.teacher_combination == "sum" else 1.0  # pyright: ignore
+            found = fused_distillation_loss(
+                hidden, head, [signal._replace(weight=signal.weight / share) for signal in same], labels,
+                combination="sum" if self.args.teacher_combination == "sum" else "mixture",
+                vocab_size=self.vocab_size, compiled=not changing, **options,
+            )  # fmt: skip
+            results.append((share, found))
+        for signal in signals:
+            if isinstance(signal, AlignedSignal):
+                found = cross_tokenizer_loss(
+                    hidden, head, signal.hidden, signal.head, labels, signal.spans, signal.shared,
+                    method=signal.method, **options,
+                )  # fmt: skip
+                results.append((signal.weight, found))
+        names = DistillationLoss._fields
+        return {name: sum(weight * getattr(found, name) for weight, found in results) for name in names}  # pyright: ignore
 
     def setting(self, name: str) -> float:
         """A setting as the schedule has it now; in evaluations, which would not compare otherwise, at its end."""
@@ -335,7 +371,7 @@ class KDTrainer(SFTTrainer):
         is_training = self.model.training and self.state.max_steps > 0
         return self.args.scheduled(name, self.state.global_step / self.state.max_steps if is_training else 1.0)
 
-    def hidden_loss(self, hidden_states: Sequence[Tensor], signals: list[TeacherSignal], positions: Tensor) -> Tensor:
+    def hidden_loss(self, hidden_states: Sequence[Tensor], signals: Sequence[Signal], positions: Tensor) -> Tensor:
         """The mean over mapped layers of the distances of hidden states, summed over N positions; a scalar.
 
         As transformers counts them, the last of the `hidden_states` (B, T, Ds) comes after the final norm.
@@ -376,7 +412,7 @@ class KDTrainer(SFTTrainer):
 
     def probe_batch(self) -> tuple[dict[str, Any], Tensor]:
         """A few training rows as a batch on the student's device, and its label-bearing positions."""
-        names = ("input_ids", "labels", "seq_lengths", *TEACHER_COLUMNS)
+        names = ("input_ids", "labels", "seq_lengths", *self._teacher_columns())
         rows = list(islice(iter(self.train_dataset), PROBE_ROWS))  # pyright: ignore
         batch = self.data_collator([{k: v for k, v in row.items() if k in names} for row in rows])
         device = self.student.device
@@ -390,8 +426,7 @@ class KDTrainer(SFTTrainer):
         num_labels = hard_labels.numel()
         mode = "train" if self.model.training else "eval"
         sums = {name: terms[name] for name in ("kd", "agreement", "student_entropy")}
-        if "hidden" in terms:
-            sums["hidden"] = terms["hidden"]
+        sums |= {name: terms[name] for name in ("hidden", "alignment/exact_fraction") if name in terms}
         if self.aux_loss_enabled:
             sums["aux_loss"] = terms["aux_loss"] * num_labels
         if mode == "eval":
@@ -554,9 +589,9 @@ class KDTrainer(SFTTrainer):
             first = dataset.take(PEEKED_ROWS)
             first = super()._prepare_dataset(first, processing_class, args, False, formatting_func, dataset_name)
             refuse_no_label(self._with_label(first, args, dataset_name), dataset_name, args)
-        return self._for_teachers(kept, args, dataset_name)
+        return self._for_teachers(kept, args, dataset_name)  # pyright: ignore[reportArgumentType]
 
-    def _for_teachers(self, dataset: AnyDataset, args: SFTConfig, name: str) -> AnyDataset:
+    def _for_teachers(self, dataset: AnyDataset, args: KDConfig, name: str) -> AnyDataset:
         """The same rows with what only the teachers see: which of them has a row, or a prompt of their own."""
         columns = set(next(iter(dataset)))
         if args.teacher_combination == "route" and "teacher" in columns:
@@ -564,11 +599,47 @@ class KDTrainer(SFTTrainer):
         if "teacher_prompt" in columns:
             tokenizer = self.teacher_processing_class
             dataset = dataset.map(partial(with_teacher_prompt, tokenizer=tokenizer, dataset_name=name))
+        for teacher, tokenizer in self._across.items():
+            side = self.teachers[teacher]
+            function = partial(
+                with_own_tokens, index=side.index, tokenizer=tokenizer, student_tokenizer=self.student_tokenizer,
+                pieces=side.pieces,
+            )  # fmt: skip
+            dataset = dataset.map(function)
+            self._tell_alignment(dataset, side, name)
         return dataset
+
+    def _tell_alignment(self, dataset: AnyDataset, teacher: AcrossTeacher, name: str) -> None:
+        """Says once per data set how two tokenizers are brought together and how well that goes."""
+        exact, total = 0, 0
+        for row in islice(iter(dataset), PEEKED_ROWS):
+            exact += row[f"teacher_{teacher.index}_exact"]
+            total += sum(label != -100 for label in row["labels"][1:])
+        logger.warning(
+            "%s has another tokenizer: %s; compared by %s. In the %s dataset %.0f%% of the label-bearing tokens face "
+            "exactly one of its tokens",
+            teacher.name, teacher.reason, teacher.method, name, 100 * exact / max(total, 1),
+        )  # fmt: skip
+
+    def _shared_vocabulary(
+        self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, args: KDConfig
+    ) -> int | None:
+        """How many token ids mean the same to both; None where texts have to be aligned."""
+        try:
+            return shared_vocabulary(student, teacher)
+        except ValueError:
+            is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset")  # pyright: ignore[reportAttributeAccessIssue]
+            if args.cross_tokenizer == "error" or is_prepared or not self._crosses_tokenizers:
+                raise
+            return None
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list({*self._signature_columns, *TEACHER_COLUMNS})
+        self._signature_columns = list({*self._signature_columns, *self._teacher_columns()})
+
+    def _teacher_columns(self) -> list[str]:
+        own = [f"teacher_{index}_{name}" for index in range(len(self.teachers)) for name in OWN_COLUMNS]
+        return [*TEACHER_COLUMNS, *own]
 
     def _with_label(self, dataset: AnyDataset, args: SFTConfig, dataset_name: str) -> AnyDataset:
         keep = partial(has_label, vocab_size=self.vocab_size, dataset_name=dataset_name)

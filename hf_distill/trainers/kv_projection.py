@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from hf_distill.losses.fused_linear import Head
 from hf_distill.metrics import TokenMeans
 from hf_distill.modeling import KVCapture, causal_lm, evaluating, kv_widths, last_hidden_states
 from hf_distill.report import table
-from hf_distill.teachers import TeacherSignal
+from hf_distill.teachers import Signal
 from hf_distill.trainers.config import KVProjectionConfig
 from hf_distill.trainers.kd import KDTrainer
 
@@ -50,6 +50,7 @@ class KVProjectionTrainer(KDTrainer):
 
     args: KVProjectionConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    _crosses_tokenizers = False  # keys and values are compared token by token
     _tag_names = [*KDTrainer._tag_names, "kv-cache-distillation"]
     _name = "KV projection"
 
@@ -95,7 +96,7 @@ class KVProjectionTrainer(KDTrainer):
             for capture in captures:
                 capture.heads = {}
 
-    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> list[TeacherSignal]:
+    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> Sequence[Signal]:
         self._capture.positions = positions
         inputs, positions = self.teacher_view(inputs, positions)
         with ExitStack() as stack:
@@ -104,7 +105,7 @@ class KVProjectionTrainer(KDTrainer):
             return self.teacher(inputs, positions)
 
     def distillation_terms(
-        self, hidden: Tensor, head: Head, signals: list[TeacherSignal], labels: Tensor, num_items: Tensor | int
+        self, hidden: Tensor, head: Head, signals: Sequence[Signal], labels: Tensor, num_items: Tensor | int
     ) -> dict[str, Tensor]:
         terms = super().distillation_terms(hidden, head, signals, labels, num_items)
         terms["loss"] = terms["loss"] + self.setting("kv_weight") * self.kv_loss(num_items)

@@ -17,6 +17,7 @@ from hf_distill.losses.fused_linear import TeacherSignal, fused_distillation_los
 from hf_distill.metrics import RolloutMeans
 from hf_distill.modeling import causal_lm, check_cache
 from hf_distill.speculative import Block, completion_hidden, rollout
+from hf_distill.teachers import Signal
 from hf_distill.teachers.local import BASE, LocalTeacher
 from hf_distill.trainers.checks import AnyDataset, text_config
 from hf_distill.trainers.config import HARD_SOURCES, ROLLOUT_SOURCES, SpeculativeKDConfig
@@ -73,6 +74,7 @@ class SpeculativeKDTrainer(KDTrainer):
     args: SpeculativeKDConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     teacher: LocalTeacher  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    _crosses_tokenizers = False  # what one side writes, the other has to read token by token
     _tag_names = [*KDTrainer._tag_names, "speculative-knowledge-distillation"]
     _name = "Speculative KD"
     _paper = {
@@ -109,11 +111,7 @@ class SpeculativeKDTrainer(KDTrainer):
             processing_class = processing_class or data_collator.tokenizer  # pyright: ignore[reportFunctionMemberAccess]
             if data_collator.tokenizer.get_vocab() != processing_class.get_vocab():  # pyright: ignore
                 raise ValueError("data_collator has another tokenizer than the trainer: pass the same to both")
-        if (
-            teacher_model == BASE
-            or isinstance(teacher_model, Sequence | Mapping)
-            and not isinstance(teacher_model, str)
-        ):
+        if teacher_model == BASE or isinstance(teacher_model, list | tuple | Mapping):
             raise ValueError("text is written with one teacher, which is a model of its own: pass its name or path")
         self._prompts = data_collator
         self._student = model
@@ -268,7 +266,7 @@ class SpeculativeKDTrainer(KDTrainer):
             "teacher_hidden": torch.cat(hidden) if hidden else weight.new_zeros(0, weight.shape[1]),
         }
 
-    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> list[TeacherSignal]:
+    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> Sequence[Signal]:
         # The teacher has read every completion when it was written, after its own prompt.
         return [TeacherSignal(inputs.pop("teacher_hidden"), self.teacher.head)]
 
