@@ -5,6 +5,7 @@ where the row has no completion. A collator called on rows, encoded or not, retu
 [`~hf_distill.speculative.rollout`], left-padded, and `completion_ids` and `completion_mask`, right-padded.
 """
 
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ class PromptCollator:
             `ValueError`: no prompt, an empty one, or messages without a chat template.
         """
         tools, template_kwargs = row.get("tools"), row.get("chat_template_kwargs") or {}
+        tools = json.loads(tools) if isinstance(tools, str) else tools
         if row.get("messages"):
             messages = row["messages"]
             answered = messages[-1]["role"] == "assistant"
@@ -245,10 +247,14 @@ class TeacherColumnsCollator:
             if f"teacher_{index}_input_ids" in rows[0]:
                 batch |= _own_tokens(rows, index)
         if "teacher_index" in rows[0]:
-            batch["teacher_index"] = torch.tensor([row["teacher_index"] for row in rows])
+            index = torch.tensor([row["teacher_index"] for row in rows])
+            if strange := [i for i in index.tolist() if not 0 <= i < self.num_teachers]:
+                raise ValueError(f"a row has teacher_index {strange[0]}; there are {self.num_teachers} teachers, from 0 on")
+            batch["teacher_index"] = index
         if "teacher_input_ids" in rows[0]:
             for row in rows:
-                sides = [[i for i in row[name][1:] if i != -100] for name in ("labels", "teacher_labels")]
+                both = row.get("labels", row["input_ids"]), row["teacher_labels"]
+                sides = [[int(i) for i in labels[1:] if i != -100] for labels in both]
                 if sides[0] != sides[1]:
                     raise ValueError(
                         f"a row has {len(sides[0])} label-bearing tokens for the student and {len(sides[1])} for the "
@@ -266,16 +272,17 @@ def with_teacher_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, dataset_na
     Raises:
         `ValueError`: the row has no prompt that the teacher's could stand for.
     """
-    ids, labels = row["input_ids"], row["labels"]
+    ids, labels = list(map(int, row["input_ids"])), list(map(int, row["labels"]))
     if row.get("teacher_prompt"):
         start = next(i for i, label in enumerate(labels) if label != -100)
         if start == 0:
             raise ValueError(
                 f"a row of the {dataset_name} dataset has a 'teacher_prompt', but no prompt that it could stand for: "
-                "it needs 'prompt' and 'completion'"
+                "it needs 'prompt' and 'completion', and labels on the completion alone"
             )
         name = f"a row of the {dataset_name} dataset"
-        prompt = PromptCollator(tokenizer).encode({"prompt": row["teacher_prompt"]}, name)["teacher_prompt_ids"]
+        other = {**row, "messages": None, "completion": None, "prompt": row["teacher_prompt"]}  # tools are for both
+        prompt = PromptCollator(tokenizer).encode(other, name)["teacher_prompt_ids"]
         ids, labels = prompt + ids[start:], [-100] * len(prompt) + labels[start:]
     return {"teacher_input_ids": ids, "teacher_labels": labels}
 

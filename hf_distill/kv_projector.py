@@ -127,7 +127,7 @@ class HiddenProjector(nn.Module):
 
     def forward(self, hidden: Tensor, layer: int = 0) -> Tensor:
         """Hidden states (..., student_width) of the `layer`-th mapped layer, as (..., teacher_width)."""
-        return self.maps[layer](hidden)
+        return self.maps[layer](hidden.to(self.maps[layer].weight.dtype))  # pyright: ignore
 
 
 PROJECTORS = {"mlp": KVProjector, "pca": PCAProjector}  # of keys and values

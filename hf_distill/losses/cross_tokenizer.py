@@ -398,7 +398,7 @@ class _CrossTokenizer(torch.autograd.Function):
             groups = later_groups[part.start - num_groups : part.stop - num_groups]
             log_probs = _tempered(logits, student, objective.temperature).log_softmax(-1)
             log_probs = log_probs.gather(-1, tokens[part, None]).squeeze(-1)
-            weights = torch.where(groups >= 0, continuation_gradient[groups], 0)
+            weights = F.pad(continuation_gradient, (0, 1))[groups]  # the 0 at the end is that of no group, -1
             for_gradient = torch.where(groups >= 0, weights * log_probs, 0).sum()
             loss = objective.ce_weight * ce + for_gradient - for_gradient.detach()
             return loss, none, ce, none, entropy

@@ -59,7 +59,7 @@ class Head(NamedTuple):
         logits = flat.new_empty(len(flat), len(self.weight), dtype=torch.promote_types(dtype, torch.float32))
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             self.project_(logits, flat.to(dtype))
-            return self.finish_logits_(logits).view(*hidden.shape[:-1], -1)
+            return self.finish_logits_(logits).view(*hidden.shape[:-1], len(self.weight))
 
     def product_dtype(self, hidden: Tensor) -> torch.dtype:
         """The dtype in which hidden states and weight are multiplied; results are never below float32."""

@@ -91,8 +91,15 @@ class BaseTeacher:
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> list[TeacherSignal]:
-        with evaluating(self.model), self.model.disable_adapter():
-            return [signal_of(causal_lm(self.model), self.head, inputs, positions, self.layers, positions.device)]
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        try:
+            with evaluating(self.model), self.model.disable_adapter():
+                return [signal_of(causal_lm(self.model), self.head, inputs, positions, self.layers, positions.device)]
+        finally:
+            # PEFT switches all of the adapters' gradients on again, those of frozen parts (LoRA-FA), too.
+            self.model.requires_grad_(False)
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 def signal_of(

@@ -58,14 +58,15 @@ def named_teachers(
     Raises:
         `ValueError`: there is no teacher, or what is said of several does not fit their number.
     """
-    if teachers is None or (isinstance(teachers, Sequence | Mapping) and not teachers):
+    given = list(teachers.values()) if isinstance(teachers, Mapping) else teachers
+    given = [given] if isinstance(given, str) or not isinstance(given, Sequence) else given
+    if not given or None in given:
         raise ValueError("teacher_model is missing: pass a hub id, a path or a model (SFTTrainer trains without)")
     if isinstance(teachers, Mapping):
         named = dict(teachers)
     else:
-        listed = [teachers] if isinstance(teachers, str) or not isinstance(teachers, Sequence) else teachers
         named = {}
-        for teacher in listed:
+        for teacher in given:
             name = public_name(teacher)
             named[name if name not in named else f"{name} ({len(named) + 1})"] = teacher
     if isinstance(tokenizers, Mapping):
@@ -93,8 +94,16 @@ def named_teachers(
 def refuse_row_columns(dataset: AnyDataset, name: str, args: KDConfig) -> None:
     """Raises `ValueError` where a column for the teachers is missing or could not be followed."""
     columns = set(next(iter(dataset)))
-    if args.teacher_combination == "route" and not columns & {"teacher", "teacher_index"}:
-        raise ValueError(f"teacher_combination='route' needs a column 'teacher' in the {name} dataset")
+    is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset")  # pyright: ignore[reportAttributeAccessIssue]
+    naming = ["teacher_index"] if is_prepared else ["teacher", "teacher_index"]
+    if args.teacher_combination == "route" and not columns & {*naming}:
+        raise ValueError(f"teacher_combination='route' needs a column {naming[0]!r} in the {name} dataset")
+    own = columns & {"teacher_input_ids", "teacher_labels"}
+    if len(own) == 1 or (is_prepared and not own and "teacher_prompt" in columns):
+        raise ValueError(
+            f"the {name} dataset needs what the teacher reads as 'teacher_input_ids' and 'teacher_labels', or, without "
+            "skip_prepare_dataset, as 'teacher_prompt'"
+        )
     found = columns & {"teacher_prompt", "teacher_input_ids"} or (args.teacher_combination == "route" and {"teacher"})
     if found and (args.packing or args.eval_packing or args.padding_free):
         raise ValueError(f"packing and padding_free join rows, and would lose {sorted(found)[0]!r}: set both to False")

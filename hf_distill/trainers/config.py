@@ -144,6 +144,8 @@ class KDConfig(SFTConfig):
             raise ValueError(
                 f"divergence_params has to be JSON such as '{{\"beta\": 0.5}}', got {self.divergence_params!r}"
             )
+        if self.schedule is not None and not isinstance(self.schedule, dict):
+            raise ValueError(f"schedule has to be JSON such as '{{\"kd_weight\": [1, 0.5]}}', got {self.schedule!r}")
         if self.divergence == "taid" and "t" not in {**(self.divergence_params or {}), **(self.schedule or {})}:  # pyright: ignore
             self.schedule = {**(self.schedule or {}), "t": [0.4, 1.0]}  # pyright: ignore[reportGeneralTypeIssues]
         check_divergence(self.divergence, self.divergence_params)  # pyright: ignore[reportArgumentType]
@@ -185,11 +187,7 @@ class KDConfig(SFTConfig):
                 raise ValueError("use_liger_kernel=True needs a GPU: its kernels do not run on the CPU. Remove it")
 
     def _check_schedule(self) -> None:
-        if self.schedule is None:
-            return
-        if not isinstance(self.schedule, dict):
-            raise ValueError(f"schedule has to be JSON such as '{{\"kd_weight\": [1, 0.5]}}', got {self.schedule!r}")
-        for name, values in self.schedule.items():
+        for name, values in (self.schedule or {}).items():  # pyright: ignore[reportAttributeAccessIssue]
             if (
                 not isinstance(values, list | tuple)
                 or not values
@@ -213,7 +211,7 @@ class KDConfig(SFTConfig):
         assert isinstance(self.schedule, dict)
         values = self.schedule[name]
         place = min(max(progress, 0.0), 1.0) * (len(values) - 1)
-        before = min(int(place), max(len(values) - 2, 0))
+        before = int(place)
         after = min(before + 1, len(values) - 1)
         return values[before] + (place - before) * (values[after] - values[before])
 
@@ -312,11 +310,14 @@ class SpeculativeKDConfig(KDConfig):
                 f"them 0, as a dict or JSON, got {self.rollout_mix!r}{' with the unknown ' if unknown else ''}"
                 f"{', '.join(map(repr, sorted(unknown)))}"
             )
-        if self.kd_weight < 1 and not any(self.rollout_mix.get(name) for name in HARD_SOURCES):
+        lowest = min((self.schedule or {}).get("kd_weight", [self.kd_weight]))  # pyright: ignore
+        if lowest < 1 and not any(self.rollout_mix.get(name) for name in HARD_SOURCES):
             raise ValueError(
-                f"kd_weight={self.kd_weight} leaves {1 - self.kd_weight:g} for hard labels, but only the sources "
+                f"kd_weight={lowest} leaves {1 - lowest:g} for hard labels, but only the sources "
                 f"{' and '.join(HARD_SOURCES)} have any: set kd_weight=1, or give one of them a share of rollout_mix"
             )
+        if self.hidden_weight or "hidden_weight" in (self.schedule or {}):
+            raise ValueError("hidden_weight is not possible with rollouts, which keep the last layer alone: set it to 0")
         if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
             raise ValueError(f"rollout_batch_size has to be at least 1, got {self.rollout_batch_size}")
         if self.draft_length < 1:

@@ -173,6 +173,7 @@ class KDTrainer(SFTTrainer):
         for (name, teacher), device in zip(teachers.items(), devices * len(teachers), strict=False):
             if isinstance(teacher, str) and teacher == BASE:
                 self.teachers[name] = None  # until the student is there
+                self.vocab_size = min(self.vocab_size, shared_vocabulary(processing_class, processing_class))
                 continue
             tokenizer = tokenizers[name] or teacher_tokenizer(teacher, args) or processing_class
             shared = self._shared_vocabulary(processing_class, tokenizer, args)
@@ -245,9 +246,8 @@ class KDTrainer(SFTTrainer):
             if not isinstance(teacher, BaseTeacher):
                 refuse_shared_memory(self.model, teacher.model)
         refuse_split(student)
-        datasets = named_datasets(self.train_dataset, self.eval_dataset).values()
-        if any(set(self._teacher_columns()) & set(next(iter(dataset), {})) for dataset in datasets):
-            self.data_collator = TeacherColumnsCollator(self.data_collator, len(self.teachers))
+        for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
+            self._collate_teacher_columns(dataset)
         self.projectors = Projectors()
         self.hidden_mapping: LayerMapping = {}
         if args.hidden_weight or "hidden_weight" in (args.schedule or {}):
@@ -395,17 +395,23 @@ class KDTrainer(SFTTrainer):
         depths = [config.num_hidden_layers for config in configs]
         if self.args.hidden_layers == "cka":
             inputs, positions = self.probe_batch()
+            view = self.teacher_view(inputs, positions)
             teacher.layers = tuple(range(depths[1]))
             with torch.no_grad(), evaluating(self.student):
                 head = head_of(self.student)
                 student = signal_of(self.student, head, inputs, positions, range(depths[0]), positions.device)
-            (found,) = teacher(*self.teacher_view(inputs, positions))
+            (found,) = teacher(*view)
             mapping = cka_mapping(*(list(side.layers.values()) for side in (student, found)))  # pyright: ignore
         else:
             mapping = layer_mapping(self.args.hidden_layers, *depths)
         teacher.layers = tuple(sorted({i for sources in mapping.values() for i in sources}))
         widths = [config.hidden_size for config in configs]
         if widths[0] != widths[1]:
+            if self.optimizer is not None:
+                raise ValueError(
+                    f"student and teacher have hidden sizes {widths[0]} and {widths[1]}, and the projector between "
+                    "them would not be in an optimizer of your own: leave optimizers out"
+                )
             projector = HiddenProjector(widths[0], widths[1], len(mapping))
             self.projectors[HIDDEN_PROJECTOR] = projector.to(self.args.device)
         return mapping
@@ -473,8 +479,9 @@ class KDTrainer(SFTTrainer):
         return output
 
     def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
-        if description == "Evaluation" and isinstance(dataset, Dataset):
-            dataset = self._fill_up(dataset, batch_size)
+        if description == "Evaluation":
+            self._collate_teacher_columns(dataset)
+            dataset = self._fill_up(dataset, batch_size) if isinstance(dataset, Dataset) else dataset
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)  # pyright: ignore
 
     def _fill_up(self, dataset: Dataset, batch_size: int) -> Any:
@@ -593,6 +600,7 @@ class KDTrainer(SFTTrainer):
 
     def _for_teachers(self, dataset: AnyDataset, args: KDConfig, name: str) -> AnyDataset:
         """The same rows with what only the teachers see: which of them has a row, or a prompt of their own."""
+        refuse_row_columns(dataset, name, args)  # an evaluation may bring its own
         columns = set(next(iter(dataset)))
         if args.teacher_combination == "route" and "teacher" in columns:
             dataset = dataset.map(partial(_with_teacher_index, names=list(self.teachers), dataset_name=name))
@@ -636,6 +644,11 @@ class KDTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, *self._teacher_columns()})
+
+    def _collate_teacher_columns(self, dataset: AnyDataset) -> None:
+        found = set(self._teacher_columns()) & set(next(iter(dataset), {}))
+        if found and not isinstance(self.data_collator, TeacherColumnsCollator):
+            self.data_collator = TeacherColumnsCollator(self.data_collator, len(self.teachers))
 
     def _teacher_columns(self) -> list[str]:
         own = [f"teacher_{index}_{name}" for index in range(len(self.teachers)) for name in OWN_COLUMNS]

@@ -75,7 +75,9 @@ class KVProjectionTrainer(KDTrainer):
                 "teacher_combination='route' gives each row one teacher, whose keys and values only that "
                 "row has: take 'mixture' or 'sum', or KDTrainer"
             )
-        self.sources = {name: self._make_source(name) for name in self.teachers}
+        weights = getattr(self.teacher, "weights", [1.0])  # one of weight 0 is never asked
+        weighted = {name: weight for name, weight in zip(self.teachers, weights, strict=True) if weight}
+        self.sources = {name: self._make_source(name, weight) for name, weight in weighted.items()}
         layers = {layer for source in self.sources.values() for layer in source.mapping}
         self._capture = KVCapture(self.student, layers, args.kv_positions)
         self._first: dict[str, dict[str, float]] = {}  # the first evaluation of each set
@@ -140,7 +142,7 @@ class KVProjectionTrainer(KDTrainer):
 
     # ----------------------------------------------------------------------------------------------- the projector
 
-    def _make_source(self, name: str) -> "KVSource":
+    def _make_source(self, name: str, weight: float) -> "KVSource":
         """What the student learns from one teacher: which layers, through which projector."""
         model = causal_lm(self.teachers[name].model)
         depths = [side.config.get_text_config().num_hidden_layers for side in (self.student, model)]
@@ -163,9 +165,8 @@ class KVProjectionTrainer(KDTrainer):
         projector = self._make_projector(name, mapping, layers, widths).to(self.args.device)
         # With one teacher the files are projector.safetensors and projector.json.
         key = "projector" if len(self.teachers) == 1 else f"projector_{re.sub(r'[^A-Za-z0-9-]+', '_', name)}"
+        key = key if key not in self.projectors else f"{key}_{len(self.projectors)}"
         self.projectors[key] = projector
-        weights = getattr(self.teacher, "weights", [1.0])
-        weight = weights[list(self.teachers).index(name)]
         return KVSource(mapping, projector, KVCapture(model, layers, self.args.kv_positions), weight)
 
     def _probe(

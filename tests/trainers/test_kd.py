@@ -403,7 +403,7 @@ def test_another_vocabulary_of_the_same_size_is_refused_with_examples_and_a_way_
     assert len(other) == len(tokenizer)
     with pytest.raises(ValueError, match="different vocabularies") as error:
         KDTrainer(
-            make_model(), make_model(seed=1), KDConfig(**settings(tmp_path)), rows,
+            make_model(), make_model(seed=1), KDConfig(**settings(tmp_path), cross_tokenizer="error"), rows,
             processing_class=tokenizer, teacher_processing_class=other,
         )  # fmt: skip
     mine, theirs = (tok.convert_ids_to_tokens(range(VOCAB)) for tok in (tokenizer, other))
