@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hf_distill.modeling import whole_state
+
 WEIGHTS, CONFIG = "projector.safetensors", "projector.json"
 
 
@@ -117,14 +119,20 @@ class PCAProjector(nn.Module):
 PROJECTORS = {"mlp": KVProjector, "pca": PCAProjector}
 
 
-def save_projector(projector: KVProjector | PCAProjector, folder: str | PathLike[str]) -> None:
-    """Writes `projector.safetensors` and `projector.json` beside the student's files."""
+def save_projector(
+    projector: KVProjector | PCAProjector, folder: str | PathLike[str], *, is_writer: bool = True
+) -> None:
+    """Writes `projector.safetensors` and `projector.json` beside the student's files.
+
+    Where an engine has split it, all processes have to come here, and one of them writes.
+    """
+    state = whole_state(projector)
+    if not is_writer:
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     kind = next(name for name, kind in PROJECTORS.items() if type(projector) is kind)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}, folder / WEIGHTS
-    )
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps({"projector": kind, **projector.settings}, indent=2), encoding="utf-8")
 
 

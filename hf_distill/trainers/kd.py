@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import Dataset, concatenate_datasets
 from huggingface_hub import ModelCard
 from peft import PeftConfig
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -21,6 +23,7 @@ from hf_distill.modeling import (
     causal_lm,
     check_head,
     expose_hidden_states,
+    gathered,
     keep_4bit_weights,
     label_positions,
     load_balancing_loss,
@@ -28,7 +31,7 @@ from hf_distill.modeling import (
     shared_vocabulary,
 )
 from hf_distill.teachers import Teacher, TeacherSignal
-from hf_distill.teachers.local import LocalTeacher, load_teacher
+from hf_distill.teachers.local import LocalTeacher, is_split, load_teacher
 from hf_distill.trainers.checks import (
     PEEKED_ROWS,
     AnyDataset,
@@ -37,6 +40,7 @@ from hf_distill.trainers.checks import (
     has_label,
     named_datasets,
     refuse_frozen,
+    refuse_lost_processes,
     refuse_missing_checkpoint,
     refuse_no_label,
     refuse_prompt_learning,
@@ -118,6 +122,7 @@ class KDTrainer(SFTTrainer):
         args = KDConfig(output_dir="kd_output") if args is None else args
         if not isinstance(args, KDConfig):
             raise ValueError(f"args has to be a KDConfig, got {type(args).__name__}; KDConfig takes the same fields")
+        refuse_lost_processes(args)
         refuse_sharding(args)
         if teacher_model is None:
             raise ValueError("teacher_model is missing: pass a hub id, a path or a model (SFTTrainer trains without)")
@@ -140,7 +145,8 @@ class KDTrainer(SFTTrainer):
         self.vocab_size = shared_vocabulary(processing_class, teacher_processing_class or processing_class)
         teacher = load_teacher(
             teacher_model,
-            device=args.teacher_device or args.device,
+            device=args.teacher_device,
+            student_device=args.device,
             quantization=args.teacher_quantization,
             trust_remote_code=args.trust_remote_code,
             init_kwargs=args.teacher_model_init_kwargs,  # pyright: ignore[reportArgumentType]
@@ -186,10 +192,17 @@ class KDTrainer(SFTTrainer):
         refuse_vision(student, None)
         refuse_frozen(self.model)
         keep_4bit_weights(student)
-        check_head(student, "student")
+        with gathered(student):
+            check_head(student, "student")
         expose_hidden_states(student)
         refuse_shared_memory(self.model, teacher)
         refuse_split(student)
+        if args.teacher_device == "sharded" or is_split(teacher):
+            self.teacher.shard(self.accelerator)  # pyright: ignore[reportAttributeAccessIssue]
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # FSDP would round the loss, and the sums that are logged, to the dtype of the weights.
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
     # ------------------------------------------------------------------------------------------------- the heart
 
@@ -312,6 +325,12 @@ class KDTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        splits = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if splits and self.model_wrapped is self.model and not isinstance(self.model, FSDPModule):
+            raise ValueError(
+                "FSDP and DeepSpeed prepare a model together with its optimizer, so nothing can be evaluated before the "
+                "training: set eval_on_start=True, or evaluate without them"
+            )
         self._reset_means("eval")
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._pop_means("eval")

@@ -17,7 +17,15 @@ from hf_distill.layer_mapping import Mapping, cka_mapping, layer_mapping, linear
 from hf_distill.losses.feature import FEATURE_LOSSES, centered_cosine, effective_rank
 from hf_distill.losses.fused_linear import Head
 from hf_distill.metrics import TokenMeans
-from hf_distill.modeling import KVCapture, causal_lm, evaluating, kv_widths, label_positions, last_hidden_states
+from hf_distill.modeling import (
+    KVCapture,
+    causal_lm,
+    evaluating,
+    gathered,
+    kv_widths,
+    label_positions,
+    last_hidden_states,
+)
 from hf_distill.report import table
 from hf_distill.teachers import TeacherSignal
 from hf_distill.teachers.local import LocalTeacher
@@ -73,22 +81,27 @@ class KVProjectionTrainer(KDTrainer):
         self._kv_diagnostics: dict[str, TokenMeans] = {}
         super().__init__(model, teacher_model, args, *positional, **kwargs)
         self.student, teacher = causal_lm(self.model), causal_lm(self.teacher.model)
+        if args.projector_freeze_after is not None and self.is_deepspeed_enabled:
+            raise ValueError(
+                "projector_freeze_after has no hold on DeepSpeed's gradients: remove it, or use FSDP2 or DDP"
+            )
         depths = [side.config.get_text_config().num_hidden_layers for side in (self.student, teacher)]
-        if args.kv_layers == "cka":
-            probe = self._probe(*map(range, depths))
-            self.mapping: Mapping = cka_mapping(*[[torch.cat(pair, 1) for pair in side.values()] for side in probe])  # pyright: ignore
-        else:
-            self.mapping = layer_mapping(args.kv_layers, *depths)
-        sources = sorted({layer for teachers in self.mapping.values() for layer in teachers})
-        widths = []
-        for side, layers, name in ((teacher, sources, "teacher"), (self.student, self.mapping, "student")):
-            found = set(kv_widths(side, layers, name, args.kv_positions).values())
-            if len(found) > 1:
-                raise ValueError(
-                    f"the {name}'s mapped layers have keys of widths {sorted(found)}: choose with kv_layers"
-                )
-            widths += found
-        self.projector = self._make_projector(widths[0], widths[1], sources).to(self.args.device)
+        with gathered(self.student):
+            if args.kv_layers == "cka":
+                probe = self._probe(*map(range, depths))
+                self.mapping: Mapping = cka_mapping(*[[torch.cat(pair, 1) for pair in side.values()] for side in probe])  # pyright: ignore
+            else:
+                self.mapping = layer_mapping(args.kv_layers, *depths)
+            sources = sorted({layer for teachers in self.mapping.values() for layer in teachers})
+            widths = []
+            for side, layers, name in ((teacher, sources, "teacher"), (self.student, self.mapping, "student")):
+                found = set(kv_widths(side, layers, name, args.kv_positions).values())
+                if len(found) > 1:
+                    raise ValueError(
+                        f"the {name}'s mapped layers have keys of widths {sorted(found)}: choose with kv_layers"
+                    )
+                widths += found
+            self.projector = self._make_projector(widths[0], widths[1], sources).to(self.args.device)
         self._captures = {
             "student": KVCapture(self.student, self.mapping, args.kv_positions),
             "teacher": KVCapture(teacher, sources, args.kv_positions),
@@ -168,7 +181,11 @@ class KVProjectionTrainer(KDTrainer):
         teacher = KVCapture(causal_lm(self.teacher.model), teacher_layers, self.args.kv_positions)
         with teacher(positions):
             self.teacher(inputs, positions)
-        return [{layer: side.features(layer) for layer in sorted(side.heads)} for side in (student, teacher)]
+        # Before an engine has prepared the student, the two may be on different devices.
+        return [
+            {layer: tuple(part.cpu() for part in side.features(layer)) for layer in sorted(side.heads)}
+            for side in (student, teacher)
+        ]
 
     def _make_projector(self, teacher_width: int, student_width: int, sources: list[int]) -> KVProjector | PCAProjector:
         if self.args.projector == "mlp":
@@ -179,7 +196,7 @@ class KVProjectionTrainer(KDTrainer):
         for index, (layer, teachers) in enumerate(self.mapping.items()):
             for kind in range(2):
                 target = sum(weight * teacher[i][kind] for i, weight in teachers.items())
-                projector.fit(kind, index, target.cpu(), student[layer][kind].cpu())  # pyright: ignore
+                projector.fit(kind, index, target, student[layer][kind])  # pyright: ignore
         return projector
 
     def train(self, *args, **kwargs):
@@ -234,14 +251,18 @@ class KVProjectionTrainer(KDTrainer):
         state_dict = state_dict and {k: v for k, v in state_dict.items() if "kv_projector." not in k}
         with self._detached():
             super()._save(output_dir, state_dict)
-        save_projector(self.projector, output_dir or str(self.args.output_dir))
+        save_projector(self.projector, output_dir or str(self.args.output_dir), is_writer=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.is_fsdp_enabled:  # Its own checkpoints, and DeepSpeed's, hold student and projector together.
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         with self._detached():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_projector(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
         with self._detached():
             super()._load_best_model()
         self._load_projector(str(self.state.best_model_checkpoint))
