@@ -328,8 +328,8 @@ class KDTrainer(SFTTrainer):
         splits = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if splits and self.model_wrapped is self.model and not isinstance(self.model, FSDPModule):
             raise ValueError(
-                "FSDP and DeepSpeed prepare a model together with its optimizer, so nothing can be evaluated before the "
-                "training: set eval_on_start=True, or evaluate without them"
+                "FSDP and DeepSpeed prepare a model together with its optimizer, so nothing can be evaluated before "
+                "the training: set eval_on_start=True, or evaluate without them"
             )
         self._reset_means("eval")
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
