@@ -48,7 +48,7 @@ def run(variant: str, options: argparse.Namespace) -> Measurement:
             trainer, context = KDTrainer(student, teacher, KDConfig(**settings), **tools), nullcontext()
         else:
             trainer = KVProjectionTrainer(student, teacher, KVProjectionConfig(**settings, **changes), **tools)
-            context = trainer._attached()
+            context = trainer.projectors.attached(trainer.student)
         trainer.state.logging_steps = 1000
         batches = iter(trainer.get_train_dataloader())
         taken = [trainer.get_batch_samples(batches, 1, trainer.args.device) for _ in range(options.steps)]

@@ -15,9 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template
 
+from hf_distill.token_alignment import Piece, align, group_numbers
+
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+
+# What only the teachers see of a row or a batch: which of them it is for, and a text that differs from the student's.
+TEACHER_COLUMNS = ("teacher_index", "teacher_input_ids", "teacher_labels", "teacher_attention_mask")
+# With another tokenizer, under names that begin with `teacher_<index>_`: the teacher's tokens, and for each token of
+# both sides the number of its group, -1 for none; how many of the student's tokens face exactly one of the teacher's.
+OWN_COLUMNS = ("input_ids", "labels", "groups", "student_groups", "exact")
 
 
 class PromptCollator:
@@ -216,6 +224,127 @@ class LUPICollator:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+class TeacherColumnsCollator:
+    """Adds `TEACHER_COLUMNS` to the batches of another collator, padded on the right.
+
+    Args:
+        collator: makes batches of `input_ids` and `labels`, row by row; not one that joins rows.
+        num_teachers (`int`): how many may have tokens of their own.
+    """
+
+    def __init__(self, collator: Any, num_teachers: int = 1) -> None:
+        self.collator = collator
+        self.num_teachers = num_teachers
+
+    def __call__(self, rows: Sequence[Row]) -> Row:
+        """A batch. `ValueError` for a row with other label-bearing tokens for the teacher than for the student."""
+        batch = self.collator([{k: v for k, v in row.items() if not k.startswith("teacher_")} for row in rows])
+        for index in range(self.num_teachers):
+            if f"teacher_{index}_input_ids" in rows[0]:
+                batch |= _own_tokens(rows, index)
+        if "teacher_index" in rows[0]:
+            batch["teacher_index"] = torch.tensor([row["teacher_index"] for row in rows])
+        if "teacher_input_ids" in rows[0]:
+            for row in rows:
+                sides = [[i for i in row[name][1:] if i != -100] for name in ("labels", "teacher_labels")]
+                if sides[0] != sides[1]:
+                    raise ValueError(
+                        f"a row has {len(sides[0])} label-bearing tokens for the student and {len(sides[1])} for the "
+                        "teacher, or others: both have to end with the same completion"
+                    )
+            ids, mask = _pad([row["teacher_input_ids"] for row in rows], 0, "right")
+            batch |= {"teacher_input_ids": ids, "teacher_attention_mask": mask.long()}
+            batch["teacher_labels"], _ = _pad([row["teacher_labels"] for row in rows], -100, "right")
+        return batch
+
+
+def with_teacher_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, dataset_name: str) -> Row:
+    """What the teacher reads of a tokenised row: its `teacher_prompt`, if there is one, before the same completion.
+
+    Raises:
+        `ValueError`: the row has no prompt that the teacher's could stand for.
+    """
+    ids, labels = row["input_ids"], row["labels"]
+    if row.get("teacher_prompt"):
+        start = next(i for i, label in enumerate(labels) if label != -100)
+        if start == 0:
+            raise ValueError(
+                f"a row of the {dataset_name} dataset has a 'teacher_prompt', but no prompt that it could stand for: "
+                "it needs 'prompt' and 'completion'"
+            )
+        name = f"a row of the {dataset_name} dataset"
+        prompt = PromptCollator(tokenizer).encode({"prompt": row["teacher_prompt"]}, name)["teacher_prompt_ids"]
+        ids, labels = prompt + ids[start:], [-100] * len(prompt) + labels[start:]
+    return {"teacher_input_ids": ids, "teacher_labels": labels}
+
+
+def with_own_tokens(
+    row: Row,
+    *,
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    student_tokenizer: PreTrainedTokenizerBase,
+    pieces: tuple[Sequence[Piece | None], Sequence[Piece | None]],
+) -> Row:
+    """What the `index`-th teacher reads of a tokenised row, and which of its tokens cover which of the student's.
+
+    Conversations go through the teacher's own chat template; only what was said is compared. Groups count whose tokens
+    all bear a label and are predicted by another token.
+    """
+    student_ids, labels = row["input_ids"], row["labels"]
+    ids: Any
+    messages = _messages(row)
+    if messages is None:
+        text = student_tokenizer.decode(student_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = tokenizer(text)["input_ids"]
+        if student_ids[-1] == student_tokenizer.eos_token_id and ids[-1:] != [tokenizer.eos_token_id]:  # pyright: ignore
+            ids = [*ids, tokenizer.eos_token_id]
+        contents = None
+    else:
+        ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]  # pyright: ignore
+        contents = [message["content"] for message in messages]
+    sides = [
+        ["" if side[i] is None else side[i] for i in tokens]
+        for side, tokens in zip(pieces, (student_ids, ids), strict=True)
+    ]
+    groups = align(sides[0], sides[1], contents)
+    student_groups, teacher_groups = group_numbers(groups)
+    out = {group for group, label in zip(student_groups, [-100, *labels[1:]], strict=True) if label == -100}
+    out |= {-1, *teacher_groups[:1]}
+    kept = [k for k, group in enumerate(groups) if k not in out and group.comparable]
+    view = {
+        "input_ids": ids,
+        "labels": [-100 if group in out else token for token, group in zip(ids, teacher_groups, strict=True)],  # pyright: ignore
+        "groups": [-1 if group in out else group for group in teacher_groups],
+        "student_groups": [-1 if group in out else group for group in student_groups],
+        "exact": sum(len(groups[k].student) == len(groups[k].teacher) == 1 for k in kept),
+    }
+    return {f"teacher_{index}_{name}": value for name, value in view.items()}
+
+
+def _messages(row: Row) -> list[dict[str, str]] | None:
+    """The conversation that a row is, None for plain text."""
+    if row.get("messages"):
+        return row["messages"]
+    parts = row.get("prompt"), row.get("completion")
+    return [turn for part in parts for turn in part] if all(isinstance(part, list) for part in parts) else None  # pyright: ignore
+
+
+def _own_tokens(rows: Sequence[Row], index: int) -> dict[str, Tensor]:
+    """The columns of [`with_own_tokens`] as tensors (B, T) and (B, Tt), padded on the right; `exact` is (B,)."""
+    columns = {name: [row[f"teacher_{index}_{name}"] for row in rows] for name in OWN_COLUMNS}
+    start = 0
+    for student_groups, groups in zip(columns["student_groups"], columns["groups"], strict=True):
+        for side in (student_groups, groups):
+            side[:] = [group + start if group >= 0 else -1 for group in side]
+        start = max([start, *(group + 1 for group in groups)])
+    padding = {"input_ids": 0, "labels": -100, "groups": -1, "student_groups": -1}
+    batch = {name: _pad(columns[name], value, "right")[0] for name, value in padding.items()}
+    batch["attention_mask"] = _pad(columns["input_ids"], 0, "right")[1].long()
+    batch["exact"] = torch.tensor(columns["exact"])
+    return {f"teacher_{index}_{name}": tensor for name, tensor in batch.items()}
 
 
 def encoded(collator: Any, row: Row, index: int) -> Row:

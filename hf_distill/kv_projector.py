@@ -1,6 +1,8 @@
-"""The teacher's keys and values, brought to the student's width."""
+"""From one side's width to the other's: the teacher's keys and values, the student's hidden states."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -9,8 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_distill.modeling import whole_state
-
-WEIGHTS, CONFIG = "projector.safetensors", "projector.json"
 
 
 class KVProjector(nn.Module):
@@ -116,13 +116,30 @@ class PCAProjector(nn.Module):
         self.teacher_mean[kind, layer], self.student_mean[kind, layer] = teacher_mean, student_mean  # pyright: ignore
 
 
-PROJECTORS = {"mlp": KVProjector, "pca": PCAProjector}
+class HiddenProjector(nn.Module):
+    """One linear map per mapped layer, from the student's hidden size to the teacher's (TinyBERT, 1909.10351, eq. 8).
+
+    It is trained, and cannot collapse: what it is compared with is the teacher's own hidden states.
+    """
+
+    def __init__(self, student_width: int, teacher_width: int, num_layers: int = 1) -> None:
+        super().__init__()
+        self.settings = {"student_width": student_width, "teacher_width": teacher_width, "num_layers": num_layers}
+        self.maps = nn.ModuleList(nn.Linear(student_width, teacher_width) for _ in range(num_layers))
+
+    def forward(self, hidden: Tensor, layer: int = 0) -> Tensor:
+        """Hidden states (..., student_width) of the `layer`-th mapped layer, as (..., teacher_width)."""
+        return self.maps[layer](hidden)
+
+
+PROJECTORS = {"mlp": KVProjector, "pca": PCAProjector}  # of keys and values
+_KINDS = {**PROJECTORS, "linear": HiddenProjector}
 
 
 def save_projector(
-    projector: KVProjector | PCAProjector, folder: str | PathLike[str], *, is_writer: bool = True
+    projector: nn.Module, folder: str | PathLike[str], name: str = "projector", *, is_writer: bool = True
 ) -> None:
-    """Writes `projector.safetensors` and `projector.json` beside the student's files.
+    """Writes `<name>.safetensors` and `<name>.json` beside the student's files.
 
     Where an engine has split it, all processes have to come here, and one of them writes.
     """
@@ -131,21 +148,79 @@ def save_projector(
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    kind = next(name for name, kind in PROJECTORS.items() if type(projector) is kind)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps({"projector": kind, **projector.settings}, indent=2), encoding="utf-8")
+    kind = next(kind for kind, of in _KINDS.items() if type(projector) is of)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / f"{name}.safetensors")
+    settings = {"projector": kind, **projector.settings}  # pyright: ignore[reportGeneralTypeIssues]
+    (folder / f"{name}.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
-def load_projector(folder: str | PathLike[str]) -> KVProjector | PCAProjector:
+def load_projector(folder: str | PathLike[str], name: str = "projector") -> nn.Module:
     """The projector that `save_projector` wrote.
 
     Raises:
-        `ValueError`: the folder has none.
+        `ValueError`: the folder has none of this name.
     """
-    folder = Path(folder)
-    if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
-        raise ValueError(f"{folder} has no {WEIGHTS} and {CONFIG}")
-    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    projector = PROJECTORS[settings.pop("projector")](**settings)
-    projector.load_state_dict(load_file(folder / WEIGHTS))
+    weights, config = (Path(folder) / f"{name}.{extension}" for extension in ("safetensors", "json"))
+    if not config.exists() or not weights.exists():
+        raise ValueError(f"{folder} has no {weights.name} and {config.name}: it is not of a run with this projector")
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    projector = _KINDS[settings.pop("projector")](**settings)
+    projector.load_state_dict(load_file(weights))
     return projector
+
+
+class Projectors(nn.ModuleDict):
+    """The projectors of a run by name: parts of the student while it trains, never of what is saved of it.
+
+    So they are zeroed, clipped, reduced and moved with the student; by themselves they would drift between processes.
+    """
+
+    @contextmanager
+    def attached(self, student: nn.Module) -> Iterator[None]:
+        """Within it they are a submodule of the student, where there are any."""
+        if len(self):
+            student.projectors = self
+        try:
+            yield
+        finally:
+            if len(self):
+                del student.projectors
+
+    @contextmanager
+    def detached(self, student: nn.Module) -> Iterator[None]:
+        """Within it they are not, whatever they are outside."""
+        attached = hasattr(student, "projectors")
+        if attached:
+            del student.projectors
+        try:
+            yield
+        finally:
+            if attached:
+                student.projectors = self
+
+    def without(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The entries of a student's state that are not theirs."""
+        return {key: tensor for key, tensor in state_dict.items() if "projectors." not in key}
+
+    def save(self, folder: str | PathLike[str], *, is_writer: bool = True) -> None:
+        """Writes each beside the student's files."""
+        for name, projector in self.items():
+            save_projector(projector, folder, name, is_writer=is_writer)
+
+    def load(self, folder: str | PathLike[str]) -> None:
+        """Reads back what `save` wrote.
+
+        Raises:
+            `ValueError`: one of them is missing there.
+        """
+        for name, projector in self.items():
+            projector.load_state_dict(load_projector(folder, name).state_dict())
+
+    def give_own_group(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+        """Takes their parameters out of the optimizer's groups into new ones with a learning rate of their own."""
+        own = {id(parameter) for parameter in self.parameters()}
+        for group in list(optimizer.param_groups):
+            mine = [parameter for parameter in group["params"] if id(parameter) in own]
+            if mine:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+                optimizer.add_param_group({**group, "params": mine, "lr": learning_rate})

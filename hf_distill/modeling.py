@@ -49,10 +49,10 @@ def embedding_weight(model: PreTrainedModel) -> Tensor:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model wants its inputs; of an offloaded one, whose weights are elsewhere, where it is computed."""
-    layer = model.get_input_embeddings()
-    if layer.weight.device.type != "meta":
-        return layer.weight.device
-    return torch.device(layer._hf_hook.execution_device)
+    weight = embedding_weight(model)
+    if weight.device.type != "meta":
+        return weight.device
+    return torch.device(model.get_input_embeddings()._hf_hook.execution_device)  # pyright: ignore
 
 
 def num_token_ids(model: PreTrainedModel) -> int:
@@ -92,7 +92,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 def head_layer(model: PreTrainedModel) -> nn.Module:
     """The layer whose weight `head_of` takes; of a head that PEFT trains (`modules_to_save`) its own copy."""
-    layer = model.get_output_embeddings()
+    layer: nn.Module = model.get_output_embeddings()  # pyright: ignore[reportAssignmentType]
     return next((part for part in layer.modules() if part._parameters.get("weight") is layer.weight), layer)
 
 

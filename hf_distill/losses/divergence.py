@@ -125,6 +125,17 @@ def adaptive_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, head: floa
     return torch.lerp(reverse, forward, weight), torch.lerp(reverse_gradient, forward_gradient, weight)
 
 
+def taid(student_log_probs: Tensor, teacher_log_probs: Tensor, t: float = 0.5) -> Terms:
+    """KL(m || student), `m` in proportion to `p_student^(1-t) * p_teacher^t`, `t` in [0, 1]: TAID (2501.16937, eq. 3).
+
+    `m` lies between student and teacher, as a mean of their logits, and carries no gradient. With `t` rising to 1 over
+    the training, the student follows a teacher that is never far ahead of it.
+    """
+    _require(0 <= t <= 1, f"taid needs t in [0, 1], got {t}")
+    log_target = torch.lerp(student_log_probs, teacher_log_probs, t).log_softmax(-1)
+    return forward_kl(student_log_probs, log_target)
+
+
 DIVERGENCE_TERMS: dict[str, Callable[..., Terms]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -134,6 +145,7 @@ DIVERGENCE_TERMS: dict[str, Callable[..., Terms]] = {
     "total_variation": total_variation,
     "alpha_beta": alpha_beta,
     "adaptive_kl": adaptive_kl,
+    "taid": taid,
 }
 
 

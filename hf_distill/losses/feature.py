@@ -69,7 +69,33 @@ def normalized_l1_loss(
     return loss.sum() / _divisor(mask, num_items), _mean(_cosine(student, teacher, eps)[0])
 
 
+def cosine_loss(
+    student_kv: Tensor, teacher_kv: Tensor, mask: Tensor, *, num_items: int | float | Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One minus the cosine, as DistilBERT compares hidden states (1910.01108); as [`mercator_loss`] otherwise."""
+    return mercator_loss(student_kv, teacher_kv, mask, magnitude_weight=0.0, num_items=num_items)
+
+
+def normalized_mse_loss(
+    student_kv: Tensor,
+    teacher_kv: Tensor,
+    mask: Tensor,
+    *,
+    num_items: int | float | Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """The squared distance in units of the teacher's squared length, `|s - t|^2 / |t|^2`; 1 for a student at 0.
+
+    Layers of a network differ in scale by orders of magnitude; here each counts the same. As [`mercator_loss`]
+    otherwise.
+    """
+    student, teacher = _at(mask, student_kv, teacher_kv)
+    loss = (student - teacher).square().sum(-1) / teacher.detach().square().sum(-1).clamp(min=eps)
+    return loss.sum() / _divisor(mask, num_items), _mean(_cosine(student, teacher, eps)[0])
+
+
 FEATURE_LOSSES = {"mercator": mercator_loss, "mse": mse_loss, "normalized_l1": normalized_l1_loss}
+HIDDEN_LOSSES = {"mse": mse_loss, "cosine": cosine_loss, "normalized_mse": normalized_mse_loss}
 
 
 def _at(mask: Tensor, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,15 @@
 The logits of a language model, (N, V), are its largest tensor by far: 1,024 positions of a 152k-row vocabulary are
 0.6 GB in float32, and a plain distillation loss holds ten of them. Here they exist for one chunk of positions at a
 time. The gradient is computed in the forward pass, while a chunk's logits are at hand, so nothing is projected twice:
-three matrix products for the student and one for the teacher are all there is.
+three matrix products for the student and one for each teacher are all there is.
 
-Shapes: N label-bearing positions, Ds and Dt hidden widths, V vocabulary. Losses are in nats.
+Shapes: N label-bearing positions, Ds and Dt hidden widths, V vocabulary, K teachers. Losses are in nats.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ CACHE_BLOCK = 2**19
 # Rows of a head that are multiplied at a time: on the CPU what stays in the cache (an eighth faster than the whole head
 # for chunks of 192 positions), on CUDA the whole head, unless it has to be converted to another dtype.
 HEAD_ROWS = {"cpu": 2**11, "cuda": 2**14}
+
+COMBINATIONS = ("mixture", "sum")
 
 
 class DistillationLoss(NamedTuple):
@@ -95,11 +98,13 @@ class Head(NamedTuple):
         return gradient if self.logit_scale == 1 else gradient * self.logit_scale
 
 
-def head_options(student: Head, teacher: Head) -> dict[str, Tensor | float | None]:
-    """What two heads have beside their weights, as keyword arguments of [`fused_linear_distillation_loss`]."""
-    names = ("bias", "logit_scale", "softcap")
-    sides = {"student": student, "teacher": teacher}
-    return {f"{side}_{name}": getattr(head, name) for side, head in sides.items() for name in names}
+class TeacherSignal(NamedTuple):
+    """What a teacher says at N positions, on the device of the loss."""
+
+    hidden: Tensor  # (N, Dt), last hidden states, without gradient
+    head: Head  # turns them into logits
+    weight: float | Tensor = 1.0  # its share among several teachers, or one (N,) for each position
+    layers: Mapping[int, Tensor] | None = None  # (N, Dt) of the inner layers asked for
 
 
 def fused_linear_distillation_loss(
@@ -154,33 +159,77 @@ def fused_linear_distillation_loss(
     Raises:
         `ValueError`: shapes that do not fit, an unknown divergence or parameter, a number out of its range.
     """
+    student = Head(student_head, student_bias, student_logit_scale, student_softcap)
+    teacher = Head(teacher_head, teacher_bias, teacher_logit_scale, teacher_softcap)
+    if vocab_size is None and len(teacher_head) != len(student_head):
+        raise ValueError(
+            f"the student's head has {len(student_head)} rows and the teacher's {len(teacher_head)}: pass vocab_size, "
+            "the number of tokens that both tokenizers share"
+        )
+    return fused_distillation_loss(
+        student_hidden, student, [TeacherSignal(teacher_hidden, teacher)], labels,
+        kd_weight=kd_weight, temperature=temperature, divergence=divergence, divergence_params=divergence_params,
+        token_weights=token_weights, num_items=num_items, vocab_size=vocab_size, chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+def fused_distillation_loss(
+    student_hidden: Tensor,
+    student: Head,
+    teachers: Sequence[TeacherSignal],
+    labels: Tensor,
+    *,
+    combination: str = "mixture",
+    kd_weight: float = 0.5,
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    divergence_params: dict | None = None,
+    token_weights: Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    compiled: bool = True,
+) -> DistillationLoss:
+    """[`fused_linear_distillation_loss`] for whole heads and any number of teachers; never holds the logits of two.
+
+    Args:
+        student_hidden (`torch.Tensor` of shape `(N, Ds)`), student (`Head`): the student's side.
+        teachers (sequence of `TeacherSignal`):
+            Weights are taken as they are: over all teachers of a position they have to sum to 1.
+        combination (`str`):
+            "mixture": one divergence, to the mixture of the teachers' distributions (each at the temperature).
+            "sum": the weighted sum of the divergences to each of them; the weights are numbers then. For `forward_kl`
+            both have the same gradient, because they differ by a constant.
+        vocab_size (`int`, *optional*): by default the rows of the smallest head.
+        compiled (`bool`): on CUDA, whether to compile the element-wise part; anew whenever a number below changes.
+        labels, kd_weight, temperature, divergence, divergence_params, token_weights, num_items, chunk_size:
+            As in [`fused_linear_distillation_loss`].
+
+    Raises:
+        `ValueError`: as there, or an unknown combination.
+    """
     params = check_divergence(divergence, divergence_params)
     num_rows = student_hidden.shape[0]
     if vocab_size is None:
-        vocab_size = student_head.shape[0]
-        if teacher_head.shape[0] != vocab_size:
-            raise ValueError(
-                f"the student's head has {vocab_size} rows and the teacher's {teacher_head.shape[0]}: pass vocab_size, "
-                "the number of tokens that both tokenizers share"
-            )
+        vocab_size = min(len(student.weight), *(len(teacher.head.weight) for teacher in teachers))
+    if combination not in COMBINATIONS:
+        raise ValueError(f"combination has to be one of {', '.join(COMBINATIONS)}, got {combination!r}")
     _check_arguments(
-        student_hidden, student_head, teacher_hidden, teacher_head, labels, token_weights,
-        kd_weight, temperature, vocab_size, chunk_size,
-    )  # fmt: skip
+        student_hidden, student, teachers, labels, token_weights, kd_weight, temperature, vocab_size, chunk_size
+    )
     if chunk_size is None:
         chunk_size = default_chunk_size(student_hidden.device, vocab_size)
     if num_items is None:
         num_items = max(num_rows, 1)
-
-    student = Head(student_head, student_bias, student_logit_scale, student_softcap).truncated(vocab_size)
-    teacher = Head(teacher_head, teacher_bias, teacher_logit_scale, teacher_softcap).truncated(vocab_size)
+    whole, student = student, student.truncated(vocab_size)
+    teachers = [t._replace(hidden=t.hidden.detach(), head=t.head.truncated(vocab_size)) for t in teachers]
     factor = kd_weight * temperature_factor(divergence, temperature)
     if token_weights is None:
         token_weights = student_hidden.new_ones(num_rows, dtype=torch.float32)
     objective = _Objective(DIVERGENCE_TERMS[divergence], params, factor, 1 - kd_weight, temperature)
     loss, sums = _FusedLinearDistillation.apply(
-        student_hidden, student_head, student_bias, teacher_hidden.detach(), labels, token_weights.detach(),
-        student, teacher, objective, num_items, chunk_size, torch.is_grad_enabled(),
+        student_hidden, whole.weight, whole.bias, labels, token_weights.detach(), student,
+        _passes(teachers, combination), objective, num_items, chunk_size, compiled, torch.is_grad_enabled(),
     )  # fmt: skip
     return DistillationLoss(loss, *sums[1:].unbind())
 
@@ -189,6 +238,13 @@ def default_chunk_size(device: torch.device, vocab_size: int) -> int:
     """How many positions' logits fit `CHUNK_BYTES` in float32: a multiple of 64, which products are fastest with."""
     rows = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
     return rows if rows < 64 else rows - rows % 64
+
+
+def _passes(teachers: list[TeacherSignal], combination: str) -> list[tuple[float, list[TeacherSignal]]]:
+    """Weights that sum to 1, and of which teachers' mixture each of them weighs the divergence."""
+    if combination == "mixture" or len(teachers) == 1:
+        return [(1.0, teachers)]
+    return [(float(teacher.weight), [teacher]) for teacher in teachers]
 
 
 class _Objective(NamedTuple):
@@ -252,15 +308,46 @@ def _compiled_differentiate_() -> Callable[..., Tensor]:
     return torch.compile(_differentiate_)
 
 
-def _differentiate_chunk_(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, token_weights: Tensor, *rest):
+def _differentiate_chunk_(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, token_weights: Tensor, *rest, compiled: bool
+) -> Tensor:
     """`_differentiate_` at the speed of the device: fused kernels on CUDA, blocks that fit the cache on the CPU."""
     device = student_logits.device.type
     if device != "cpu":
-        differentiate = _compiled_differentiate_() if device == "cuda" else _differentiate_
+        differentiate = _compiled_differentiate_() if device == "cuda" and compiled else _differentiate_
         return differentiate(student_logits, teacher_logits, labels, token_weights, *rest)
     rows = max(1, CACHE_BLOCK // student_logits.shape[1])
     blocks = zip(*(x.split(rows) for x in (student_logits, teacher_logits, labels, token_weights)), strict=True)
     return torch.stack([_differentiate_(*block, *rest) for block in blocks]).sum(0)
+
+
+def _mix_(out: Tensor, chunk: slice, teachers: list[TeacherSignal], temperature: float, scratch: Tensor | None) -> Head:
+    """Overwrites `out` (n, V) with the teachers' logits at a chunk of positions; returns the head that finishes them.
+
+    Of several teachers they are such that their softmax at the temperature is the mixture. `scratch` (n, V) holds the
+    logits of one of them at a time.
+    """
+    if len(teachers) == 1:
+        hidden, head = teachers[0].hidden, teachers[0].head
+        head.project_(out, hidden[chunk].to(head.product_dtype(hidden)))
+        return head
+    assert scratch is not None
+    out.fill_(-torch.inf)
+    for teacher in teachers:
+        hidden, head, weight = teacher.hidden[chunk], teacher.head, teacher.weight
+        if isinstance(weight, Tensor):
+            weight = weight[chunk]
+            rows = weight.nonzero().squeeze(1)  # where a teacher has no say, it is not asked
+            hidden, log_weight = hidden[rows], weight[rows].log().unsqueeze(1)
+        else:
+            rows, log_weight = slice(None), math.log(weight) if weight else -torch.inf
+        logits = scratch[: len(hidden)]
+        head.project_(logits, hidden.to(head.product_dtype(hidden)))
+        logits = head.finish_logits_(logits).div_(temperature)
+        logits.sub_(logits.logsumexp(-1, keepdim=True) - log_weight)
+        out[rows] = torch.logaddexp(out[rows], logits)
+    out.mul_(temperature)
+    return Head(teachers[0].head.weight)
 
 
 def _add_product_(out: Tensor, left: Tensor, right: Tensor, *, beta: int = 1) -> None:
@@ -276,42 +363,54 @@ class _FusedLinearDistillation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, student_hidden, student_head, student_bias, teacher_hidden, labels, token_weights,
-        student: Head, teacher: Head, objective: _Objective, num_items, chunk_size: int, grad_enabled: bool,
+        ctx, student_hidden, student_head, student_bias, labels, token_weights, student: Head, passes,
+        objective: _Objective, num_items, chunk_size: int, compiled: bool, grad_enabled: bool,
     ):  # fmt: skip
         needs_hidden, needs_head, needs_bias = (needed and grad_enabled for needed in ctx.needs_input_grad[:3])
-        dtype, teacher_dtype = student.product_dtype(student_hidden), teacher.product_dtype(teacher_hidden)
+        dtype = student.product_dtype(student_hidden)
         sum_dtype = torch.promote_types(dtype, torch.float32)
         num_rows, vocab_size = student_hidden.shape[0], student.weight.shape[0]
 
         def zeros(needed: bool, like: Tensor | None) -> Tensor | None:
             return torch.zeros_like(like, dtype=sum_dtype) if needed and like is not None else None
 
+        def buffer(needed: bool = True) -> Any:
+            shape = min(chunk_size, num_rows), vocab_size
+            return student_hidden.new_empty(shape, dtype=sum_dtype) if needed else None
+
         grad_hidden = zeros(needs_hidden, student_hidden)
         grad_head, grad_bias = zeros(needs_head, student_head), zeros(needs_bias, student_bias)
-        student_buffer = student_hidden.new_empty(min(chunk_size, num_rows), vocab_size, dtype=sum_dtype)
-        teacher_buffer = torch.empty_like(student_buffer)
+        # Of several passes, one overwrites a copy of the student's products, and their gradients are summed.
+        buffers = buffer(), buffer(), *(buffer(len(passes) > 1) for _ in range(2)), buffer(len(passes[0][1]) > 1)
         sums = student_hidden.new_zeros(5, dtype=sum_dtype)
 
         with torch.autocast(student_hidden.device.type, enabled=False):
             for start in range(0, num_rows, chunk_size):
                 chunk = slice(start, min(start + chunk_size, num_rows))
                 hidden = student_hidden[chunk].to(dtype)  # (n, Ds)
-                student_logits, teacher_logits = (x[: len(hidden)] for x in (student_buffer, teacher_buffer))  # (n, V)
-                student.project_(student_logits, hidden)
-                teacher.project_(teacher_logits, teacher_hidden[chunk].to(teacher_dtype))
-                sums += _differentiate_chunk_(
-                    student_logits, teacher_logits, labels[chunk], token_weights[chunk].to(sum_dtype),
-                    student, teacher, objective,
-                )  # fmt: skip
-                gradient = student_logits.to(dtype)  # (n, V)
+                rows: Any = (x if x is None else x[: len(hidden)] for x in buffers)
+                logits, teacher_logits, products, total, scratch = rows  # (n, V) each
+                student.project_(logits if products is None else products, hidden)
+                for index, (weight, teachers) in enumerate(passes):
+                    if products is not None:
+                        logits.copy_(products)
+                    head = _mix_(teacher_logits, chunk, teachers, objective.temperature, scratch)
+                    found = _differentiate_chunk_(
+                        logits, teacher_logits, labels[chunk], token_weights[chunk].to(sum_dtype), student, head,
+                        objective, compiled=compiled,
+                    )  # fmt: skip
+                    sums += weight * found
+                    if total is not None:
+                        torch.mul(logits, weight, out=total) if index == 0 else total.add_(logits, alpha=weight)
+                logits = logits if total is None else total
+                gradient = logits.to(dtype)  # (n, V)
                 if grad_hidden is not None:
                     for part, weight in student.weight_slices(dtype):
                         _add_product_(grad_hidden[chunk], gradient[:, part], weight)
                 if grad_head is not None:
                     _add_product_(grad_head[:vocab_size], gradient.t(), hidden)
                 if grad_bias is not None:
-                    grad_bias[:vocab_size] += student_logits.sum(0)
+                    grad_bias[:vocab_size] += logits.sum(0)
 
         ctx.gradients, ctx.num_items = (grad_hidden, grad_head, grad_bias), num_items
         ctx.dtypes = [None if x is None else x.dtype for x in (student_hidden, student_head, student_bias)]
@@ -332,11 +431,11 @@ class _FusedLinearDistillation(torch.autograd.Function):
 
 
 def _check_arguments(
-    student_hidden, student_head, teacher_hidden, teacher_head, labels, token_weights,
-    kd_weight, temperature, vocab_size, chunk_size,
-) -> None:  # fmt: skip
+    student_hidden, student, teachers, labels, token_weights, kd_weight, temperature, vocab_size, chunk_size
+) -> None:
     num_rows = student_hidden.shape[0]
-    for side, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
+    sides = [("student", student_hidden, student.weight), *(("teacher", t.hidden, t.head.weight) for t in teachers)]
+    for side, hidden, head in sides:
         if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
             raise ValueError(
                 f"{side}_hidden has to be (N, D) and {side}_head (V, D), "
@@ -344,7 +443,8 @@ def _check_arguments(
             )
         if not 0 < vocab_size <= head.shape[0]:
             raise ValueError(f"vocab_size={vocab_size} does not fit {side}_head, which has {head.shape[0]} rows")
-    for name, tensor in (("teacher_hidden", teacher_hidden), ("labels", labels), ("token_weights", token_weights)):
+    lengths = {"labels": labels, "token_weights": token_weights}
+    for name, tensor in [*(("teacher_hidden", t.hidden) for t in teachers), *lengths.items()]:
         if tensor is not None and tensor.shape[0] != num_rows:
             raise ValueError(f"{name} has {tensor.shape[0]} rows, student_hidden has {num_rows}")
     if not 0 <= kd_weight <= 1:

@@ -1,17 +1,16 @@
 """Where the teacher's signal comes from."""
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
-from hf_distill.losses.fused_linear import Head
+from hf_distill.losses.cross_tokenizer import AlignedSignal
+from hf_distill.losses.fused_linear import TeacherSignal
 
+__all__ = ["Signal", "Teacher"]
 
-class TeacherSignal(NamedTuple):
-    """What a teacher says at the label-bearing positions of a batch, on the device that asked for it."""
-
-    hidden: Tensor  # (N, Dt), last hidden states, without gradient
-    head: Head  # turns them into logits
+Signal = TeacherSignal | AlignedSignal
 
 
 class Teacher(Protocol):
@@ -19,6 +18,9 @@ class Teacher(Protocol):
 
     name: str  # for model cards and logs
 
-    def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> TeacherSignal:
-        """The signal at flat `positions` (N,) of a batch's (B * T); `inputs` are what the forward takes."""
+    def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> Sequence[Signal]:
+        """The signals at flat `positions` (N,) of a batch's (B * T); `inputs` are what the forward takes.
+
+        One signal per model; where there are several, they carry their weights.
+        """
         ...

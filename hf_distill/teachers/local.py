@@ -1,36 +1,39 @@
-"""A teacher in this process: any dtype, 4-bit, on the student's device or on another one."""
+"""A teacher in this process: any dtype, 4-bit, on the student's device or on another one, or the student's own base."""
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator, cpu_offload, dispatch_model, infer_auto_device_map
 from accelerate.utils import DistributedType, align_module_device, fsdp2_prepare_model
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import is_bitsandbytes_available
 from trl.models import prepare_deepspeed
 
+from hf_distill.losses.fused_linear import Head, TeacherSignal
 from hf_distill.modeling import (
     causal_lm,
     check_head,
+    evaluating,
     gathered,
     head_layer,
     head_of,
     input_device,
     keep_4bit_weights,
-    last_hidden_states,
     num_token_ids,
     select_positions,
 )
-from hf_distill.teachers import TeacherSignal
 from hf_distill.teachers.placement import teacher_devices
 
 logger = logging.getLogger(__name__)
 
+BASE = "base"  # the name of a teacher that is the student's own base model
 QUANTIZATIONS = ("4bit", "8bit")
 
 
@@ -46,7 +49,7 @@ class LocalTeacher:
 
     def __init__(self, model: PreTrainedModel, signal_device: torch.device) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.name = _public_name(model)
+        self.name = public_name(model)
         self._causal_lm = causal_lm(model)
         keep_4bit_weights(model)  # A teacher is left as it came.
         with gathered(self._causal_lm), align_module_device(head_layer(self._causal_lm)):
@@ -55,6 +58,7 @@ class LocalTeacher:
             copy = is_split(model)  # The weight itself is taken away again.
             bias = None if head.bias is None else head.bias.to(signal_device, copy=copy)
             self.head = head._replace(weight=head.weight.to(signal_device, copy=copy), bias=bias)
+        self.layers: tuple[int, ...] = ()  # inner layers whose output is part of the signal
 
     def shard(self, accelerator: Accelerator) -> None:
         """Splits the model over all processes, with the student's engine. The copy of its head stays whole."""
@@ -65,14 +69,67 @@ class LocalTeacher:
             fsdp2_prepare_model(accelerator, backbone)  # pyright: ignore[reportArgumentType]
 
     @torch.no_grad()
-    def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> TeacherSignal:
+    def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> list[TeacherSignal]:
         self.model.eval()
         device, size = input_device(self._causal_lm), num_token_ids(self._causal_lm)
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        inputs = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+            if not name.startswith("teacher_")  # what others read
+        }
         # The student's padding token may be one that the teacher has no embedding for.
         inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] >= size, 0)
-        hidden = last_hidden_states(self._causal_lm, **inputs)
-        return TeacherSignal(select_positions(hidden, positions), self.head)
+        return [signal_of(self._causal_lm, self.head, inputs, positions, self.layers)]
+
+
+class BaseTeacher:
+    """The base model of a student with adapters, which are switched off while it is asked: no second copy in memory.
+
+    Args:
+        student (`PeftModel`): trained in its adapters alone.
+
+    Raises:
+        `ValueError`: the student has no adapters, or trains parameters of its base model.
+    """
+
+    def __init__(self, student: Any) -> None:
+        if not isinstance(student, PeftModel):
+            raise ValueError("teacher_model='base' needs a student with adapters: pass a peft_config")
+        prefix = student.base_model.prefix
+        if trained := [n for n, p in student.named_parameters() if p.requires_grad and prefix not in n]:
+            raise ValueError(
+                f"teacher_model='base' needs a base model that stays as it is, but {trained[0]} is trained: remove "
+                "modules_to_save and bias from the peft_config, or pass the teacher by name"
+            )
+        self.model = student
+        self.name = f"{public_name(causal_lm(student))} without adapters"
+        self.layers: tuple[int, ...] = ()
+
+    @property
+    def head(self) -> Head:
+        return head_of(causal_lm(self.model))
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> list[TeacherSignal]:
+        with evaluating(self.model), self.model.disable_adapter():
+            return [signal_of(causal_lm(self.model), self.head, inputs, positions, self.layers)]
+
+
+def signal_of(
+    model: PreTrainedModel,
+    head: Head,
+    inputs: dict[str, Tensor],
+    positions: Tensor,
+    layers: Sequence[int],
+) -> TeacherSignal:
+    """What a model says at flat `positions` (N,) of a batch, on the model's device."""
+    outputs = model.base_model(**inputs, use_cache=False, **({"output_hidden_states": True} if layers else {}))
+
+    def at_positions(hidden: Tensor) -> Tensor:
+        return select_positions(hidden, positions)
+
+    inner = {layer: at_positions(outputs.hidden_states[layer + 1]) for layer in layers}
+    return TeacherSignal(at_positions(outputs.last_hidden_state), head, layers=inner)
 
 
 def load_teacher(
@@ -210,7 +267,8 @@ def _quantization_config(quantization: str, device: torch.device) -> BitsAndByte
     )
 
 
-def _public_name(model: PreTrainedModel) -> str:
-    name = model.config.name_or_path or ""
+def public_name(model: str | PreTrainedModel) -> str:
+    """What a model is called in logs and on model cards: its hub id, or the last part of its path."""
+    name = (model if isinstance(model, str) else model.config.name_or_path) or ""
     # A local path is nobody's business on a model card; its last part usually is the model's name.
     return (os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name) or type(model).__name__

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import ParallelismConfig
@@ -15,6 +15,7 @@ from trl import SFTConfig, is_conversational
 from trl.data_utils import is_conversational_from_value
 
 from hf_distill.modeling import causal_lm, num_token_ids, shared_parameters
+from hf_distill.teachers.local import BASE, public_name
 from hf_distill.trainers.config import KDConfig
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,74 @@ def check_columns(dataset: AnyDataset, name: str, text_field: str, has_formattin
             f"the {name} dataset has the columns {', '.join(sorted(columns))}; it needs {text_field!r}, 'messages', "
             "'prompt' and 'completion', or 'input_ids'. Rename a column, set dataset_text_field or pass formatting_func"
         )
+
+
+def named_teachers(
+    teachers: Any, tokenizers: Any, args: KDConfig
+) -> tuple[dict[str, str | PreTrainedModel], dict[str, PreTrainedTokenizerBase | None]]:
+    """The teachers, and the tokenizers that came with them, by name.
+
+    Raises:
+        `ValueError`: there is no teacher, or what is said of several does not fit their number.
+    """
+    if teachers is None or (isinstance(teachers, Sequence | Mapping) and not teachers):
+        raise ValueError("teacher_model is missing: pass a hub id, a path or a model (SFTTrainer trains without)")
+    if isinstance(teachers, Mapping):
+        named = dict(teachers)
+    else:
+        listed = [teachers] if isinstance(teachers, str) or not isinstance(teachers, Sequence) else teachers
+        named = {}
+        for teacher in listed:
+            name = public_name(teacher)
+            named[name if name not in named else f"{name} ({len(named) + 1})"] = teacher
+    if isinstance(tokenizers, Mapping):
+        if unknown := set(tokenizers) - set(named):
+            raise ValueError(f"teacher_processing_class has {sorted(unknown)}; the teachers are {', '.join(named)}")
+        found = {name: tokenizers.get(name) for name in named}
+    else:
+        listed = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(named)
+        if len(listed) != len(named):
+            raise ValueError(f"there are {len(named)} teachers and {len(listed)} of teacher_processing_class")
+        found = dict(zip(named, listed, strict=True))
+    if args.teacher_weights is not None and len(args.teacher_weights) != len(named):
+        raise ValueError(f"there are {len(named)} teachers ({', '.join(named)}) and {args.teacher_weights=}")
+    if args.teacher_device is not None and args.teacher_device.count(",") not in (0, len(named) - 1):
+        raise ValueError(
+            f"there are {len(named)} teachers and {args.teacher_device=}: name one device, or one for each"
+        )
+    if len(named) == 1 and (args.teacher_combination != "mixture" or args.teacher_weights):
+        raise ValueError("teacher_combination and teacher_weights need several teachers: teacher_model=[...]")
+    if args.teacher_combination == "route" and args.teacher_weights:
+        raise ValueError("teacher_weights are not used with teacher_combination='route': each row has one teacher")
+    return named, found
+
+
+def refuse_row_columns(dataset: AnyDataset, name: str, args: KDConfig) -> None:
+    """Raises `ValueError` where a column for the teachers is missing or could not be followed."""
+    columns = set(next(iter(dataset)))
+    if args.teacher_combination == "route" and not columns & {"teacher", "teacher_index"}:
+        raise ValueError(f"teacher_combination='route' needs a column 'teacher' in the {name} dataset")
+    found = columns & {"teacher_prompt", "teacher_input_ids"} or (args.teacher_combination == "route" and {"teacher"})
+    if found and (args.packing or args.eval_packing or args.padding_free):
+        raise ValueError(f"packing and padding_free join rows, and would lose {sorted(found)[0]!r}: set both to False")
+
+
+def refuse_across(across: Mapping[str, Any], teachers: Mapping[str, Any], args: KDConfig) -> None:
+    """Raises `ValueError` for what is not possible with teachers `across` that have another tokenizer."""
+    if not across:
+        return
+    name = next(iter(across))
+    if len(teachers) > 1 and args.teacher_combination != "sum":
+        raise ValueError(
+            f"{name} has another tokenizer than the student, so that there is no {args.teacher_combination} of the "
+            "teachers' distributions: take teacher_combination='sum', or teachers with the student's tokenizer"
+        )
+    if args.packing or args.eval_packing or args.padding_free:
+        raise ValueError(
+            f"packing and padding_free join rows, but {name} reads them in its own tokens: set both to False"
+        )
+    if args.hidden_weight or "hidden_weight" in (args.schedule or {}):
+        raise ValueError(f"hidden_weight compares token by token, but {name} has another tokenizer: set it to 0")
 
 
 def check_chat_template(dataset: AnyDataset, name: str, tokenizer: PreTrainedTokenizerBase, args: KDConfig) -> None:
@@ -101,7 +170,7 @@ def refuse_prompt_learning(peft_config: Any, *models: Any) -> None:
             raise ValueError(f"{type(config).__name__} shifts every position; use LoRA or another adapter")
 
 
-def refuse_sharding(args: KDConfig) -> None:
+def refuse_sharding(args: KDConfig, teacher_model: Any) -> None:
     """Raises `ValueError` for ways to spread a run over devices that KDTrainer does not train in."""
     # What accelerate will read: the settings, or else what `accelerate launch` has left in the environment.
     is_fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -116,6 +185,10 @@ def refuse_sharding(args: KDConfig) -> None:
             )
     if args.teacher_device == "sharded" and not (is_fsdp or is_deepspeed_zero3_enabled()):
         raise ValueError("teacher_device='sharded' needs FSDP2 or ZeRO-3, which split the student as well")
+    if args.teacher_device == "sharded" and args.teacher_combination == "route":
+        raise ValueError("a sharded teacher has to be asked by all processes at once: take no 'route'")
+    if teacher_model == BASE and (is_fsdp or is_deepspeed_zero3_enabled()):
+        raise ValueError("teacher_model='base' needs a student that is not split: use DDP or ZeRO-2, or pass its name")
     parallelism = args.parallelism_config
     if parallelism is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
         parallelism = ParallelismConfig()

@@ -11,8 +11,9 @@ from trl import SFTConfig
 from hf_distill.kv_projector import PROJECTORS
 from hf_distill.layer_mapping import NAMES as LAYER_MAPPINGS
 from hf_distill.losses.divergence import DIVERGENCES, check_divergence
-from hf_distill.losses.feature import FEATURE_LOSSES
+from hf_distill.losses.feature import FEATURE_LOSSES, HIDDEN_LOSSES
 from hf_distill.speculative import RolloutConfig
+from hf_distill.teachers.ensemble import COMBINATIONS
 from hf_distill.teachers.local import check_quantization
 
 
@@ -25,7 +26,11 @@ class KDConfig(SFTConfig):
             or Liger's kernels where they cannot run.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "divergence_params"]
+    _VALID_DICT_FIELDS = [
+        *SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "divergence_params", "schedule"
+    ]  # fmt: skip
+    # What `schedule` may change, beside the parameters of the divergence.
+    _SCHEDULED = ("kd_weight", "temperature", "hidden_weight")
 
     # transformers would replace a non-finite loss by the mean of earlier ones and train on; KDTrainer stops instead.
     logging_nan_inf_filter: bool = field(
@@ -69,7 +74,56 @@ class KDConfig(SFTConfig):
     )
     teacher_device: str | None = field(
         default=None,
-        metadata={"help": "Device of the teacher, such as 'cuda:1' or 'cpu'. The default is the student's device."},
+        metadata={
+            "help": "Device of the teacher, such as 'cuda:1' or 'cpu'; of several teachers one for all, or one for "
+            "each, as 'cuda:1,cuda:2'. The default is the student's device."
+        },
+    )
+    teacher_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of several teachers, in their order. The default is equal ones."}
+    )
+    teacher_combination: str = field(
+        default="mixture",
+        metadata={
+            "help": "What several teachers are: one distribution, their weighted mixture; a weighted sum of "
+            "divergences, one to each; or route: each row has its own, named in its column 'teacher'.",
+            "choices": list(COMBINATIONS),
+        },
+    )
+    cross_tokenizer: str = field(
+        default="auto",
+        metadata={
+            "help": "What is compared with a teacher of another tokenizer: aligned (distributions over the texts that "
+            "both can write), uld (probabilities in order of size), or nothing (error). The default is aligned, unless "
+            "the vocabularies have next to nothing in common.",
+            "choices": ["auto", "aligned", "uld", "error"],
+        },
+    )
+    hidden_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the term of inner hidden states; 0 leaves it out."}
+    )
+    hidden_layers: str = field(  # or the list of pairs itself; the command line's parser knows no such union
+        default="uniform",
+        metadata={
+            "help": "Which teacher layer each student layer learns from: uniform, last, cka, or pairs "
+            "[student layer, teacher layer] as JSON such as '[[0, 1], [-1, -1]]'."
+        },
+    )
+    hidden_loss: str = field(
+        default="mse",
+        metadata={"help": "How hidden states are compared.", "choices": sorted(HIDDEN_LOSSES)},
+    )
+    projector_learning_rate: float = field(
+        default=1e-3,
+        metadata={"help": "Learning rate of what brings one side's hidden states, or keys and values, to a width."},
+    )
+    schedule: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings that change over the training, straight from value to value, which are evenly spaced: "
+            'a dict or JSON such as \'{"kd_weight": [1, 0.5], "temperature": [4, 2, 1]}\'. Of kd_weight, temperature, '
+            "other weights and parameters of the divergence. Evaluations use the last values."
+        },
     )
     loss_chunk_size: int | None = field(
         default=None,
@@ -90,7 +144,28 @@ class KDConfig(SFTConfig):
             raise ValueError(
                 f"divergence_params has to be JSON such as '{{\"beta\": 0.5}}', got {self.divergence_params!r}"
             )
+        if self.divergence == "taid" and "t" not in {**(self.divergence_params or {}), **(self.schedule or {})}:  # pyright: ignore
+            self.schedule = {**(self.schedule or {}), "t": [0.4, 1.0]}  # pyright: ignore[reportGeneralTypeIssues]
         check_divergence(self.divergence, self.divergence_params)  # pyright: ignore[reportArgumentType]
+        self._check_schedule()
+        if self.teacher_combination not in COMBINATIONS:
+            raise ValueError(
+                f"teacher_combination has to be one of {', '.join(COMBINATIONS)}, got {self.teacher_combination!r}"
+            )
+        if self.cross_tokenizer not in ("auto", "aligned", "uld", "error"):
+            raise ValueError(f"cross_tokenizer has to be auto, aligned, uld or error, got {self.cross_tokenizer!r}")
+        weights = self.teacher_weights
+        if weights is not None and (not weights or any(not 0 <= w < math.inf for w in weights) or sum(weights) == 0):
+            raise ValueError(f"teacher_weights have to be at least 0, not all of them 0, got {weights}")
+        if not 0 <= self.hidden_weight < math.inf:
+            raise ValueError(f"hidden_weight has to be at least 0 and finite, got {self.hidden_weight}")
+        if self.hidden_loss not in HIDDEN_LOSSES:
+            raise ValueError(f"hidden_loss has to be one of {', '.join(HIDDEN_LOSSES)}, got {self.hidden_loss!r}")
+        self.hidden_layers = _layers("hidden_layers", self.hidden_layers)
+        if not 0 < self.projector_learning_rate < math.inf:
+            raise ValueError(
+                f"projector_learning_rate has to be above 0 and finite, got {self.projector_learning_rate}"
+            )
         check_quantization(self.teacher_quantization)
         if self.loss_type != "nll":
             raise ValueError(
@@ -108,6 +183,53 @@ class KDConfig(SFTConfig):
                 raise ValueError("use_liger_kernel=True needs Liger: pip install liger-kernel, or remove it")
             if self.device.type == "cpu":
                 raise ValueError("use_liger_kernel=True needs a GPU: its kernels do not run on the CPU. Remove it")
+
+    def _check_schedule(self) -> None:
+        if self.schedule is None:
+            return
+        if not isinstance(self.schedule, dict):
+            raise ValueError(f"schedule has to be JSON such as '{{\"kd_weight\": [1, 0.5]}}', got {self.schedule!r}")
+        for name, values in self.schedule.items():
+            if (
+                not isinstance(values, list | tuple)
+                or not values
+                or not all(isinstance(v, int | float) for v in values)
+            ):
+                raise ValueError(f"schedule[{name!r}] has to be a list of numbers, from first to last, got {values!r}")
+            for value in values:
+                if name not in self._SCHEDULED:
+                    try:
+                        check_divergence(self.divergence, {**(self.divergence_params or {}), name: value})  # pyright: ignore
+                    except ValueError as error:
+                        raise ValueError(
+                            f"schedule has {name!r}: {value}; it takes {', '.join(self._SCHEDULED)} and parameters of "
+                            f"the divergence: {error}"
+                        ) from error
+                elif not 0 <= value <= (1 if name == "kd_weight" else 1e9) or (name == "temperature" and value == 0):
+                    raise ValueError(f"schedule[{name!r}] has {value}, which is out of the range of {name}")
+
+    def scheduled(self, name: str, progress: float) -> float:
+        """The value of a setting at `progress`, the share of the training that is done, in [0, 1]."""
+        assert isinstance(self.schedule, dict)
+        values = self.schedule[name]
+        place = min(max(progress, 0.0), 1.0) * (len(values) - 1)
+        before = min(int(place), max(len(values) - 2, 0))
+        after = min(before + 1, len(values) - 1)
+        return values[before] + (place - before) * (values[after] - values[before])
+
+
+def _layers(name: str, layers: Any) -> Any:
+    """The name of a layer mapping or its pairs."""
+    if isinstance(layers, str) and layers.startswith("["):
+        try:
+            layers = json.loads(layers)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} has to be JSON such as '[[0, 1]]', got {layers!r}") from error
+    if isinstance(layers, str) and layers not in LAYER_MAPPINGS:
+        raise ValueError(
+            f"{name} has to be one of {', '.join(LAYER_MAPPINGS)} or pairs such as [[0, 1], [-1, -1]], got {layers!r}"
+        )
+    return layers
 
 
 ROLLOUT_SOURCES = ("speculative", "student", "teacher", "dataset")
@@ -240,6 +362,8 @@ class KVProjectionConfig(KDConfig):
         `ValueError`: what `KDConfig` refuses, or a value out of its range.
     """
 
+    _SCHEDULED = (*KDConfig._SCHEDULED, "kv_weight")
+
     kv_weight: float = field(default=1.0, metadata={"help": "Weight of the term of keys and values."})
     kv_loss: str = field(
         default="mercator",
@@ -273,7 +397,6 @@ class KVProjectionConfig(KDConfig):
         default=1.0, metadata={"help": "Width of the bottleneck, in units of the student's."}
     )
     projector_dropout: float = field(default=0.1, metadata={"help": "Dropout of the bottleneck, in [0, 1)."})
-    projector_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the projector."})
     projector_freeze_after: int | None = field(
         default=None, metadata={"help": "Updates after which the projector stays as it is."}
     )
@@ -285,16 +408,7 @@ class KVProjectionConfig(KDConfig):
         }.items():  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} has to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if isinstance(self.kv_layers, str) and self.kv_layers.startswith("["):
-            try:
-                self.kv_layers = json.loads(self.kv_layers)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"kv_layers has to be JSON such as '[[0, 1]]', got {self.kv_layers!r}") from error
-        if isinstance(self.kv_layers, str) and self.kv_layers not in LAYER_MAPPINGS:
-            raise ValueError(
-                f"kv_layers has to be one of {', '.join(LAYER_MAPPINGS)} or pairs such as [[0, 1], [-1, -1]], got "
-                f"{self.kv_layers!r}"
-            )
+        self.kv_layers = _layers("kv_layers", self.kv_layers)
         for name in ("kv_weight", "direction_weight", "magnitude_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} has to be at least 0 and finite, got {getattr(self, name)}")
@@ -302,10 +416,6 @@ class KVProjectionConfig(KDConfig):
             raise ValueError(
                 f"projector_mlp_ratio has to be above 0 and projector_dropout in [0, 1), got "
                 f"{self.projector_mlp_ratio} and {self.projector_dropout}"
-            )
-        if not 0 < self.projector_learning_rate < math.inf:
-            raise ValueError(
-                f"projector_learning_rate has to be above 0 and finite, got {self.projector_learning_rate}"
             )
         if self.projector_freeze_after is not None and self.projector_freeze_after < 0:
             raise ValueError(f"projector_freeze_after has to be at least 0, got {self.projector_freeze_after}")

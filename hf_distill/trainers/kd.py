@@ -3,8 +3,10 @@
 import copy
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,22 +18,38 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from hf_distill.collators import (
+    OWN_COLUMNS,
+    TEACHER_COLUMNS,
+    TeacherColumnsCollator,
+    with_own_tokens,
+    with_teacher_prompt,
+)
+from hf_distill.kv_projector import HiddenProjector, Projectors
+from hf_distill.layer_mapping import Mapping as LayerMapping
+from hf_distill.layer_mapping import cka_mapping, layer_mapping
+from hf_distill.losses.cross_tokenizer import AlignedSignal, cross_tokenizer_loss
 from hf_distill.losses.divergence import check_divergence
-from hf_distill.losses.fused_linear import Head, fused_linear_distillation_loss, head_options
+from hf_distill.losses.feature import HIDDEN_LOSSES
+from hf_distill.losses.fused_linear import DistillationLoss, Head, TeacherSignal, fused_distillation_loss
 from hf_distill.metrics import TokenMeans, sum_dtype
 from hf_distill.modeling import (
     causal_lm,
     check_head,
+    evaluating,
     expose_hidden_states,
     gathered,
+    head_of,
     keep_4bit_weights,
     label_positions,
     load_balancing_loss,
     select_positions,
     shared_vocabulary,
 )
-from hf_distill.teachers import Teacher, TeacherSignal
-from hf_distill.teachers.local import LocalTeacher, is_split, load_teacher
+from hf_distill.teachers import Signal, Teacher
+from hf_distill.teachers.across import AcrossTeacher
+from hf_distill.teachers.ensemble import EnsembleTeacher
+from hf_distill.teachers.local import BASE, BaseTeacher, LocalTeacher, is_split, load_teacher, signal_of
 from hf_distill.trainers.checks import (
     PEEKED_ROWS,
     AnyDataset,
@@ -39,11 +57,14 @@ from hf_distill.trainers.checks import (
     check_columns,
     has_label,
     named_datasets,
+    named_teachers,
+    refuse_across,
     refuse_frozen,
     refuse_lost_processes,
     refuse_missing_checkpoint,
     refuse_no_label,
     refuse_prompt_learning,
+    refuse_row_columns,
     refuse_sharding,
     refuse_shared_memory,
     refuse_split,
@@ -55,6 +76,9 @@ from hf_distill.trainers.checks import (
 from hf_distill.trainers.config import KDConfig
 
 logger = logging.getLogger(__name__)
+
+PROBE_ROWS = 16
+HIDDEN_PROJECTOR = "hidden_projector"
 
 # So many halvings take the loss scaler's first scale, 2^16, below 1: what is not finite then never will be.
 MAX_SKIPPED_UPDATES = 20
@@ -69,14 +93,17 @@ class KDTrainer(SFTTrainer):
 
     Args:
         model (`str` or `PreTrainedModel`): the student, as hub id, local path or model.
-        teacher_model (`str` or `PreTrainedModel`):
+        teacher_model (`str` or `PreTrainedModel`, or a list or dict of them):
             The teacher. By name it is loaded in the dtype it was saved in. It is frozen, in eval mode, never saved.
+            Several are combined as `args.teacher_combination` says; a dict names them. "base" is the student's own base
+            model, with its adapters switched off.
         args ([`KDConfig`], *optional*): settings; by default those of `KDConfig` with an output directory.
         train_dataset (`Dataset` or `IterableDataset`): any TRL format: text, prompt/completion, messages, input_ids.
         eval_dataset (`Dataset`, `IterableDataset` or a dict of them, *optional*): measured with the same loss.
         processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer, by default loaded with it.
         teacher_processing_class (`PreTrainedTokenizerBase`, *optional*):
-            The teacher's tokenizer, by default loaded with it; it has to have the student's vocabulary.
+            The teacher's tokenizer, by default loaded with it; it has to have the student's vocabulary. For several
+            teachers one for all, or a list or dict of them.
         data_collator, peft_config, quantization_config, callbacks, optimizers, formatting_func:
             As in `trl.SFTTrainer`.
 
@@ -90,6 +117,7 @@ class KDTrainer(SFTTrainer):
     model: PreTrainedModel
     processing_class: PreTrainedTokenizerBase
 
+    _crosses_tokenizers = True
     _tag_names = ["hf_distill", "knowledge-distillation"]
     _name = "KD"
     _paper = {
@@ -105,13 +133,13 @@ class KDTrainer(SFTTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: str | PreTrainedModel | Sequence[Any] | Mapping[str, Any] | None = None,
         args: KDConfig | None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
-        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | Sequence[Any] | Mapping[str, Any] | None = None,
         data_collator: DataCollator | None = None,
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
@@ -123,16 +151,16 @@ class KDTrainer(SFTTrainer):
         if not isinstance(args, KDConfig):
             raise ValueError(f"args has to be a KDConfig, got {type(args).__name__}; KDConfig takes the same fields")
         refuse_lost_processes(args)
-        refuse_sharding(args)
-        if teacher_model is None:
-            raise ValueError("teacher_model is missing: pass a hub id, a path or a model (SFTTrainer trains without)")
-        if model is teacher_model and not isinstance(model, str):
+        refuse_sharding(args, teacher_model)
+        teachers, tokenizers = named_teachers(teacher_model, teacher_processing_class, args)
+        if any(model is teacher and not isinstance(model, str) for teacher in teachers.values()):
             raise ValueError("the teacher is the student object itself; load the model twice to distil it into itself")
-        refuse_prompt_learning(peft_config, model, teacher_model)
+        refuse_prompt_learning(peft_config, model, *teachers.values())
         refuse_vision(model, processing_class)
         refuse_split(model)
         for name, dataset in named_datasets(train_dataset, eval_dataset).items():
             self.check_columns(dataset, name, args.dataset_text_field, formatting_func is not None)
+            refuse_row_columns(dataset, name, args)
 
         # The teacher comes first: what is wrong with it is told before the student is loaded and the data tokenised.
         processing_class = processing_class or student_tokenizer(model, args)
@@ -140,21 +168,40 @@ class KDTrainer(SFTTrainer):
         if not skip_prepare:
             for name, dataset in named_datasets(train_dataset, eval_dataset).items():
                 check_chat_template(dataset, name, processing_class, args)
-        teacher_processing_class = teacher_processing_class or teacher_tokenizer(teacher_model, args)
-        # Token ids below this mean the same to both sides; ids past it get no probability.
-        self.vocab_size = shared_vocabulary(processing_class, teacher_processing_class or processing_class)
-        teacher = load_teacher(
-            teacher_model,
-            device=args.teacher_device,
-            student_device=args.device,
-            quantization=args.teacher_quantization,
-            trust_remote_code=args.trust_remote_code,
-            init_kwargs=args.teacher_model_init_kwargs,  # pyright: ignore[reportArgumentType]
-        )
-        if not isinstance(model, str) and peft_config is None:
-            refuse_shared_memory(model, teacher)  # Before the teacher is frozen, and what it shares with it.
-        self.teacher: Teacher = LocalTeacher(teacher, args.device)
-        self.vocab_size = min(self.vocab_size, self.teacher.head.weight.shape[0], student_rows(model, args))
+        self.student_tokenizer = processing_class  # before TRL puts it into `processing_class`
+        # Token ids below this mean the same to all sides; ids past it get no probability.
+        self.vocab_size = student_rows(model, args)
+        self.teachers: dict[str, Any] = {}
+        self._across: dict[str, PreTrainedTokenizerBase] = {}  # tokenizers of teachers that have another vocabulary
+        self.teacher_processing_class = processing_class
+        devices = [place.strip() or None for place in (args.teacher_device or "").split(",")]
+        for (name, teacher), device in zip(teachers.items(), devices * len(teachers), strict=False):
+            if isinstance(teacher, str) and teacher == BASE:
+                self.teachers[name] = None  # until the student is there
+                continue
+            tokenizer = tokenizers[name] or teacher_tokenizer(teacher, args) or processing_class
+            shared = self._shared_vocabulary(processing_class, tokenizer, args)
+            teacher = load_teacher(
+                teacher,
+                device=device,
+                student_device=args.device,
+                quantization=args.teacher_quantization,
+                trust_remote_code=args.trust_remote_code,
+                init_kwargs=args.teacher_model_init_kwargs,  # pyright: ignore[reportArgumentType]
+            )
+            if not isinstance(model, str) and peft_config is None:
+                refuse_shared_memory(model, teacher)  # Before the teacher is frozen, and what it shares with it.
+            self.teachers[name] = LocalTeacher(teacher, args.device)
+            if shared is None:
+                self.teachers[name] = AcrossTeacher(
+                    self.teachers[name], tokenizer, processing_class, index=len(self.teachers) - 1,
+                    method=args.cross_tokenizer, student_rows=student_rows(model, args),
+                )  # fmt: skip
+                self._across[name] = tokenizer
+                continue
+            self.vocab_size = min(self.vocab_size, shared, self.teachers[name].head.weight.shape[0])
+            self.teacher_processing_class = tokenizer
+        refuse_across(self._across, self.teachers, args)
 
         if skip_prepare:
             # Such rows are trained on as they are; a token that the teacher lacks would fail in the middle of training.
@@ -180,6 +227,12 @@ class KDTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
 
+        for name, teacher in self.teachers.items():
+            self.teachers[name] = teacher or BaseTeacher(self.model)
+        self.teacher: Teacher = next(iter(self.teachers.values()))
+        if len(self.teachers) > 1:
+            routed = args.teacher_combination == "route"
+            self.teacher = EnsembleTeacher(self.teachers, args.teacher_weights, routed=routed)
         self.divergence_params = check_divergence(args.divergence, args.divergence_params)  # pyright: ignore[reportArgumentType]
         # compute_loss divides by the label-bearing tokens of the whole update, whatever the student's forward takes.
         self.model_accepts_loss_kwargs = True
@@ -188,21 +241,30 @@ class KDTrainer(SFTTrainer):
         for mode in ("train", "eval"):
             self._reset_means(mode)
         self._update_loss, self._skipped_updates = 0.0, 0
-        student = causal_lm(self.model)
+        self.student = student = causal_lm(self.model)
         refuse_vision(student, None)
         refuse_frozen(self.model)
         keep_4bit_weights(student)
         with gathered(student):
             check_head(student, "student")
         expose_hidden_states(student)
-        refuse_shared_memory(self.model, teacher)
+        for teacher in self.teachers.values():
+            if not isinstance(teacher, BaseTeacher):
+                refuse_shared_memory(self.model, teacher.model)
+                if args.teacher_device == "sharded" or is_split(teacher.model):
+                    (teacher.teacher if isinstance(teacher, AcrossTeacher) else teacher).shard(self.accelerator)
         refuse_split(student)
-        if args.teacher_device == "sharded" or is_split(teacher):
-            self.teacher.shard(self.accelerator)  # pyright: ignore[reportAttributeAccessIssue]
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin is not None and plugin.mixed_precision_policy is not None:
+        policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy if self.is_fsdp_enabled else None
+        if policy is not None:
             # FSDP would round the loss, and the sums that are logged, to the dtype of the weights.
-            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+        datasets = named_datasets(self.train_dataset, self.eval_dataset).values()
+        if any(set(self._teacher_columns()) & set(next(iter(dataset), {})) for dataset in datasets):
+            self.data_collator = TeacherColumnsCollator(self.data_collator, len(self.teachers))
+        self.projectors = Projectors()
+        self.hidden_mapping: LayerMapping = {}
+        if args.hidden_weight or "hidden_weight" in (args.schedule or {}):
+            self.hidden_mapping = self._map_hidden_layers()
 
     # ------------------------------------------------------------------------------------------------- the heart
 
@@ -217,19 +279,27 @@ class KDTrainer(SFTTrainer):
         inputs = dict(inputs)
         positions, labels = label_positions(inputs.pop("labels"))  # (N,)
         hard_labels = inputs.pop("hard_labels", labels)  # (N,): a student's own samples are no hard labels
-        signal = self.teacher_signal(inputs, positions)
+        signals = self.teacher_signal(inputs, positions)
         num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
 
         def with_hidden(outputs: Any, head: Head) -> dict[str, Tensor]:
             hidden = select_positions(outputs.last_hidden_state, positions)  # (N, Ds)
-            terms = self.distillation_terms(hidden, head, signal, hard_labels, num_items)
+            terms = self.distillation_terms(hidden, head, signals, hard_labels, num_items)
+            if aligned := [signal for signal in signals if isinstance(signal, AlignedSignal)]:
+                terms["alignment/exact_fraction"] = sum(s.num_exact for s in aligned) / len(aligned)  # pyright: ignore
+            if self.hidden_mapping:
+                terms["hidden"] = self.hidden_loss(outputs.hidden_states, signals, positions)
+                weight = self.setting("hidden_weight") / torch.as_tensor(num_items).clamp(min=1)
+                terms["loss"] = terms["loss"] + weight.to(hidden.device) * terms["hidden"]
             if self.aux_loss_enabled:
                 mask = inputs.get("attention_mask")
                 terms["aux_loss"] = load_balancing_loss(causal_lm(self.model), outputs, mask)
             return terms
 
-        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        terms = model(**inputs, **router, with_hidden=with_hidden)
+        more = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        if self.hidden_mapping:
+            more["output_hidden_states"] = True
+        terms = model(**inputs, **more, with_hidden=with_hidden)
 
         loss = terms["loss"]
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -248,38 +318,120 @@ class KDTrainer(SFTTrainer):
                 return loss, model(**inputs, use_cache=False)
         return loss
 
-    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> TeacherSignal:
-        """What the teacher says at flat `positions` (N,) of a batch; what it takes for that leaves `inputs`."""
-        return self.teacher(inputs, positions)
+    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> Sequence[Signal]:
+        """What the teachers say at flat `positions` (N,) of a batch; what it takes for that leaves `inputs`."""
+        return self.teacher(*self.teacher_view(inputs, positions))
+
+    @staticmethod
+    def teacher_view(inputs: dict[str, Any], positions: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """What the teacher reads, and the positions (N,) there: its own prompt before the same completion, if any."""
+        own = {name: inputs.pop(name) for name in list(inputs) if name.startswith("teacher_")}
+        if "teacher_input_ids" not in own:
+            return inputs | own, positions
+        positions, _ = label_positions(own.pop("teacher_labels"))
+        view = {name: own.pop(f"teacher_{name}") for name in ("input_ids", "attention_mask")}
+        return view | own, positions
 
     def distillation_terms(
-        self, hidden: Tensor, head: Head, signal: TeacherSignal, labels: Tensor, num_items: Tensor | int
+        self, hidden: Tensor, head: Head, signals: Sequence[Signal], labels: Tensor, num_items: Tensor | int
     ) -> dict[str, Tensor]:
         """Loss and sums over N label-bearing positions, inside the student's forward.
 
         Args:
             hidden (`torch.Tensor` of shape `(N, Ds)`), head (`Head`): the student's.
-            signal (`TeacherSignal`): the teacher's hidden states (N, Dt) and head.
+            signals (sequence of `Signal`): each teacher's hidden states (N, Dt) and head.
             labels (`torch.Tensor` of shape `(N,)`): the tokens that follow, -100 for no hard label.
             num_items: label-bearing tokens of the whole update, the divisor.
         """
         device = head.weight.device
-        result = fused_linear_distillation_loss(
-            hidden.to(device),
-            head.weight,
-            signal.hidden.to(device),
-            signal.head.weight,
-            labels.to(device),
-            kd_weight=self.args.kd_weight,
-            temperature=self.args.temperature,
-            divergence=self.args.divergence,
-            divergence_params=self.divergence_params,
-            num_items=torch.as_tensor(num_items, device=device).clamp(min=1),
-            vocab_size=self.vocab_size,
-            chunk_size=self.args.loss_chunk_size,
-            **head_options(head, signal.head),  # pyright: ignore[reportArgumentType]
-        )
-        return result._asdict()
+        changing = {name: self.setting(name) for name in self.args.schedule or ()}
+        params = self.divergence_params | {name: changing[name] for name in changing if not hasattr(self.args, name)}
+        options = {
+            "kd_weight": self.setting("kd_weight"),
+            "temperature": self.setting("temperature"),
+            "divergence": self.args.divergence,
+            "divergence_params": params,
+            "num_items": torch.as_tensor(num_items, device=device).clamp(min=1),
+            "chunk_size": self.args.loss_chunk_size,
+        }
+        hidden, labels = hidden.to(device), labels.to(device)
+        signals = [signal._replace(hidden=signal.hidden.to(device)) for signal in signals]
+        same = [signal for signal in signals if isinstance(signal, TeacherSignal)]
+        results = []
+        if same:
+            # A sum of divergences over teachers, of which others may have another tokenizer.
+            share = sum(signal.weight for signal in same) if self.args.teacher_combination == "sum" else 1.0  # pyright: ignore
+            found = fused_distillation_loss(
+                hidden, head, [signal._replace(weight=signal.weight / share) for signal in same], labels,
+                combination="sum" if self.args.teacher_combination == "sum" else "mixture",
+                vocab_size=self.vocab_size, compiled=not changing, **options,
+            )  # fmt: skip
+            results.append((share, found))
+        for signal in signals:
+            if isinstance(signal, AlignedSignal):
+                found = cross_tokenizer_loss(
+                    hidden, head, signal.hidden, signal.head, labels, signal.spans, signal.shared,
+                    method=signal.method, **options,
+                )  # fmt: skip
+                results.append((signal.weight, found))
+        names = DistillationLoss._fields
+        return {name: sum(weight * getattr(found, name) for weight, found in results) for name in names}  # pyright: ignore
+
+    def setting(self, name: str) -> float:
+        """A setting as the schedule has it now; in evaluations, which would not compare otherwise, at its end."""
+        if name not in (self.args.schedule or {}):
+            return getattr(self.args, name)
+        is_training = self.model.training and self.state.max_steps > 0
+        return self.args.scheduled(name, self.state.global_step / self.state.max_steps if is_training else 1.0)
+
+    def hidden_loss(self, hidden_states: Sequence[Tensor], signals: Sequence[Signal], positions: Tensor) -> Tensor:
+        """The mean over mapped layers of the distances of hidden states, summed over N positions; a scalar.
+
+        As transformers counts them, the last of the `hidden_states` (B, T, Ds) comes after the final norm.
+        """
+        distance = HIDDEN_LOSSES[self.args.hidden_loss]
+        losses = []
+        for index, (layer, sources) in enumerate(self.hidden_mapping.items()):
+            student = select_positions(hidden_states[layer + 1], positions)  # (N, Ds)
+            if HIDDEN_PROJECTOR in self.projectors:
+                student = self.projectors[HIDDEN_PROJECTOR](student, index)  # (N, Dt)
+            teacher = sum(weight * signals[0].layers[i].to(student.device) for i, weight in sources.items())  # pyright: ignore
+            mask = torch.ones(len(positions), dtype=torch.bool, device=positions.device)
+            losses.append(distance(student, teacher, mask, num_items=1)[0])
+        return torch.stack(losses).mean()
+
+    def _map_hidden_layers(self) -> LayerMapping:
+        teacher = self.teacher
+        if not isinstance(teacher, LocalTeacher | BaseTeacher):
+            raise ValueError("hidden_weight needs one teacher, whose layers the student's learn from; set it to 0")
+        configs = [causal_lm(side).config.get_text_config() for side in (self.model, teacher.model)]
+        depths = [config.num_hidden_layers for config in configs]
+        if self.args.hidden_layers == "cka":
+            inputs, positions = self.probe_batch()
+            teacher.layers = tuple(range(depths[1]))
+            with torch.no_grad(), evaluating(self.student), gathered(self.student):
+                head = head_of(self.student)
+                student = signal_of(self.student, head, inputs, positions, range(depths[0]))
+            (found,) = teacher(*self.teacher_view(inputs, positions))
+            mapping = cka_mapping(*([layer.cpu() for layer in side.layers.values()] for side in (student, found)))  # pyright: ignore
+        else:
+            mapping = layer_mapping(self.args.hidden_layers, *depths)
+        teacher.layers = tuple(sorted({i for sources in mapping.values() for i in sources}))
+        widths = [config.hidden_size for config in configs]
+        if widths[0] != widths[1]:
+            projector = HiddenProjector(widths[0], widths[1], len(mapping))
+            self.projectors[HIDDEN_PROJECTOR] = projector.to(self.args.device)
+        return mapping
+
+    def probe_batch(self) -> tuple[dict[str, Any], Tensor]:
+        """A few training rows as a batch on the student's device, and its label-bearing positions."""
+        names = ("input_ids", "labels", "seq_lengths", *self._teacher_columns())
+        rows = list(islice(iter(self.train_dataset), PROBE_ROWS))  # pyright: ignore
+        batch = self.data_collator([{k: v for k, v in row.items() if k in names} for row in rows])
+        device = self.student.device
+        inputs = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
+        positions, _ = label_positions(inputs.pop("labels"))
+        return inputs, positions
 
     # --------------------------------------------------------------------------------------------------- metrics
 
@@ -287,6 +439,7 @@ class KDTrainer(SFTTrainer):
         num_labels = hard_labels.numel()
         mode = "train" if self.model.training else "eval"
         sums = {name: terms[name] for name in ("kd", "agreement", "student_entropy")}
+        sums |= {name: terms[name] for name in ("hidden", "alignment/exact_fraction") if name in terms}
         if self.aux_loss_enabled:
             sums["aux_loss"] = terms["aux_loss"] * num_labels
         if mode == "eval":
@@ -319,6 +472,7 @@ class KDTrainer(SFTTrainer):
         # "loss" is in the record of a logging step, which every process makes at the same step.
         if "loss" in logs:
             logs.update(self._pop_means("train"))
+            logs.update({f"schedule/{name}": self.setting(name) for name in self.args.schedule or ()})
             device = self.accelerator.device
             tokens = torch.as_tensor(self._total_train_tokens, device=device).to(sum_dtype(device))
             logs["num_tokens"] = self._sum_over_processes(tokens.unsqueeze(0)).item()
@@ -351,7 +505,8 @@ class KDTrainer(SFTTrainer):
 
     def filler(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """A row like this one that counts for nothing; None where there is no telling."""
-        return {**row, "labels": [-100] * len(row["labels"])} if "labels" in row else None
+        masked = {name: [-100] * len(row[name]) for name in ("labels", "teacher_labels") if row.get(name)}
+        return {**row, **masked} if "labels" in row else None
 
     def _sum_over_processes(self, totals: Tensor) -> Tensor:
         return self.accelerator.reduce(totals, reduction="sum")  # pyright: ignore
@@ -368,11 +523,12 @@ class KDTrainer(SFTTrainer):
             # would train a student of its own.
             self.model._is_accelerate_prepared = False  # pyright: ignore
             self.accelerator._models.clear()
-        try:
-            return super().train(*args, **kwargs)
-        except (Exception, KeyboardInterrupt):
-            self._save_emergency()
-            raise
+        with self.projectors.attached(self.student):
+            try:
+                return super().train(*args, **kwargs)
+            except (Exception, KeyboardInterrupt):
+                self._save_emergency()
+                raise
 
     def _save_emergency(self) -> None:
         folder = f"{self.args.output_dir}/emergency"
@@ -383,6 +539,30 @@ class KDTrainer(SFTTrainer):
             logger.error("training stopped at step %d; the student is saved in %s", self.state.global_step, folder)
         except Exception:
             logger.exception("training stopped at step %d, and saving to %s failed", self.state.global_step, folder)
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.projectors.give_own_group(optimizer, self.args.projector_learning_rate)
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with self.projectors.detached(self.student):
+            super()._save(output_dir, state_dict and self.projectors.without(state_dict))
+        self.projectors.save(output_dir or str(self.args.output_dir), is_writer=self.args.should_save)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.is_fsdp_enabled:  # Its checkpoints, as DeepSpeed's, hold the student and what is attached to it.
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with self.projectors.detached(self.student):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.projectors.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        with self.projectors.detached(self.student):
+            super()._load_best_model()
+        self.projectors.load(str(self.state.best_model_checkpoint))
 
     def _get_grad_norm(self, model, grad_norm=None):
         # transformers calls this once per update, right before the optimizer's step.
@@ -432,7 +612,57 @@ class KDTrainer(SFTTrainer):
             first = dataset.take(PEEKED_ROWS)
             first = super()._prepare_dataset(first, processing_class, args, False, formatting_func, dataset_name)
             refuse_no_label(self._with_label(first, args, dataset_name), dataset_name, args)
-        return kept
+        return self._for_teachers(kept, args, dataset_name)  # pyright: ignore[reportArgumentType]
+
+    def _for_teachers(self, dataset: AnyDataset, args: KDConfig, name: str) -> AnyDataset:
+        """The same rows with what only the teachers see: which of them has a row, or a prompt of their own."""
+        columns = set(next(iter(dataset)))
+        if args.teacher_combination == "route" and "teacher" in columns:
+            dataset = dataset.map(partial(_with_teacher_index, names=list(self.teachers), dataset_name=name))
+        if "teacher_prompt" in columns:
+            tokenizer = self.teacher_processing_class
+            dataset = dataset.map(partial(with_teacher_prompt, tokenizer=tokenizer, dataset_name=name))
+        for teacher, tokenizer in self._across.items():
+            side = self.teachers[teacher]
+            function = partial(
+                with_own_tokens, index=side.index, tokenizer=tokenizer, student_tokenizer=self.student_tokenizer,
+                pieces=side.pieces,
+            )  # fmt: skip
+            dataset = dataset.map(function)
+            self._tell_alignment(dataset, side, name)
+        return dataset
+
+    def _tell_alignment(self, dataset: AnyDataset, teacher: AcrossTeacher, name: str) -> None:
+        """Says once per data set how two tokenizers are brought together and how well that goes."""
+        exact, total = 0, 0
+        for row in islice(iter(dataset), PEEKED_ROWS):
+            exact += row[f"teacher_{teacher.index}_exact"]
+            total += sum(label != -100 for label in row["labels"][1:])
+        logger.warning(
+            "%s has another tokenizer: %s; compared by %s. In the %s dataset %.0f%% of the label-bearing tokens face "
+            "exactly one of its tokens",
+            teacher.name, teacher.reason, teacher.method, name, 100 * exact / max(total, 1),
+        )  # fmt: skip
+
+    def _shared_vocabulary(
+        self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, args: KDConfig
+    ) -> int | None:
+        """How many token ids mean the same to both; None where texts have to be aligned."""
+        try:
+            return shared_vocabulary(student, teacher)
+        except ValueError:
+            is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset")  # pyright: ignore[reportAttributeAccessIssue]
+            if args.cross_tokenizer == "error" or is_prepared or not self._crosses_tokenizers:
+                raise
+            return None
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list({*self._signature_columns, *self._teacher_columns()})
+
+    def _teacher_columns(self) -> list[str]:
+        own = [f"teacher_{index}_{name}" for index in range(len(self.teachers)) for name in OWN_COLUMNS]
+        return [*TEACHER_COLUMNS, *own]
 
     def _with_label(self, dataset: AnyDataset, args: SFTConfig, dataset_name: str) -> AnyDataset:
         keep = partial(has_label, vocab_size=self.vocab_size, dataset_name=dataset_name)
@@ -455,10 +685,24 @@ class KDTrainer(SFTTrainer):
         """What was distilled from what and how, for the model card."""
         params = "".join(f", {name} {value}" for name, value in self.divergence_params.items())
         quantization = f" ({self.args.teacher_quantization})" if self.args.teacher_quantization else ""
+        combination = {"combination of the teachers": self.args.teacher_combination} if len(self.teachers) > 1 else {}
+        more = {f"{name} over the training": str(values) for name, values in (self.args.schedule or {}).items()}  # pyright: ignore
+        if self.hidden_mapping:
+            more["hidden states"] = f"{self.args.hidden_loss}, weight {self.args.hidden_weight:g}"
         return {
             "teacher": self.teacher.name + quantization,
+            **combination,
             "divergence": self.args.divergence + params,
             "temperature": str(self.args.temperature),
             "weight of the divergence (`kd_weight`)": str(self.args.kd_weight),
             "weight of the hard labels": str(1 - self.args.kd_weight),
+            **more,
         }
+
+
+def _with_teacher_index(row: dict[str, Any], names: list[str], dataset_name: str) -> dict[str, int]:
+    if row["teacher"] not in names:
+        raise ValueError(
+            f"a row of the {dataset_name} dataset has the teacher {row['teacher']!r}; there are {', '.join(names)}"
+        )
+    return {"teacher_index": names.index(row["teacher"])}

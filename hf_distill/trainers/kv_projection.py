@@ -1,40 +1,30 @@
 """KVProjectionTrainer: KDTrainer with a term for the teacher's keys and values."""
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from itertools import islice
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_distill.kv_projector import CONFIG, KVProjector, PCAProjector, load_projector, save_projector
-from hf_distill.layer_mapping import Mapping, cka_mapping, layer_mapping, linear_cka
+from hf_distill.kv_projector import KVProjector, PCAProjector
+from hf_distill.layer_mapping import Mapping as LayerMapping
+from hf_distill.layer_mapping import cka_mapping, layer_mapping, linear_cka
 from hf_distill.losses.feature import FEATURE_LOSSES, centered_cosine, effective_rank
 from hf_distill.losses.fused_linear import Head
 from hf_distill.metrics import TokenMeans
-from hf_distill.modeling import (
-    KVCapture,
-    causal_lm,
-    evaluating,
-    gathered,
-    kv_widths,
-    label_positions,
-    last_hidden_states,
-)
+from hf_distill.modeling import KVCapture, causal_lm, evaluating, gathered, kv_widths, last_hidden_states
 from hf_distill.report import table
-from hf_distill.teachers import TeacherSignal
-from hf_distill.teachers.local import LocalTeacher
+from hf_distill.teachers import Signal
 from hf_distill.trainers.config import KVProjectionConfig
 from hf_distill.trainers.kd import KDTrainer
 
 logger = logging.getLogger(__name__)
 
-PROBE_ROWS = 16
 DIAGNOSTICS = ("kv/centered_cosine", "kv/cka", "kv/magnitude_ratio", "kv/target_effective_rank")
 # A cosine that rose by this much since the first evaluation, while the divergence from the teacher did not fall by a
 # hundredth or the CKA lost a tenth, is no learning.
@@ -59,8 +49,8 @@ class KVProjectionTrainer(KDTrainer):
     """
 
     args: KVProjectionConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    teacher: LocalTeacher  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    _crosses_tokenizers = False  # keys and values are compared token by token
     _tag_names = [*KDTrainer._tag_names, "kv-cache-distillation"]
     _name = "KV projection"
 
@@ -80,158 +70,140 @@ class KVProjectionTrainer(KDTrainer):
         self._kv_means: dict[str, TokenMeans] = {}
         self._kv_diagnostics: dict[str, TokenMeans] = {}
         super().__init__(model, teacher_model, args, *positional, **kwargs)
-        self.student, teacher = causal_lm(self.model), causal_lm(self.teacher.model)
+        if args.teacher_combination == "route":
+            raise ValueError(
+                "teacher_combination='route' gives each row one teacher, whose keys and values only that "
+                "row has: take 'mixture' or 'sum', or KDTrainer"
+            )
         if args.projector_freeze_after is not None and self.is_deepspeed_enabled:
             raise ValueError(
-                "projector_freeze_after has no hold on DeepSpeed's gradients: remove it, or use FSDP2 or DDP"
+                "projector_freeze_after cannot take gradients out of DeepSpeed: remove it, or use FSDP2 or DDP"
             )
-        depths = [side.config.get_text_config().num_hidden_layers for side in (self.student, teacher)]
         with gathered(self.student):
-            if args.kv_layers == "cka":
-                probe = self._probe(*map(range, depths))
-                self.mapping: Mapping = cka_mapping(*[[torch.cat(pair, 1) for pair in side.values()] for side in probe])  # pyright: ignore
-            else:
-                self.mapping = layer_mapping(args.kv_layers, *depths)
-            sources = sorted({layer for teachers in self.mapping.values() for layer in teachers})
-            widths = []
-            for side, layers, name in ((teacher, sources, "teacher"), (self.student, self.mapping, "student")):
-                found = set(kv_widths(side, layers, name, args.kv_positions).values())
-                if len(found) > 1:
-                    raise ValueError(
-                        f"the {name}'s mapped layers have keys of widths {sorted(found)}: choose with kv_layers"
-                    )
-                widths += found
-            self.projector = self._make_projector(widths[0], widths[1], sources).to(self.args.device)
-        self._captures = {
-            "student": KVCapture(self.student, self.mapping, args.kv_positions),
-            "teacher": KVCapture(teacher, sources, args.kv_positions),
-        }
+            self.sources = {name: self._make_source(name) for name in self.teachers}
+        layers = {layer for source in self.sources.values() for layer in source.mapping}
+        self._capture = KVCapture(self.student, layers, args.kv_positions)
         self._first: dict[str, dict[str, float]] = {}  # the first evaluation of each set
         self._has_warned = False
         if self.is_world_process_zero() and not self.args.disable_tqdm:
-            Console().print(table(self._mapping_rows(), "which layer learns from which"))
+            for name, source in self.sources.items():
+                Console().print(table(_mapping_rows(source.mapping), f"which layer learns from which of {name}"))
 
     # ------------------------------------------------------------------------------------------------- the heart
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        self.projector.train(self.model.training)
+        self.projectors.train(self.model.training)
+        captures = [self._capture, *(source.capture for source in self.sources.values())]
         try:
-            with self._captures["student"]():
+            with self._capture():
                 return super().compute_loss(model, inputs, *args, **kwargs)
         finally:
-            for capture in self._captures.values():
+            for capture in captures:
                 capture.heads = {}
 
-    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> TeacherSignal:
-        self._captures["student"].positions = positions
-        with self._captures["teacher"](positions):
-            return super().teacher_signal(inputs, positions)
+    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> Sequence[Signal]:
+        self._capture.positions = positions
+        inputs, positions = self.teacher_view(inputs, positions)
+        with ExitStack() as stack:
+            for source in self.sources.values():
+                stack.enter_context(source.capture(positions))
+            return self.teacher(inputs, positions)
 
     def distillation_terms(
-        self, hidden: Tensor, head: Head, signal: TeacherSignal, labels: Tensor, num_items: Tensor | int
+        self, hidden: Tensor, head: Head, signals: Sequence[Signal], labels: Tensor, num_items: Tensor | int
     ) -> dict[str, Tensor]:
-        terms = super().distillation_terms(hidden, head, signal, labels, num_items)
-        terms["loss"] = terms["loss"] + self.args.kv_weight * self.kv_loss(num_items)
+        terms = super().distillation_terms(hidden, head, signals, labels, num_items)
+        terms["loss"] = terms["loss"] + self.setting("kv_weight") * self.kv_loss(num_items)
         return terms
 
     def kv_loss(self, num_items: Tensor | int) -> Tensor:
-        """The mean over mapped layers, keys and values, of a sum over N positions divided by `num_items`; a scalar."""
+        """The mean over mapped layers, keys and values, of a sum over N positions divided by `num_items`; a scalar.
+
+        Of several teachers, the mean of theirs by their weights.
+        """
         options = {"num_items": torch.as_tensor(num_items, device=self.args.device).clamp(min=1)}
         if self.args.kv_loss == "mercator":
             options |= {name: getattr(self.args, name) for name in ("direction_weight", "magnitude_weight")}
-        losses, seen = [], {}
-        for index, layer in enumerate(self.mapping):
-            student = self._captures["student"].features(layer)  # keys and values, (N, Fs) each
-            teacher = self._teacher_features(layer)  # (N, Ft) each
-            projected = self.projector(*teacher, index)  # (N, Fs) each
-            mask = torch.ones(len(student[0]), dtype=torch.bool, device=student[0].device)
-            found = [
-                FEATURE_LOSSES[self.args.kv_loss](s, t, mask, **options)
-                for s, t in zip(student, projected, strict=True)
-            ]
-            losses += [loss for loss, _ in found]
-            seen[layer] = student, teacher, projected, torch.stack([cosine for _, cosine in found]).mean()
+        total, seen = torch.zeros((), device=self.args.device), {}
+        for name, source in self.sources.items():
+            losses = []
+            for index, layer in enumerate(source.mapping):
+                student = self._capture.features(layer)  # keys and values, (N, Fs) each
+                teacher = source.features(layer, self.args.device)  # (N, Ft) each
+                projected = source.projector(*teacher, index)  # (N, Fs) each
+                mask = torch.ones(len(student[0]), dtype=torch.bool, device=student[0].device)
+                found = [
+                    FEATURE_LOSSES[self.args.kv_loss](s, t, mask, **options)
+                    for s, t in zip(student, projected, strict=True)
+                ]
+                losses += [loss for loss, _ in found]
+                key = f"layer_{layer}" if len(self.sources) == 1 else f"{name}_layer_{layer}"
+                seen[key] = student, teacher, projected, torch.stack([cosine for _, cosine in found]).mean()
+            total = total + source.weight * torch.stack(losses).mean()
         self._record_kv(seen)
-        return torch.stack(losses).mean()
-
-    def _teacher_features(self, layer: int) -> list[Tensor]:
-        """Keys and values (N, Ft) of the teacher's layers that a student's learns from, by their weights."""
-        features = self._captures["teacher"].features
-        parts = [(weight, features(i)) for i, weight in self.mapping[layer].items()]
-        dtype = next(self.projector.parameters(), torch.empty(0)).dtype
-        return [
-            sum(weight * pair[kind].to(self.args.device, dtype) for weight, pair in parts)  # pyright: ignore
-            for kind in range(2)
-        ]
+        return total
 
     # ----------------------------------------------------------------------------------------------- the projector
 
+    def _make_source(self, name: str) -> "KVSource":
+        """What the student learns from one teacher: which layers, through which projector."""
+        model = causal_lm(self.teachers[name].model)
+        depths = [side.config.get_text_config().num_hidden_layers for side in (self.student, model)]
+        if self.args.kv_layers == "cka":
+            student, teacher = (
+                [torch.cat(pair, 1) for pair in side.values()] for side in self._probe(name, *map(range, depths))
+            )
+            mapping = cka_mapping(student, teacher)
+        else:
+            mapping = layer_mapping(self.args.kv_layers, *depths)
+        layers = sorted({layer for teachers in mapping.values() for layer in teachers})
+        widths = []
+        for side, wanted, called in ((model, layers, "teacher"), (self.student, mapping, "student")):
+            found = set(kv_widths(side, wanted, called, self.args.kv_positions).values())
+            if len(found) > 1:
+                raise ValueError(
+                    f"the {called}'s mapped layers have keys of widths {sorted(found)}: choose with kv_layers"
+                )
+            widths += found
+        projector = self._make_projector(name, mapping, layers, widths).to(self.args.device)
+        # With one teacher the files are projector.safetensors and projector.json.
+        key = "projector" if len(self.teachers) == 1 else f"projector_{re.sub(r'[^A-Za-z0-9-]+', '_', name)}"
+        self.projectors[key] = projector
+        weights = getattr(self.teacher, "weights", [1.0])
+        weight = weights[list(self.teachers).index(name)]
+        return KVSource(mapping, projector, KVCapture(model, layers, self.args.kv_positions), weight)
+
     def _probe(
-        self, student_layers: Iterable[int], teacher_layers: Iterable[int]
+        self, name: str, student_layers: Iterable[int], teacher_layers: Iterable[int]
     ) -> list[dict[int, tuple[Tensor, Tensor]]]:
         """Keys and values of some layers of student and teacher on a few training rows."""
-        rows = list(islice(iter(self.train_dataset), PROBE_ROWS))  # pyright: ignore
-        names = ("input_ids", "labels", "seq_lengths")
-        batch = self.data_collator([{k: v for k, v in row.items() if k in names} for row in rows])
-        positions, _ = label_positions(batch.pop("labels"))
-        inputs = {name: tensor.to(self.student.device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
+        inputs, positions = self.probe_batch()
+        view, teacher_positions = self.teacher_view(inputs, positions)
         student = KVCapture(self.student, student_layers, self.args.kv_positions)
         with torch.no_grad(), evaluating(self.student), student(positions):
             last_hidden_states(self.student, **inputs)
-        teacher = KVCapture(causal_lm(self.teacher.model), teacher_layers, self.args.kv_positions)
-        with teacher(positions):
-            self.teacher(inputs, positions)
+        teacher = KVCapture(causal_lm(self.teachers[name].model), teacher_layers, self.args.kv_positions)
+        with teacher(teacher_positions):
+            self.teachers[name](view, teacher_positions)
         # Before an engine has prepared the student, the two may be on different devices.
         return [
             {layer: tuple(part.cpu() for part in side.features(layer)) for layer in sorted(side.heads)}
             for side in (student, teacher)
-        ]
+        ]  # pyright: ignore[reportReturnType]
 
-    def _make_projector(self, teacher_width: int, student_width: int, sources: list[int]) -> KVProjector | PCAProjector:
+    def _make_projector(
+        self, name: str, mapping: LayerMapping, layers: list[int], widths: list[int]
+    ) -> KVProjector | PCAProjector:
         if self.args.projector == "mlp":
-            sizes = teacher_width, student_width, len(self.mapping)
-            return KVProjector(*sizes, self.args.projector_mlp_ratio, self.args.projector_dropout)
-        projector = PCAProjector(teacher_width, student_width, len(self.mapping))
-        student, teacher = self._probe(self.mapping, sources)
-        for index, (layer, teachers) in enumerate(self.mapping.items()):
+            options = {"mlp_ratio": self.args.projector_mlp_ratio, "dropout": self.args.projector_dropout}
+            return KVProjector(widths[0], widths[1], len(mapping), **options)
+        projector = PCAProjector(widths[0], widths[1], len(mapping))
+        student, teacher = self._probe(name, mapping, layers)
+        for index, (layer, teachers) in enumerate(mapping.items()):
             for kind in range(2):
                 target = sum(weight * teacher[i][kind] for i, weight in teachers.items())
                 projector.fit(kind, index, target, student[layer][kind])  # pyright: ignore
         return projector
-
-    def train(self, *args, **kwargs):
-        with self._attached():
-            return super().train(*args, **kwargs)
-
-    @contextmanager
-    def _attached(self) -> Iterator[None]:
-        """The projector as a part of the student: zeroed, clipped, reduced, sharded and moved with it."""
-        self.student.kv_projector = self.projector
-        try:
-            yield
-        finally:
-            del self.student.kv_projector
-
-    @contextmanager
-    def _detached(self) -> Iterator[None]:
-        attached = hasattr(self.student, "kv_projector")
-        if attached:
-            del self.student.kv_projector
-        try:
-            yield
-        finally:
-            if attached:
-                self.student.kv_projector = self.projector
-
-    def create_optimizer(self, *args, **kwargs):
-        optimizer = super().create_optimizer(*args, **kwargs)
-        own = {id(parameter) for parameter in self.projector.parameters()}
-        for group in list(optimizer.param_groups):
-            mine = [parameter for parameter in group["params"] if id(parameter) in own]
-            if mine:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-                optimizer.add_param_group({**group, "params": mine, "lr": self.args.projector_learning_rate})
-        return optimizer
 
     def _clip_grad_norm(self, *args, **kwargs):
         self._drop_frozen_gradients()
@@ -244,42 +216,17 @@ class KVProjectionTrainer(KDTrainer):
     def _drop_frozen_gradients(self) -> None:
         after = self.args.projector_freeze_after
         if after is not None and self.state.global_step >= after:
-            for parameter in self.projector.parameters():
-                parameter.grad = None  # the optimizer passes over it
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        state_dict = state_dict and {k: v for k, v in state_dict.items() if "kv_projector." not in k}
-        with self._detached():
-            super()._save(output_dir, state_dict)
-        save_projector(self.projector, output_dir or str(self.args.output_dir), is_writer=self.args.should_save)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if self.is_fsdp_enabled:  # Its own checkpoints, and DeepSpeed's, hold student and projector together.
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        with self._detached():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_projector(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_best_model()
-        with self._detached():
-            super()._load_best_model()
-        self._load_projector(str(self.state.best_model_checkpoint))
-
-    def _load_projector(self, folder: str) -> None:
-        if not (Path(folder) / CONFIG).exists():
-            raise ValueError(f"{folder} has no projector: it is no checkpoint of KVProjectionTrainer")
-        self.projector.load_state_dict(load_projector(folder).state_dict())
+            for source in self.sources.values():
+                _drop_gradients(source.projector)
 
     # --------------------------------------------------------------------------------------------------- metrics
 
     @torch.no_grad()
-    def _record_kv(self, seen: dict[int, tuple[Any, Any, Any, Tensor]]) -> None:
+    def _record_kv(self, seen: dict[str, tuple[Any, Any, Any, Tensor]]) -> None:
         """Student's, teacher's and projected keys and values and their cosine, by layer: as means over tokens."""
         mode = "train" if self.model.training else "eval"
         count = len(next(iter(seen.values()))[0][0])
-        cosines = {f"kv/cosine_layer_{layer}": cosine for layer, (*_, cosine) in seen.items()}
+        cosines = {f"kv/cosine_{layer}": cosine for layer, (*_, cosine) in seen.items()}
         cosines = {"kv/cosine": torch.stack(list(cosines.values())).mean(), **cosines}
         self._kv_means[mode].add(count, **{name: value * count for name, value in cosines.items()})
         if not self._is_logging(mode):
@@ -326,18 +273,40 @@ class KVProjectionTrainer(KDTrainer):
             )  # fmt: skip
 
     def describe(self) -> dict[str, str]:
-        layers = "; ".join(f"{row['student layer']} <- {row['teacher layers']}" for row in self._mapping_rows())
         term = f"{self.args.kv_loss}, weight {self.args.kv_weight:g}, projector {self.args.projector}"
-        return {**super().describe(), "keys and values": term, "layers (student <- teacher)": layers}
+        found = {**super().describe(), "keys and values": term}
+        for name, source in self.sources.items():
+            layers = [f"{row['student layer']} <- {row['teacher layers']}" for row in _mapping_rows(source.mapping)]
+            title = "layers (student <- teacher)" if len(self.sources) == 1 else f"layers (student <- {name})"
+            found[title] = "; ".join(layers)
+        return found
 
-    def _mapping_rows(self) -> list[dict[str, str]]:
-        return [
-            {
-                "student layer": str(layer),
-                "teacher layers": ", ".join(f"{i} ({weight:.0%})" for i, weight in ts.items()),
-            }
-            for layer, ts in self.mapping.items()
-        ]
+
+class KVSource(NamedTuple):
+    """A teacher's keys and values, as a student learns from them."""
+
+    mapping: LayerMapping
+    projector: nn.Module
+    capture: KVCapture
+    weight: float
+
+    def features(self, layer: int, device: torch.device) -> list[Tensor]:
+        """Keys and values (N, Ft) of the teacher's layers that a student's layer learns from, by their weights."""
+        parts = [(weight, self.capture.features(i)) for i, weight in self.mapping[layer].items()]
+        dtype = next(self.projector.parameters(), torch.empty(0)).dtype
+        return [sum(weight * pair[kind].to(device, dtype) for weight, pair in parts) for kind in range(2)]  # pyright: ignore
+
+
+def _mapping_rows(mapping: LayerMapping) -> list[dict[str, str]]:
+    return [
+        {"student layer": str(layer), "teacher layers": ", ".join(f"{i} ({weight:.0%})" for i, weight in ts.items())}
+        for layer, ts in mapping.items()
+    ]
+
+
+def _drop_gradients(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.grad = None  # the optimizer passes over it
 
 
 def _diagnose(student: Tensor, teacher: Tensor, projected: Tensor) -> tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """SpeculativeKDTrainer: KDTrainer on text that student and teacher write together, made anew for every update."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,12 +15,12 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_distill.collators import PromptCollator, pad_prompts, warn_of_truncation
-from hf_distill.losses.fused_linear import fused_linear_distillation_loss, head_options
+from hf_distill.losses.fused_linear import TeacherSignal, fused_distillation_loss
 from hf_distill.metrics import RolloutMeans
 from hf_distill.modeling import WholeCopy, causal_lm, check_cache, gathered
 from hf_distill.speculative import Block, completion_hidden, rollout
-from hf_distill.teachers import TeacherSignal
-from hf_distill.teachers.local import LocalTeacher, is_split
+from hf_distill.teachers import Signal
+from hf_distill.teachers.local import BASE, LocalTeacher, is_split
 from hf_distill.trainers.checks import AnyDataset, text_config
 from hf_distill.trainers.config import HARD_SOURCES, ROLLOUT_SOURCES, SpeculativeKDConfig
 from hf_distill.trainers.kd import KDTrainer
@@ -75,6 +76,7 @@ class SpeculativeKDTrainer(KDTrainer):
     args: SpeculativeKDConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     teacher: LocalTeacher  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    _crosses_tokenizers = False  # what one side writes, the other has to read token by token
     _tag_names = [*KDTrainer._tag_names, "speculative-knowledge-distillation"]
     _name = "Speculative KD"
     _paper = {
@@ -111,6 +113,8 @@ class SpeculativeKDTrainer(KDTrainer):
             processing_class = processing_class or data_collator.tokenizer  # pyright: ignore[reportFunctionMemberAccess]
             if data_collator.tokenizer.get_vocab() != processing_class.get_vocab():  # pyright: ignore
                 raise ValueError("data_collator has another tokenizer than the trainer: pass the same to both")
+        if teacher_model == BASE or isinstance(teacher_model, list | tuple | Mapping):
+            raise ValueError("text is written with one teacher, which is a model of its own: pass its name or path")
         if args.teacher_device in ("offload", "sharded") or (
             not isinstance(teacher_model, str | None) and is_split(teacher_model)
         ):
@@ -128,7 +132,6 @@ class SpeculativeKDTrainer(KDTrainer):
         self.last_rows: list[Row] = []  # what has been written last, for callbacks
         super().__init__(model, teacher_model, args, train_dataset, eval_dataset, processing_class, **kwargs)
         self.data_collator = self._prompts or PromptCollator(self.processing_class)
-        self.student = causal_lm(self.model)
         self.eos_token_ids = _eos_token_ids(self.processing_class, self.student, self.teacher.model)
         self.pad_token_id: int = self.processing_class.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
         with gathered(self.student):
@@ -156,7 +159,10 @@ class SpeculativeKDTrainer(KDTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         collator = self._prompts or PromptCollator(processing_class)
-        configs = {"student": text_config(self._student, args), "teacher": text_config(self.teacher.model, args)}
+        configs = {
+            "student": text_config(self._student, args),
+            "teacher": text_config(next(iter(self.teachers.values())).model, args),
+        }
         function = partial(
             _encode, collator=collator, vocab_size=self.vocab_size,
             positions={side: getattr(config, "max_position_embeddings", None) for side, config in configs.items()},
@@ -277,9 +283,9 @@ class SpeculativeKDTrainer(KDTrainer):
             "teacher_hidden": torch.cat(hidden) if hidden else weight.new_zeros(0, weight.shape[1]),
         }
 
-    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> TeacherSignal:
+    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> Sequence[Signal]:
         # The teacher has read every completion when it was written, after its own prompt.
-        return TeacherSignal(inputs.pop("teacher_hidden"), self.teacher.head)
+        return [TeacherSignal(inputs.pop("teacher_hidden"), self.teacher.head)]
 
     # --------------------------------------------------------------------------------------------------- metrics
 
@@ -299,10 +305,10 @@ class SpeculativeKDTrainer(KDTrainer):
         without = completion_hidden(self.teacher.model, *bare, completion_ids).to(hidden.device)[completion_mask]
         head, labels = self.teacher.head, completion_ids[completion_mask].to(hidden.device)
         with torch.no_grad():
-            return fused_linear_distillation_loss(
-                without, head.weight, hidden[completion_mask], head.weight, labels,
-                kd_weight=1.0, vocab_size=self.vocab_size, **head_options(head, head),  # pyright: ignore
-            ).kd  # fmt: skip
+            signal = TeacherSignal(hidden[completion_mask], head)
+            return fused_distillation_loss(
+                without, head, [signal], labels, kd_weight=1.0, vocab_size=self.vocab_size
+            ).kd
 
     def evaluation_loop(self, *args, **kwargs):
         self._eval_batches = 0

@@ -50,7 +50,7 @@ def make(cell: tuple[str, str], folder, num_processes: int, **changes) -> KDTrai
 
 def weights_of(trainer: KDTrainer) -> dict[str, torch.Tensor]:
     """All weights, whole, those of a projector included; all processes have to come here."""
-    return whole_state(torch.nn.ModuleList([trainer.model, getattr(trainer, "projector", torch.nn.Module())]))
+    return whole_state(torch.nn.ModuleList([trainer.model, trainer.projectors]))
 
 
 def run_cell(cell: tuple[str, str], folder: Path, num_processes: int, **changes) -> dict:
@@ -93,7 +93,7 @@ def saved_weights(cell: tuple[str, str], folder: Path) -> dict[str, torch.Tensor
     found = {f"0.{name}": tensor for name, tensor in model.state_dict().items()}
     if cell[0] == "KVProjectionTrainer":
         projector = load_file(folder / "saved" / "projector.safetensors")
-        found |= {f"1.{name}": tensor for name, tensor in projector.items()}
+        found |= {f"1.projector.{name}": tensor for name, tensor in projector.items()}
     return found
 
 

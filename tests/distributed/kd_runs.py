@@ -101,7 +101,9 @@ def run_kv(folder, num_processes: int) -> dict:
     trainer = make_kv(folder, num_processes, make_model(seed=2), make_model(seed=1, hidden_size=48))
     trainer.train()
     results = results_of(trainer)
-    results["weights"] |= {f"projector.{name}": p.clone() for name, p in trainer.projector.state_dict().items()}
+    results["weights"] |= {
+        f"projector.{name}": p.clone() for name, p in trainer.projectors["projector"].state_dict().items()
+    }
     return results
 
 

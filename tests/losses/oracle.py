@@ -28,6 +28,11 @@ def adaptive_kl(p, q, head):
     return weight * kl(p, q) + (1 - weight) * kl(q, p)
 
 
+def taid(p, q, t):
+    target = q.detach() ** (1 - t) * p**t
+    return kl(target / target.sum(-1, keepdim=True), q)
+
+
 # name -> f(p_teacher, p_student) on probabilities, with the default parameters
 ORACLE = {
     "forward_kl": lambda p, q: kl(p, q),
@@ -38,6 +43,7 @@ ORACLE = {
     "total_variation": lambda p, q: 0.5 * (p - q).abs().sum(-1),
     "alpha_beta": lambda p, q: alpha_beta(p, q, 0.5, 0.5),
     "adaptive_kl": lambda p, q: adaptive_kl(p, q, 0.5),
+    "taid": lambda p, q: taid(p, q, 0.5),
 }
 
 

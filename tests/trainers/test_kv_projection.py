@@ -38,6 +38,14 @@ def settings(folder, **changes) -> dict:
     }  # fmt: skip
 
 
+def mapping_of(trainer):
+    return next(iter(trainer.sources.values())).mapping
+
+
+def projector_of(trainer):
+    return trainer.projectors["projector"]
+
+
 def make_trainer(folder, student, teacher, dataset, tokenizer, *, others=None, **changes):
     return KVProjectionTrainer(
         student, teacher, KVProjectionConfig(**settings(folder, **changes)), train_dataset=dataset,
@@ -89,7 +97,7 @@ def first_update(folder, student, teacher, dataset, tokenizer, **changes):
     trainer = make_trainer(
         folder, copy.deepcopy(student), teacher, dataset, tokenizer, others={"callbacks": [capture]}, **changes
     )
-    projector = copy.deepcopy(trainer.projector)
+    projector = copy.deepcopy(projector_of(trainer))
     trainer.train()
     return capture.updates[0], trainer.state.log_history[0], projector, trainer
 
@@ -175,7 +183,7 @@ def gradients_by_hand(loss, student, projector):
     student.zero_grad()
     projector.zero_grad()
     loss.backward()
-    inside = "base_model.model.kv_projector." if hasattr(student, "peft_config") else "kv_projector."
+    inside = "base_model.model.projectors.projector." if hasattr(student, "peft_config") else "projectors.projector."
     named = [*student.named_parameters(), *((inside + n, p) for n, p in projector.named_parameters())]
     return {name: p.grad for name, p in named if p.grad is not None}
 
@@ -199,7 +207,7 @@ CASES = {
 def test_first_update_is_the_one_by_hand(tmp_path, tokenizer, rows, student, teacher, case):
     options, mapping = CASES[case]
     found, log, projector, trainer = first_update(tmp_path, student, teacher, rows, tokenizer, **options)
-    assert trainer.mapping == mapping
+    assert mapping_of(trainer) == mapping
     names = {"direction_weight": "dw", "magnitude_weight": "mw"}
     options = {names.get(name, name): value for name, value in options.items() if name != "kv_layers"}
     loss, means = by_hand(student, teacher, projector, rows, mapping, **options)
@@ -207,7 +215,7 @@ def test_first_update_is_the_one_by_hand(tmp_path, tokenizer, rows, student, tea
     for name, value in means.items():
         assert log[name] == pytest.approx(value, rel=1e-4), name
     assert_same_gradients(found, gradients_by_hand(loss, student, projector))
-    assert any("kv_projector" in name for name in found)
+    assert any("projectors" in name for name in found)
 
 
 FAMILY_PAIRS = [("gpt2", "llama"), ("llama", "gpt2"), ("qwen3", "gemma2"), ("phi", "qwen2"), ("gemma3_text", "mistral")]
@@ -221,7 +229,7 @@ def test_families_with_other_heads_learn_from_each_other(tmp_path, tokenizer, ro
     options = {"kv_positions": "post"}
     found, log, projector, trainer = first_update(tmp_path, student, teacher, rows, tokenizer, **options)
     assert projector.settings["teacher_width"] != projector.settings["student_width"]
-    loss, means = by_hand(student, teacher, projector, rows, trainer.mapping, **options)
+    loss, means = by_hand(student, teacher, projector, rows, mapping_of(trainer), **options)
     assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert log["kv/cosine"] == pytest.approx(means["kv/cosine"], rel=1e-4)
     assert_same_gradients(found, gradients_by_hand(loss, student, projector), rtol=2e-5)
@@ -232,7 +240,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_split(tmp_path, tokenizer, ro
     if with_lora:
         student = with_adapters(student)
     expected, whole, projector, trainer = first_update(tmp_path, student, teacher, rows, tokenizer)
-    loss, _ = by_hand(student, teacher, projector, rows, trainer.mapping)
+    loss, _ = by_hand(student, teacher, projector, rows, mapping_of(trainer))
     assert_same_gradients(expected, gradients_by_hand(loss, student, projector))
     for size, steps in ((4, 2), (2, 4)):
         split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
@@ -284,7 +292,7 @@ def test_weight_zero_is_kdtrainer(tmp_path, tokenizer, rows, student, teacher):
     )  # fmt: skip
     trainer.train()
     found, log, *_ = first_update(tmp_path, student, teacher, rows, tokenizer, kv_weight=0.0)
-    projector = {name: gradient for name, gradient in found.items() if "kv_projector" in name}
+    projector = {name: gradient for name, gradient in found.items() if "projectors" in name}
     assert projector
     assert all((gradient == 0).all() for gradient in projector.values())
     assert_same_gradients({n: g for n, g in found.items() if n not in projector}, capture.updates[0], rtol=1e-6)
@@ -300,7 +308,7 @@ def test_other_distances(tmp_path, tokenizer, rows, student, teacher, kv_loss):
     chosen = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
     ours, theirs = (keys_and_values(model, batch, chosen, "pre")[1] for model in (student, teacher))
     terms = []
-    for index, (layer, weights) in enumerate(trainer.mapping.items()):
+    for index, (layer, weights) in enumerate(mapping_of(trainer).items()):
         for s, t in zip(ours[layer], projector(*theirs[next(iter(weights))], index), strict=True):
             s, t = s.double(), t.double()
             terms.append(
@@ -315,8 +323,8 @@ def test_cka_weighs_the_layers_that_are_most_alike(tmp_path, tokenizer, rows, te
     """A student that is the teacher: each layer is most like itself."""
     student = copy.deepcopy(teacher)
     trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer, kv_layers="cka")
-    assert list(trainer.mapping) == [0, 1, 2]
-    for layer, weights in trainer.mapping.items():
+    assert list(mapping_of(trainer)) == [0, 1, 2]
+    for layer, weights in mapping_of(trainer).items():
         assert len(weights) == 2
         assert sum(weights.values()) == pytest.approx(1)
         assert max(weights, key=weights.get) == layer
@@ -333,15 +341,15 @@ def test_projector_has_a_learning_rate_of_its_own_and_is_trained(tmp_path, token
         tmp_path, student, teacher, rows, tokenizer, others={"callbacks": [capture]}, projector_learning_rate=0.7,
         learning_rate=0.1, weight_decay=0.0,
     )  # fmt: skip
-    before = {f"kv_projector.{name}": p.clone() for name, p in trainer.projector.named_parameters()}
+    before = {f"projectors.projector.{name}": p.clone() for name, p in projector_of(trainer).named_parameters()}
     before |= {name: p.clone() for name, p in student.named_parameters()}
     trainer.train()
-    after = {f"kv_projector.{name}": p for name, p in trainer.projector.named_parameters()}
+    after = {f"projectors.projector.{name}": p for name, p in projector_of(trainer).named_parameters()}
     after |= dict(student.named_parameters())
     for name, gradient in capture.updates[0].items():
-        step = (0.7 if "kv_projector" in name else 0.1) * gradient
+        step = (0.7 if "projectors" in name else 0.1) * gradient
         torch.testing.assert_close(after[name], before[name] - step, rtol=1e-5, atol=1e-6)
-    assert all(not torch.equal(after[name], before[name]) for name in after if "kv_projector" in name)
+    assert all(not torch.equal(after[name], before[name]) for name in after if "projectors" in name)
     groups = trainer.optimizer.param_groups
     everything = [id(p) for group in groups for p in group["params"]]
     assert len(everything) == len(set(everything)) == len(after)
@@ -358,9 +366,9 @@ def test_checkpoints_hold_the_student_and_the_projector_beside_it(
         save_strategy="steps", save_steps=1,
     )  # fmt: skip
     states = []
-    trainer.add_callback(At(2, lambda: states.append(copy.deepcopy(trainer.projector.state_dict()))))
+    trainer.add_callback(At(2, lambda: states.append(copy.deepcopy(projector_of(trainer).state_dict()))))
     trainer.train()
-    states.append(trainer.projector.state_dict())
+    states.append(projector_of(trainer).state_dict())
     trainer.save_model(str(tmp_path / "final"))
     states.append(states[1])
     for folder, state in zip(("checkpoint-1", "checkpoint-2", "final"), states, strict=True):
@@ -368,7 +376,7 @@ def test_checkpoints_hold_the_student_and_the_projector_beside_it(
         assert {"projector.safetensors", "projector.json"} <= files
         weights = load_file(tmp_path / folder / ("adapter_model.safetensors" if with_lora else "model.safetensors"))
         assert weights
-        assert not any("kv_projector" in name for name in weights)
+        assert not any("projectors" in name for name in weights)
         if with_lora:
             assert all("lora_" in name for name in weights)
         else:
@@ -379,8 +387,8 @@ def test_checkpoints_hold_the_student_and_the_projector_beside_it(
         saved = load_projector(tmp_path / folder).state_dict()
         assert saved.keys() == state.keys()
         assert all(torch.equal(value, state[name]) for name, value in saved.items())
-    assert not hasattr(trainer.student, "kv_projector")
-    assert not any("kv_projector" in name for name in trainer.model.state_dict())
+    assert not hasattr(trainer.student, "projectors")
+    assert not any("projectors" in name for name in trainer.model.state_dict())
 
 
 @pytest.mark.parametrize("projector", ["mlp", "pca"])
@@ -394,7 +402,7 @@ def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(tmp_path, tokeniz
         )  # fmt: skip
         trainer.train(**kwargs)
         logs = [{k: v for k, v in log.items() if "time" not in k} for log in trainer.state.log_history if "loss" in log]
-        return student.state_dict() | trainer.projector.state_dict(prefix="projector."), logs
+        return student.state_dict() | projector_of(trainer).state_dict(prefix="projector."), logs
 
     whole, whole_logs = run(tmp_path / "whole", seed=2)
     resumed, logs = run(tmp_path / "resumed", seed=9, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
@@ -412,9 +420,11 @@ def test_resuming_from_another_trainers_checkpoint_is_refused_in_words(tmp_path,
     trainer.train()
     (tmp_path / "checkpoint-1" / "projector.json").unlink()
     trainer = make_trainer(tmp_path, make_model(seed=2), teacher, rows, tokenizer, max_steps=2)
-    with pytest.raises(ValueError, match="has no projector: it is no checkpoint of KVProjectionTrainer"):
+    with pytest.raises(
+        ValueError, match="has no projector.safetensors and projector.json: it is not of a run with this projector"
+    ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert not hasattr(trainer.student, "kv_projector")
+    assert not hasattr(trainer.student, "projectors")
 
 
 def test_best_student_comes_back_with_its_own_projector(tmp_path, tokenizer, rows, student, teacher):
@@ -426,7 +436,7 @@ def test_best_student_comes_back_with_its_own_projector(tmp_path, tokenizer, row
     trainer.train()
     best = trainer.state.best_model_checkpoint
     saved, last = (load_projector(folder).state_dict() for folder in (best, tmp_path / "checkpoint-3"))
-    assert all(torch.equal(value, saved[name]) for name, value in trainer.projector.state_dict().items())
+    assert all(torch.equal(value, saved[name]) for name, value in projector_of(trainer).state_dict().items())
     if not best.endswith("-3"):
         assert any(not torch.equal(value, last[name]) for name, value in saved.items())
     weights = load_file(f"{best}/model.safetensors")
@@ -442,7 +452,7 @@ def test_projector_stays_as_it_is_after_so_many_updates(tmp_path, tokenizer, row
     states, students = [], []
 
     def keep():
-        states.append(copy.deepcopy(trainer.projector.state_dict()))
+        states.append(copy.deepcopy(projector_of(trainer).state_dict()))
         students.append(student.lm_head.weight.detach().clone())
 
     for step in (1, 2, 3, 4):
@@ -473,12 +483,12 @@ def test_principal_components_never_change(tmp_path, tokenizer, rows, student, t
         tmp_path, student, teacher, rows, tokenizer, projector="pca", max_steps=2, learning_rate=1e-2,
         others={"eval_dataset": rows.select(range(3))}, eval_strategy="steps", eval_steps=1,
     )  # fmt: skip
-    before = copy.deepcopy(trainer.projector)
+    before = copy.deepcopy(projector_of(trainer))
     trainer.train()
-    after = trainer.projector.state_dict()
+    after = projector_of(trainer).state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.state_dict().items())
     assert before.matrix.abs().sum() > 0
-    loss, means = by_hand(weights, teacher, before, rows, trainer.mapping)
+    loss, means = by_hand(weights, teacher, before, rows, mapping_of(trainer))
     log = trainer.state.log_history[0]
     assert log["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert log["kv/cosine"] == pytest.approx(means["kv/cosine"], rel=1e-4)
@@ -504,23 +514,23 @@ def test_whatever_stops_training_the_projector_is_saved_with_the_student(
     trainer = make_trainer(
         tmp_path, student, teacher, rows, tokenizer, others={"callbacks": [At(3, stop)]}, max_steps=5
     )
-    before = copy.deepcopy(trainer.projector.state_dict())
+    before = copy.deepcopy(projector_of(trainer).state_dict())
     with pytest.raises(type(error)):
         trainer.train()
-    saved, state = load_projector(tmp_path / "emergency").state_dict(), trainer.projector.state_dict()
+    saved, state = load_projector(tmp_path / "emergency").state_dict(), projector_of(trainer).state_dict()
     assert all(torch.equal(value, state[name]) for name, value in saved.items())
     assert any(not torch.equal(value, before[name]) for name, value in saved.items())
-    assert not any("kv_projector" in name for name in load_file(tmp_path / "emergency" / "model.safetensors"))
-    assert not hasattr(trainer.student, "kv_projector")
+    assert not any("projectors" in name for name in load_file(tmp_path / "emergency" / "model.safetensors"))
+    assert not hasattr(trainer.student, "projectors")
 
 
 def test_student_can_be_trained_again(tmp_path, tokenizer, rows, student, teacher):
     trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer, learning_rate=1e-2)
     trainer.train()
-    before = copy.deepcopy(trainer.projector.state_dict())
+    before = copy.deepcopy(projector_of(trainer).state_dict())
     trainer.train()
-    assert any(not torch.equal(value, before[name]) for name, value in trainer.projector.state_dict().items())
-    assert not hasattr(trainer.student, "kv_projector")
+    assert any(not torch.equal(value, before[name]) for name, value in projector_of(trainer).state_dict().items())
+    assert not hasattr(trainer.student, "projectors")
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -532,7 +542,7 @@ def test_metrics_of_an_evaluation_are_those_by_hand(tmp_path, tokenizer, rows, s
         tmp_path, student, teacher, rows, tokenizer, others={"eval_dataset": held_out}, per_device_eval_batch_size=8
     )
     metrics = trainer.evaluate()
-    loss, means = by_hand(student, teacher, trainer.projector, held_out, trainer.mapping)
+    loss, means = by_hand(student, teacher, projector_of(trainer), held_out, mapping_of(trainer))
     assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-4)
     for name, value in means.items():
         assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-4), name

@@ -1,0 +1,464 @@
+"""Losses between two vocabularies, on groups of tokens that cover the same text, straight from hidden states and heads.
+
+At the start of a group both models have read the same text and say how it goes on, each in tokens of its own. What they
+say is compared as two distributions over texts that both can begin with.
+
+**Outcomes.** The student writes a group's text w as tokens s_1 .. s_m with next-token probabilities q, the teacher as
+t_1 .. t_n with p; by the chain rule with the probabilities Q = q(s_1) q(s_2 | s_1) .. and P = p(t_1) p(t_2 | t_1) .. .
+A *name* is a token of both vocabularies. Every token has a name: its own text, or the longest name that this begins
+with, or none. The outcomes of the student are
+
+    w           Q
+    name k      the sum of q(v) over the tokens v with name k, minus Q if s_1 is one of them
+    unnamed v   q(v), minus Q if v = s_1
+
+and the teacher's likewise with p and P: on each side probabilities that sum to 1. Where one side writes w as a single
+token which is a name, w and that name are one outcome.
+
+**aligned** adds two terms per group, the first of them in nats:
+
+    D(names, w, all that is unnamed) + sum_i |q_(i) - p_(i)| over what is unnamed
+
+with any divergence D (`losses/divergence.py`) and the loss below. It is >= 0, and 0 only where all of these are equal.
+With equal tokenizers every group is one token, every token a name, and what remains D of the next-token distributions.
+(GOLD, TRL's `GOLDTrainer`, multiplies the distribution at a group's first token by the probabilities of the others, so
+that a group's probabilities do not sum to 1.) The longest shared beginning is also the teacher's target in Byte-Prefix
+Marginalization (2607.22334), there for the student's vocabulary only.
+
+**uld** is Universal Logit Distillation (Boizard et al., 2402.12030): `sum_i |q_(i) - p_(i)|` over both vocabularies in
+descending order, the smaller one filled up with zeros; no token has to mean anything to both sides. The paper compares
+the i-th tokens of both answers; here it is the first tokens of a group, which follow the same text.
+
+Markers that only one side has, and ids that are no token, are left out: both distributions are conditional on the rest.
+The factor of a temperature T is T^2 for divergences, T for total variation and sorted probabilities, whose gradients
+shrink by T only.
+
+Shapes: N positions of the student, M of the teacher, G groups, Vs and Vt vocabularies, K names, Ds and Dt widths.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_distill.losses.divergence import DIVERGENCES, LOG_ZERO, check_divergence, temperature_factor
+from hf_distill.losses.fused_linear import CACHE_BLOCK, DistillationLoss, Head, _add_product_, default_chunk_size
+
+METHODS = ("aligned", "uld")
+# The name of a token that has none, and of one that is left out, as `token_alignment.shared_tokens` has them.
+UNNAMED, OUTSIDE = -1, -2
+# Logits on which the element-wise part works at a time; a handful of tensors of this size is held.
+BLOCK_LOGITS = {"cpu": CACHE_BLOCK, "cuda": 2**25}
+
+
+class Spans(NamedTuple):
+    """The tokens that follow the positions of both sides, and the group of each: any number, or -1 for none.
+
+    A group holds all of its tokens, in order, on both sides; one that is missing on a side is not compared.
+    """
+
+    student_tokens: Tensor  # (N,) int64; not the labels: a token counts here whether it is a hard label or not
+    student_groups: Tensor  # (N,) int64
+    teacher_tokens: Tensor  # (M,) int64
+    teacher_groups: Tensor  # (M,) int64
+
+
+class AlignedSignal(NamedTuple):
+    """What a teacher with another tokenizer says, at M positions of its own, on the device of the loss."""
+
+    hidden: Tensor  # (M, Dt), last hidden states, without gradient
+    head: Head
+    spans: Spans
+    shared: tuple[Tensor, Tensor, Tensor, Tensor]
+    method: str
+    num_exact: Tensor  # label-bearing tokens of the student that face exactly one of the teacher's
+    weight: float = 1.0  # its share among several teachers
+
+
+def uld(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
+    """Wasserstein-1 distance (...,) of probabilities (..., Vs) and (..., Vt) without regard to which token has them.
+
+    `sum_i |q_(i) - p_(i)|` in descending order, the smaller vocabulary filled up with zeros, in [0, 2] (Universal Logit
+    Distillation, 2402.12030, where moving probability costs the same between any two tokens).
+    """
+    width = max(student_probs.shape[-1], teacher_probs.shape[-1])
+    student, teacher = (
+        F.pad(probs.sort(dim=-1, descending=True).values, (0, width - probs.shape[-1]))
+        for probs in (student_probs, teacher_probs)
+    )
+    return (student - teacher).abs().sum(-1)
+
+
+def cross_tokenizer_loss(
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    labels: Tensor,
+    spans: Spans,
+    shared: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    kd_weight: float = 0.5,
+    temperature: float = 1.0,
+    method: str = "aligned",
+    divergence: str = "forward_kl",
+    divergence_params: dict | None = None,
+    num_items: int | float | Tensor | None = None,
+    chunk_size: int | None = None,
+) -> DistillationLoss:
+    """`(kd_weight * T^2 * sum over groups + (1 - kd_weight) * sum_i CE_1(i)) / num_items` without [N x V] logits.
+
+    It is [`fused_linear_distillation_loss`] for two tokenizers; the hard-label loss is the same. Logits exist for one
+    chunk of positions at a time, and the gradient is computed with them in the forward.
+
+    Args:
+        student_hidden (`torch.Tensor` of shape `(N, Ds)`), student_head ([`Head`]):
+            The student's last hidden states, after its final norm, and its head. They get gradients if they require
+            some. Rows of the head past the tokens that `shared` knows are padding.
+        teacher_hidden (`torch.Tensor` of shape `(M, Dt)`), teacher_head ([`Head`]):
+            The same of the teacher, on the student's device. Never gets a gradient.
+        labels (`torch.Tensor` of shape `(N,)`, int64): the student's hard labels, -100 for none.
+        spans ([`Spans`]): the tokens that follow the positions, and which of them cover the same text.
+        shared (tuple of int64 tensors of shapes `(K,)`, `(K,)`, `(Vs,)`, `(Vt,)`):
+            As `token_alignment.shared_tokens` makes them: for each name the student's and the teacher's token, and for
+            each token of both its name, -1 for none, -2 for what is left out.
+        kd_weight (`float`): weight of the groups' terms, in [0, 1]; hard labels get `1 - kd_weight`.
+        temperature (`float`): of both distributions, above 0.
+        method (`str`): "aligned" or "uld".
+        divergence (`str`), divergence_params (`dict`, *optional*): of "aligned"; a name in `DIVERGENCES`.
+        num_items (`int` or scalar tensor, *optional*): the divisor, N by default.
+        chunk_size (`int`, *optional*): positions per chunk; by default as many as fit `CHUNK_BYTES`.
+
+    Returns:
+        [`DistillationLoss`]. `kd` (without factors of the temperature) and `agreement` (both most likely tokens have
+        one name) are sums over groups.
+
+    Raises:
+        `ValueError`: shapes that do not fit, an unknown method or divergence, a number out of its range.
+    """
+    params = check_divergence(divergence, divergence_params)
+    _check_arguments(
+        student_hidden, student_head, teacher_hidden, teacher_head, labels, spans, shared,
+        kd_weight, temperature, method, chunk_size,
+    )  # fmt: skip
+    student_ids, teacher_ids, student_names, teacher_names = (x.to(student_hidden.device) for x in shared)
+    student, teacher = _side(student_head, student_ids, student_names), _side(teacher_head, teacher_ids, teacher_names)
+    if chunk_size is None:
+        chunk_size = default_chunk_size(student_hidden.device, max(len(student_names), len(teacher_names)))
+    if num_items is None:
+        num_items = max(len(labels), 1)
+    objective = _Objective(
+        functools.partial(DIVERGENCES[divergence], **params) if method == "aligned" else None,
+        kd_weight * temperature_factor(divergence, temperature), kd_weight * temperature, 1 - kd_weight, temperature,
+    )  # fmt: skip
+
+    numbers = torch.unique(spans.student_groups[torch.isin(spans.student_groups, spans.teacher_groups)])
+    numbers = numbers[numbers >= 0]  # (G,)
+    order, later_groups = _starts_first(spans.student_groups, numbers)  # (N,), (N - G,)
+    teacher_order, teacher_later_groups = _starts_first(spans.teacher_groups, numbers)  # (M,), (M - G,)
+    student_hidden, teacher_hidden = student_hidden[order], teacher_hidden.detach()[teacher_order]
+    tokens, teacher_tokens = spans.student_tokens[order], spans.teacher_tokens[teacher_order]
+    if method == "uld":
+        later_groups, teacher_later_groups = later_groups.fill_(-1), teacher_later_groups.fill_(-1)
+    settings = objective.temperature, chunk_size
+    starts = _group_starts(student_hidden.detach(), tokens, later_groups, student, *settings)
+    teacher_starts = _group_starts(teacher_hidden, teacher_tokens, teacher_later_groups, teacher, *settings)
+    loss, sums = _CrossTokenizer.apply(
+        student_hidden, student_head.weight, student_head.bias, labels[order], tokens, later_groups, starts,
+        teacher_hidden, teacher_starts, student, teacher, objective, num_items, chunk_size, torch.is_grad_enabled(),
+    )  # fmt: skip
+    return DistillationLoss(loss, *sums[1:].unbind())
+
+
+class _Objective(NamedTuple):
+    divergence: Callable[[Tensor, Tensor], Tensor] | None  # None: uld
+    divergence_factor: float
+    sorted_factor: float
+    ce_weight: float
+    temperature: float
+
+
+class _Side(NamedTuple):
+    """One model's head and vocabulary, V token ids."""
+
+    head: Head
+    names: Tensor  # (V,) the name of each token, UNNAMED or OUTSIDE
+    ids: Tensor  # (K,) the token that is the name
+    own: Tensor  # (V,) the name that a token is, K if it is none
+    others: Tensor  # ids of tokens that only begin with their name
+    unnamed: Tensor
+    outside: Tensor
+
+
+class _Starts(NamedTuple):
+    """What is known about a side's groups before their first positions are projected."""
+
+    tokens: Tensor  # (G,) the first token
+    log_continuation: Tensor  # (G,) log-probability of the other tokens
+    text_names: Tensor  # (G,) the name that the group's text is, K if it is none
+
+
+def _side(head: Head, ids: Tensor, names: Tensor) -> _Side:
+    own = torch.full_like(names, len(ids))
+    own[ids] = torch.arange(len(ids), device=ids.device)
+    others = (names >= 0) & (own == len(ids))
+    kinds = (kind.nonzero().squeeze(-1) for kind in (others, names == UNNAMED, names == OUTSIDE))
+    return _Side(head.truncated(len(names)), names, ids, own, *kinds)
+
+
+def _starts_first(groups: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """An order of positions, and the groups of all but the first G of them, as an index into `numbers` or -1.
+
+    The first G are the first positions of the groups, in the order of `numbers` (sorted).
+    """
+    index = torch.searchsorted(numbers, groups)
+    index = torch.where(torch.isin(groups, numbers), index, -1)
+    positions = torch.arange(len(groups), device=groups.device)
+    first = torch.full_like(numbers, len(groups))
+    first = first.scatter_reduce(0, index[index >= 0], positions[index >= 0], "amin")
+    later = positions[~torch.isin(positions, first)]
+    return torch.cat([first, later]), index[later]
+
+
+def _group_starts(
+    hidden: Tensor, tokens: Tensor, later_groups: Tensor, side: _Side, temperature: float, chunk_size: int
+) -> _Starts:
+    """`hidden` (n, D) and `tokens` (n,) are in the order of `_starts_first`."""
+    num_groups = len(tokens) - len(later_groups)
+    later = num_groups + (later_groups >= 0).nonzero().squeeze(-1)
+    groups = later_groups[later - num_groups]
+    log_probs = [hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
+    for part in _slices(0, len(later), chunk_size):
+        logits = _tempered(side.head.logits(hidden[later[part]]), side, temperature)  # (n, V)
+        log_probs.append(logits.gather(-1, tokens[later[part], None]).squeeze(-1) - logits.logsumexp(-1))
+    log_probs = torch.cat(log_probs)
+    log_continuation = log_probs.new_zeros(num_groups).index_add(0, groups, log_probs)
+    is_single = groups.bincount(minlength=num_groups) == 0
+    text_names = torch.where(is_single, side.own[tokens[:num_groups]], len(side.ids))
+    return _Starts(tokens[:num_groups], log_continuation, text_names)
+
+
+def _tempered(logits: Tensor, side: _Side, temperature: float) -> Tensor:
+    logits = logits if temperature == 1 else logits / temperature
+    return logits.index_fill(-1, side.outside, -torch.inf) if len(side.outside) else logits
+
+
+def _outcomes(log_probs: Tensor, starts: _Starts, targets: Tensor, side: _Side) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the names and, last, of a text that is no name (g, K + 1), and of unnamed tokens (g, R).
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(g, V)`): of the groups' first tokens.
+        targets (`torch.Tensor` of shape `(g,)`): the outcome that is the group's text, a name or K.
+    """
+    tiny = torch.finfo(log_probs.dtype).tiny
+    tokens, targets = starts.tokens.unsqueeze(-1), targets.unsqueeze(-1)  # (g, 1)
+    log_continuation = starts.log_continuation.unsqueeze(-1)
+    log_first = log_probs.gather(-1, tokens)
+    log_text = log_first + log_continuation
+    log_other = log_first + (-log_continuation.expm1()).clamp(min=tiny).log()  # the first token, then another text
+    moves = side.names[tokens] != targets  # The text is another outcome than what its first token counts to.
+    log_probs = log_probs.scatter(-1, tokens, torch.where(moves, log_other, log_first))
+    named = log_probs.index_select(-1, side.ids)  # (g, K)
+    if len(side.others):
+        names = side.names[side.others].expand(len(named), -1)
+        others = torch.zeros_like(named).scatter_add(-1, names, log_probs.index_select(-1, side.others).exp())
+        named = torch.logaddexp(named, others.clamp(min=tiny).log())
+    outcomes = F.pad(named, (0, 1), value=LOG_ZERO)  # (g, K + 1)
+    text = torch.logaddexp(outcomes.gather(-1, targets), torch.where(moves, log_text, LOG_ZERO))
+    return outcomes.scatter(-1, targets, text), log_probs.index_select(-1, side.unnamed)
+
+
+def _compare(
+    student_log_probs: Tensor,
+    teacher_log_probs: Tensor,
+    student_starts: _Starts,
+    teacher_starts: _Starts,
+    student: _Side,
+    teacher: _Side,
+    divergence: Callable[[Tensor, Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """The two terms of each group (g,), from log-probabilities (g, Vs) and (g, Vt) of its first tokens."""
+    if divergence is None:
+        distance = uld(student_log_probs.exp(), teacher_log_probs.exp())
+        return torch.zeros_like(distance), distance
+    targets = torch.minimum(student_starts.text_names, teacher_starts.text_names)
+    outcomes, unnamed = zip(
+        _outcomes(student_log_probs, student_starts, targets, student),
+        _outcomes(teacher_log_probs, teacher_starts, targets, teacher),
+        strict=True,
+    )
+    if len(student.unnamed) and len(teacher.unnamed):
+        rest = (x.logsumexp(-1, keepdim=True) for x in unnamed)
+        value = divergence(*(torch.cat(pair, -1) for pair in zip(outcomes, rest, strict=True)))
+        return value, uld(*(x.exp() for x in unnamed))
+    # What only one side can say is left out: the divergence would not be finite.
+    outcomes = [x.log_softmax(-1) if rest.shape[-1] else x for x, rest in zip(outcomes, unnamed, strict=True)]
+    value = divergence(*outcomes)
+    return value, torch.zeros_like(value)
+
+
+def _group_terms(
+    student_logits: Tensor, teacher_logits: Tensor, student_starts: _Starts, teacher_starts: _Starts,
+    student: _Side, teacher: _Side, objective: _Objective,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The weighted loss of a block of groups, the sum of its terms, and in how many groups both would begin alike.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(g, Vs)`), teacher_logits (`torch.Tensor` of shape `(g, Vt)`):
+            Of the groups' first tokens.
+    """
+    student_logits = _tempered(student_logits, student, objective.temperature)
+    teacher_logits = _tempered(teacher_logits, teacher, objective.temperature)
+    student_name, teacher_name = student.names[student_logits.argmax(-1)], teacher.names[teacher_logits.argmax(-1)]
+    agreement = ((student_name == teacher_name) & (student_name >= 0)).sum()
+    divergence, distance = _compare(
+        student_logits.log_softmax(-1), teacher_logits.log_softmax(-1),
+        student_starts, teacher_starts, student, teacher, objective.divergence,
+    )  # fmt: skip
+    divergence, distance = divergence.sum(), distance.sum()
+    loss = objective.divergence_factor * divergence + objective.sorted_factor * distance
+    return loss, divergence + distance, agreement
+
+
+def _hard_terms(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of the hard-label losses and of the entropies of positions with `logits` (n, V)."""
+    log_probs = logits.log_softmax(-1)
+    ce = F.nll_loss(log_probs, labels, ignore_index=-100, reduction="sum")
+    log_probs = log_probs.detach()
+    return ce, -(log_probs.exp() * log_probs).sum()
+
+
+class _CrossTokenizer(torch.autograd.Function):
+    """Loss and sums in the forward, together with the gradients that the backward only has to hand out.
+
+    The first G positions are those at which groups begin. They tell how much the probability of each group's other
+    tokens counts, which is the gradient of the positions after them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, bias, labels, tokens, later_groups, starts: _Starts, teacher_hidden,
+        teacher_starts: _Starts, student: _Side, teacher: _Side, objective: _Objective, num_items, chunk_size: int,
+        grad_enabled: bool,
+    ):  # fmt: skip
+        needs = [needed and grad_enabled for needed in ctx.needs_input_grad[:3]]
+        dtype, vocab_size = student.head.product_dtype(hidden), len(student.names)
+        sum_dtype = torch.promote_types(dtype, torch.float32)
+        gradients = [
+            torch.zeros_like(x, dtype=sum_dtype) if need else None
+            for x, need in zip((hidden, weight, bias), needs, strict=True)
+        ]
+        grad_hidden, grad_weight, grad_bias = gradients
+        sums = hidden.new_zeros(5, dtype=sum_dtype)
+        log_continuation = starts.log_continuation.requires_grad_()  # (G,)
+        continuation_gradient = torch.zeros_like(log_continuation)
+        block = max(1, BLOCK_LOGITS.get(hidden.device.type, BLOCK_LOGITS["cuda"]) // vocab_size)
+
+        def differentiate(rows: slice, terms: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> None:
+            """Adds up the sums of `terms(logits, rows)`, of which the first is the loss, and the loss's gradients."""
+            logits = student.head.logits(hidden[rows])  # (n, Vs)
+            for part in _slices(0, len(logits), block):
+                with torch.set_grad_enabled(any(needs)):
+                    leaf = logits[part].detach().requires_grad_(any(needs))
+                    loss, *others = terms(leaf, slice(rows.start + part.start, rows.start + part.stop))
+                sums.add_(torch.stack([x.detach().to(sum_dtype) for x in (loss, *others)]))
+                if any(needs):
+                    of_logits, of_continuation = torch.autograd.grad(loss, (leaf, log_continuation), allow_unused=True)
+                    if of_continuation is not None:
+                        continuation_gradient.add_(of_continuation)
+                    logits[part] = student.head.products_gradient(of_logits, leaf.detach())
+            gradient = logits.to(dtype)
+            if grad_hidden is not None:
+                for part, part_weight in student.head.weight_slices(dtype):
+                    _add_product_(grad_hidden[rows], gradient[:, part], part_weight)
+            if grad_weight is not None:
+                _add_product_(grad_weight[:vocab_size], gradient.t(), hidden[rows].to(dtype))
+            if grad_bias is not None:
+                grad_bias[:vocab_size] += logits.sum(0)
+
+        def group_chunk(rows: slice) -> None:
+            teacher_logits = teacher.head.logits(teacher_hidden[rows])  # (n, Vt)
+
+            def terms(logits: Tensor, part: slice) -> tuple[Tensor, ...]:
+                ce, entropy = _hard_terms(logits, labels[part])
+                loss, kd, agreement = _group_terms(
+                    logits, teacher_logits[part.start - rows.start : part.stop - rows.start],
+                    _Starts(*(x[part] for x in starts)), _Starts(*(x[part] for x in teacher_starts)),
+                    student, teacher, objective,
+                )  # fmt: skip
+                return loss + objective.ce_weight * ce, kd, ce, agreement, entropy
+
+            differentiate(rows, terms)
+
+        def later_terms(logits: Tensor, part: slice) -> tuple[Tensor, ...]:
+            ce, entropy = _hard_terms(logits, labels[part])
+            groups = later_groups[part.start - num_groups : part.stop - num_groups]
+            log_probs = _tempered(logits, student, objective.temperature).log_softmax(-1)
+            log_probs = log_probs.gather(-1, tokens[part, None]).squeeze(-1)
+            weights = torch.where(groups >= 0, continuation_gradient[groups], 0)
+            for_gradient = torch.where(groups >= 0, weights * log_probs, 0).sum()
+            loss = objective.ce_weight * ce + for_gradient - for_gradient.detach()
+            return loss, none, ce, none, entropy
+
+        num_groups, none = len(log_continuation), sums.new_zeros(())
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in _slices(0, num_groups, chunk_size):
+                group_chunk(rows)
+            for rows in _slices(num_groups, len(labels), chunk_size):
+                differentiate(rows, later_terms)
+
+        ctx.gradients, ctx.num_items = gradients, num_items
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(sums)
+        return sums[0] / num_items, sums
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.gradients is None:
+            raise RuntimeError("cross_tokenizer_loss can be differentiated once; compute the loss again")
+        gradients, ctx.gradients = ctx.gradients, None
+        scale = grad_loss / ctx.num_items
+        scaled = (
+            None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return *scaled, *(None,) * 12
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+def _check_arguments(
+    student_hidden, student_head: Head, teacher_hidden, teacher_head: Head, labels, spans: Spans, shared,
+    kd_weight, temperature, method, chunk_size,
+) -> None:  # fmt: skip
+    sides = (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head))
+    for (side, hidden, head), ids, names in zip(sides, shared[:2], shared[2:], strict=True):
+        weight = head.weight
+        if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+            raise ValueError(
+                f"{side}_hidden has to be (n, D) and the weight of {side}_head (V, D), "
+                f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            )
+        if len(names) > len(weight):
+            raise ValueError(
+                f"shared has names for {len(names)} tokens of the {side}, its head has {len(weight)} rows: leave "
+                "tokens that the model does not have out of vocabulary_pieces"
+            )
+        if len(ids) != len(shared[0]):
+            raise ValueError(f"shared has {len(shared[0])} tokens of the student for {len(ids)} of the teacher")
+    for name, tensor in {"labels": labels, **spans._asdict()}.items():
+        num_rows = len(teacher_hidden if name.startswith("teacher") else student_hidden)
+        if tensor.shape != (num_rows,):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the hidden states have {num_rows} rows")
+    if method not in METHODS:
+        raise ValueError(f"method has to be one of {', '.join(METHODS)}, got {method!r}")
+    if not 0 <= kd_weight <= 1:
+        raise ValueError(f"kd_weight has to lie in [0, 1], got {kd_weight}")
+    if not temperature > 0:
+        raise ValueError(f"temperature has to be above 0, got {temperature}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size has to be at least 1, got {chunk_size}")

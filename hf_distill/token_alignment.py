@@ -1,0 +1,343 @@
+"""Which tokens of two tokenisations of one text cover the same part of it, and which tokens mean the same to both.
+
+A *piece* is what a token stands for: `bytes` for text, a `str` for a marker (bos, eos, `<|im_start|>`), which has no
+text. Bytes are what all tokenizers agree on: `Ġthe` of GPT-2 and `▁the` of Llama are both `b" the"`, and an emoji may
+be cut anywhere. A *group* is a shortest run of student tokens and of teacher tokens that cover the same text.
+
+Shapes: K names, Vs and Vt the vocabularies.
+"""
+
+import itertools
+import json
+import re
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Piece = bytes | str
+Run = tuple[int, int, int]  # a stretch of text that both sides have: its start in each, its length in bytes
+
+WHITESPACE = b" \t\n\r\x0b\x0c"
+# After text that differs, so many equal bytes (or all that is left) are taken for the same text again.
+RESUMING_BYTES = 8
+# A token's name where it has none: text that begins with nothing that both sides have, and what is never compared.
+UNNAMED, OUTSIDE = -1, -2
+
+
+class Group(NamedTuple):
+    """Tokens that cover the same text. One side is empty where the other has none of that text, or no such marker."""
+
+    student: range
+    teacher: range
+    # Whether both sides are the very same bytes, or the same marker. Otherwise white space or case differ (the space
+    # that SentencePiece puts before a text), so that the next-token distributions are of different texts.
+    comparable: bool
+
+
+class SharedTokens(NamedTuple):
+    """What two vocabularies have in common. A name is a piece that is a token of both; int64 tensors."""
+
+    student_ids: Tensor  # (K,) the student's token for each name
+    teacher_ids: Tensor  # (K,)
+    # The name of each token: its own, else the longest that it begins with, else UNNAMED; OUTSIDE for markers of one
+    # side alone and ids that are no token.
+    student_names: Tensor  # (Vs,)
+    teacher_names: Tensor  # (Vt,)
+
+
+def vocabulary_pieces(tokenizer: Any) -> list[Piece | None]:
+    """The piece of every token id, None for ids that are no token.
+
+    Byte-level, SentencePiece and WordPiece vocabularies are known; a word of the last is taken to begin with a space.
+    Special tokens are markers: "bos" and "eos" by their role (a token with both roles is "eos"), others by content.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): read through `backend_tokenizer`, `get_vocab()`, `added_tokens_decoder`,
+            `all_special_ids`, `bos_token_id` and `eos_token_id`.
+
+    Raises:
+        `ValueError`: the tokenizer does not tell how its tokens become text.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not tell how its tokens become text; load the fast tokenizer "
+            "(AutoTokenizer with use_fast=True)"
+        )
+    spell = _spelling(backend.decoder)
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    pieces: list[Piece | None] = [None] * (max([*vocabulary.values(), *added]) + 1)
+    for token, index in vocabulary.items():
+        pieces[index] = spell(token)
+    special = set(tokenizer.all_special_ids)
+    for index, token in added.items():  # written as they are, whatever the model's alphabet
+        pieces[index] = token.content if token.special or index in special else token.content.encode()
+    for role in ("bos", "eos"):
+        index = getattr(tokenizer, f"{role}_token_id")
+        if index is not None:
+            pieces[index] = role
+    return pieces
+
+
+def shared_tokens(student_pieces: Sequence[Piece | None], teacher_pieces: Sequence[Piece | None]) -> SharedTokens:
+    """The tokens that mean the same to both sides, and a name for the others, from both `vocabulary_pieces`.
+
+    A token that only one side has begins with one that both have, down to single bytes: a teacher's `grandmother` adds
+    to what a student without that word can say, `gr`. Naming by the longest shared beginning moves no probability
+    between texts, where an exact match alone leaves it without a counterpart.
+    """
+    sides = student_pieces, teacher_pieces
+    # Of several ids with one piece the last counts: SentencePiece has its bytes `<0x41>` before the letter `A` itself.
+    ids = [{piece: i for i, piece in enumerate(pieces) if piece is not None} for pieces in sides]
+    names = {piece: k for k, piece in enumerate(piece for piece in ids[0] if piece in ids[1] and piece != b"")}
+
+    def name(piece: Piece | None) -> int:
+        if not isinstance(piece, bytes):
+            return names.get(piece, OUTSIDE) if piece is not None else OUTSIDE
+        beginnings = (names.get(piece[:length]) for length in range(len(piece), 0, -1))
+        return next((found for found in beginnings if found is not None), UNNAMED)
+
+    return SharedTokens(
+        *(torch.tensor([side[piece] for piece in names], dtype=torch.long) for side in ids),
+        *(torch.tensor([name(piece) for piece in pieces], dtype=torch.long) for pieces in sides),
+    )
+
+
+def align(
+    student_pieces: Sequence[Piece], teacher_pieces: Sequence[Piece], contents: Sequence[str] | None = None
+) -> list[Group]:
+    """The groups of two tokenisations, in order; every token is in exactly one. Linear in the length of the text.
+
+    Where the texts differ in white space, it is skipped; where they differ otherwise (two chat templates, a word that
+    one tokenizer does not know), tokens stay alone until `RESUMING_BYTES` bytes are equal again. Equal markers at the
+    same place of the text are a group.
+
+    Args:
+        student_pieces, teacher_pieces: for each token its entry in `vocabulary_pieces`, padding left out.
+        contents (list of `str`, *optional*):
+            What both texts say, in this order, between templates that differ: the contents of all messages. Only that
+            is aligned then, however short it is. The last occurrence counts: templates put names before contents.
+    """
+    sides = student_pieces, teacher_pieces
+    if contents is None:
+        runs = list(_equal_runs(_text(student_pieces), _text(teacher_pieces)))
+    else:
+        runs = _runs_of_contents(student_pieces, teacher_pieces, contents)
+    # For each token: how many of the bytes that both sides have are written when it ends.
+    student, teacher = (_shared_bytes(side, [(run[k], run[2]) for run in runs]) for k, side in enumerate(sides))
+    groups: list[Group] = []
+    i = j = done = 0
+    while i < len(student) or j < len(teacher):
+        start_i, start_j = i, j
+        while i < len(student) and student[i] == done:
+            i += 1
+        while j < len(teacher) and teacher[j] == done:
+            j += 1
+        groups += _pair_markers(*sides, range(start_i, i), range(start_j, j))
+        if i == len(student):
+            continue  # Both sides have written all of the bytes that they share.
+        start_i, start_j = i, j
+        i, j = i + 1, j + 1
+        while student[i - 1] != teacher[j - 1]:
+            if student[i - 1] < teacher[j - 1]:
+                i += 1
+            else:
+                j += 1
+        done = student[i - 1]
+        groups += _text_groups(*sides, range(start_i, i), range(start_j, j))
+    return groups
+
+
+def group_numbers(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
+    """For each token of the student, and of the teacher, the number of its group; -1 where nothing can be compared."""
+    numbers = [k if group.comparable else -1 for k, group in enumerate(groups)]
+    student = [k for k, group in zip(numbers, groups, strict=True) for _ in group.student]
+    teacher = [k for k, group in zip(numbers, groups, strict=True) for _ in group.teacher]
+    return student, teacher
+
+
+def exact_fraction(groups: Sequence[Group]) -> float:
+    """The share of the student's tokens that face exactly one token of the teacher, of the very same bytes."""
+    exact = sum(group.comparable and len(group.student) == len(group.teacher) == 1 for group in groups)
+    return exact / max(sum(len(group.student) for group in groups), 1)
+
+
+def _text(pieces: Sequence[Piece]) -> bytes:
+    return b"".join(piece for piece in pieces if isinstance(piece, bytes))
+
+
+def _squeezed(text: bytes) -> bytes:
+    """The text without white space and case (of ASCII)."""
+    return text.translate(None, WHITESPACE).lower()
+
+
+def _equal_runs(student: bytes, teacher: bytes) -> Iterator[Run]:
+    """The stretches that both texts have, but for case."""
+    student, teacher = student.lower(), teacher.lower()
+    # Of several spaces before a text it is the first that one side has added.
+    before = [len(text) - len(text.lstrip(WHITESPACE)) for text in (student, teacher)]
+    i, j = max(0, before[0] - before[1]), max(0, before[1] - before[0])
+    while i < len(student) and j < len(teacher):
+        if length := _equal_length(student, teacher, i, j):
+            yield i, j, length
+            i, j = i + length, j + length
+        elif student[i] in WHITESPACE:
+            i += 1
+        elif teacher[j] in WHITESPACE:
+            j += 1
+        else:
+            i, j = _next_equal(student, teacher, i, j)
+
+
+def _equal_length(student: bytes, teacher: bytes, i: int, j: int) -> int:
+    """How many bytes from `i` and `j` on are equal."""
+
+    def equal(length: int, step: int) -> bool:
+        found = student[i + length : i + length + step]
+        return len(found) == step and found == teacher[j + length : j + length + step]
+
+    length, step = 0, 1
+    while equal(length, step):
+        length, step = length + step, 2 * step
+    while step := step // 2:
+        length += step * equal(length, step)
+    return length
+
+
+def _next_equal(student: bytes, teacher: bytes, i: int, j: int) -> tuple[int, int]:
+    """The nearest places from `i` and `j` on after which `RESUMING_BYTES` bytes, or all that is left, are equal."""
+    window = 64
+    while True:
+        places = range(j, min(j + window, len(teacher)) + 1)
+        last = {teacher[y : y + RESUMING_BYTES]: y for y in reversed(places)}  # of equal ones the nearest
+        found = []
+        for x in range(i, min(i + window, len(student)) + 1):
+            y = last.get(student[x : x + RESUMING_BYTES])
+            if y is not None:
+                found.append((x + y, x, y))
+        if found:
+            return min(found)[1:]
+        window *= 2  # At the latest both ends are equal.
+
+
+def _runs_of_contents(
+    student_pieces: Sequence[Piece], teacher_pieces: Sequence[Piece], contents: Sequence[str]
+) -> list[Run]:
+    """The stretches inside of `contents` that both sides have; contents are looked for from the end."""
+    sides = student_pieces, teacher_pieces
+    texts = [_text(side) for side in sides]
+    inks = [text.translate(None, WHITESPACE)[::-1] for text in texts]  # templates strip and add white space
+    places = [[i for i, byte in enumerate(text) if byte not in WHITESPACE] for text in texts]
+    ends = [{len(ink) - end for end in _ends(side, WHITESPACE)} for side, ink in zip(sides, inks, strict=True)]
+    read, runs = [0, 0], []
+    for content in reversed(contents):
+        wanted = content.encode().translate(None, WHITESPACE)[::-1]
+        found = [_find_tokens(*side) for side in zip(inks, (wanted, wanted), read, ends, strict=True)]
+        if not wanted or -1 in found:
+            continue
+        read = [start + len(wanted) for start in found]
+        (i, end_i), (j, end_j) = (
+            (place[-end], place[-1 - start] + 1) for place, start, end in zip(places, found, read, strict=True)
+        )
+        inside = _equal_runs(texts[0][i:end_i], texts[1][j:end_j])
+        runs.append([(i + x, j + y, length) for x, y, length in inside])
+    return [run for found in reversed(runs) for run in found]
+
+
+def _find_tokens(text: bytes, wanted: bytes, start: int, ends: set[int]) -> int:
+    """Where `wanted` is next, between two `ends` of tokens (no `a` inside of `assistant`), or -1."""
+    start = text.find(wanted, start)
+    while start != -1 and not {start, start + len(wanted)} <= ends:
+        start = text.find(wanted, start + 1)
+    return start
+
+
+def _ends(pieces: Sequence[Piece], ignored: bytes = b"") -> list[int]:
+    """Where tokens begin and end, in bytes of the text without those in `ignored`."""
+    lengths = (len(piece.translate(None, ignored)) if isinstance(piece, bytes) else 0 for piece in pieces)
+    return list(itertools.accumulate(lengths, initial=0))
+
+
+def _shared_bytes(pieces: Sequence[Piece], runs: Sequence[tuple[int, int]]) -> list[int]:
+    """For each piece how many bytes of `runs` (start, length) come before its end."""
+    counts, before, k = [], 0, 0
+    for end in _ends(pieces)[1:]:
+        while k < len(runs) and sum(runs[k]) <= end:
+            before, k = before + runs[k][1], k + 1
+        counts.append(before + (max(0, end - runs[k][0]) if k < len(runs) else 0))
+    return counts
+
+
+def _pair_markers(
+    student_pieces: Sequence[Piece], teacher_pieces: Sequence[Piece], student: range, teacher: range
+) -> Iterator[Group]:
+    """Tokens without shared text: equal markers in pairs, in order, everything else alone."""
+    places = defaultdict(deque)
+    for j in teacher:
+        places[teacher_pieces[j]].append(j)
+    next_j = teacher.start
+    for i in student:
+        same = places[student_pieces[i]] if isinstance(student_pieces[i], str) else deque()
+        while same and same[0] < next_j:
+            same.popleft()
+        if same:
+            yield from (Group(range(i, i), range(j, j + 1), False) for j in range(next_j, same[0]))
+            next_j = same[0] + 1
+            yield Group(range(i, i + 1), range(same[0], next_j), True)
+        else:
+            yield Group(range(i, i + 1), range(next_j, next_j), False)
+    yield from (Group(range(student.stop, student.stop), range(j, j + 1), False) for j in range(next_j, teacher.stop))
+
+
+def _text_groups(
+    student_pieces: Sequence[Piece], teacher_pieces: Sequence[Piece], student: range, teacher: range
+) -> list[Group]:
+    """One group if both sides have the same text there, else each side alone."""
+    pieces = student_pieces[student.start : student.stop], teacher_pieces[teacher.start : teacher.stop]
+    texts = [_text(side) for side in pieces]
+    if _squeezed(texts[0]) != _squeezed(texts[1]):
+        return [
+            Group(student, range(teacher.start, teacher.start), False),
+            Group(range(student.stop, student.stop), teacher, False),
+        ]
+    has_marker = any(isinstance(piece, str) for side in pieces for piece in side)
+    return [Group(student, teacher, texts[0] == texts[1] and not has_marker)]
+
+
+def _spelling(decoder: Any) -> Callable[[str], bytes]:
+    """How a token becomes bytes, from the decoder of a `tokenizers.Tokenizer`."""
+    state = json.loads(decoder.__getstate__()) if decoder is not None else {"decoders": []}
+    steps = {step["type"]: step for step in state.get("decoders", [state])}
+    if "ByteLevel" in steps:
+        return _bytes_of_byte_level
+    if "WordPiece" in steps:
+        prefix = steps["WordPiece"]["prefix"]
+        return lambda token: (token.removeprefix(prefix) if token.startswith(prefix) else f" {token}").encode()
+    if "Metaspace" in steps or "Replace" in steps:
+        space = steps["Metaspace"]["replacement"] if "Metaspace" in steps else steps["Replace"]["pattern"]["String"]
+        is_byte = re.compile("<0x[0-9A-F]{2}>" if "ByteFallback" in steps else "(?!)").fullmatch
+        return lambda token: bytes([int(token[3:5], 16)]) if is_byte(token) else token.replace(space, " ").encode()
+    raise ValueError(
+        f"the tokenizer's decoder ({', '.join(steps) or 'none'}) does not tell how its tokens become text; those of "
+        "byte-level, SentencePiece and WordPiece tokenizers do"
+    )
+
+
+def _bytes_of_byte_level(token: str) -> bytes:
+    try:
+        return bytes(map(BYTES.__getitem__, token))
+    except KeyError:
+        return token.encode()  # as the decoder does with other characters
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The letters of byte-level vocabularies (GPT-2): printable bytes stand for themselves, the rest follows at 256."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
+
+
+BYTES = _byte_alphabet()
