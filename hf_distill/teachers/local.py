@@ -29,7 +29,7 @@ from hf_distill.modeling import (
     num_token_ids,
     select_positions,
 )
-from hf_distill.teachers.placement import teacher_devices
+from hf_distill.teachers.placement import LAYOUTS, teacher_devices
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,19 @@ class LocalTeacher:
             bias = None if head.bias is None else head.bias.to(signal_device, copy=copy)
             self.head = head._replace(weight=head.weight.to(signal_device, copy=copy), bias=bias)
         self.layers: tuple[int, ...] = ()  # inner layers whose output is part of the signal
+        self.sharded = False
+
+    @property
+    def place(self) -> str:
+        """Where the model is, for people."""
+        if self.sharded:
+            return "split over all processes"
+        devices = sorted({str(parameter.device) for parameter in self.model.parameters()})
+        return "the CPU's memory, layer by layer on the student's device" if devices == ["meta"] else ", ".join(devices)
 
     def shard(self, accelerator: Accelerator) -> None:
         """Splits the model over all processes, with the student's engine. The copy of its head stays whole."""
+        self.sharded = True
         backbone = self._causal_lm.base_model
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             self._engine = prepare_deepspeed(backbone, accelerator)
@@ -197,7 +207,9 @@ def _devices(setting: str | None, student_device: str | torch.device) -> list[st
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"teacher_device={setting!r} is not a device of this machine: {error}") from error
+            raise ValueError(
+                f"teacher_device={setting!r} is not a device of this machine, nor one of {', '.join(LAYOUTS)}: {error}"
+            ) from error
     return devices
 
 

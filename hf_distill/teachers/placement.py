@@ -35,7 +35,7 @@ def teacher_devices(
         if len(free) < num_local_ranks:
             raise ValueError(
                 f"teacher_device='paired' needs two devices per process: {num_local_ranks} processes on this machine "
-                f"see {len(devices)}. Start {len(devices) // 2}, or take teacher_device=None or 'offload'"
+                f"see {len(devices)}. Start half as many as devices, or take teacher_device=None or 'offload'"
             )
         return [free[local_rank]]
     # The free devices in equal parts; some of the first ranks have one more.

@@ -183,7 +183,7 @@ def refuse_sharding(args: KDConfig, teacher_model: Any) -> None:
                 "save_model() would write no model: set stage3_gather_16bit_weights_on_model_save in the DeepSpeed "
                 "configuration (zero3_save_16bit_model in one of accelerate's) to true"
             )
-    if args.teacher_device == "sharded" and not (is_fsdp or is_deepspeed_zero3_enabled()):
+    if "sharded" in (args.teacher_device or "") and not (is_fsdp or is_deepspeed_zero3_enabled()):
         raise ValueError("teacher_device='sharded' needs FSDP2 or ZeRO-3, which split the student as well")
     if args.teacher_device == "sharded" and args.teacher_combination == "route":
         raise ValueError("a sharded teacher has to be asked by all processes at once: take no 'route'")

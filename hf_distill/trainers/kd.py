@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub import ModelCard
 from peft import PeftConfig
+from rich.console import Console
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -175,7 +176,8 @@ class KDTrainer(SFTTrainer):
         self._across: dict[str, PreTrainedTokenizerBase] = {}  # tokenizers of teachers that have another vocabulary
         self.teacher_processing_class = processing_class
         devices = [place.strip() or None for place in (args.teacher_device or "").split(",")]
-        for (name, teacher), device in zip(teachers.items(), devices * len(teachers), strict=False):
+        places = dict(zip(teachers, devices * len(teachers), strict=False))
+        for name, teacher in teachers.items():
             if isinstance(teacher, str) and teacher == BASE:
                 self.teachers[name] = None  # until the student is there
                 continue
@@ -183,7 +185,7 @@ class KDTrainer(SFTTrainer):
             shared = self._shared_vocabulary(processing_class, tokenizer, args)
             teacher = load_teacher(
                 teacher,
-                device=device,
+                device=places[name],
                 student_device=args.device,
                 quantization=args.teacher_quantization,
                 trust_remote_code=args.trust_remote_code,
@@ -241,6 +243,7 @@ class KDTrainer(SFTTrainer):
         for mode in ("train", "eval"):
             self._reset_means(mode)
         self._update_loss, self._skipped_updates = 0.0, 0
+        self._has_told_tokens = False
         self.student = student = causal_lm(self.model)
         refuse_vision(student, None)
         refuse_frozen(self.model)
@@ -251,8 +254,9 @@ class KDTrainer(SFTTrainer):
         for teacher in self.teachers.values():
             if not isinstance(teacher, BaseTeacher):
                 refuse_shared_memory(self.model, teacher.model)
-                if args.teacher_device == "sharded" or is_split(teacher.model):
-                    (teacher.teacher if isinstance(teacher, AcrossTeacher) else teacher).shard(self.accelerator)
+        for name, teacher in self._local_teachers().items():
+            if places[name] == "sharded" or is_split(teacher.model):
+                teacher.shard(self.accelerator)
         refuse_split(student)
         policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy if self.is_fsdp_enabled else None
         if policy is not None:
@@ -476,6 +480,9 @@ class KDTrainer(SFTTrainer):
             device = self.accelerator.device
             tokens = torch.as_tensor(self._total_train_tokens, device=device).to(sum_dtype(device))
             logs["num_tokens"] = self._sum_over_processes(tokens.unsqueeze(0)).item()
+            if not self._has_told_tokens:
+                self._has_told_tokens = True
+                self._tell(f"about {logs['num_tokens'] / max(self.state.global_step, 1):,.0f} tokens per update")
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
@@ -516,6 +523,7 @@ class KDTrainer(SFTTrainer):
     def train(self, *args, **kwargs):
         """As in `trl.SFTTrainer`; whatever stops it, the student is saved to `emergency/` in the output directory."""
         refuse_missing_checkpoint(args[0] if args else kwargs.get("resume_from_checkpoint"), self.args)
+        self._tell(", ".join(f"{name}: {value}" for name, value in self.describe_run().items()))
         self._reset_means("train")  # nothing of an interrupted run
         self._update_loss, self._skipped_updates = 0.0, 0
         if self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
@@ -529,6 +537,35 @@ class KDTrainer(SFTTrainer):
             except (Exception, KeyboardInterrupt):
                 self._save_emergency()
                 raise
+
+    def describe_run(self) -> dict[str, str]:
+        """What really runs, which is not always what was asked for."""
+        processes, micro_batches = self.accelerator.num_processes, self.args.gradient_accumulation_steps
+        rows = self.args.per_device_train_batch_size * micro_batches * processes
+        return {
+            "processes": str(processes),
+            "engine": self.engine,
+            "student": f"{self.student.dtype}, mixed precision {self.accelerator.mixed_precision}, {self.args.device}",
+            **{f"teacher {name}": f"{t.model.dtype}, {t.place}" for name, t in self._local_teachers().items()},
+            "rows per update": f"{rows} ({micro_batches} micro-batches)",
+        }
+
+    @property
+    def engine(self) -> str:
+        """What spreads the training over processes."""
+        if self.is_deepspeed_enabled:
+            return f"DeepSpeed ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        return "FSDP2" if self.is_fsdp_enabled else "DDP" if self.accelerator.num_processes > 1 else "none"
+
+    def _local_teachers(self) -> dict[str, LocalTeacher]:
+        sides = {name: getattr(teacher, "teacher", teacher) for name, teacher in self.teachers.items()}
+        return {name: teacher for name, teacher in sides.items() if isinstance(teacher, LocalTeacher)}
+
+    def _tell(self, message: str) -> None:
+        if self.is_world_process_zero():
+            logger.info(message)
+            if not self.args.disable_tqdm:
+                Console().print(message, highlight=False)
 
     def _save_emergency(self) -> None:
         folder = f"{self.args.output_dir}/emergency"

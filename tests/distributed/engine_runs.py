@@ -8,6 +8,7 @@ Usage: torchrun --standalone --nproc_per_node 2 engine_runs.py ENGINE FOLDER
 
 import copy
 import os
+import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -73,6 +74,28 @@ def resume_cell(cell: tuple[str, str], folder: Path, num_processes: int, **chang
     trainer = make(cell, folder, num_processes, **changes)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
     return weights_of(trainer)
+
+
+def difference(found: dict, expected: dict, before: dict) -> float:
+    """How far two updates are apart, by the tensor where it is most, in units of what the expected one has changed.
+
+    Of the weights themselves a wrong gradient would be a small part.
+    """
+    assert found.keys() == expected.keys() == before.keys()
+    parts = [0.0]
+    for name, value in expected.items():
+        distance, change = (found[name] - value).norm(), (value - before[name]).norm()
+        parts.append(float(distance / change) if change > 1e-6 else float(distance > 1e-6))
+    return max(parts)
+
+
+def launch(engine: str, folder: Path) -> list[dict]:
+    """The results of both processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, engine, str(folder)], capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 def engine_of(trainer: KDTrainer) -> str:
