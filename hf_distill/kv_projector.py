@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hf_distill.modeling import whole_state
+
 
 class KVProjector(nn.Module):
     """LayerNorm -> Linear -> SiLU -> Dropout -> Linear, one for keys and one for values: an elastic bottleneck.
@@ -134,13 +136,20 @@ PROJECTORS = {"mlp": KVProjector, "pca": PCAProjector}  # of keys and values
 _KINDS = {**PROJECTORS, "linear": HiddenProjector}
 
 
-def save_projector(projector: nn.Module, folder: str | PathLike[str], name: str = "projector") -> None:
-    """Writes `<name>.safetensors` and `<name>.json` beside the student's files."""
+def save_projector(
+    projector: nn.Module, folder: str | PathLike[str], name: str = "projector", *, is_writer: bool = True
+) -> None:
+    """Writes `<name>.safetensors` and `<name>.json` beside the student's files.
+
+    Where an engine has split it, all processes have to come here, and one of them writes.
+    """
+    state = whole_state(projector)
+    if not is_writer:
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     kind = next(kind for kind, of in _KINDS.items() if type(projector) is of)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in projector.state_dict().items()}
-    save_file(tensors, folder / f"{name}.safetensors")
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / f"{name}.safetensors")
     settings = {"projector": kind, **projector.settings}  # pyright: ignore[reportGeneralTypeIssues]
     (folder / f"{name}.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
@@ -193,10 +202,10 @@ class Projectors(nn.ModuleDict):
         """The entries of a student's state that are not theirs."""
         return {key: tensor for key, tensor in state_dict.items() if "projectors." not in key}
 
-    def save(self, folder: str | PathLike[str]) -> None:
+    def save(self, folder: str | PathLike[str], *, is_writer: bool = True) -> None:
         """Writes each beside the student's files."""
         for name, projector in self.items():
-            save_projector(projector, folder, name)
+            save_projector(projector, folder, name, is_writer=is_writer)
 
     def load(self, folder: str | PathLike[str]) -> None:
         """Reads back what `save` wrote.

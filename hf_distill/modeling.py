@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, N label-bearing positions, D hidden width, V vocabulary.
 """
 
+import copy
 import functools
 import inspect
 import sys
@@ -13,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -45,11 +47,53 @@ def embedding_weight(model: PreTrainedModel) -> Tensor:
     return model.get_input_embeddings().weight  # pyright: ignore[reportReturnType]
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model wants its inputs; of an offloaded one, whose weights are elsewhere, where it is computed."""
+    weight = embedding_weight(model)
+    if weight.device.type != "meta":
+        return weight.device
+    return torch.device(model.get_input_embeddings()._hf_hook.execution_device)  # pyright: ignore
+
+
+def num_token_ids(model: PreTrainedModel) -> int:
+    """How many token ids a model has embeddings for, split by ZeRO-3 or not."""
+    weight = embedding_weight(model)
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
+@contextmanager
+def gathered(*models: nn.Module) -> Iterator[None]:
+    """Within it, models that ZeRO-3 has split are whole on every process; all processes have to come here."""
+    split = [parameter for model in models for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(split):
+        yield
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module that any engine may have split, whole and on the CPU; all processes have to come here."""
+    with gathered(module):
+        return {
+            name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+            for name, tensor in module.state_dict().items()
+        }
+
+
 def head_of(model: PreTrainedModel) -> Head:
     """The output layer of a causal language model with its bias, logit scale and soft-cap."""
     layer = model.get_output_embeddings()
     config = model.config.get_text_config()
     return Head(layer.weight, getattr(layer, "bias", None), _logit_scale(config), _softcap(config))
+
+
+def head_layer(model: PreTrainedModel) -> nn.Module:
+    """The layer whose weight `head_of` takes; of a head that PEFT trains (`modules_to_save`) its own copy."""
+    layer: nn.Module = model.get_output_embeddings()  # pyright: ignore[reportAssignmentType]
+    return next((part for part in layer.modules() if part._parameters.get("weight") is layer.weight), layer)
 
 
 def last_hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
@@ -77,10 +121,11 @@ def select_positions(hidden: Tensor, positions: Tensor) -> Tensor:
 
 
 def expose_hidden_states(model: PreTrainedModel) -> None:
-    """Lets `model(..., with_hidden=function)` return `function(backbone_outputs, head)`, called inside the forward.
+    """Lets `model(..., with_hidden=function)` return `function(backbone_outputs, head)`, called as the head's forward.
 
-    A loss that reads the head's weight has to run inside the forward of the outermost wrapper: there DDP, FSDP and
-    ZeRO have their hooks armed. Without `with_hidden` the forward is the one it was.
+    A loss that reads the head's weight runs in the place of the head, inside the forward of the outermost wrapper: only
+    there DDP, FSDP and ZeRO have the weight whole, and only so do they see its gradient. Without `with_hidden` the
+    forward is the one it was.
     """
     original_forward = model.forward
 
@@ -90,9 +135,59 @@ def expose_hidden_states(model: PreTrainedModel) -> None:
             return original_forward(*args, **kwargs)
         kwargs.pop("labels", None)
         outputs = self.base_model(*args, **kwargs, use_cache=False)
-        return with_hidden(outputs, head_of(self))
+        layer = head_layer(self)
+
+        def in_place_of_logits(hidden: Tensor):
+            outputs.last_hidden_state = hidden  # engines mark what enters a layer
+            return with_hidden(outputs, head_of(self))
+
+        with patch.object(layer, "forward", in_place_of_logits):
+            return layer(outputs.last_hidden_state)
 
     model.forward = types.MethodType(forward, model)
+
+
+class WholeCopy:
+    """A model that its engine will split over processes, whole on each of them for a while: to write text with.
+
+    The engine's hooks stay behind, so the copy's forwards need no other process, which may make more or fewer of them.
+    Between uses it has no weights.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): not prepared by the engine yet; ZeRO-3 may have split it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        nowhere = torch.empty(0, device="meta")
+        memo = {id(p): nn.Parameter(nowhere.to(p.dtype), requires_grad=False) for p in model.parameters()}
+        self._copy = copy.deepcopy(model, memo)
+        self._model = model
+        self._slots = {
+            f"{prefix}.{name}" if prefix else name: (module, name)
+            for prefix, module in self._copy.named_modules(remove_duplicate=False)
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
+
+    @contextmanager
+    def __call__(self, dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
+        """Within it the copy is there, its floating-point weights in `dtype`; all processes have to come here."""
+        whole: dict[int, nn.Parameter] = {}  # tied weights once
+        try:
+            with gathered(self._model):
+                for name, parameter in self._model.named_parameters(remove_duplicate=False):
+                    if (slot := self._slots.get(name.replace("_checkpoint_wrapped_module.", ""))) is None:
+                        continue  # of a projector
+                    if id(parameter) not in whole:
+                        tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.data
+                        tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+                        whole[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+                    slot[0]._parameters[slot[1]] = whole[id(parameter)]
+                self._copy.to(next(iter(whole.values())).device)  # buffers
+                yield causal_lm(self._copy)
+        finally:
+            for module, name in self._slots.values():
+                module._parameters[name] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
 
 
 class CachedReader:
@@ -109,7 +204,7 @@ class CachedReader:
     def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor) -> None:
         self._model = causal_lm(model)
         self.head = head_of(self._model)
-        self.device = embedding_weight(self._model).device
+        self.device = input_device(self._model)
         self.lengths = mask.sum(1).to(self.device)  # (R,) tokens of each text, those not read yet included
         self._unread = ids.to(self.device)
         self._cache = DynamicCache()
@@ -123,7 +218,7 @@ class CachedReader:
         order = torch.arange(slots, device=self.device) - (slots - self.lengths[:, None])  # (R, slots); padding < 0
         outputs = self._model.base_model(
             # The padding token may be one that the model has no embedding for.
-            input_ids=tokens.masked_fill(tokens >= len(embedding_weight(self._model)), 0),
+            input_ids=tokens.masked_fill(tokens >= num_token_ids(self._model), 0),
             attention_mask=(order >= 0).long(),
             position_ids=order[:, -tokens.shape[1] :].clamp(min=0),
             past_key_values=self._cache,
@@ -237,8 +332,7 @@ def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str, kv_posit
             f"the {name} ({type(model).__name__}) has multi-head latent attention: its keys are made anew from a "
             "latent vector, so keys and values cannot be compared; distil hidden states instead"
         )
-    embeddings = embedding_weight(model)
-    ids = torch.arange(5, device=embeddings.device).unsqueeze(0) % len(embeddings)
+    ids = torch.arange(5, device=input_device(model)).unsqueeze(0) % num_token_ids(model)
     capture = KVCapture(model, layers, kv_positions)
     try:
         with torch.no_grad(), evaluating(model), capture():
@@ -275,13 +369,10 @@ def check_head(model: PreTrainedModel, name: str) -> None:
     Raises:
         `ValueError`: the model computes its logits in a way that `head_of` does not know. Every loss would be wrong.
     """
-    embeddings = embedding_weight(model)
-    if embeddings.numel() == 0:
-        return  # Sharded by ZeRO-3: there is nothing to run before the engine has gathered it.
     head = head_of(model)
     if not head.weight.is_floating_point():
         raise ValueError(f"the {name}'s output layer is quantised; load it with the output layer left out (lm_head)")
-    ids = torch.arange(4, device=embeddings.device).unsqueeze(0) % len(embeddings)
+    ids = torch.arange(4, device=input_device(model)).unsqueeze(0) % num_token_ids(model)
     with torch.no_grad(), evaluating(model):
         expected = model(input_ids=ids, use_cache=False).logits.float()
         found = head.logits(last_hidden_states(model, input_ids=ids).to(head.weight.device)).float()
@@ -301,12 +392,12 @@ def check_cache(model: PreTrainedModel, name: str) -> None:
     Raises:
         `ValueError`: the model remembers more than keys and values (a recurrent state, say), or not one per token.
     """
-    embeddings = embedding_weight(model)
-    texts = torch.arange(14, device=embeddings.device).view(2, 7) % len(embeddings)
+    device = input_device(model)
+    texts = torch.arange(14, device=device).view(2, 7) % num_token_ids(model)
     problem = ""
     try:
         with torch.no_grad(), evaluating(model):
-            mask = torch.tensor([[1, 1, 1], [0, 0, 1]], device=embeddings.device)
+            mask = torch.tensor([[1, 1, 1], [0, 0, 1]], device=device)
             reader = CachedReader(model, texts[:, :3], mask)
             reader.read(texts[:, 3:6])
             reader.rewind(torch.tensor([1, 0]), torch.tensor([1, 2]), texts[[1, 0], [5, 4]])

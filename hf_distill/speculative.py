@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_distill.losses.fused_linear import Head
 from hf_distill.metrics import sum_dtype
-from hf_distill.modeling import CachedReader, causal_lm, embedding_weight, evaluating, head_of
+from hf_distill.modeling import CachedReader, causal_lm, evaluating, head_of, num_token_ids
 
 # Logits of a draft that exist at one time, in bytes.
 CHUNK_BYTES = 256 * 2**20
@@ -333,8 +333,8 @@ def _check_prompts(side: str, model: PreTrainedModel, ids: Tensor, mask: Tensor,
     if (real[:, :-1] & ~real[:, 1:]).any():
         raise ValueError(f"the {side}'s prompts have to be padded on the left: padding_side='left'")
     model = causal_lm(model)
-    if (largest := int(ids[real].max())) >= len(embedding_weight(model)):
-        raise ValueError(f"the {side}'s prompts have token id {largest}, but it has {len(embedding_weight(model))} ids")
+    if (largest := int(ids[real].max())) >= num_token_ids(model):
+        raise ValueError(f"the {side}'s prompts have token id {largest}, but it has {num_token_ids(model)} ids")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and (needed := int(real.sum(1).max()) + max_new_tokens) > positions:
         raise ValueError(

@@ -149,7 +149,7 @@ def test_with_hidden_runs_inside_the_forward_and_is_given_what_the_head_is_appli
 
 def test_head_is_not_run_when_hidden_states_are_asked_for(inputs):
     model = make_model()
-    model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head was run"))
+    model.lm_head.forward = lambda *_: pytest.fail("the head was run")
     last_hidden_states(model, **inputs)
     expose_hidden_states(model)
     model(**inputs, with_hidden=lambda outputs, head: outputs.last_hidden_state)

@@ -60,5 +60,5 @@ class EnsembleTeacher:
             for signal in teacher(part, place * num_tokens + positions[mine] % num_tokens):
                 hidden = signal.hidden.new_zeros(len(positions), signal.hidden.shape[1])
                 hidden[mine.to(hidden.device)] = signal.hidden
-                signals.append(signal._replace(hidden=hidden, weight=mine.to(hidden.device, torch.float32)))
+                signals.append(signal._replace(hidden=hidden, weight=mine.to(torch.float32)))
         return signals

@@ -4,23 +4,32 @@ import logging
 import os
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from accelerate import Accelerator, cpu_offload, dispatch_model, infer_auto_device_map
+from accelerate.utils import DistributedType, align_module_device, fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import is_bitsandbytes_available
+from trl.models import prepare_deepspeed
 
 from hf_distill.losses.fused_linear import Head, TeacherSignal
 from hf_distill.modeling import (
     causal_lm,
     check_head,
-    embedding_weight,
     evaluating,
+    gathered,
+    head_layer,
     head_of,
+    input_device,
     keep_4bit_weights,
+    num_token_ids,
     select_positions,
 )
+from hf_distill.teachers.placement import LAYOUTS, teacher_devices
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +39,8 @@ QUANTIZATIONS = ("4bit", "8bit")
 
 class LocalTeacher:
     """A frozen causal language model in eval mode. Only hidden states leave its device; its head is copied once.
+
+    They leave it when the loss asks for them: until then the student is computed at the same time, on its own device.
 
     Args:
         model (`PreTrainedModel`): frozen and put into eval mode here.
@@ -41,25 +52,44 @@ class LocalTeacher:
         self.name = public_name(model)
         self._causal_lm = causal_lm(model)
         keep_4bit_weights(model)  # A teacher is left as it came.
-        check_head(self._causal_lm, "teacher")
-        head = head_of(self._causal_lm)
-        bias = None if head.bias is None else head.bias.to(signal_device)
-        self.head = head._replace(weight=head.weight.to(signal_device), bias=bias)
-        self.signal_device = signal_device
+        with gathered(self._causal_lm), align_module_device(head_layer(self._causal_lm)):
+            head = head_of(self._causal_lm)
+            check_head(self._causal_lm, "teacher")
+            copy = is_split(model)  # The weight itself is taken away again.
+            bias = None if head.bias is None else head.bias.to(signal_device, copy=copy)
+            self.head = head._replace(weight=head.weight.to(signal_device, copy=copy), bias=bias)
         self.layers: tuple[int, ...] = ()  # inner layers whose output is part of the signal
+        self.sharded = False
+
+    @property
+    def place(self) -> str:
+        """Where the model is, for people."""
+        if self.sharded:
+            return "split over all processes"
+        devices = sorted({str(parameter.device) for parameter in self.model.parameters()})
+        return "the CPU's memory, layer by layer on the student's device" if devices == ["meta"] else ", ".join(devices)
+
+    def shard(self, accelerator: Accelerator) -> None:
+        """Splits the model over all processes, with the student's engine. The copy of its head stays whole."""
+        self.sharded = True
+        backbone = self._causal_lm.base_model
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self._engine = prepare_deepspeed(backbone, accelerator)
+        else:
+            fsdp2_prepare_model(accelerator, backbone)  # pyright: ignore[reportArgumentType]
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> list[TeacherSignal]:
         self.model.eval()
-        embeddings = embedding_weight(self._causal_lm)
+        device, size = input_device(self._causal_lm), num_token_ids(self._causal_lm)
         inputs = {
-            name: value.to(embeddings.device) if isinstance(value, Tensor) else value
+            name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
             if not name.startswith("teacher_")  # what others read
         }
         # The student's padding token may be one that the teacher has no embedding for.
-        inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] >= len(embeddings), 0)
-        return [signal_of(self._causal_lm, self.head, inputs, positions, self.layers, self.signal_device)]
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] >= size, 0)
+        return [signal_of(self._causal_lm, self.head, inputs, positions, self.layers)]
 
 
 class BaseTeacher:
@@ -94,7 +124,7 @@ class BaseTeacher:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         try:
             with evaluating(self.model), self.model.disable_adapter():
-                return [signal_of(causal_lm(self.model), self.head, inputs, positions, self.layers, positions.device)]
+                return [signal_of(causal_lm(self.model), self.head, inputs, positions, self.layers)]
         finally:
             # PEFT switches all of the adapters' gradients on again, those of frozen parts (LoRA-FA), too.
             self.model.requires_grad_(False)
@@ -108,13 +138,12 @@ def signal_of(
     inputs: dict[str, Tensor],
     positions: Tensor,
     layers: Sequence[int],
-    device: torch.device,
 ) -> TeacherSignal:
-    """What a model says at flat `positions` (N,) of a batch, moved to `device`."""
+    """What a model says at flat `positions` (N,) of a batch, on the model's device."""
     outputs = model.base_model(**inputs, use_cache=False, **({"output_hidden_states": True} if layers else {}))
 
     def at_positions(hidden: Tensor) -> Tensor:
-        return select_positions(hidden, positions).to(device)
+        return select_positions(hidden, positions)
 
     inner = {layer: at_positions(outputs.hidden_states[layer + 1]) for layer in layers}
     return TeacherSignal(at_positions(outputs.last_hidden_state), head, layers=inner)
@@ -123,50 +152,114 @@ def signal_of(
 def load_teacher(
     model: str | PreTrainedModel,
     *,
-    device: str | torch.device,
+    device: str | None,
+    student_device: str | torch.device = "cpu",
     quantization: str | None = None,
     trust_remote_code: bool = False,
     init_kwargs: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The teacher on its device, in the dtype it was saved in, quantised only if asked.
+    """The teacher in its place, in the dtype it was saved in, quantised only if asked.
 
     Args:
         model (`str` or `PreTrainedModel`): hub id, local path, or a model.
-        device: where it runs; a model that is dispatched over devices (`device_map`) or quantised stays where it is.
+        device (`str`, *optional*):
+            What `teacher_device` says ([`teacher_devices`]). A model that is dispatched over devices (`device_map`),
+            quantised or split by ZeRO-3 stays where it is.
+        student_device (`torch.device`): the default, and where an offloaded teacher is computed.
         quantization (`str`, *optional*): "4bit" (NF4, double quantisation) or "8bit", through bitsandbytes.
         init_kwargs (`dict`, *optional*): for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        `ValueError`: quantisation of a model that is already loaded or without bitsandbytes; a model without weights.
+        `ValueError`: no such device; quantisation of a model that is already loaded or without bitsandbytes; a model
+            without weights.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"teacher_device={str(device)!r} is not a device of this machine: {error}") from error
+    devices = _devices(device, student_device)
+    if quantization is not None and device in ("offload", "sharded"):
+        raise ValueError(f"teacher_quantization={quantization!r} and teacher_device={device!r} exclude each other")
     if isinstance(model, str):
-        defaults = {"dtype": "auto", "device_map": {"": str(device)}, "trust_remote_code": trust_remote_code}
-        kwargs = {**defaults, **(init_kwargs or {})}
-        if quantization is not None:
-            kwargs["quantization_config"] = _quantization_config(quantization, torch.device(device))
-        try:
-            model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-        except OSError as error:
-            raise ValueError(f"teacher_model={model!r} cannot be loaded: {error}") from error
-        if quantization is not None:
-            size = model.get_memory_footprint() / 2**20
-            logger.warning("teacher loaded in %s by bitsandbytes: %.1f MiB on %s", quantization, size, device)
-        return model
-    if quantization is not None:
-        raise ValueError(
-            f"teacher_quantization={quantization!r} needs the teacher as a hub id or path; this one is already loaded. "
-            "Pass its name, or load it with a quantization_config yourself"
+        model = _from_pretrained(
+            model, devices, quantization, device == "sharded", {"trust_remote_code": trust_remote_code}, init_kwargs
         )
-    if init_kwargs:
-        raise ValueError("teacher_model_init_kwargs needs the teacher as a hub id or path; this one is already loaded")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("the teacher is on the meta device: it has no weights. Load it with from_pretrained")
-    stays = getattr(model, "hf_device_map", None) or getattr(model, "quantization_method", None)
-    return model if stays else model.to(device)  # pyright: ignore
+    else:
+        if quantization is not None:
+            raise ValueError(
+                f"teacher_quantization={quantization!r} needs the teacher as a hub id or path; this one is already "
+                "loaded. Pass its name, or load it with a quantization_config yourself"
+            )
+        if init_kwargs:
+            raise ValueError(
+                "teacher_model_init_kwargs needs the teacher as a hub id or path; this one is already loaded"
+            )
+        if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
+            raise ValueError("the teacher is on the meta device: it has no weights. Load it with from_pretrained")
+        stays = getattr(model, "hf_device_map", None) or getattr(model, "quantization_method", None) or is_split(model)
+        if not stays:
+            model = model.to(devices[0]) if len(devices) == 1 else _laid_out(model, devices)  # pyright: ignore
+    if device == "offload" and not getattr(model, "hf_device_map", None):
+        cpu_offload(model.eval(), torch.device(student_device))
+    return model
+
+
+def is_split(model: PreTrainedModel) -> bool:
+    """Whether ZeRO-3 has split a model while it was loaded."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _devices(setting: str | None, student_device: str | torch.device) -> list[str]:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    accelerators = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = teacher_devices(setting, str(student_device), local_rank, num_local_ranks, accelerators)
+    for device in devices:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"teacher_device={setting!r} is not a device of this machine, nor one of {', '.join(LAYOUTS)}: {error}"
+            ) from error
+    return devices
+
+
+def _from_pretrained(
+    name: str,
+    devices: list[str],
+    quantization: str | None,
+    sharded: bool,
+    kwargs: dict[str, Any],
+    init_kwargs: dict[str, Any] | None,
+) -> PreTrainedModel:
+    kwargs |= {"dtype": "auto", "device_map": {"": devices[0]}}
+    if len(devices) > 1:
+        kwargs |= {"device_map": "auto", "max_memory": _free_memory(devices)}
+    kwargs |= init_kwargs or {}
+    if quantization is not None:
+        kwargs["quantization_config"] = _quantization_config(quantization, torch.device(devices[0]))
+    try:
+        if sharded and deepspeed_integration.is_deepspeed_zero3_enabled():
+            del kwargs["device_map"]  # Each process keeps its part only.
+            return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        # ZeRO-3 would split it.
+        with patch.object(deepspeed_integration, "_hf_deepspeed_config_weak_ref", None):
+            model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except OSError as error:
+        raise ValueError(f"teacher_model={name!r} cannot be loaded: {error}") from error
+    if quantization is not None:
+        size = model.get_memory_footprint() / 2**20
+        logger.warning("teacher loaded in %s by bitsandbytes: %.1f MiB on %s", quantization, size, devices[0])
+    return model
+
+
+def _laid_out(model: PreTrainedModel, devices: list[str]) -> PreTrainedModel:
+    device_map = infer_auto_device_map(
+        model,
+        max_memory=_free_memory(devices),  # pyright: ignore[reportArgumentType]
+        no_split_module_classes=model._no_split_modules,  # pyright: ignore[reportArgumentType]
+    )
+    return dispatch_model(model, device_map)  # pyright: ignore[reportReturnType]
+
+
+def _free_memory(devices: list[str]) -> dict[int, int]:
+    return {torch.device(device).index: torch.cuda.mem_get_info(device)[0] for device in devices}
 
 
 def check_quantization(quantization: str | None) -> None:

@@ -9,13 +9,13 @@ from accelerate import ParallelismConfig
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, is_conversational
 from trl.data_utils import is_conversational_from_value
 
-from hf_distill.modeling import causal_lm, embedding_weight, shared_parameters
-from hf_distill.teachers.local import public_name
+from hf_distill.modeling import causal_lm, num_token_ids, shared_parameters
+from hf_distill.teachers.local import BASE, public_name
 from hf_distill.trainers.config import KDConfig
 
 logger = logging.getLogger(__name__)
@@ -179,18 +179,67 @@ def refuse_prompt_learning(peft_config: Any, *models: Any) -> None:
             raise ValueError(f"{type(config).__name__} shifts every position; use LoRA or another adapter")
 
 
-def refuse_sharding(args: KDConfig) -> None:
+def refuse_sharding(args: KDConfig, teacher_model: Any) -> None:
     """Raises `ValueError` for ways to spread a run over devices that KDTrainer does not train in."""
-    if is_deepspeed_zero3_enabled():
-        raise ValueError("DeepSpeed ZeRO-3 is not supported yet: use ZeRO-2 (accelerate_configs/zero2.yaml) or DDP")
     # What accelerate will read: the settings, or else what `accelerate launch` has left in the environment.
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ValueError("FSDP is not supported yet: use DDP (accelerate_configs/ddp.yaml) or ZeRO-2")
+    is_fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if is_fsdp:
+        _check_fsdp(args.fsdp_plugin_args or _launched_fsdp())
+    if is_deepspeed_zero3_enabled():
+        zero = deepspeed_config()["zero_optimization"]  # pyright: ignore[reportOptionalSubscript]
+        if not zero.get("stage3_gather_16bit_weights_on_model_save"):
+            raise ValueError(
+                "save_model() would write no model: set stage3_gather_16bit_weights_on_model_save in the DeepSpeed "
+                "configuration (zero3_save_16bit_model in one of accelerate's) to true"
+            )
+    if "sharded" in (args.teacher_device or "") and not (is_fsdp or is_deepspeed_zero3_enabled()):
+        raise ValueError("teacher_device='sharded' needs FSDP2 or ZeRO-3, which split the student as well")
+    if args.teacher_device == "sharded" and args.teacher_combination == "route":
+        raise ValueError("a sharded teacher has to be asked by all processes at once: take no 'route'")
+    if teacher_model == BASE and (is_fsdp or is_deepspeed_zero3_enabled()):
+        raise ValueError("teacher_model='base' needs a student that is not split: use DDP or ZeRO-2, or pass its name")
     parallelism = args.parallelism_config
     if parallelism is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
         parallelism = ParallelismConfig()
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError("context and sequence parallelism are not supported: the teacher reads whole rows")
+
+
+def _launched_fsdp() -> dict[str, Any]:
+    version = int(os.environ.get("FSDP_VERSION", "1"))
+    return {
+        "fsdp_version": version,
+        "state_dict_type": os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT"),
+        "cpu_ram_efficient_loading": os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true",
+    }
+
+
+def _check_fsdp(settings: dict[str, Any]) -> None:
+    if settings["fsdp_version"] != 2:
+        raise ValueError("FSDP 1 is not supported: set fsdp_version to 2 (accelerate_configs/fsdp2.yaml)")
+    if settings["state_dict_type"] != "FULL_STATE_DICT":
+        raise ValueError("save_model() would write no model: set fsdp_state_dict_type to FULL_STATE_DICT")
+    if settings["cpu_ram_efficient_loading"]:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading (the default of accelerate launch) reads weights on rank 0 alone, and the "
+            "other processes would have a teacher without any: set it to false"
+        )
+
+
+def refuse_lost_processes(args: KDConfig) -> None:
+    """Raises `ValueError` where several processes were started that know nothing of each other, or another engine."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" and "MASTER_ADDR" in os.environ and started == 1:
+        logger.warning(
+            "accelerate launch --cpu starts one process, whatever --num_processes says; for several on the CPU start "
+            "with torchrun --nproc_per_node and set use_cpu=True"
+        )
+    if started > 1 and args.world_size == 1:
+        raise ValueError(
+            f"{started} processes were started, but each of them would train alone: without a GPU set use_cpu=True"
+        )
+    if (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true") and args.use_cpu:
+        raise ValueError("FSDP and use_cpu=True exclude each other: accelerate would take DDP instead")
 
 
 def refuse_split(student: Any) -> None:
@@ -244,7 +293,7 @@ def student_tokenizer(model: str | PreTrainedModel, args: KDConfig) -> PreTraine
 def student_rows(model: str | PreTrainedModel, args: KDConfig) -> int:
     """How many token ids the student has embeddings for, before it is loaded."""
     if not isinstance(model, str):
-        return len(embedding_weight(causal_lm(model)))
+        return num_token_ids(causal_lm(model))
     return text_config(model, args).vocab_size
 
 

@@ -75,8 +75,11 @@ class KDConfig(SFTConfig):
     teacher_device: str | None = field(
         default=None,
         metadata={
-            "help": "Device of the teacher, such as 'cuda:1' or 'cpu'; of several teachers one for all, or one for "
-            "each, as 'cuda:1,cuda:2'. The default is the student's device."
+            "help": "Where the teacher is: a device such as 'cuda:1' or 'cpu'; 'auto' (laid out over the devices that "
+            "are no student's), 'paired' (a device of its own for each process), 'offload' (in the CPU's memory, layer "
+            "by layer on the student's device) or 'sharded' (split over the processes by FSDP2 or ZeRO-3, as the "
+            "student is). Of several teachers one for all, or one for each, as 'cuda:1,cuda:2'. The default is the "
+            "student's device."
         },
     )
     teacher_weights: list[float] | None = field(

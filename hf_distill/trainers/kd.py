@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub import ModelCard
 from peft import PeftConfig
+from rich.console import Console
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -36,6 +39,7 @@ from hf_distill.modeling import (
     check_head,
     evaluating,
     expose_hidden_states,
+    gathered,
     head_of,
     keep_4bit_weights,
     label_positions,
@@ -46,7 +50,7 @@ from hf_distill.modeling import (
 from hf_distill.teachers import Signal, Teacher
 from hf_distill.teachers.across import AcrossTeacher
 from hf_distill.teachers.ensemble import EnsembleTeacher
-from hf_distill.teachers.local import BASE, BaseTeacher, LocalTeacher, load_teacher, signal_of
+from hf_distill.teachers.local import BASE, BaseTeacher, LocalTeacher, is_split, load_teacher, signal_of
 from hf_distill.trainers.checks import (
     PEEKED_ROWS,
     AnyDataset,
@@ -57,6 +61,7 @@ from hf_distill.trainers.checks import (
     named_teachers,
     refuse_across,
     refuse_frozen,
+    refuse_lost_processes,
     refuse_missing_checkpoint,
     refuse_no_label,
     refuse_prompt_learning,
@@ -146,7 +151,8 @@ class KDTrainer(SFTTrainer):
         args = KDConfig(output_dir="kd_output") if args is None else args
         if not isinstance(args, KDConfig):
             raise ValueError(f"args has to be a KDConfig, got {type(args).__name__}; KDConfig takes the same fields")
-        refuse_sharding(args)
+        refuse_lost_processes(args)
+        refuse_sharding(args, teacher_model)
         teachers, tokenizers = named_teachers(teacher_model, teacher_processing_class, args)
         if any(model is teacher and not isinstance(model, str) for teacher in teachers.values()):
             raise ValueError("the teacher is the student object itself; load the model twice to distil it into itself")
@@ -169,8 +175,9 @@ class KDTrainer(SFTTrainer):
         self.teachers: dict[str, Any] = {}
         self._across: dict[str, PreTrainedTokenizerBase] = {}  # tokenizers of teachers that have another vocabulary
         self.teacher_processing_class = processing_class
-        devices = (args.teacher_device or str(args.device)).split(",")
-        for (name, teacher), device in zip(teachers.items(), devices * len(teachers), strict=False):
+        devices = [place.strip() or None for place in (args.teacher_device or "").split(",")]
+        places = dict(zip(teachers, devices * len(teachers), strict=False))
+        for name, teacher in teachers.items():
             if isinstance(teacher, str) and teacher == BASE:
                 self.teachers[name] = None  # until the student is there
                 self.vocab_size = min(self.vocab_size, shared_vocabulary(processing_class, processing_class))
@@ -179,7 +186,8 @@ class KDTrainer(SFTTrainer):
             shared = self._shared_vocabulary(processing_class, tokenizer, args)
             teacher = load_teacher(
                 teacher,
-                device=device.strip(),
+                device=places[name],
+                student_device=args.device,
                 quantization=args.teacher_quantization,
                 trust_remote_code=args.trust_remote_code,
                 init_kwargs=args.teacher_model_init_kwargs,  # pyright: ignore[reportArgumentType]
@@ -236,16 +244,25 @@ class KDTrainer(SFTTrainer):
         for mode in ("train", "eval"):
             self._reset_means(mode)
         self._update_loss, self._skipped_updates = 0.0, 0
+        self._has_told_tokens = False
         self.student = student = causal_lm(self.model)
         refuse_vision(student, None)
         refuse_frozen(self.model)
         keep_4bit_weights(student)
-        check_head(student, "student")
+        with gathered(student):
+            check_head(student, "student")
         expose_hidden_states(student)
         for teacher in self.teachers.values():
             if not isinstance(teacher, BaseTeacher):
                 refuse_shared_memory(self.model, teacher.model)
+        for name, teacher in self._local_teachers().items():
+            if places[name] == "sharded" or is_split(teacher.model):
+                teacher.shard(self.accelerator)
         refuse_split(student)
+        policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy if self.is_fsdp_enabled else None
+        if policy is not None:
+            # FSDP would round the loss, and the sums that are logged, to the dtype of the weights.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
         for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
             self._collate_teacher_columns(dataset)
         self.projectors = Projectors()
@@ -382,7 +399,7 @@ class KDTrainer(SFTTrainer):
             student = select_positions(hidden_states[layer + 1], positions)  # (N, Ds)
             if HIDDEN_PROJECTOR in self.projectors:
                 student = self.projectors[HIDDEN_PROJECTOR](student, index)  # (N, Dt)
-            teacher = sum(weight * signals[0].layers[i] for i, weight in sources.items())  # pyright: ignore
+            teacher = sum(weight * signals[0].layers[i].to(student.device) for i, weight in sources.items())  # pyright: ignore
             mask = torch.ones(len(positions), dtype=torch.bool, device=positions.device)
             losses.append(distance(student, teacher, mask, num_items=1)[0])
         return torch.stack(losses).mean()
@@ -397,11 +414,11 @@ class KDTrainer(SFTTrainer):
             inputs, positions = self.probe_batch()
             view = self.teacher_view(inputs, positions)
             teacher.layers = tuple(range(depths[1]))
-            with torch.no_grad(), evaluating(self.student):
+            with torch.no_grad(), evaluating(self.student), gathered(self.student):
                 head = head_of(self.student)
-                student = signal_of(self.student, head, inputs, positions, range(depths[0]), positions.device)
+                student = signal_of(self.student, head, inputs, positions, range(depths[0]))
             (found,) = teacher(*view)
-            mapping = cka_mapping(*(list(side.layers.values()) for side in (student, found)))  # pyright: ignore
+            mapping = cka_mapping(*([layer.cpu() for layer in side.layers.values()] for side in (student, found)))  # pyright: ignore
         else:
             mapping = layer_mapping(self.args.hidden_layers, *depths)
         teacher.layers = tuple(sorted({i for sources in mapping.values() for i in sources}))
@@ -469,9 +486,18 @@ class KDTrainer(SFTTrainer):
             device = self.accelerator.device
             tokens = torch.as_tensor(self._total_train_tokens, device=device).to(sum_dtype(device))
             logs["num_tokens"] = self._sum_over_processes(tokens.unsqueeze(0)).item()
+            if not self._has_told_tokens:
+                self._has_told_tokens = True
+                self._tell(f"about {logs['num_tokens'] / max(self.state.global_step, 1):,.0f} tokens per update")
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        splits = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if splits and self.model_wrapped is self.model and not isinstance(self.model, FSDPModule):
+            raise ValueError(
+                "FSDP and DeepSpeed prepare a model together with its optimizer, so nothing can be evaluated before "
+                "the training: set eval_on_start=True, or evaluate without them"
+            )
         self._reset_means("eval")
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._pop_means("eval")
@@ -504,6 +530,7 @@ class KDTrainer(SFTTrainer):
     def train(self, *args, **kwargs):
         """As in `trl.SFTTrainer`; whatever stops it, the student is saved to `emergency/` in the output directory."""
         refuse_missing_checkpoint(args[0] if args else kwargs.get("resume_from_checkpoint"), self.args)
+        self._tell(", ".join(f"{name}: {value}" for name, value in self.describe_run().items()))
         self._reset_means("train")  # nothing of an interrupted run
         self._update_loss, self._skipped_updates = 0.0, 0
         if self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
@@ -517,6 +544,35 @@ class KDTrainer(SFTTrainer):
             except (Exception, KeyboardInterrupt):
                 self._save_emergency()
                 raise
+
+    def describe_run(self) -> dict[str, str]:
+        """What really runs, which is not always what was asked for."""
+        processes, micro_batches = self.accelerator.num_processes, self.args.gradient_accumulation_steps
+        rows = self.args.per_device_train_batch_size * micro_batches * processes
+        return {
+            "processes": str(processes),
+            "engine": self.engine,
+            "student": f"{self.student.dtype}, mixed precision {self.accelerator.mixed_precision}, {self.args.device}",
+            **{f"teacher {name}": f"{t.model.dtype}, {t.place}" for name, t in self._local_teachers().items()},
+            "rows per update": f"{rows} ({micro_batches} micro-batches)",
+        }
+
+    @property
+    def engine(self) -> str:
+        """What spreads the training over processes."""
+        if self.is_deepspeed_enabled:
+            return f"DeepSpeed ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        return "FSDP2" if self.is_fsdp_enabled else "DDP" if self.accelerator.num_processes > 1 else "none"
+
+    def _local_teachers(self) -> dict[str, LocalTeacher]:
+        sides = {name: getattr(teacher, "teacher", teacher) for name, teacher in self.teachers.items()}
+        return {name: teacher for name, teacher in sides.items() if isinstance(teacher, LocalTeacher)}
+
+    def _tell(self, message: str) -> None:
+        if self.is_world_process_zero():
+            logger.info(message)
+            if not self.args.disable_tqdm:
+                Console().print(message, highlight=False)
 
     def _save_emergency(self) -> None:
         folder = f"{self.args.output_dir}/emergency"
@@ -536,14 +592,18 @@ class KDTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with self.projectors.detached(self.student):
             super()._save(output_dir, state_dict and self.projectors.without(state_dict))
-        self.projectors.save(output_dir or str(self.args.output_dir))
+        self.projectors.save(output_dir or str(self.args.output_dir), is_writer=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.is_fsdp_enabled:  # Its checkpoints, as DeepSpeed's, hold the student and what is attached to it.
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         with self.projectors.detached(self.student):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.projectors.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
         with self.projectors.detached(self.student):
             super()._load_best_model()
         self.projectors.load(str(self.state.best_model_checkpoint))

@@ -17,7 +17,7 @@ from hf_distill.layer_mapping import cka_mapping, layer_mapping, linear_cka
 from hf_distill.losses.feature import FEATURE_LOSSES, centered_cosine, effective_rank
 from hf_distill.losses.fused_linear import Head
 from hf_distill.metrics import TokenMeans
-from hf_distill.modeling import KVCapture, causal_lm, evaluating, kv_widths, last_hidden_states
+from hf_distill.modeling import KVCapture, causal_lm, evaluating, gathered, kv_widths, last_hidden_states
 from hf_distill.report import table
 from hf_distill.teachers import Signal
 from hf_distill.trainers.config import KVProjectionConfig
@@ -75,9 +75,14 @@ class KVProjectionTrainer(KDTrainer):
                 "teacher_combination='route' gives each row one teacher, whose keys and values only that "
                 "row has: take 'mixture' or 'sum', or KDTrainer"
             )
+        if args.projector_freeze_after is not None and self.is_deepspeed_enabled:
+            raise ValueError(
+                "projector_freeze_after cannot take gradients out of DeepSpeed: remove it, or use FSDP2 or DDP"
+            )
         weights = getattr(self.teacher, "weights", [1.0])  # one of weight 0 is never asked
         weighted = {name: weight for name, weight in zip(self.teachers, weights, strict=True) if weight}
-        self.sources = {name: self._make_source(name, weight) for name, weight in weighted.items()}
+        with gathered(self.student):
+            self.sources = {name: self._make_source(name, weight) for name, weight in weighted.items()}
         layers = {layer for source in self.sources.values() for layer in source.mapping}
         self._capture = KVCapture(self.student, layers, args.kv_positions)
         self._first: dict[str, dict[str, float]] = {}  # the first evaluation of each set
@@ -181,7 +186,11 @@ class KVProjectionTrainer(KDTrainer):
         teacher = KVCapture(causal_lm(self.teachers[name].model), teacher_layers, self.args.kv_positions)
         with teacher(teacher_positions):
             self.teachers[name](view, teacher_positions)
-        return [{layer: side.features(layer) for layer in sorted(side.heads)} for side in (student, teacher)]
+        # Before an engine has prepared the student, the two may be on different devices.
+        return [
+            {layer: tuple(part.cpu() for part in side.features(layer)) for layer in sorted(side.heads)}
+            for side in (student, teacher)
+        ]  # pyright: ignore[reportReturnType]
 
     def _make_projector(
         self, name: str, mapping: LayerMapping, layers: list[int], widths: list[int]
@@ -194,7 +203,7 @@ class KVProjectionTrainer(KDTrainer):
         for index, (layer, teachers) in enumerate(mapping.items()):
             for kind in range(2):
                 target = sum(weight * teacher[i][kind] for i, weight in teachers.items())
-                projector.fit(kind, index, target.cpu(), student[layer][kind].cpu())  # pyright: ignore
+                projector.fit(kind, index, target, student[layer][kind])  # pyright: ignore
         return projector
 
     def _clip_grad_norm(self, *args, **kwargs):

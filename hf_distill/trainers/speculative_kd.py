@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,14 +12,15 @@ import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_distill.collators import PromptCollator, pad_prompts, warn_of_truncation
 from hf_distill.losses.fused_linear import TeacherSignal, fused_distillation_loss
 from hf_distill.metrics import RolloutMeans
-from hf_distill.modeling import causal_lm, check_cache
+from hf_distill.modeling import WholeCopy, causal_lm, check_cache, gathered
 from hf_distill.speculative import Block, completion_hidden, rollout
 from hf_distill.teachers import Signal
-from hf_distill.teachers.local import BASE, LocalTeacher
+from hf_distill.teachers.local import BASE, LocalTeacher, is_split
 from hf_distill.trainers.checks import AnyDataset, text_config
 from hf_distill.trainers.config import HARD_SOURCES, ROLLOUT_SOURCES, SpeculativeKDConfig
 from hf_distill.trainers.kd import KDTrainer
@@ -113,6 +115,14 @@ class SpeculativeKDTrainer(KDTrainer):
                 raise ValueError("data_collator has another tokenizer than the trainer: pass the same to both")
         if teacher_model == BASE or isinstance(teacher_model, list | tuple | Mapping):
             raise ValueError("text is written with one teacher, which is a model of its own: pass its name or path")
+        if args.teacher_device in ("offload", "sharded") or (
+            not isinstance(teacher_model, str | None) and is_split(teacher_model)
+        ):
+            raise ValueError(
+                "the teacher has to be whole on its devices: texts are written in hundreds of small forwards, and each "
+                "would move all of its weights. Remove teacher_device='offload' or 'sharded'; under ZeRO-3 pass the "
+                "teacher by name, or load it before the arguments"
+            )
         self._prompts = data_collator
         self._student = model
         self._rollout_means: dict[str, RolloutMeans] = {}
@@ -124,8 +134,12 @@ class SpeculativeKDTrainer(KDTrainer):
         self.data_collator = self._prompts or PromptCollator(self.processing_class)
         self.eos_token_ids = _eos_token_ids(self.processing_class, self.student, self.teacher.model)
         self.pad_token_id: int = self.processing_class.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
-        for name, side in {"student": self.student, "teacher": causal_lm(self.teacher.model)}.items():
-            check_cache(side, name)
+        with gathered(self.student):
+            for name, side in {"student": self.student, "teacher": causal_lm(self.teacher.model)}.items():
+                check_cache(side, name)
+        # A process that writes longer texts makes more forwards: nobody would gather their layers with it.
+        splits = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        self._whole_student = WholeCopy(self.model) if splits else None
         if args.top_k > self.vocab_size:
             raise ValueError(f"top_k={args.top_k} is more than the vocabulary has tokens ({self.vocab_size})")
         # The student alone: one draft of any length, kept whatever the teacher thinks. The teacher alone: no draft.
@@ -204,14 +218,17 @@ class SpeculativeKDTrainer(KDTrainer):
             row.source = ROLLOUT_SOURCES[index]
         per_device = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
         size = self.args.rollout_batch_size or per_device
-        for source in ROLLOUT_SOURCES:
-            chosen = [row for row in rows if row.source == source]
-            for start in range(0, len(chosen), size):
-                self._write(chosen[start : start + size], mode, generator)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        whole = nullcontext(self.student) if self._whole_student is None else self._whole_student(dtype)
+        with whole as student:
+            for source in ROLLOUT_SOURCES:
+                chosen = [row for row in rows if row.source == source]
+                for start in range(0, len(chosen), size):
+                    self._write(student, chosen[start : start + size], mode, generator)
         self.last_rows = rows
         return [self._training_batch(batch) for batch in batches_of_rows]
 
-    def _write(self, rows: list[Row], mode: str, generator: torch.Generator) -> None:
+    def _write(self, student: PreTrainedModel, rows: list[Row], mode: str, generator: torch.Generator) -> None:
         """Gives rows of one source their completions, and the teacher's hidden states that predict them."""
         batch = pad_prompts([vars(row) for row in rows], self.processing_class)
         ids, mask = batch.pop("completion_ids", None), batch.pop("completion_mask", None)
@@ -225,7 +242,7 @@ class SpeculativeKDTrainer(KDTrainer):
             )  # (B, C, Dt)
         else:
             written = rollout(
-                self.student, self.teacher.model, **batch, config=self._rollout_configs[source],
+                student, self.teacher.model, **batch, config=self._rollout_configs[source],
                 eos_token_id=self.eos_token_ids, pad_token_id=self.pad_token_id, generator=generator,
                 vocab_size=self.vocab_size, student_context=self.accelerator.autocast,  # pyright: ignore[reportArgumentType]
                 watch=partial(self._log_block, source) if self.args.rollout_debug else None,

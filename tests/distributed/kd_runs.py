@@ -61,7 +61,7 @@ def make_trainer(folder, num_processes: int, student, teacher, **changes) -> KDT
     )  # fmt: skip
 
 
-def run_speculative(folder, num_processes: int) -> dict:
+def make_speculative(folder, num_processes: int, student, teacher, **changes) -> SpeculativeKDTrainer:
     """The same for text that is written greedily, so that it does not depend on which process writes which row."""
     tokenizer = make_tokenizer()
     prompts = [{"student_prompt_ids": ids[: 2 + i % 3]} for i, ids in enumerate(make_rows(tokenizer)["input_ids"])]
@@ -70,27 +70,35 @@ def run_speculative(folder, num_processes: int) -> dict:
         "kd_weight": 1.0, "max_new_tokens": 8, "top_k": 50, "adaptive": True, "student_temperature": 0.0,
         "teacher_temperature": 0.0,
     }  # fmt: skip
-    student = make_model(seed=2)
-    trainer = SpeculativeKDTrainer(
-        student, make_model(seed=1, hidden_size=48), SpeculativeKDConfig(**settings), rows,
+    return SpeculativeKDTrainer(
+        student, teacher, SpeculativeKDConfig(**settings | changes), rows,
         rows.select(range(1, NUM_ROWS)), tokenizer, teacher_processing_class=tokenizer, callbacks=[Gradients()],
     )  # fmt: skip
-    trainer.evaluate()  # before the training, which has to wrap the model all the same
-    trainer.train()
-    return results_of(trainer)
 
 
-def run_kv(folder, num_processes: int) -> dict:
+def make_kv(folder, num_processes: int, student, teacher, **changes) -> KVProjectionTrainer:
     """The same with keys and values, and a projector that is trained with the student."""
     tokenizer = make_tokenizer()
     rows = make_rows(tokenizer)
     settings = make_settings(folder, num_processes) | {
         "projector": "mlp", "projector_dropout": 0.0, "projector_learning_rate": 0.1, "kv_layers": [[0, 1], [1, 1]],
     }  # fmt: skip
-    trainer = KVProjectionTrainer(
-        make_model(seed=2), make_model(seed=1, hidden_size=48), KVProjectionConfig(**settings), rows,
+    torch.manual_seed(11)  # for the projector
+    return KVProjectionTrainer(
+        student, teacher, KVProjectionConfig(**settings | changes), rows,
         rows.select(range(1, NUM_ROWS)), tokenizer, teacher_processing_class=tokenizer, callbacks=[Gradients()],
     )  # fmt: skip
+
+
+def run_speculative(folder, num_processes: int) -> dict:
+    trainer = make_speculative(folder, num_processes, make_model(seed=2), make_model(seed=1, hidden_size=48))
+    trainer.evaluate()  # before the training, which has to wrap the model all the same
+    trainer.train()
+    return results_of(trainer)
+
+
+def run_kv(folder, num_processes: int) -> dict:
+    trainer = make_kv(folder, num_processes, make_model(seed=2), make_model(seed=1, hidden_size=48))
     trainer.train()
     results = results_of(trainer)
     results["weights"] |= {

@@ -107,12 +107,13 @@ def test_loaded_model_is_used_as_it_is():
     assert model.dtype == torch.bfloat16
 
 
-def test_signal_comes_to_the_device_that_asks_and_the_head_is_copied_there_once(inputs):
-    # "meta" stands for a second device: tensors really have to be moved to get there.
+def test_head_is_copied_to_the_device_that_asks_once_and_hidden_states_wait_where_they_are(inputs):
+    # "meta" stands for a second device: tensors really have to be moved to get there. Moved at once, hidden states
+    # would make the student's device wait for the teacher before the student's own forward.
     teacher = LocalTeacher(make_model("phi"), torch.device("meta"))
     signals = [teacher(inputs, torch.arange(4))[0] for _ in range(2)]
     for hidden, head, *_ in signals:
-        assert hidden.device.type == head.weight.device.type == head.bias.device.type == "meta"
+        assert (hidden.device.type, head.weight.device.type, head.bias.device.type) == ("cpu", "meta", "meta")
     assert signals[0].head.weight is signals[1].head.weight
     assert {parameter.device.type for parameter in teacher.model.parameters()} == {"cpu"}
 

@@ -1195,9 +1195,19 @@ def test_conversations_without_a_chat_template_are_refused_in_words(tmp_path, to
     make_trainer(tmp_path, student, teacher, chats, plain, **args).train()
 
 
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
 SHARDED = {
-    "fsdp": ({"fsdp": True}, {}, "FSDP is not supported.*ddp.yaml"),
-    "fsdp by accelerate": ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP is not supported.*ddp.yaml"),
+    "fsdp 1": ({"fsdp": True, "use_cpu": False, "fsdp_config": {"version": 1}}, {}, "FSDP 1 .*fsdp_version to 2"),
+    "fsdp 1 by accelerate": ({"use_cpu": False}, FSDP, "FSDP 1 .*fsdp_version to 2"),
+    "fsdp that exports nothing": ({"use_cpu": False}, FSDP | {"FSDP_VERSION": "2"}, "no model.*to FULL_STATE_DICT"),
+    "fsdp whose weights only rank 0 reads": (
+        {"use_cpu": False, "fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}}, {},
+        "rank 0 alone.*set it to false",
+    ),
+    "fsdp that becomes ddp": ({"fsdp": True}, {}, "FSDP and use_cpu=True exclude each other"),
+    "fsdp by accelerate that becomes ddp": ({}, FSDP, "FSDP and use_cpu=True exclude each other"),
+    "sharded teacher of a whole student": ({"teacher_device": "sharded"}, {}, "'sharded' needs FSDP2 or ZeRO-3"),
+    "processes that know nothing of each other": ({}, {"WORLD_SIZE": "2"}, "2 processes .* train alone: .*use_cpu"),
     "context parallel": (
         {"parallelism_config": ParallelismConfig(cp_size=2)}, {}, "context and sequence parallelism are not supported",
     ),
@@ -1209,7 +1219,7 @@ SHARDED = {
 
 
 @pytest.mark.parametrize("case", SHARDED)
-def test_sharded_runs_are_refused_before_anything_is_loaded(tmp_path, tokenizer, rows, case, monkeypatch):
+def test_runs_that_are_not_what_they_seem_are_refused_first(tmp_path, tokenizer, rows, case, monkeypatch):
     changes, environment, message = SHARDED[case]
     args = KDConfig(**settings(tmp_path, **changes))
     for name, value in {"ACCELERATE_USE_FSDP": "false", **environment}.items():

@@ -420,7 +420,9 @@ def test_resuming_from_another_trainers_checkpoint_is_refused_in_words(tmp_path,
     trainer.train()
     (tmp_path / "checkpoint-1" / "projector.json").unlink()
     trainer = make_trainer(tmp_path, make_model(seed=2), teacher, rows, tokenizer, max_steps=2)
-    with pytest.raises(ValueError, match="has no projector.safetensors and projector.json: it is not of a run with this projector"):
+    with pytest.raises(
+        ValueError, match="has no projector.safetensors and projector.json: it is not of a run with this projector"
+    ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert not hasattr(trainer.student, "projectors")
 

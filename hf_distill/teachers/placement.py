@@ -1,0 +1,49 @@
+"""Where a teacher's weights are: on which devices of which process, and when they come there."""
+
+from collections.abc import Sequence
+
+# Beside the name of a device, what `teacher_device` may be:
+#   auto      laid out, layer by layer, over the devices that are no student's
+#   paired    as many devices again as there are students: the n-th student's teacher is on the n-th of these
+#   offload   in the CPU's memory; each layer visits the student's device while it is computed
+#   sharded   split over all processes, as the student is by FSDP2 or ZeRO-3
+LAYOUTS = ("auto", "paired", "offload", "sharded")
+
+
+def teacher_devices(
+    setting: str | None, student: str, local_rank: int = 0, num_local_ranks: int = 1, devices: Sequence[str] = ()
+) -> list[str]:
+    """The devices that the teacher of one process is loaded to; several where its layers are spread over them.
+
+    Args:
+        setting (`str`, *optional*): the name of a device, or one of [`LAYOUTS`]; by default the student's device.
+        student (`str`): the student's device, such as "cuda:1".
+        local_rank, num_local_ranks (`int`): of the processes on this machine.
+        devices (`Sequence[str]`): all accelerators of this machine. The students' are the first `num_local_ranks`.
+
+    Raises:
+        `ValueError`: there is no device left for the teacher.
+    """
+    if setting is None:
+        return [student]
+    if setting in ("offload", "sharded"):
+        return ["cpu"]
+    if setting not in LAYOUTS:
+        return [setting]
+    free = [device for device in devices[num_local_ranks:] if device != student]
+    if setting == "paired":
+        if len(free) < num_local_ranks:
+            raise ValueError(
+                f"teacher_device='paired' needs two devices per process: {num_local_ranks} processes on this machine "
+                f"see {len(devices)}. Start half as many as devices, or take teacher_device=None or 'offload'"
+            )
+        return [free[local_rank]]
+    # The free devices in equal parts; some of the first ranks have one more.
+    share = free[local_rank::num_local_ranks]
+    if not share:
+        raise ValueError(
+            f"teacher_device='auto' finds no device for the teacher of process {local_rank}: this machine has "
+            f"{len(devices)} and {num_local_ranks} are students'. Start fewer processes, or take "
+            "teacher_device=None or 'offload'"
+        )
+    return share

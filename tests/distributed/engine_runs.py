@@ -1,0 +1,156 @@
+"""The runs that test_engines.py compares: in its own process, and as a script under torchrun with two of them.
+
+A cell is a trainer, and whether its student has adapters. Each is trained for two updates, saved, and resumed from the
+checkpoint after the first.
+
+Usage: torchrun --standalone --nproc_per_node 2 engine_runs.py ENGINE FOLDER
+"""
+
+import copy
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.distributed import engines
+
+if __name__ == "__main__":
+    engines.use(sys.argv[1])
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer
+
+from hf_distill import KDTrainer
+from hf_distill.modeling import whole_state
+from tests.conftest import make_model
+from tests.distributed.kd_runs import make_kv, make_speculative, make_trainer, students
+
+# Linear in the gradients, whose size Adam would not show, and with a state to save.
+MOMENTUM = 0.9
+Trainer.get_optimizer_cls_and_kwargs = staticmethod(  # pyright: ignore[reportAttributeAccessIssue]
+    lambda args, model=None: (torch.optim.SGD, {"lr": args.learning_rate, "momentum": MOMENTUM})
+)
+
+TRAINERS = {
+    "KDTrainer": make_trainer, "KVProjectionTrainer": make_kv, "SpeculativeKDTrainer": make_speculative
+}  # fmt: skip
+CELLS = list(product(TRAINERS, ("full", "lora")))
+# Made before the first arguments are: from then on, ZeRO-3 splits every model that is made.
+STUDENTS, TEACHER = students(), make_model(seed=1, hidden_size=48)
+
+
+def make(cell: tuple[str, str], folder, num_processes: int, **changes) -> KDTrainer:
+    student, teacher = copy.deepcopy(STUDENTS[cell[1]]), copy.deepcopy(TEACHER)
+    return TRAINERS[cell[0]](folder, num_processes, student, teacher, **changes)
+
+
+def weights_of(trainer: KDTrainer) -> dict[str, torch.Tensor]:
+    """All weights, whole, those of a projector included; all processes have to come here."""
+    return whole_state(torch.nn.ModuleList([trainer.model, trainer.projectors]))
+
+
+def run_cell(cell: tuple[str, str], folder: Path, num_processes: int, **changes) -> dict:
+    trainer = make(cell, folder, num_processes, save_strategy="steps", save_steps=1, **changes)
+    results = {"before": weights_of(trainer)}
+    trainer.train()
+    results |= {
+        "num_processes": trainer.accelerator.num_processes,
+        "engine": engine_of(trainer),
+        "weights": weights_of(trainer),
+        "logs": [log for log in trainer.state.log_history if "loss" in log],
+        "eval": trainer.evaluate(),
+    }
+    trainer.save_model(str(folder / "saved"))
+    return results
+
+
+def resume_cell(cell: tuple[str, str], folder: Path, num_processes: int, **changes) -> dict[str, torch.Tensor]:
+    """The weights of the second update, made by another trainer from the checkpoint after the first."""
+    trainer = make(cell, folder, num_processes, **changes)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    return weights_of(trainer)
+
+
+def difference(found: dict, expected: dict, before: dict) -> float:
+    """How far two updates are apart, by the tensor where it is most, in units of what the expected one has changed.
+
+    Of the weights themselves a wrong gradient would be a small part.
+    """
+    assert found.keys() == expected.keys() == before.keys()
+    parts = [0.0]
+    for name, value in expected.items():
+        distance, change = (found[name] - value).norm(), (value - before[name]).norm()
+        parts.append(float(distance / change) if change > 1e-6 else float(distance > 1e-6))
+    return max(parts)
+
+
+def launch(engine: str, folder: Path) -> list[dict]:
+    """The results of both processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, engine, str(folder)], capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def engine_of(trainer: KDTrainer) -> str:
+    """Which engine really runs, and that it really splits what it says."""
+    parameter = next(iter(trainer.model.parameters()))
+    split = isinstance(parameter, torch.distributed.tensor.DTensor) or hasattr(parameter, "ds_id")
+    stage = f" {trainer.accelerator.deepspeed_plugin.zero_stage}" if trainer.is_deepspeed_enabled else ""
+    distributed_type = str(trainer.accelerator.distributed_type).removeprefix("DistributedType.")
+    return f"{distributed_type}{stage}, {'split' if split else 'whole'}"
+
+
+def saved_weights(cell: tuple[str, str], folder: Path) -> dict[str, torch.Tensor]:
+    """What `save_model` wrote, read as a user does, under the names of `weights_of`."""
+    if cell[1] == "lora":
+        model = PeftModel.from_pretrained(copy.deepcopy(STUDENTS["full"]), folder / "saved")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder / "saved", dtype="auto")
+    found = {f"0.{name}": tensor for name, tensor in model.state_dict().items()}
+    if cell[0] == "KVProjectionTrainer":
+        projector = load_file(folder / "saved" / "projector.safetensors")
+        found |= {f"1.projector.{name}": tensor for name, tensor in projector.items()}
+    return found
+
+
+def run_sharded_teacher(folder: Path, num_processes: int, **changes) -> dict:
+    """Student and teacher by name; the teacher split over the processes, too."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        STUDENTS["full"].save_pretrained(folder / "student")
+        TEACHER.save_pretrained(folder / "teacher")
+    torch.distributed.barrier()
+    names = str(folder / "student"), str(folder / "teacher")
+    trainer = make_trainer(folder, num_processes, *names, teacher_device="sharded", **changes)
+    trainer.train()
+    layers = [p for name, p in trainer.teacher.model.named_parameters() if ".layers." in name]
+    parts = [p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() for p in layers]
+    return {
+        "weights": weights_of(trainer),
+        "share": sum(part.numel() for part in parts) / sum(p.numel() or p.ds_numel for p in layers),
+        "eval": trainer.evaluate(),
+    }
+
+
+def main(engine: str, folder: Path) -> None:
+    changes = engines.settings(engine)
+    results = {}
+    for cell in CELLS:
+        own = folder / "-".join(cell)
+        results[cell] = run_cell(cell, own, 2, **changes)
+        results[cell]["resumed"] = resume_cell(cell, own, 2, **changes)
+    if engine in ("fsdp2", "zero3"):
+        results["sharded"] = run_sharded_teacher(folder, 2, **changes)
+    torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,71 @@
+"""Two processes under FSDP2, ZeRO-2 and ZeRO-3 do what one does, and their checkpoints and exports are whole."""
+
+import pytest
+import torch
+
+from tests.distributed.engine_runs import CELLS, difference, launch, run_cell, saved_weights
+
+ENGINES = {"fsdp2": "FSDP, split", "zero2": "DEEPSPEED 2, whole", "zero3": "DEEPSPEED 3, split"}
+NAMES = ["-".join(cell) for cell in CELLS]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return {cell: run_cell(cell, folder / "-".join(cell), 1) for cell in CELLS}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def two(request, tmp_path_factory):
+    """The engine, its folder and the results of both processes."""
+    if request.param.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="pip install 'hf_distill[deepspeed]'")
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, folder, launch(request.param, folder)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=NAMES)
+def test_two_processes_make_the_update_of_one(one, two, cell):
+    engine, _, results = two
+    for rank in results:
+        assert (rank[cell]["num_processes"], rank[cell]["engine"]) == (2, ENGINES[engine])
+        assert rank[cell]["before"].keys() == one[cell]["before"].keys()
+        assert all(torch.equal(rank[cell]["before"][name], value) for name, value in one[cell]["before"].items())
+        assert difference(rank[cell]["weights"], one[cell]["weights"], one[cell]["before"]) <= 1e-4
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=NAMES)
+def test_two_processes_log_and_evaluate_what_one_does(one, two, cell):
+    names = {"loss", "kd", "ce", "num_tokens", "grad_norm", "kv/cosine", "rollout/tokens_accepted"}
+    for rank in two[2]:
+        for found, expected in zip(rank[cell]["logs"], one[cell]["logs"], strict=True):
+            for name in names & expected.keys():
+                assert found[name] == pytest.approx(expected[name], rel=2e-5, abs=1e-6), name
+        for name in {f"eval_{name}" for name in names} & one[cell]["eval"].keys():
+            assert rank[cell]["eval"][name] == pytest.approx(one[cell]["eval"][name], rel=2e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=NAMES)
+def test_a_resumed_run_is_the_uninterrupted_one(two, cell):
+    for rank in two[2]:
+        assert difference(rank[cell]["resumed"], rank[cell]["weights"], rank[cell]["before"]) <= 1e-4
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=NAMES)
+def test_the_whole_student_and_its_projector_are_saved(two, cell):
+    _, folder, results = two
+    found, expected = saved_weights(cell, folder / "-".join(cell)), results[0][cell]["weights"]
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_teacher_can_be_split_as_the_student_is(one, two):
+    engine, _, results = two
+    if engine == "zero2":
+        return  # splits no weights
+    expected = one[CELLS[0]]
+    for rank in results:
+        assert rank["sharded"]["share"] == pytest.approx(0.5, abs=0.02)
+        assert difference(rank["sharded"]["weights"], expected["weights"], expected["before"]) <= 1e-4
+        assert rank["sharded"]["eval"]["eval_kd"] == pytest.approx(expected["eval"]["eval_kd"], rel=1e-5)
