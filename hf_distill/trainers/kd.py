@@ -19,38 +19,22 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from hf_distill.collators import (
-    OWN_COLUMNS,
-    TEACHER_COLUMNS,
-    TeacherColumnsCollator,
-    with_own_tokens,
-    with_teacher_prompt,
-)
-from hf_distill.kv_projector import HiddenProjector, Projectors
-from hf_distill.layer_mapping import Mapping as LayerMapping
-from hf_distill.layer_mapping import cka_mapping, layer_mapping
+from hf_distill.kv_projector import Projectors
 from hf_distill.losses.cross_tokenizer import AlignedSignal, cross_tokenizer_loss
 from hf_distill.losses.divergence import check_divergence
-from hf_distill.losses.feature import HIDDEN_LOSSES
 from hf_distill.losses.fused_linear import DistillationLoss, Head, TeacherSignal, fused_distillation_loss
 from hf_distill.metrics import TokenMeans, sum_dtype
 from hf_distill.modeling import (
     causal_lm,
     check_head,
-    evaluating,
     expose_hidden_states,
     gathered,
-    head_of,
     keep_4bit_weights,
     label_positions,
     load_balancing_loss,
     select_positions,
-    shared_vocabulary,
 )
 from hf_distill.teachers import Signal, Teacher
-from hf_distill.teachers.across import AcrossTeacher
-from hf_distill.teachers.ensemble import EnsembleTeacher
-from hf_distill.teachers.local import BASE, BaseTeacher, LocalTeacher, is_split, load_teacher, signal_of
 from hf_distill.trainers.checks import (
     PEEKED_ROWS,
     AnyDataset,
@@ -59,7 +43,6 @@ from hf_distill.trainers.checks import (
     has_label,
     named_datasets,
     named_teachers,
-    refuse_across,
     refuse_frozen,
     refuse_lost_processes,
     refuse_missing_checkpoint,
@@ -67,14 +50,13 @@ from hf_distill.trainers.checks import (
     refuse_prompt_learning,
     refuse_row_columns,
     refuse_sharding,
-    refuse_shared_memory,
     refuse_split,
     refuse_vision,
-    student_rows,
     student_tokenizer,
-    teacher_tokenizer,
 )
 from hf_distill.trainers.config import KDConfig
+from hf_distill.trainers.hidden_layers import HiddenLayers
+from hf_distill.trainers.teacher_set import TeacherSet
 
 logger = logging.getLogger(__name__)
 
@@ -169,42 +151,11 @@ class KDTrainer(SFTTrainer):
         if not skip_prepare:
             for name, dataset in named_datasets(train_dataset, eval_dataset).items():
                 check_chat_template(dataset, name, processing_class, args)
-        self.student_tokenizer = processing_class  # before TRL puts it into `processing_class`
-        # Token ids below this mean the same to all sides; ids past it get no probability.
-        self.vocab_size = student_rows(model, args)
-        self.teachers: dict[str, Any] = {}
-        self._across: dict[str, PreTrainedTokenizerBase] = {}  # tokenizers of teachers that have another vocabulary
-        self.teacher_processing_class = processing_class
-        devices = [place.strip() or None for place in (args.teacher_device or "").split(",")]
-        places = dict(zip(teachers, devices * len(teachers), strict=False))
-        for name, teacher in teachers.items():
-            if isinstance(teacher, str) and teacher == BASE:
-                self.teachers[name] = None  # until the student is there
-                self.vocab_size = min(self.vocab_size, shared_vocabulary(processing_class, processing_class))
-                continue
-            tokenizer = tokenizers[name] or teacher_tokenizer(teacher, args) or processing_class
-            shared = self._shared_vocabulary(processing_class, tokenizer, args)
-            teacher = load_teacher(
-                teacher,
-                device=places[name],
-                student_device=args.device,
-                quantization=args.teacher_quantization,
-                trust_remote_code=args.trust_remote_code,
-                init_kwargs=args.teacher_model_init_kwargs,  # pyright: ignore[reportArgumentType]
-            )
-            if not isinstance(model, str) and peft_config is None:
-                refuse_shared_memory(model, teacher)  # Before the teacher is frozen, and what it shares with it.
-            self.teachers[name] = LocalTeacher(teacher, args.device)
-            if shared is None:
-                self.teachers[name] = AcrossTeacher(
-                    self.teachers[name], tokenizer, processing_class, index=len(self.teachers) - 1,
-                    method=args.cross_tokenizer, student_rows=student_rows(model, args),
-                )  # fmt: skip
-                self._across[name] = tokenizer
-                continue
-            self.vocab_size = min(self.vocab_size, shared, self.teachers[name].head.weight.shape[0])
-            self.teacher_processing_class = tokenizer
-        refuse_across(self._across, self.teachers, args)
+        self.teacher_set = TeacherSet(
+            teachers, tokenizers, model, processing_class, args, crosses=self._crosses_tokenizers,
+            has_adapters=peft_config is not None,
+        )  # fmt: skip
+        self.teachers, self.vocab_size = self.teacher_set.by_name, self.teacher_set.vocab_size
 
         if skip_prepare:
             # Such rows are trained on as they are; a token that the teacher lacks would fail in the middle of training.
@@ -230,12 +181,6 @@ class KDTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
 
-        for name, teacher in self.teachers.items():
-            self.teachers[name] = teacher or BaseTeacher(self.model)
-        self.teacher: Teacher = next(iter(self.teachers.values()))
-        if len(self.teachers) > 1:
-            routed = args.teacher_combination == "route"
-            self.teacher = EnsembleTeacher(self.teachers, args.teacher_weights, routed=routed)
         self.divergence_params = check_divergence(args.divergence, args.divergence_params)  # pyright: ignore[reportArgumentType]
         # compute_loss divides by the label-bearing tokens of the whole update, whatever the student's forward takes.
         self.model_accepts_loss_kwargs = True
@@ -252,23 +197,17 @@ class KDTrainer(SFTTrainer):
         with gathered(student):
             check_head(student, "student")
         expose_hidden_states(student)
-        for teacher in self.teachers.values():
-            if not isinstance(teacher, BaseTeacher):
-                refuse_shared_memory(self.model, teacher.model)
-        for name, teacher in self._local_teachers().items():
-            if places[name] == "sharded" or is_split(teacher.model):
-                teacher.shard(self.accelerator)
+        self.teacher: Teacher = self.teacher_set.combined(self.model, self.accelerator)
         refuse_split(student)
         policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy if self.is_fsdp_enabled else None
         if policy is not None:
             # FSDP would round the loss, and the sums that are logged, to the dtype of the weights.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
         for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
-            self._collate_teacher_columns(dataset)
+            self.data_collator = self.teacher_set.collator(self.data_collator, dataset)
         self.projectors = Projectors()
-        self.hidden_mapping: LayerMapping = {}
-        if args.hidden_weight or "hidden_weight" in (args.schedule or {}):
-            self.hidden_mapping = self._map_hidden_layers()
+        has_hidden = args.hidden_weight or "hidden_weight" in (args.schedule or {})
+        self.hidden_layers = HiddenLayers(self) if has_hidden else None
 
     # ------------------------------------------------------------------------------------------------- the heart
 
@@ -291,8 +230,8 @@ class KDTrainer(SFTTrainer):
             terms = self.distillation_terms(hidden, head, signals, hard_labels, num_items)
             if aligned := [signal for signal in signals if isinstance(signal, AlignedSignal)]:
                 terms["alignment/exact_fraction"] = sum(s.num_exact for s in aligned) / len(aligned)  # pyright: ignore
-            if self.hidden_mapping:
-                terms["hidden"] = self.hidden_loss(outputs.hidden_states, signals, positions)
+            if self.hidden_layers is not None:
+                terms["hidden"] = self.hidden_layers.loss(outputs.hidden_states, signals[0], positions)  # pyright: ignore
                 weight = self.setting("hidden_weight") / torch.as_tensor(num_items).clamp(min=1)
                 terms["loss"] = terms["loss"] + weight.to(hidden.device) * terms["hidden"]
             if self.aux_loss_enabled:
@@ -301,7 +240,7 @@ class KDTrainer(SFTTrainer):
             return terms
 
         more = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        if self.hidden_mapping:
+        if self.hidden_layers is not None:
             more["output_hidden_states"] = True
         terms = model(**inputs, **more, with_hidden=with_hidden)
 
@@ -388,54 +327,9 @@ class KDTrainer(SFTTrainer):
         is_training = self.model.training and self.state.max_steps > 0
         return self.args.scheduled(name, self.state.global_step / self.state.max_steps if is_training else 1.0)
 
-    def hidden_loss(self, hidden_states: Sequence[Tensor], signals: Sequence[Signal], positions: Tensor) -> Tensor:
-        """The mean over mapped layers of the distances of hidden states, summed over N positions; a scalar.
-
-        As transformers counts them, the last of the `hidden_states` (B, T, Ds) comes after the final norm.
-        """
-        distance = HIDDEN_LOSSES[self.args.hidden_loss]
-        losses = []
-        for index, (layer, sources) in enumerate(self.hidden_mapping.items()):
-            student = select_positions(hidden_states[layer + 1], positions)  # (N, Ds)
-            if HIDDEN_PROJECTOR in self.projectors:
-                student = self.projectors[HIDDEN_PROJECTOR](student, index)  # (N, Dt)
-            teacher = sum(weight * signals[0].layers[i].to(student.device) for i, weight in sources.items())  # pyright: ignore
-            mask = torch.ones(len(positions), dtype=torch.bool, device=positions.device)
-            losses.append(distance(student, teacher, mask, num_items=1)[0])
-        return torch.stack(losses).mean()
-
-    def _map_hidden_layers(self) -> LayerMapping:
-        teacher = self.teacher
-        if not isinstance(teacher, LocalTeacher | BaseTeacher):
-            raise ValueError("hidden_weight needs one teacher, whose layers the student's learn from; set it to 0")
-        configs = [causal_lm(side).config.get_text_config() for side in (self.model, teacher.model)]
-        depths = [config.num_hidden_layers for config in configs]
-        if self.args.hidden_layers == "cka":
-            inputs, positions = self.probe_batch()
-            view = self.teacher_view(inputs, positions)
-            teacher.layers = tuple(range(depths[1]))
-            with torch.no_grad(), evaluating(self.student), gathered(self.student):
-                head = head_of(self.student)
-                student = signal_of(self.student, head, inputs, positions, range(depths[0]))
-            (found,) = teacher(*view)
-            mapping = cka_mapping(*([layer.cpu() for layer in side.layers.values()] for side in (student, found)))  # pyright: ignore
-        else:
-            mapping = layer_mapping(self.args.hidden_layers, *depths)
-        teacher.layers = tuple(sorted({i for sources in mapping.values() for i in sources}))
-        widths = [config.hidden_size for config in configs]
-        if widths[0] != widths[1]:
-            if self.optimizer is not None:
-                raise ValueError(
-                    f"student and teacher have hidden sizes {widths[0]} and {widths[1]}, and the projector between "
-                    "them would not be in an optimizer of your own: leave optimizers out"
-                )
-            projector = HiddenProjector(widths[0], widths[1], len(mapping))
-            self.projectors[HIDDEN_PROJECTOR] = projector.to(self.args.device)
-        return mapping
-
     def probe_batch(self) -> tuple[dict[str, Any], Tensor]:
         """A few training rows as a batch on the student's device, and its label-bearing positions."""
-        names = ("input_ids", "labels", "seq_lengths", *self._teacher_columns())
+        names = ("input_ids", "labels", "seq_lengths", *self.teacher_set.columns())
         rows = list(islice(iter(self.train_dataset), PROBE_ROWS))  # pyright: ignore
         batch = self.data_collator([{k: v for k, v in row.items() if k in names} for row in rows])
         device = self.student.device
@@ -506,7 +400,7 @@ class KDTrainer(SFTTrainer):
 
     def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
         if description == "Evaluation":
-            self._collate_teacher_columns(dataset)
+            self.data_collator = self.teacher_set.collator(self.data_collator, dataset)
             dataset = self._fill_up(dataset, batch_size) if isinstance(dataset, Dataset) else dataset
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)  # pyright: ignore
 
@@ -553,7 +447,7 @@ class KDTrainer(SFTTrainer):
             "processes": str(processes),
             "engine": self.engine,
             "student": f"{self.student.dtype}, mixed precision {self.accelerator.mixed_precision}, {self.args.device}",
-            **{f"teacher {name}": f"{t.model.dtype}, {t.place}" for name, t in self._local_teachers().items()},
+            **{f"teacher {name}": f"{t.model.dtype}, {t.place}" for name, t in self.teacher_set.local().items()},
             "rows per update": f"{rows} ({micro_batches} micro-batches)",
         }
 
@@ -563,10 +457,6 @@ class KDTrainer(SFTTrainer):
         if self.is_deepspeed_enabled:
             return f"DeepSpeed ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"
         return "FSDP2" if self.is_fsdp_enabled else "DDP" if self.accelerator.num_processes > 1 else "none"
-
-    def _local_teachers(self) -> dict[str, LocalTeacher]:
-        sides = {name: getattr(teacher, "teacher", teacher) for name, teacher in self.teachers.items()}
-        return {name: teacher for name, teacher in sides.items() if isinstance(teacher, LocalTeacher)}
 
     def _tell(self, message: str) -> None:
         if self.is_world_process_zero():
@@ -656,63 +546,11 @@ class KDTrainer(SFTTrainer):
             first = dataset.take(PEEKED_ROWS)
             first = super()._prepare_dataset(first, processing_class, args, False, formatting_func, dataset_name)
             refuse_no_label(self._with_label(first, args, dataset_name), dataset_name, args)
-        return self._for_teachers(kept, args, dataset_name)  # pyright: ignore[reportArgumentType]
-
-    def _for_teachers(self, dataset: AnyDataset, args: KDConfig, name: str) -> AnyDataset:
-        """The same rows with what only the teachers see: which of them has a row, or a prompt of their own."""
-        refuse_row_columns(dataset, name, args)  # an evaluation may bring its own
-        columns = set(next(iter(dataset)))
-        if args.teacher_combination == "route" and "teacher" in columns:
-            dataset = dataset.map(partial(_with_teacher_index, names=list(self.teachers), dataset_name=name))
-        if "teacher_prompt" in columns:
-            tokenizer = self.teacher_processing_class
-            dataset = dataset.map(partial(with_teacher_prompt, tokenizer=tokenizer, dataset_name=name))
-        for teacher, tokenizer in self._across.items():
-            side = self.teachers[teacher]
-            function = partial(
-                with_own_tokens, index=side.index, tokenizer=tokenizer, student_tokenizer=self.student_tokenizer,
-                pieces=side.pieces,
-            )  # fmt: skip
-            dataset = dataset.map(function)
-            self._tell_alignment(dataset, side, name)
-        return dataset
-
-    def _tell_alignment(self, dataset: AnyDataset, teacher: AcrossTeacher, name: str) -> None:
-        """Says once per data set how two tokenizers are brought together and how well that goes."""
-        exact, total = 0, 0
-        for row in islice(iter(dataset), PEEKED_ROWS):
-            exact += row[f"teacher_{teacher.index}_exact"]
-            total += sum(label != -100 for label in row["labels"][1:])
-        logger.warning(
-            "%s has another tokenizer: %s; compared by %s. In the %s dataset %.0f%% of the label-bearing tokens face "
-            "exactly one of its tokens",
-            teacher.name, teacher.reason, teacher.method, name, 100 * exact / max(total, 1),
-        )  # fmt: skip
-
-    def _shared_vocabulary(
-        self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, args: KDConfig
-    ) -> int | None:
-        """How many token ids mean the same to both; None where texts have to be aligned."""
-        try:
-            return shared_vocabulary(student, teacher)
-        except ValueError:
-            is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset")  # pyright: ignore[reportAttributeAccessIssue]
-            if args.cross_tokenizer == "error" or is_prepared or not self._crosses_tokenizers:
-                raise
-            return None
+        return self.teacher_set.prepared(kept, dataset_name)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list({*self._signature_columns, *self._teacher_columns()})
-
-    def _collate_teacher_columns(self, dataset: AnyDataset) -> None:
-        found = set(self._teacher_columns()) & set(next(iter(dataset), {}))
-        if found and not isinstance(self.data_collator, TeacherColumnsCollator):
-            self.data_collator = TeacherColumnsCollator(self.data_collator, len(self.teachers))
-
-    def _teacher_columns(self) -> list[str]:
-        own = [f"teacher_{index}_{name}" for index in range(len(self.teachers)) for name in OWN_COLUMNS]
-        return [*TEACHER_COLUMNS, *own]
+        self._signature_columns = list({*self._signature_columns, *self.teacher_set.columns()})
 
     def _with_label(self, dataset: AnyDataset, args: SFTConfig, dataset_name: str) -> AnyDataset:
         keep = partial(has_label, vocab_size=self.vocab_size, dataset_name=dataset_name)
@@ -737,7 +575,7 @@ class KDTrainer(SFTTrainer):
         quantization = f" ({self.args.teacher_quantization})" if self.args.teacher_quantization else ""
         combination = {"combination of the teachers": self.args.teacher_combination} if len(self.teachers) > 1 else {}
         more = {f"{name} over the training": str(values) for name, values in (self.args.schedule or {}).items()}  # pyright: ignore
-        if self.hidden_mapping:
+        if self.hidden_layers is not None:
             more["hidden states"] = f"{self.args.hidden_loss}, weight {self.args.hidden_weight:g}"
         return {
             "teacher": self.teacher.name + quantization,
@@ -748,11 +586,3 @@ class KDTrainer(SFTTrainer):
             "weight of the hard labels": str(1 - self.args.kd_weight),
             **more,
         }
-
-
-def _with_teacher_index(row: dict[str, Any], names: list[str], dataset_name: str) -> dict[str, int]:
-    if row["teacher"] not in names:
-        raise ValueError(
-            f"a row of the {dataset_name} dataset has the teacher {row['teacher']!r}; there are {', '.join(names)}"
-        )
-    return {"teacher_index": names.index(row["teacher"])}

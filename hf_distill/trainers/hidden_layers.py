@@ -1,0 +1,81 @@
+"""The term of inner hidden states: which layers, through which projector, how far apart.
+
+Shapes: B batch, T tokens, N label-bearing positions, Ds and Dt hidden widths.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_distill.kv_projector import HiddenProjector
+from hf_distill.layer_mapping import cka_mapping, layer_mapping
+from hf_distill.losses.feature import HIDDEN_LOSSES
+from hf_distill.losses.fused_linear import TeacherSignal
+from hf_distill.modeling import causal_lm, evaluating, gathered, head_of, select_positions
+from hf_distill.teachers.local import BaseTeacher, LocalTeacher, signal_of
+
+PROJECTOR = "hidden_projector"
+
+
+class HiddenLayers:
+    """What a student's layers learn from those of its teacher, as `hidden_layers` and `hidden_loss` say.
+
+    As transformers counts hidden states, the last one comes after the final norm.
+
+    Args:
+        trainer ([`KDTrainer`]): with student and teacher; it gets a projector where their widths differ.
+
+    Raises:
+        `ValueError`: several teachers, layers that do not exist, or an optimizer that would leave the projector out.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        args, student, teacher = trainer.args, trainer.student, trainer.teacher
+        if not isinstance(teacher, LocalTeacher | BaseTeacher):
+            raise ValueError("hidden_weight needs one teacher, whose layers the student's learn from; set it to 0")
+        configs = [causal_lm(side).config.get_text_config() for side in (student, teacher.model)]
+        depths = [config.num_hidden_layers for config in configs]
+        if args.hidden_layers == "cka":
+            inputs, positions = trainer.probe_batch()
+            view = trainer.teacher_view(inputs, positions)
+            teacher.layers = tuple(range(depths[1]))
+            with torch.no_grad(), evaluating(student), gathered(student):
+                mine = signal_of(student, head_of(student), inputs, positions, range(depths[0]))
+            (found,) = teacher(*view)
+            sides = ([layer.cpu() for layer in side.layers.values()] for side in (mine, found))  # pyright: ignore
+            self.mapping = cka_mapping(*sides)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        else:
+            self.mapping = layer_mapping(args.hidden_layers, *depths)
+        teacher.layers = tuple(sorted({i for sources in self.mapping.values() for i in sources}))
+        self.distance = HIDDEN_LOSSES[args.hidden_loss]
+        self.projector = None
+        widths = [config.hidden_size for config in configs]
+        if widths[0] != widths[1]:
+            if trainer.optimizer is not None:
+                raise ValueError(
+                    f"student and teacher have hidden sizes {widths[0]} and {widths[1]}, and the projector between "
+                    "them would not be in an optimizer of your own: leave optimizers out"
+                )
+            self.projector = HiddenProjector(widths[0], widths[1], len(self.mapping)).to(args.device)
+            trainer.projectors[PROJECTOR] = self.projector
+
+    def loss(self, hidden_states: Sequence[Tensor], signal: TeacherSignal, positions: Tensor) -> Tensor:
+        """The mean over mapped layers of the distances, summed over N positions; a scalar.
+
+        Args:
+            hidden_states (sequence of `torch.Tensor` of shape `(B, T, Ds)`): the student's, embeddings first.
+            signal (`TeacherSignal`): with `layers` (N, Dt).
+            positions (`torch.Tensor` of shape `(N,)`): flat, of (B * T).
+        """
+        assert signal.layers is not None
+        losses = []
+        for index, (layer, sources) in enumerate(self.mapping.items()):
+            student = select_positions(hidden_states[layer + 1], positions)  # (N, Ds)
+            if self.projector is not None:
+                student = self.projector(student, index)  # (N, Dt)
+            target: Any = sum(weight * signal.layers[i].to(student.device) for i, weight in sources.items())
+            mask = torch.ones(len(student), dtype=torch.bool, device=student.device)
+            losses.append(self.distance(student, target, mask, num_items=1)[0])
+        return torch.stack(losses).mean()

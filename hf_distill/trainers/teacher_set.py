@@ -1,0 +1,185 @@
+"""The teachers of a run: loaded, checked, combined, and what each of them reads of a row."""
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_distill.collators import (
+    OWN_COLUMNS,
+    TEACHER_COLUMNS,
+    TeacherColumnsCollator,
+    with_own_tokens,
+    with_teacher_prompt,
+)
+from hf_distill.modeling import shared_vocabulary
+from hf_distill.teachers import Teacher
+from hf_distill.teachers.across import AcrossTeacher
+from hf_distill.teachers.ensemble import EnsembleTeacher
+from hf_distill.teachers.local import BASE, BaseTeacher, LocalTeacher, is_split, load_teacher
+from hf_distill.trainers.checks import (
+    PEEKED_ROWS,
+    AnyDataset,
+    refuse_across,
+    refuse_row_columns,
+    refuse_shared_memory,
+    student_rows,
+    teacher_tokenizer,
+)
+from hf_distill.trainers.config import KDConfig
+
+logger = logging.getLogger(__name__)
+
+
+class TeacherSet:
+    """The teachers of a run by name. They are loaded before the student, one after the other.
+
+    Args:
+        models: each teacher as hub id, path or model; "base" is the student's own base model.
+        tokenizers: those that came with them; None where they are to be found.
+        student: hub id, path or model.
+        student_tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        args ([`KDConfig`]): settings.
+        crosses (`bool`): whether a teacher may have another tokenizer.
+        has_adapters (`bool`): whether the student will be trained in adapters alone, which no teacher shares.
+
+    Raises:
+        `ValueError`: what `load_teacher` and the checks of `trainers/checks.py` refuse.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, str | PreTrainedModel],
+        tokenizers: Mapping[str, PreTrainedTokenizerBase | None],
+        student: str | PreTrainedModel,
+        student_tokenizer: PreTrainedTokenizerBase,
+        args: KDConfig,
+        *,
+        crosses: bool,
+        has_adapters: bool,
+    ) -> None:
+        self.args = args
+        self.student_tokenizer = student_tokenizer
+        # Token ids below this mean the same to all sides; ids past it get no probability.
+        self.vocab_size = student_rows(student, args)
+        self.by_name: dict[str, Any] = {}
+        self._across: dict[str, PreTrainedTokenizerBase] = {}  # tokenizers of teachers that have another vocabulary
+        self._tokenizer = student_tokenizer  # of the teachers that have the student's vocabulary
+        devices = [place.strip() or None for place in (args.teacher_device or "").split(",")]
+        self._places = dict(zip(models, devices * len(models), strict=False))
+        for name, model in models.items():
+            if isinstance(model, str) and model == BASE:
+                self.by_name[name] = None  # until the student is there
+                self.vocab_size = min(self.vocab_size, shared_vocabulary(student_tokenizer, student_tokenizer))
+                continue
+            tokenizer = tokenizers[name] or teacher_tokenizer(model, args) or student_tokenizer
+            shared = self._shared_vocabulary(tokenizer, crosses)
+            model = load_teacher(
+                model,
+                device=self._places[name],
+                student_device=args.device,
+                quantization=args.teacher_quantization,
+                trust_remote_code=args.trust_remote_code,
+                init_kwargs=args.teacher_model_init_kwargs,  # pyright: ignore[reportArgumentType]
+            )
+            if not isinstance(student, str) and not has_adapters:
+                refuse_shared_memory(student, model)  # Before the teacher is frozen, and what it shares with it.
+            teacher = LocalTeacher(model, args.device)
+            if len(models) > 1:
+                logger.info("teacher %s: %.1f MiB", name, model.get_memory_footprint() / 2**20)
+            if shared is None:
+                index, rows = len(self.by_name), student_rows(student, args)
+                self.by_name[name] = AcrossTeacher(
+                    teacher, tokenizer, student_tokenizer, index=index, method=args.cross_tokenizer, student_rows=rows
+                )
+                self._across[name] = tokenizer
+                continue
+            self.by_name[name] = teacher
+            self.vocab_size = min(self.vocab_size, shared, teacher.head.weight.shape[0])
+            self._tokenizer = tokenizer
+        refuse_across(self._across, self.by_name, args)
+
+    def _shared_vocabulary(self, tokenizer: PreTrainedTokenizerBase, crosses: bool) -> int | None:
+        """How many token ids mean the same to both sides; None where texts have to be aligned."""
+        try:
+            return shared_vocabulary(self.student_tokenizer, tokenizer)
+        except ValueError:
+            is_prepared = (self.args.dataset_kwargs or {}).get("skip_prepare_dataset")  # pyright: ignore[reportAttributeAccessIssue]
+            if self.args.cross_tokenizer == "error" or is_prepared or not crosses:
+                raise
+            return None
+
+    def combined(self, student: PreTrainedModel, accelerator: Accelerator) -> Teacher:
+        """The one teacher that all of them make, now that the student is loaded."""
+        for name, teacher in self.by_name.items():
+            self.by_name[name] = teacher or BaseTeacher(student)
+            if not isinstance(self.by_name[name], BaseTeacher):
+                refuse_shared_memory(student, self.by_name[name].model)
+        for name, teacher in self.local().items():
+            if self._places[name] == "sharded" or is_split(teacher.model):
+                teacher.shard(accelerator)
+        if len(self.by_name) == 1:
+            return next(iter(self.by_name.values()))
+        routed = self.args.teacher_combination == "route"
+        return EnsembleTeacher(self.by_name, self.args.teacher_weights, routed=routed)
+
+    def local(self) -> dict[str, LocalTeacher]:
+        """Those that are models of their own."""
+        sides = {name: getattr(teacher, "teacher", teacher) for name, teacher in self.by_name.items()}
+        return {name: teacher for name, teacher in sides.items() if isinstance(teacher, LocalTeacher)}
+
+    # ------------------------------------------------------------------------------------------------------- rows
+
+    def columns(self) -> list[str]:
+        """What only teachers see of a row."""
+        own = [f"teacher_{index}_{name}" for index in range(len(self.by_name)) for name in OWN_COLUMNS]
+        return [*TEACHER_COLUMNS, *own]
+
+    def collator(self, collator: Any, dataset: AnyDataset) -> Any:
+        """A collator that brings these columns along, if the dataset has any."""
+        if not set(self.columns()) & set(next(iter(dataset), {})) or isinstance(collator, TeacherColumnsCollator):
+            return collator
+        return TeacherColumnsCollator(collator, len(self.by_name))
+
+    def prepared(self, dataset: AnyDataset, name: str) -> AnyDataset:
+        """Tokenised rows with these columns: the teacher of each row, its own prompt, its own tokens."""
+        refuse_row_columns(dataset, name, self.args)  # an evaluation may bring its own
+        columns = set(next(iter(dataset)))
+        if self.args.teacher_combination == "route" and "teacher" in columns:
+            dataset = dataset.map(partial(_with_teacher_index, names=list(self.by_name), dataset_name=name))
+        if "teacher_prompt" in columns:
+            dataset = dataset.map(partial(with_teacher_prompt, tokenizer=self._tokenizer, dataset_name=name))
+        for teacher, tokenizer in self._across.items():
+            side = self.by_name[teacher]
+            function = partial(
+                with_own_tokens, index=side.index, tokenizer=tokenizer, student_tokenizer=self.student_tokenizer,
+                pieces=side.pieces,
+            )  # fmt: skip
+            dataset = dataset.map(function)
+            _tell_alignment(dataset, side, name)
+        return dataset
+
+
+def _with_teacher_index(row: dict[str, Any], names: list[str], dataset_name: str) -> dict[str, int]:
+    if row["teacher"] not in names:
+        raise ValueError(
+            f"a row of the {dataset_name} dataset has the teacher {row['teacher']!r}; there are {', '.join(names)}"
+        )
+    return {"teacher_index": names.index(row["teacher"])}
+
+
+def _tell_alignment(dataset: AnyDataset, teacher: AcrossTeacher, name: str) -> None:
+    """Says once per data set how two tokenizers are brought together and how well that goes."""
+    exact, total = 0, 0
+    for row in islice(iter(dataset), PEEKED_ROWS):
+        exact += row[f"teacher_{teacher.index}_exact"]
+        total += sum(label != -100 for label in row["labels"][1:])
+    logger.warning(
+        "%s has another tokenizer: %s; compared by %s. In the %s dataset %.0f%% of the label-bearing tokens face "
+        "exactly one of its tokens",
+        teacher.name, teacher.reason, teacher.method, name, 100 * exact / max(total, 1),
+    )  # fmt: skip
