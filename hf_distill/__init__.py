@@ -4,6 +4,8 @@ from hf_distill.callbacks import CosinePhaseCallback
 from hf_distill.collators import LUPICollator
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.kv_projector import KVProjector
+from hf_distill.lora import describe_lora
+from hf_distill.pruning import drop_layers, restore_layers
 from hf_distill.trainers.config import KDConfig, KVProjectionConfig, SpeculativeKDConfig
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
@@ -19,5 +21,8 @@ __all__ = [
     "LUPICollator",
     "SpeculativeKDConfig",
     "SpeculativeKDTrainer",
+    "describe_lora",
+    "drop_layers",
     "evaluate_fidelity",
+    "restore_layers",
 ]
