@@ -23,6 +23,8 @@ if __name__ == "__main__":
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_distill import KDTrainer
@@ -66,12 +68,16 @@ def run_cell(cell: tuple[str, str], folder: Path, num_processes: int, **changes)
         "eval": trainer.evaluate(),
     }
     trainer.save_model(str(folder / "saved"))
+    assert trainer.state.global_step == 2
     return results
 
 
 def resume_cell(cell: tuple[str, str], folder: Path, num_processes: int, **changes) -> dict[str, torch.Tensor]:
     """The weights of the second update, made by another trainer from the checkpoint after the first."""
     trainer = make(cell, folder, num_processes, **changes)
+    for parameter in (*trainer.model.parameters(), *trainer.projectors.parameters()):
+        if parameter.requires_grad:
+            parameter.data += 0.01  # from these weights, two updates would lead elsewhere
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
     return weights_of(trainer)
 
@@ -120,6 +126,43 @@ def saved_weights(cell: tuple[str, str], folder: Path) -> dict[str, torch.Tensor
     return found
 
 
+class SentBytes(TorchDispatchMode):
+    """Adds up what collectives send from this process, as rings do it, by what they do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = {"gather": 0.0, "reduce": 0.0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            largest = max((tensor.nbytes for tensor in tensors), default=0)
+            name, share = func.name(), (torch.distributed.get_world_size() - 1) / torch.distributed.get_world_size()
+            if "_c10d_functional::all_gather" in name:
+                self.found["gather"] += largest * share * torch.distributed.get_world_size()  # given its part only
+            elif "allgather" in name:
+                self.found["gather"] += largest * share
+            elif "reduce_scatter" in name:
+                self.found["reduce"] += largest * share
+            elif "allreduce" in name:
+                self.found["reduce"] += 2 * largest * share
+        return func(*args, **(kwargs or {}))
+
+
+def count_bytes(cell: tuple[str, str], folder: Path, **changes) -> dict[str, float]:
+    """What a process really sends per update."""
+    trainer = make(cell, folder, 2, logging_strategy="no", **changes)
+    parameters = list(trainer.model.parameters())
+    sizes = {
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "head_and_norm": trainer.student.lm_head.weight.numel() + trainer.student.model.norm.weight.numel(),
+    }
+    with SentBytes() as sent:
+        trainer.train()
+    return sizes | {name: value / trainer.state.global_step for name, value in sent.found.items()}
+
+
 def run_sharded_teacher(folder: Path, num_processes: int, **changes) -> dict:
     """Student and teacher by name; the teacher split over the processes, too."""
     if int(os.environ.get("RANK", "0")) == 0:
@@ -145,6 +188,8 @@ def main(engine: str, folder: Path) -> None:
         own = folder / "-".join(cell)
         results[cell] = run_cell(cell, own, 2, **changes)
         results[cell]["resumed"] = resume_cell(cell, own, 2, **changes)
+    for cell in (("KDTrainer", "full"), ("KDTrainer", "lora"), ("SpeculativeKDTrainer", "full")):
+        results["bytes", *cell] = count_bytes(cell, folder / "bytes", **changes)
     if engine in ("fsdp2", "zero3"):
         results["sharded"] = run_sharded_teacher(folder, 2, **changes)
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
