@@ -10,7 +10,7 @@ def bytes_between_processes(
     parameters: int,
     trainable: int,
     micro_batches: int = 1,
-    kept: int = 0,
+    once: int = 0,
     parameter_bytes: int = 2,
     gradient_bytes: int = 2,
 ) -> dict[str, int]:
@@ -24,9 +24,9 @@ def bytes_between_processes(
         num_processes (`int`): W; 1 sends nothing.
         parameters, trainable (`int`): of the student; all, and those that get a gradient.
         micro_batches (`int`): per update and process.
-        kept (`int`):
-            Parameters that stay gathered from a forward to its backward: with FSDP2 the final norm and the head, with
-            ZeRO-3 what `stage3_max_reuse_distance` and `stage3_max_live_parameters` leave.
+        once (`int`):
+            Parameters that are gathered for the forward and not again for the backward: with FSDP2 the final norm and
+            the head, with ZeRO-3 what `stage3_max_reuse_distance` keeps, and with LoRA what comes before all adapters.
         parameter_bytes, gradient_bytes (`int`): of one number, as it is sent.
 
     Raises:
@@ -44,7 +44,7 @@ def bytes_between_processes(
             "gradients": round(micro_batches * 2 * gradients),
             "weights": round(share * trainable * parameter_bytes),
         }
-    forward_and_backward = 2 * weights - share * kept * parameter_bytes
+    forward_and_backward = 2 * weights - share * once * parameter_bytes
     reductions = 1 if engine == "fsdp2" else micro_batches
     return {"gradients": round(reductions * gradients), "weights": round(micro_batches * forward_and_backward)}
 

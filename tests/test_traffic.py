@@ -21,7 +21,7 @@ def test_engines_by_hand_for_four_processes_and_three_micro_batches():
         "zero3": {"gradients": 900, "weights": 9000},
     }
     assert {engine: bytes_between_processes(engine, 4, **sizes) for engine in ENGINES} == expected
-    assert bytes_between_processes("fsdp2", 4, **sizes, kept=200)["weights"] == 9000 - 3 * 300
+    assert bytes_between_processes("fsdp2", 4, **sizes, once=200)["weights"] == 9000 - 3 * 300
 
 
 def test_numbers_of_the_documentation():

@@ -25,18 +25,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_distill import KDTrainer
 from hf_distill.modeling import whole_state
 from tests.conftest import make_model
 from tests.distributed.kd_runs import make_kv, make_speculative, make_trainer, students
-
-# Linear in the gradients, whose size Adam would not show, and with a state to save.
-MOMENTUM = 0.9
-Trainer.get_optimizer_cls_and_kwargs = staticmethod(  # pyright: ignore[reportAttributeAccessIssue]
-    lambda args, model=None: (torch.optim.SGD, {"lr": args.learning_rate, "momentum": MOMENTUM})
-)
 
 TRAINERS = {
     "KDTrainer": make_trainer, "KVProjectionTrainer": make_kv, "SpeculativeKDTrainer": make_speculative
@@ -48,7 +42,15 @@ STUDENTS, TEACHER = students(), make_model(seed=1, hidden_size=48)
 
 def make(cell: tuple[str, str], folder, num_processes: int, **changes) -> KDTrainer:
     student, teacher = copy.deepcopy(STUDENTS[cell[1]]), copy.deepcopy(TEACHER)
-    return TRAINERS[cell[0]](folder, num_processes, student, teacher, **changes)
+    return with_momentum(TRAINERS[cell[0]](folder, num_processes, student, teacher, **changes))
+
+
+def with_momentum(trainer: KDTrainer) -> KDTrainer:
+    """An optimizer that is linear in the gradients, whose size Adam would not show, and has a state to save."""
+    trainer.get_optimizer_cls_and_kwargs = lambda args, model=None: (  # pyright: ignore[reportAttributeAccessIssue]
+        torch.optim.SGD, {"lr": args.learning_rate, "momentum": 0.9}
+    )  # fmt: skip
+    return trainer
 
 
 def weights_of(trainer: KDTrainer) -> dict[str, torch.Tensor]:
@@ -150,27 +152,44 @@ class SentBytes(TorchDispatchMode):
 
 
 def count_bytes(cell: tuple[str, str], folder: Path, **changes) -> dict[str, float]:
-    """What a process really sends per update."""
+    """What a process really sends in the second update: starting and ending a training sends something, too."""
     trainer = make(cell, folder, 2, logging_strategy="no", **changes)
-    parameters = list(trainer.model.parameters())
-    sizes = {
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        "head_and_norm": trainer.student.lm_head.weight.numel() + trainer.student.model.norm.weight.numel(),
+    sizes = {name: parameter.numel() for name, parameter in trainer.model.named_parameters()}
+    first = ("embed_tokens", "layers.0.input_layernorm", *(f"layers.0.self_attn.{part}_proj" for part in "qkv"))
+    found = {
+        "parameters": sum(sizes.values()),
+        "trainable": sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
+        "last": sum(size for name, size in sizes.items() if "lm_head" in name or ".norm." in name),
+        # With LoRA nothing before the first adapters has a backward.
+        "first": sum(
+            size for name, size in sizes.items() if any(part in name for part in first) and "lora" not in name
+        ),
     }
     with SentBytes() as sent:
+        watch = AtStepEnd(lambda: dict(sent.found))
+        trainer.add_callback(watch)
         trainer.train()
-    return sizes | {name: value / trainer.state.global_step for name, value in sent.found.items()}
+    before, after = watch.found
+    return found | {name: after[name] - before[name] for name in after}
 
 
-def run_sharded_teacher(folder: Path, num_processes: int, **changes) -> dict:
+class AtStepEnd(TrainerCallback):
+    def __init__(self, look) -> None:
+        self.look, self.found = look, []
+
+    def on_step_end(self, *args, **kwargs):
+        self.found.append(self.look())
+
+
+def run_sharded_teacher(trainer_name: str, folder: Path, num_processes: int, **changes) -> dict:
     """Student and teacher by name; the teacher split over the processes, too."""
     if int(os.environ.get("RANK", "0")) == 0:
         STUDENTS["full"].save_pretrained(folder / "student")
         TEACHER.save_pretrained(folder / "teacher")
     torch.distributed.barrier()
     names = str(folder / "student"), str(folder / "teacher")
-    trainer = make_trainer(folder, num_processes, *names, teacher_device="sharded", **changes)
+    make = TRAINERS[trainer_name]
+    trainer = with_momentum(make(folder, num_processes, *names, teacher_device="sharded", **changes))
     trainer.train()
     layers = [p for name, p in trainer.teacher.model.named_parameters() if ".layers." in name]
     parts = [p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() for p in layers]
@@ -191,7 +210,8 @@ def main(engine: str, folder: Path) -> None:
     for cell in (("KDTrainer", "full"), ("KDTrainer", "lora"), ("SpeculativeKDTrainer", "full")):
         results["bytes", *cell] = count_bytes(cell, folder / "bytes", **changes)
     if engine in ("fsdp2", "zero3"):
-        results["sharded"] = run_sharded_teacher(folder, 2, **changes)
+        for trainer_name in ("KDTrainer", "KVProjectionTrainer"):
+            results["sharded", trainer_name] = run_sharded_teacher(trainer_name, folder, 2, **changes)
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -61,15 +61,17 @@ def test_the_whole_student_and_its_projector_are_saved(two, cell):
         assert torch.equal(found[name], value), name
 
 
-def test_a_teacher_can_be_split_as_the_student_is(one, two):
+@pytest.mark.parametrize("trainer", ["KDTrainer", "KVProjectionTrainer"])
+def test_a_teacher_can_be_split_as_the_student_is(one, two, trainer):
     engine, _, results = two
     if engine == "zero2":
         return  # splits no weights
-    expected = one[CELLS[0]]
+    expected = one[trainer, "full"]
     for rank in results:
-        assert rank["sharded"]["share"] == pytest.approx(0.5, abs=0.02)
-        assert difference(rank["sharded"]["weights"], expected["weights"], expected["before"]) <= 1e-4
-        assert rank["sharded"]["eval"]["eval_kd"] == pytest.approx(expected["eval"]["eval_kd"], rel=1e-5)
+        found = rank["sharded", trainer]
+        assert found["share"] == pytest.approx(0.5, abs=0.02)
+        assert difference(found["weights"], expected["weights"], expected["before"]) <= 1e-4
+        assert found["eval"]["eval_kd"] == pytest.approx(expected["eval"]["eval_kd"], rel=1e-5)
 
 
 @pytest.mark.parametrize("cell", [("KDTrainer", "full"), ("KDTrainer", "lora"), ("SpeculativeKDTrainer", "full")])
@@ -78,7 +80,7 @@ def test_processes_send_as_many_bytes_as_predicted(two, cell):
     found = results[0]["bytes", *cell]
     expected = bytes_between_processes(
         engine, 2, parameters=found["parameters"], trainable=found["trainable"], micro_batches=2, parameter_bytes=4,
-        gradient_bytes=4, kept=found["head_and_norm"] if engine == "fsdp2" else 0,
+        gradient_bytes=4, once=found["last"] if engine == "fsdp2" else found["first"] if cell[1] == "lora" else 0,
     )  # fmt: skip
     if cell[0] == "SpeculativeKDTrainer" and engine != "zero2":
         expected["weights"] += bytes_for_rollouts(2, found["parameters"], parameter_bytes=4)
