@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.kv_projection --teacher stories260K --data tinystories
 
 Rows, students and budgets as in benchmarks/tinystories.py. Half of the loss are hard labels, half forward KL; the term
-of keys and values comes on top. Cosine, centred cosine and CKA are of held-out rows.
+of keys and values comes on top. Cosine, centred cosine and CKA are of held-out rows. `--curve` shows how they and the
+KL to the teacher go over the steps of one seed, `--picture` draws it, with the training batches' as lines.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from matplotlib.figure import Figure
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,15 +28,24 @@ from benchmarks.measure import print_table
 from benchmarks.tinystories import describe, load_chunks, random_model, some_layers
 from hf_distill import KVProjectionConfig, KVProjectionTrainer, evaluate_fidelity
 
-VARIANTS = {"KD alone": {"kv_weight": 0.0}} | {
+VARIANTS: dict[str, dict] = {"KD alone": {"kv_weight": 0.0}} | {
     f"KD + {loss}, {projector}": {"kv_loss": loss, "projector": projector}
     for loss in ("mercator", "mse", "normalized_l1")
     for projector in ("mlp", "pca")
 }
-VARIANTS["KD + mercator, mlp frozen after 50"] = {"projector_freeze_after": 50}
+VARIANTS["KD + mercator, mlp frozen after 50"] = {"projector": "mlp", "projector_freeze_after": 50}
 VARIANTS["KD + 0.1 mercator, pca"] = {"kv_weight": 0.1, "projector": "pca"}
-# The other terms stay, too small to matter beside this weight; gradients are clipped and AdamW knows no scale.
-VARIANTS["mercator alone, mlp"] = {"kv_weight": 1e6}
+# The other terms stay. Where only they reach (the last layer's MLP, an untied head), AdamW, which knows no scale, would
+# follow them at any weight, were they not far below its epsilon, too: gradients are clipped.
+VARIANTS["mercator alone, mlp"] = {"kv_weight": 1e12, "projector": "mlp"}
+CURVES = ["KD + mercator, mlp", "KD + mercator, pca", "mercator alone, mlp"]
+COLUMNS = {
+    "KL to the teacher": ("kl", "{:.3f}"),
+    "perplexity": ("student_perplexity", "{:.2f}"),
+    "cosine": ("eval_kv/cosine", "{:.2f}"),
+    "centred": ("eval_kv/centered_cosine", "{:.2f}"),
+    "CKA": ("eval_kv/cka", "{:.2f}"),
+}
 
 
 def train(
@@ -46,22 +57,60 @@ def train(
     variant: dict,
     seed: int,
     options: argparse.Namespace,
-) -> dict[str, float]:
-    """Trains and returns what `evaluate` says of keys and values."""
+) -> KVProjectionTrainer:
+    """The trainer after training, with its log."""
+    strategy = "steps" if options.curve else "no"
     with tempfile.TemporaryDirectory() as folder:
         args = KVProjectionConfig(
             output_dir=folder, max_steps=options.steps, per_device_train_batch_size=options.batch_size,
             learning_rate=options.learning_rate, projector_learning_rate=options.learning_rate,
             lr_scheduler_type="cosine", max_grad_norm=1.0, max_length=options.length, seed=seed, bf16=False,
-            gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), logging_strategy="no",
-            save_strategy="no", report_to="none", disable_tqdm=True, per_device_eval_batch_size=32, **variant,
+            gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to="none",
+            disable_tqdm=True, per_device_eval_batch_size=32, logging_strategy=strategy,
+            logging_steps=max(options.steps // 20, 1), eval_strategy=strategy, eval_steps=max(options.steps // 8, 1),
+            eval_on_start=options.curve, **variant,
         )  # fmt: skip
         trainer = KVProjectionTrainer(
             student, teacher, args, rows, held_out, tokenizer, teacher_processing_class=tokenizer
         )
         trainer.remove_callback(PrinterCallback)  # prints to where the table goes
         trainer.train()
-        return trainer.evaluate()
+        return trainer
+
+
+def held_out_rows(histories: dict[str, list[dict[str, float]]]) -> list[dict[str, str]]:
+    """A row for each evaluation of the runs: a step, and for each run its numbers."""
+    steps = sorted({entry["step"] for history in histories.values() for entry in history if "eval_loss" in entry})
+    keys = ("eval_kv/cosine", "eval_kv/centered_cosine", "eval_kv/cka", "eval_kd")
+    rows = []
+    for step in steps:
+        found = {
+            title: next(entry for entry in history if entry["step"] == step and "eval_loss" in entry)
+            for title, history in histories.items()
+        }
+        cells = {title: " / ".join(f"{entry[key]:.2f}" for key in keys) for title, entry in found.items()}
+        rows.append({"step": str(int(step)), **cells})
+    return rows
+
+
+def save_curves(path: str, students: dict[str, dict[str, list[dict[str, float]]]]) -> None:
+    """A PNG: a row for each student, a panel for each run; lines of the training batches, dots of held-out rows."""
+    shape = len(students), max(map(len, students.values()))
+    figure = Figure(figsize=(4.5 * shape[1], 3.2 * shape[0]), layout="constrained")
+    panels = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True)
+    for (student, histories), row in zip(students.items(), panels, strict=True):
+        for (title, history), axes in zip(histories.items(), row, strict=True):
+            right = axes.twinx()
+            right.set_ylim(0, 6)
+            measures = {"kv/cosine": axes, "kv/centered_cosine": axes, "kv/cka": axes, "kd": right}
+            for i, (key, side) in enumerate(measures.items()):
+                for prefix, style in {"": "-", "eval_": "o"}.items():
+                    points = [(entry["step"], entry[prefix + key]) for entry in history if prefix + key in entry]
+                    side.plot(*zip(*points, strict=True), style, color=f"C{i}", markersize=4)
+                axes.plot([], [], color=f"C{i}", label="KL, nats (right)" if key == "kd" else key)
+            axes.set(title=f"{student}\n{title}", xlabel="step", ylim=(-0.1, 1.05))
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=110)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,9 +124,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="by default all, of --curve three")
+    parser.add_argument("--curve", action="store_true", help="how one seed goes over the steps")
+    parser.add_argument("--picture", help="with --curve: a PNG to write")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.picture and not options.curve:
+        parser.error("--picture draws what --curve measures: give both")
+    options.only = options.only or (CURVES if options.curve else list(VARIANTS))
+    options.seeds = options.seeds[:1] if options.curve else options.seeds
+    return options
 
 
 def main() -> None:
@@ -92,27 +148,30 @@ def main() -> None:
         f"its layers {', '.join(map(str, options.layers))}": lambda: some_layers(teacher, options.layers),
         f"random, {options.random_layers} layers": lambda: random_model(teacher, options.random_layers),
     }
-    columns = {
-        "KL to the teacher": ("kl", "{:.3f}"),
-        "perplexity": ("student_perplexity", "{:.2f}"),
-        "cosine": ("eval_kv/cosine", "{:.2f}"),
-        "centred": ("eval_kv/centered_cosine", "{:.2f}"),
-        "CKA": ("eval_kv/cka", "{:.2f}"),
-    }
+    curves = {}
     for name, make in students.items():
-        table = []
+        table, curves[name] = [], {}
         for title in options.only:
             results = []
             for seed in options.seeds:
                 set_seed(seed)
                 student = make()
-                found = train(student, teacher, rows, held_out, tokenizer, VARIANTS[title], seed, options)
-                fidelity = evaluate_fidelity(student, teacher, held_out, tokenizer, batch_size=32)
-                results.append(found | fidelity)
-            row = {column: describe([r[key] for r in results], form) for column, (key, form) in columns.items()}
-            table.append({"": title, **row})
-            print(f"{name}: {table[-1]}", file=sys.stderr, flush=True)  # runs are long; the table comes at the end
-        print_table(f"student: {name}; {options.steps} steps, seeds {options.seeds}", table, options.markdown)
+                trainer = train(student, teacher, rows, held_out, tokenizer, VARIANTS[title], seed, options)
+                if options.curve:
+                    curves[name][title] = trainer.state.log_history
+                else:
+                    fidelity = evaluate_fidelity(student, teacher, held_out, tokenizer, batch_size=32)
+                    results.append(trainer.evaluate() | fidelity)
+            if results:
+                row = {column: describe([r[key] for r in results], form) for column, (key, form) in COLUMNS.items()}
+                table.append({"": title, **row})
+            print(f"{name}: {table[-1:] or title}", file=sys.stderr, flush=True)  # runs are long
+        heading = f"student: {name}; {options.steps} steps, seeds {options.seeds}"
+        if options.curve:
+            table, heading = held_out_rows(curves[name]), f"{heading}; cosine / centred / CKA / KL of held-out rows"
+        print_table(heading, table, options.markdown)
+    if options.picture:
+        save_curves(options.picture, curves)
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ class TeacherColumnsCollator:
         if "teacher_index" in rows[0]:
             index = torch.tensor([row["teacher_index"] for row in rows])
             if strange := [i for i in index.tolist() if not 0 <= i < self.num_teachers]:
-                raise ValueError(f"a row has teacher_index {strange[0]}; there are {self.num_teachers} teachers, from 0 on")
+                raise ValueError(f"a row has teacher_index {strange[0]}; there are {self.num_teachers} teachers")
             batch["teacher_index"] = index
         if "teacher_input_ids" in rows[0]:
             for row in rows:
@@ -303,8 +303,8 @@ def with_own_tokens(
     student_ids, labels = row["input_ids"], row["labels"]
     ids: Any
     messages = _messages(row)
+    text = student_tokenizer.decode(student_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if messages is None:
-        text = student_tokenizer.decode(student_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ids = tokenizer(text)["input_ids"]
         if student_ids[-1] == student_tokenizer.eos_token_id and ids[-1:] != [tokenizer.eos_token_id]:  # pyright: ignore
             ids = [*ids, tokenizer.eos_token_id]
@@ -312,20 +312,21 @@ def with_own_tokens(
     else:
         ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]  # pyright: ignore
         contents = [message["content"] for message in messages]
+        # A row that has been cut is aligned by what is left of it.
+        contents = contents if contents[-1].strip() in text else None  # pyright: ignore[reportOperatorIssue]
     sides = [
         ["" if side[i] is None else side[i] for i in tokens]
         for side, tokens in zip(pieces, (student_ids, ids), strict=True)
     ]
     groups = align(sides[0], sides[1], contents)
-    student_groups, teacher_groups = group_numbers(groups)
-    out = {group for group, label in zip(student_groups, [-100, *labels[1:]], strict=True) if label == -100}
-    out |= {-1, *teacher_groups[:1]}
-    kept = [k for k, group in enumerate(groups) if k not in out and group.comparable]
+    counts = [i > 0 and label != -100 for i, label in enumerate(labels)], [j > 0 for j in range(len(ids))]
+    student_groups, teacher_groups = group_numbers(groups, *counts)
+    kept = set(student_groups) - {-1}
     view = {
         "input_ids": ids,
-        "labels": [-100 if group in out else token for token, group in zip(ids, teacher_groups, strict=True)],  # pyright: ignore
-        "groups": [-1 if group in out else group for group in teacher_groups],
-        "student_groups": [-1 if group in out else group for group in student_groups],
+        "labels": [-100 if group == -1 else token for token, group in zip(ids, teacher_groups, strict=True)],
+        "groups": teacher_groups,
+        "student_groups": student_groups,
         "exact": sum(len(groups[k].student) == len(groups[k].teacher) == 1 for k in kept),
     }
     return {f"teacher_{index}_{name}": value for name, value in view.items()}
@@ -342,11 +343,12 @@ def _messages(row: Row) -> list[dict[str, str]] | None:
 def _own_tokens(rows: Sequence[Row], index: int) -> dict[str, Tensor]:
     """The columns of [`with_own_tokens`] as tensors (B, T) and (B, Tt), padded on the right; `exact` is (B,)."""
     columns = {name: [row[f"teacher_{index}_{name}"] for row in rows] for name in OWN_COLUMNS}
-    start = 0
-    for student_groups, groups in zip(columns["student_groups"], columns["groups"], strict=True):
-        for side in (student_groups, groups):
-            side[:] = [group + start if group >= 0 else -1 for group in side]
-        start = max([start, *(group + 1 for group in groups)])
+    # No row has more groups than tokens of both sides.
+    step = max(len(a) + len(b) for a, b in zip(columns["groups"], columns["student_groups"], strict=True))
+    for name in ("groups", "student_groups"):
+        columns[name] = [
+            [group + i * step if group >= 0 else -1 for group in groups] for i, groups in enumerate(columns[name])
+        ]
     padding = {"input_ids": 0, "labels": -100, "groups": -1, "student_groups": -1}
     batch = {name: _pad(columns[name], value, "right")[0] for name, value in padding.items()}
     batch["attention_mask"] = _pad(columns["input_ids"], 0, "right")[1].long()

@@ -72,9 +72,10 @@ class KVProjector(nn.Module):
 
 
 class PCAProjector(nn.Module):
-    """A frozen linear map: the teacher's principal components, turned towards the student's keys and values.
+    """A frozen linear map: the teacher's principal directions, turned towards the student's keys and values.
 
-    It is fitted once, on a probe batch, so that it cannot move to meet the student.
+    It is fitted once, on a probe batch, so that it cannot move to meet the student. It keeps the teacher's mean and its
+    lengths: those of an untrained student would say nothing about it.
 
     Args:
         teacher_width, student_width (`int`): as in [`KVProjector`].
@@ -84,36 +85,25 @@ class PCAProjector(nn.Module):
     def __init__(self, teacher_width: int, student_width: int, num_layers: int = 1) -> None:
         super().__init__()
         self.settings = {"teacher_width": teacher_width, "student_width": student_width, "num_layers": num_layers}
-        shape = 2, num_layers  # keys and values
-        self.register_buffer("matrix", torch.zeros(*shape, teacher_width, student_width))
-        self.register_buffer("teacher_mean", torch.zeros(*shape, teacher_width))
-        self.register_buffer("student_mean", torch.zeros(*shape, student_width))
+        self.register_buffer("matrix", torch.zeros(2, num_layers, teacher_width, student_width))  # keys and values
 
     def forward(self, keys: Tensor, values: Tensor, layer: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values (..., teacher_width) of the `layer`-th mapped layer, as (..., student_width)."""
-        return self._project(keys, 0, layer), self._project(values, 1, layer)
-
-    def _project(self, features: Tensor, kind: int, layer: int) -> Tensor:
-        centred = features.to(self.matrix.dtype) - self.teacher_mean[kind, layer]  # pyright: ignore
-        return centred @ self.matrix[kind, layer] + self.student_mean[kind, layer]  # pyright: ignore
+        matrix: Tensor = self.matrix[:, layer]  # pyright: ignore
+        return keys.to(matrix.dtype) @ matrix[0], values.to(matrix.dtype) @ matrix[1]
 
     @torch.no_grad()
     def fit(self, kind: int, layer: int, teacher: Tensor, student: Tensor) -> None:
         """Fits the map of keys (`kind` 0) or values (1) of one layer to features (N, F) and (N, G) of the same tokens.
 
-        As many principal components of the teacher as the student has room for, turned by the orthogonal matrix that
-        brings them closest to the student's features (Procrustes; Schoenemann, 1966), at the student's scale.
+        As many principal directions of the teacher (about the origin) as the student has room for, turned by the
+        orthogonal matrix that brings them closest to the student's features (Procrustes; Schoenemann, 1966).
         """
         teacher, student = teacher.double(), student.double()
-        teacher_mean, student_mean = teacher.mean(0), student.mean(0)
-        teacher, student = teacher - teacher_mean, student - student_mean
         width = min(teacher.shape[1], student.shape[1], len(teacher))
-        components = torch.linalg.svd(teacher, full_matrices=False).Vh[:width].T  # (F, width)
-        reduced = teacher @ components  # (N, width)
-        left, _, right = torch.linalg.svd(reduced.T @ student, full_matrices=False)
-        scale = student.norm() / reduced.norm().clamp(min=1e-12)
-        self.matrix[kind, layer] = scale * components @ (left @ right)  # pyright: ignore
-        self.teacher_mean[kind, layer], self.student_mean[kind, layer] = teacher_mean, student_mean  # pyright: ignore
+        directions = torch.linalg.svd(teacher, full_matrices=False).Vh[:width].T  # (F, width)
+        left, _, right = torch.linalg.svd((teacher @ directions).T @ student, full_matrices=False)
+        self.matrix[kind, layer] = directions @ (left @ right)  # pyright: ignore
 
 
 class HiddenProjector(nn.Module):

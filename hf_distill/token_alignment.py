@@ -136,7 +136,8 @@ def align(
             i += 1
         while j < len(teacher) and teacher[j] == done:
             j += 1
-        groups += _pair_markers(*sides, range(start_i, i), range(start_j, j))
+        if i > start_i or j > start_j:
+            groups += _pair_markers(*sides, range(start_i, i), range(start_j, j))
         if i == len(student):
             continue  # Both sides have written all of the bytes that they share.
         start_i, start_j = i, j
@@ -151,11 +152,26 @@ def align(
     return groups
 
 
-def group_numbers(groups: Sequence[Group]) -> tuple[list[int], list[int]]:
-    """For each token of the student, and of the teacher, the number of its group; -1 where nothing can be compared."""
-    numbers = [k if group.comparable else -1 for k, group in enumerate(groups)]
-    student = [k for k, group in zip(numbers, groups, strict=True) for _ in group.student]
-    teacher = [k for k, group in zip(numbers, groups, strict=True) for _ in group.teacher]
+def group_numbers(
+    groups: Sequence[Group], student_counts: Sequence[bool], teacher_counts: Sequence[bool]
+) -> tuple[list[int], list[int]]:
+    """For each token of the student, and of the teacher, the number of its group; -1 where nothing is compared.
+
+    Args:
+        groups: what `align` returned.
+        student_counts, teacher_counts (sequences of `bool`):
+            For each token whether it counts: it has a label, and there is a position that predicts it (the first token
+            of a sequence has none). A group of which one token does not count is left out as a whole.
+    """
+    student, teacher = [-1] * len(student_counts), [-1] * len(teacher_counts)
+    for number, group in enumerate(groups):
+        if (
+            group.comparable
+            and all(student_counts[i] for i in group.student)
+            and all(teacher_counts[j] for j in group.teacher)
+        ):
+            student[group.student.start : group.student.stop] = [number] * len(group.student)
+            teacher[group.teacher.start : group.teacher.stop] = [number] * len(group.teacher)
     return student, teacher
 
 
@@ -297,14 +313,16 @@ def _text_groups(
 ) -> list[Group]:
     """One group if both sides have the same text there, else each side alone."""
     pieces = student_pieces[student.start : student.stop], teacher_pieces[teacher.start : teacher.stop]
+    if pieces[0] == pieces[1]:
+        return [Group(student, teacher, True)]
     texts = [_text(side) for side in pieces]
-    if _squeezed(texts[0]) != _squeezed(texts[1]):
-        return [
-            Group(student, range(teacher.start, teacher.start), False),
-            Group(range(student.stop, student.stop), teacher, False),
-        ]
-    has_marker = any(isinstance(piece, str) for side in pieces for piece in side)
-    return [Group(student, teacher, texts[0] == texts[1] and not has_marker)]
+    if texts[0] == texts[1] or _squeezed(texts[0]) == _squeezed(texts[1]):
+        has_marker = any(isinstance(piece, str) for side in pieces for piece in side)
+        return [Group(student, teacher, texts[0] == texts[1] and not has_marker)]
+    return [
+        Group(student, range(teacher.start, teacher.start), False),
+        Group(range(student.stop, student.stop), teacher, False),
+    ]
 
 
 def _spelling(decoder: Any) -> Callable[[str], bytes]:

@@ -162,7 +162,8 @@ def cross_tokenizer_loss(
     student_hidden, teacher_hidden = student_hidden[order], teacher_hidden.detach()[teacher_order]
     tokens, teacher_tokens = spans.student_tokens[order], spans.teacher_tokens[teacher_order]
     if method == "uld":
-        later_groups, teacher_later_groups = later_groups.fill_(-1), teacher_later_groups.fill_(-1)
+        # Only first tokens are compared.
+        later_groups, teacher_later_groups = (torch.full_like(x, -1) for x in (later_groups, teacher_later_groups))
     settings = objective.temperature, chunk_size
     starts = _group_starts(student_hidden.detach(), tokens, later_groups, student, *settings)
     teacher_starts = _group_starts(teacher_hidden, teacher_tokens, teacher_later_groups, teacher, *settings)

@@ -320,7 +320,7 @@ class SpeculativeKDConfig(KDConfig):
                 f"{' and '.join(HARD_SOURCES)} have any: set kd_weight=1, or give one of them a share of rollout_mix"
             )
         if self.hidden_weight or "hidden_weight" in (self.schedule or {}):
-            raise ValueError("hidden_weight is not possible with rollouts, which keep the last layer alone: set it to 0")
+            raise ValueError("hidden_weight is not possible with rollouts, which keep the last layer only: set it to 0")
         if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
             raise ValueError(f"rollout_batch_size has to be at least 1, got {self.rollout_batch_size}")
         if self.draft_length < 1:

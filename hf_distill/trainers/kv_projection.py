@@ -27,8 +27,10 @@ logger = logging.getLogger(__name__)
 
 DIAGNOSTICS = ("kv/centered_cosine", "kv/cka", "kv/magnitude_ratio", "kv/target_effective_rank")
 # A cosine that rose by this much since the first evaluation, while the divergence from the teacher did not fall by a
-# hundredth or the CKA lost a tenth, is no learning.
-RISE, PROGRESS, LOSS_OF_CKA = 0.05, 0.99, 0.9
+# hundredth, the CKA lost a tenth or the projected target a third of its directions, is no learning.
+RISE, PROGRESS, LOSS_OF_CKA, LOSS_OF_RANK = 0.05, 0.99, 0.9, 2 / 3
+# Beside such a weight the other terms say nothing.
+ALONE = 100.0
 
 
 class KVProjectionTrainer(KDTrainer):
@@ -86,7 +88,17 @@ class KVProjectionTrainer(KDTrainer):
         layers = {layer for source in self.sources.values() for layer in source.mapping}
         self._capture = KVCapture(self.student, layers, args.kv_positions)
         self._first: dict[str, dict[str, float]] = {}  # the first evaluation of each set
-        self._has_warned = False
+        # A projector that stays as it is cannot move to meet the student.
+        self._has_warned = not any(True for _ in self.projectors.parameters())
+        if not self._has_warned and self.eval_dataset is None:
+            logger.warning(
+                "without an eval_dataset nobody sees whether student and projector meet where nothing is said"
+            )
+        if not self._has_warned and self.args.kv_weight >= ALONE:
+            logger.warning(
+                "kv_weight=%g leaves next to nothing of the other terms: the cosine of keys and values rises, and the "
+                "student learns nothing. Take a weight around 1, or projector='pca'", self.args.kv_weight,
+            )  # fmt: skip
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             for name, source in self.sources.items():
                 Console().print(table(_mapping_rows(source.mapping), f"which layer learns from which of {name}"))
@@ -262,15 +274,21 @@ class KVProjectionTrainer(KDTrainer):
         if self._has_warned or "kv/cka" not in found or "kv/cka" not in first:
             return
         rises = found["kv/cosine"] > first["kv/cosine"] + RISE
-        learns = found["kd"] < PROGRESS * first["kd"] and found["kv/cka"] > LOSS_OF_CKA * first["kv/cka"]
+        rank = "kv/target_effective_rank"
+        learns = (
+            found["kd"] < PROGRESS * first["kd"]
+            and found["kv/cka"] > LOSS_OF_CKA * first["kv/cka"]
+            and found[rank] > LOSS_OF_RANK * first[rank]
+        )
         if rises and not learns:
             self._has_warned = True
             logger.warning(
                 "the cosine of keys and values rose from %.3f to %.3f on held-out rows, but the divergence from the "
-                "teacher went from %.4f to %.4f and the CKA with the teacher's own keys and values from %.3f to %.3f: "
-                "student and projector meet where nothing is said about the teacher. Take projector='pca', raise "
-                "kd_weight, lower kv_weight or freeze the projector early (projector_freeze_after)",
-                first["kv/cosine"], found["kv/cosine"], first["kd"], found["kd"], first["kv/cka"], found["kv/cka"],
+                "teacher went from %.4f to %.4f, the CKA with the teacher's own keys and values from %.3f to %.3f and "
+                "the effective rank of the projected target from %.1f to %.1f: student and projector meet where "
+                "nothing is said about the teacher. Take projector='pca', raise kd_weight, lower kv_weight or freeze "
+                "the projector early (projector_freeze_after)",
+                *(side[name] for name in ("kv/cosine", "kd", "kv/cka", rank) for side in (first, found)),
             )  # fmt: skip
 
     def describe(self) -> dict[str, str]:

@@ -24,6 +24,7 @@ from hf_distill.trainers.config import KVProjectionConfig
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.losses.oracle import ORACLE
+from tests.trainers.test_kd_teachers import by_hand as kd_by_hand
 
 VOCAB = 384
 DIAGNOSTICS = ("kv/centered_cosine", "kv/cka", "kv/magnitude_ratio", "kv/target_effective_rank")
@@ -135,14 +136,19 @@ def keys_and_values(model, batch, chosen, kv_positions):
 
 
 def by_hand(student, teacher, projector, dataset, mapping, kv_positions="pre", kv_weight=1.0, kd_weight=0.5, dw=1.0,
-            mw=0.01):  # fmt: skip
-    """The loss of an update and what is logged of the keys and values, in float64, from plain models."""
+            mw=0.01, views=None):  # fmt: skip
+    """The loss of an update and what is logged of the keys and values, in float64, from plain models.
+
+    `views` is the dataset as the teacher reads it.
+    """
     batch, labels = padded_batch(dataset)
     chosen = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
     following = labels[:, 1:][labels[:, 1:] != -100]
     student_logits, student_kv = keys_and_values(student, batch, chosen, kv_positions)
+    view, view_labels = padded_batch(views or dataset)
+    chosen = nn.functional.pad(view_labels[:, 1:] != -100, (0, 1))
     with torch.no_grad():
-        teacher_logits, teacher_kv = keys_and_values(teacher, batch, chosen, kv_positions)
+        teacher_logits, teacher_kv = keys_and_values(teacher, view, chosen, kv_positions)
     kd = ORACLE["forward_kl"](teacher_logits.double().softmax(-1), student_logits.double().softmax(-1)).mean()
     ce = nn.functional.cross_entropy(student_logits.double(), following)
     terms, logs = [], {name: [] for name in DIAGNOSTICS}
@@ -421,7 +427,7 @@ def test_resuming_from_another_trainers_checkpoint_is_refused_in_words(tmp_path,
     (tmp_path / "checkpoint-1" / "projector.json").unlink()
     trainer = make_trainer(tmp_path, make_model(seed=2), teacher, rows, tokenizer, max_steps=2)
     with pytest.raises(
-        ValueError, match="has no projector.safetensors and projector.json: it is not of a run with this projector"
+        ValueError, match=r"has no projector.safetensors and projector.json: it is not of a run with this projector"
     ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert not hasattr(trainer.student, "projectors")
@@ -533,6 +539,158 @@ def test_student_can_be_trained_again(tmp_path, tokenizer, rows, student, teache
     assert not hasattr(trainer.student, "projectors")
 
 
+# ------------------------------------------------------------------------- several teachers, and prompts of their own
+
+
+@pytest.fixture
+def teachers(teacher):
+    """Of different depths, widths of their keys and families."""
+    return {"a": teacher, "b/2": make_model("gpt2", seed=3), "b_2": make_model("qwen3", seed=4, num_hidden_layers=4)}
+
+
+OF_TEACHERS = {"kv_positions": "post", "projector_dropout": 0.0}
+SHARES = (0.2, 0.3, 0.5)
+
+
+def kv_of_teachers(student, teachers, trainer, rows):
+    """The term of keys and values alone: the weighted mean of what it is with each teacher."""
+    terms = [
+        by_hand(student, teacher, source.projector, rows, source.mapping, kv_positions="post", kd_weight=0.0, **options)
+        for teacher, source in zip(teachers.values(), trainer.sources.values(), strict=True)
+        for options in ({}, {"kv_weight": 0.0})
+    ]
+    parts = [whole - without for (whole, _), (without, _) in zip(terms[::2], terms[1::2], strict=True)]
+    return sum(share * part for share, part in zip(SHARES, parts, strict=True))
+
+
+@pytest.mark.parametrize("combination", ["mixture", "sum"])
+def test_each_teacher_has_its_projector_and_its_share(tmp_path, tokenizer, rows, student, teachers, combination):
+    weights = copy.deepcopy(student)
+    capture = Gradients()
+    trainer = make_trainer(
+        tmp_path, student, teachers, rows, tokenizer, others={"callbacks": [capture]}, teacher_weights=[2, 3, 5],
+        teacher_combination=combination, per_device_train_batch_size=2, gradient_accumulation_steps=4, **OF_TEACHERS,
+    )  # fmt: skip
+    assert [len(source.mapping) for source in trainer.sources.values()] == [2, 2, 2]
+    # Letters that no file name should have are replaced, and what would then be one name is not.
+    assert list(trainer.projectors) == ["projector_a", "projector_b_2", "projector_b_2_2"]
+    pairs = list(zip(teachers.values(), SHARES, strict=True))
+    loss = kd_by_hand(weights, rows, [pairs] if combination == "mixture" else pairs)
+    loss = loss + kv_of_teachers(weights, teachers, trainer, rows)
+    loss.backward()
+    named = [*weights.named_parameters(), *trainer.projectors.named_parameters(prefix="projectors")]
+    expected = {name: p.grad.clone() for name, p in named if p.grad is not None}
+    trainer.projectors.zero_grad()
+    trainer.train()
+    assert_same_gradients(capture.updates[0], expected, rtol=2e-5)
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert {"kv/cosine", "kv/cosine_a_layer_0", "kv/cosine_b/2_layer_1", "kv/cosine_b_2_layer_1"} <= set(log)
+
+
+@pytest.mark.parametrize("projector", ["mlp", "pca"])
+def test_projectors_of_several_teachers_are_saved_and_resumed(tmp_path, tokenizer, rows, teachers, projector):
+    def run(folder, seed, **kwargs):
+        student = make_model("llama", seed=seed)
+        trainer = make_trainer(
+            folder, student, teachers, rows, tokenizer, projector=projector, kv_positions="post", max_steps=4,
+            optim="adamw_torch", learning_rate=1e-2, per_device_train_batch_size=2, projector_dropout=0.3,
+            save_strategy="steps", save_steps=2,
+        )  # fmt: skip
+        trainer.train(**kwargs)
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        return student.state_dict() | trainer.projectors.state_dict(prefix="projectors."), losses
+
+    whole, losses = run(tmp_path / "whole", seed=2)
+    files = {path.name for path in (tmp_path / "whole" / "checkpoint-2").iterdir()}
+    names = ("projector_a", "projector_b_2", "projector_b_2_2")
+    assert {f"{name}.{kind}" for name in names for kind in ("safetensors", "json")} <= files
+    assert "projector.json" not in files
+    resumed, own = run(tmp_path / "resumed", seed=9, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert own == losses
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_a_teacher_without_weight_has_no_keys_and_values(tmp_path, tokenizer, rows, student, teacher, teachers):
+    weights = copy.deepcopy(student)
+    trainer = make_trainer(tmp_path, student, teachers, rows, tokenizer, teacher_weights=[1, 0, 0], **OF_TEACHERS)
+    assert list(trainer.projectors) == ["projector_a"]
+    source = trainer.sources["a"]
+    loss, _ = by_hand(weights, teacher, source.projector, rows, source.mapping, kv_positions="post")
+    expected = loss.item()
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_keys_and_values_of_the_students_own_base(tmp_path, tokenizer, rows, student):
+    base = copy.deepcopy(student)
+    student = with_adapters(student)
+    for options in ({}, {"activation_checkpointing": True}):
+        found, log, projector, trainer = first_update(tmp_path, student, "base", rows, tokenizer, **options)
+        loss, means = by_hand(student, base, projector, rows, mapping_of(trainer))
+        assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert log["kv/cosine"] == pytest.approx(means["kv/cosine"], rel=1e-4)
+        assert_same_gradients(found, gradients_by_hand(loss, student, projector))
+
+
+def test_rows_with_a_teacher_each_are_refused(tmp_path, tokenizer, rows, student, teachers):
+    with pytest.raises(ValueError, match="gives each row one teacher, whose keys and values only that"):
+        make_trainer(
+            tmp_path, student, teachers, rows.add_column("teacher", ["a"] * len(rows)), tokenizer,
+            teacher_combination="route",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_positions", ["pre", "post"])
+def test_prompts_of_the_teachers_own_are_left_out_of_what_is_compared(
+    tmp_path, tokenizer, rows, student, teacher, kv_positions
+):
+    """Longer ones, shorter ones and none: keys and values face each other on the completion."""
+    prompted = [{"input_ids": row["input_ids"], "labels": [-100] * 4 + row["labels"][4:]} for row in rows]
+    own = [[7 + i] * (5 * i) if i % 3 else prompted[i]["input_ids"][:4] for i in range(len(rows))]
+    views = [
+        {"input_ids": ids + row["input_ids"][4:], "labels": [-100] * len(ids) + row["labels"][4:]}
+        for ids, row in zip(own, prompted, strict=True)
+    ]
+    texts = [tokenizer.decode(ids) if i % 3 else None for i, ids in enumerate(own)]
+    dataset = Dataset.from_list([{**row, "teacher_prompt": t} for row, t in zip(prompted, texts, strict=True)])
+    for size, steps in ((8, 1), (2, 4)):
+        found, log, projector, trainer = first_update(
+            tmp_path, student, teacher, dataset, tokenizer, kv_positions=kv_positions, per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+        )  # fmt: skip
+        assert [row["teacher_input_ids"] for row in trainer.train_dataset] == [view["input_ids"] for view in views]
+        loss, means = by_hand(
+            student, teacher, projector, prompted, mapping_of(trainer), kv_positions=kv_positions, views=views
+        )
+        assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert log["kv/cosine"] == pytest.approx(means["kv/cosine"], rel=1e-4)
+        assert_same_gradients(found, gradients_by_hand(loss, student, projector))
+    evaluation = trainer.evaluate(dataset)
+    loss, _ = by_hand(
+        trainer.model, teacher, projector_of(trainer), prompted, mapping_of(trainer), kv_positions=kv_positions,
+        views=views,
+    )  # fmt: skip
+    assert evaluation["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_principal_components_are_fitted_on_the_completion(tmp_path, tokenizer, rows, teacher):
+    """A teacher that is the student, and reads the same: its components turn into the student's features."""
+    prompted = [{"input_ids": row["input_ids"], "labels": [-100] * 4 + row["labels"][4:]} for row in rows]
+    # The same texts, padded to another length by one row that only the teacher reads more of.
+    other = [{**row, **{f"teacher_{name}": value for name, value in row.items()}} for row in prompted[1:]]
+    extra = {
+        "teacher_input_ids": [9] * 60 + prompted[0]["input_ids"],
+        "teacher_labels": [-100] * 60 + prompted[0]["labels"],
+    }
+    dataset = Dataset.from_list([{**prompted[0], **extra}, *other])
+    trainer = make_trainer(
+        tmp_path, copy.deepcopy(teacher), teacher, dataset, tokenizer, projector="pca", kd_weight=1.0, kv_layers="cka"
+    )
+    assert all(max(weights, key=weights.get) == layer for layer, weights in mapping_of(trainer).items())
+    assert trainer.evaluate(dataset.select(range(1, 8)))["eval_kv/cosine"] > 0.9
+
+
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 
@@ -590,8 +748,8 @@ def test_dropout_of_the_projector_is_on_in_training(tmp_path, tokenizer, rows, s
     assert max(held_out) - min(held_out) < 1e-6
 
 
-def found(cosine, kd, cka):
-    return {"kv/cosine": cosine, "kd": kd, "kv/cka": cka}
+def found(cosine, kd, cka, rank=10.0):
+    return {"kv/cosine": cosine, "kd": kd, "kv/cka": cka, "kv/target_effective_rank": rank}
 
 
 WARNINGS = {
@@ -599,6 +757,7 @@ WARNINGS = {
     "the cosine rises and the likeness is lost": ([found(0.1, 2.0, 0.5), found(0.9, 1.0, 0.2)], True),
     "the divergence rises": ([found(0.1, 2.0, 0.5), found(0.3, 2.5, 0.5)], True),
     "against the first, not the last": ([found(0.1, 2.0, 0.5), found(0.13, 2.0, 0.5), found(0.16, 2.0, 0.5)], True),
+    "the target loses its directions": ([found(0.1, 2.0, 0.5), found(0.9, 1.0, 0.6, rank=6.0)], True),
     "both get better": ([found(0.1, 2.0, 0.5), found(0.9, 1.0, 0.6)], False),
     "the cosine stays": ([found(0.5, 2.0, 0.5), found(0.51, 2.0, 0.5)], False),
     "the cosine falls": ([found(0.5, 2.0, 0.5), found(0.1, 3.0, 0.1)], False),
@@ -606,8 +765,23 @@ WARNINGS = {
 }
 
 
+def test_a_weight_beside_which_nothing_counts_and_a_projector_that_nobody_watches_are_warned_of(
+    tmp_path, tokenizer, rows, student, teacher, caplog
+):
+    for changes, words in {
+        (("projector", "mlp"),): ["without an eval_dataset"],
+        (("projector", "mlp"), ("kv_weight", 1000.0)): ["without an eval_dataset", "kv_weight=1000 leaves next to"],
+        (("projector", "pca"), ("kv_weight", 1000.0)): [],
+    }.items():
+        caplog.clear()
+        make_trainer(tmp_path, copy.deepcopy(student), teacher, rows, tokenizer, **dict(changes))
+        messages = [m for m in caplog.messages if "eval_dataset nobody" in m or "leaves next to nothing" in m]
+        assert len(messages) == len(words)
+        assert all(word in message for word, message in zip(words, messages, strict=True))
+
+
 def test_collapse_is_warned_of_once_and_only_then(tmp_path, tokenizer, rows, student, teacher, caplog):
-    fresh = make_trainer(tmp_path, student, teacher, rows, tokenizer)
+    fresh = make_trainer(tmp_path, student, teacher, rows, tokenizer, projector="mlp")
     for case, (evaluations, warns) in WARNINGS.items():
         trainer = copy.copy(fresh)
         trainer._first = {}
