@@ -23,14 +23,16 @@ REQUIREMENTS = [
 ]
 
 QUANTIZATION = ["bitsandbytes>=0.49"]
+DEEPSPEED = ["deepspeed>=0.18.6"]
 
 EXTRAS = {
     "quantization": QUANTIZATION,
-    "deepspeed": ["deepspeed>=0.18.6"],
+    "deepspeed": DEEPSPEED,
     "trackers": ["wandb", "trackio", "tensorboard"],
     "eval": ["evaluate>=0.4.6", "rouge_score", "sacrebleu"],
     "benchmarks": ["liger-kernel>=0.8.2"],
-    "test": ["pytest>=8", "tensorboard", *QUANTIZATION],  # the 4-bit tests run on CPU
+    # The 4-bit tests and those of ZeRO run on CPU.
+    "test": ["pytest>=8", "tensorboard", *QUANTIZATION, *DEEPSPEED],
     "lint": [
         "ruff",
         "codespell",

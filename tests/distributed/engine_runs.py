@@ -23,18 +23,14 @@ if __name__ == "__main__":
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_distill import KDTrainer
 from hf_distill.modeling import whole_state
 from tests.conftest import make_model
 from tests.distributed.kd_runs import make_kv, make_speculative, make_trainer, students
-
-# Linear in the gradients, whose size Adam would not show, and with a state to save.
-MOMENTUM = 0.9
-Trainer.get_optimizer_cls_and_kwargs = staticmethod(  # pyright: ignore[reportAttributeAccessIssue]
-    lambda args, model=None: (torch.optim.SGD, {"lr": args.learning_rate, "momentum": MOMENTUM})
-)
 
 TRAINERS = {
     "KDTrainer": make_trainer, "KVProjectionTrainer": make_kv, "SpeculativeKDTrainer": make_speculative
@@ -46,7 +42,15 @@ STUDENTS, TEACHER = students(), make_model(seed=1, hidden_size=48)
 
 def make(cell: tuple[str, str], folder, num_processes: int, **changes) -> KDTrainer:
     student, teacher = copy.deepcopy(STUDENTS[cell[1]]), copy.deepcopy(TEACHER)
-    return TRAINERS[cell[0]](folder, num_processes, student, teacher, **changes)
+    return with_momentum(TRAINERS[cell[0]](folder, num_processes, student, teacher, **changes))
+
+
+def with_momentum(trainer: KDTrainer) -> KDTrainer:
+    """An optimizer that is linear in the gradients, whose size Adam would not show, and has a state to save."""
+    trainer.get_optimizer_cls_and_kwargs = lambda args, model=None: (  # pyright: ignore[reportAttributeAccessIssue]
+        torch.optim.SGD, {"lr": args.learning_rate, "momentum": 0.9}
+    )  # fmt: skip
+    return trainer
 
 
 def weights_of(trainer: KDTrainer) -> dict[str, torch.Tensor]:
@@ -66,12 +70,16 @@ def run_cell(cell: tuple[str, str], folder: Path, num_processes: int, **changes)
         "eval": trainer.evaluate(),
     }
     trainer.save_model(str(folder / "saved"))
+    assert trainer.state.global_step == 2
     return results
 
 
 def resume_cell(cell: tuple[str, str], folder: Path, num_processes: int, **changes) -> dict[str, torch.Tensor]:
     """The weights of the second update, made by another trainer from the checkpoint after the first."""
     trainer = make(cell, folder, num_processes, **changes)
+    for parameter in (*trainer.model.parameters(), *trainer.projectors.parameters()):
+        if parameter.requires_grad:
+            parameter.data += 0.01  # from these weights, two updates would lead elsewhere
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
     return weights_of(trainer)
 
@@ -120,14 +128,68 @@ def saved_weights(cell: tuple[str, str], folder: Path) -> dict[str, torch.Tensor
     return found
 
 
-def run_sharded_teacher(folder: Path, num_processes: int, **changes) -> dict:
+class SentBytes(TorchDispatchMode):
+    """Adds up what collectives send from this process, as rings do it, by what they do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = {"gather": 0.0, "reduce": 0.0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            largest = max((tensor.nbytes for tensor in tensors), default=0)
+            name, share = func.name(), (torch.distributed.get_world_size() - 1) / torch.distributed.get_world_size()
+            if "_c10d_functional::all_gather" in name:
+                self.found["gather"] += largest * share * torch.distributed.get_world_size()  # given its part only
+            elif "allgather" in name:
+                self.found["gather"] += largest * share
+            elif "reduce_scatter" in name:
+                self.found["reduce"] += largest * share
+            elif "allreduce" in name:
+                self.found["reduce"] += 2 * largest * share
+        return func(*args, **(kwargs or {}))
+
+
+def count_bytes(cell: tuple[str, str], folder: Path, **changes) -> dict[str, float]:
+    """What a process really sends in the second update: starting and ending a training sends something, too."""
+    trainer = make(cell, folder, 2, logging_strategy="no", **changes)
+    sizes = {name: parameter.numel() for name, parameter in trainer.model.named_parameters()}
+    first = ("embed_tokens", "layers.0.input_layernorm", *(f"layers.0.self_attn.{part}_proj" for part in "qkv"))
+    found = {
+        "parameters": sum(sizes.values()),
+        "trainable": sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
+        "last": sum(size for name, size in sizes.items() if "lm_head" in name or ".norm." in name),
+        # With LoRA nothing before the first adapters has a backward.
+        "first": sum(
+            size for name, size in sizes.items() if any(part in name for part in first) and "lora" not in name
+        ),
+    }
+    with SentBytes() as sent:
+        watch = AtStepEnd(lambda: dict(sent.found))
+        trainer.add_callback(watch)
+        trainer.train()
+    before, after = watch.found
+    return found | {name: after[name] - before[name] for name in after}
+
+
+class AtStepEnd(TrainerCallback):
+    def __init__(self, look) -> None:
+        self.look, self.found = look, []
+
+    def on_step_end(self, *args, **kwargs):
+        self.found.append(self.look())
+
+
+def run_sharded_teacher(trainer_name: str, folder: Path, num_processes: int, **changes) -> dict:
     """Student and teacher by name; the teacher split over the processes, too."""
     if int(os.environ.get("RANK", "0")) == 0:
         STUDENTS["full"].save_pretrained(folder / "student")
         TEACHER.save_pretrained(folder / "teacher")
     torch.distributed.barrier()
     names = str(folder / "student"), str(folder / "teacher")
-    trainer = make_trainer(folder, num_processes, *names, teacher_device="sharded", **changes)
+    make = TRAINERS[trainer_name]
+    trainer = with_momentum(make(folder, num_processes, *names, teacher_device="sharded", **changes))
     trainer.train()
     layers = [p for name, p in trainer.teacher.model.named_parameters() if ".layers." in name]
     parts = [p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() for p in layers]
@@ -145,8 +207,11 @@ def main(engine: str, folder: Path) -> None:
         own = folder / "-".join(cell)
         results[cell] = run_cell(cell, own, 2, **changes)
         results[cell]["resumed"] = resume_cell(cell, own, 2, **changes)
+    for cell in (("KDTrainer", "full"), ("KDTrainer", "lora"), ("SpeculativeKDTrainer", "full")):
+        results["bytes", *cell] = count_bytes(cell, folder / "bytes", **changes)
     if engine in ("fsdp2", "zero3"):
-        results["sharded"] = run_sharded_teacher(folder, 2, **changes)
+        for trainer_name in ("KDTrainer", "KVProjectionTrainer"):
+            results["sharded", trainer_name] = run_sharded_teacher(trainer_name, folder, 2, **changes)
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

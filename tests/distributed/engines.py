@@ -33,6 +33,9 @@ def settings(name: str) -> dict:
                 "stage": int(name[-1]),
                 # Everything is split, however small.
                 "stage3_param_persistence_threshold": 0,
+                # Nothing stays gathered from a forward to its backward, as with a model that is no toy.
+                "stage3_max_live_parameters": 0,
+                "stage3_max_reuse_distance": 0,
                 "stage3_gather_16bit_weights_on_model_save": True,
             },
             "train_micro_batch_size_per_gpu": "auto",

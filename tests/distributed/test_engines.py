@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_distill.traffic import bytes_between_processes, bytes_for_rollouts
 from tests.distributed.engine_runs import CELLS, difference, launch, run_cell, saved_weights
 
 ENGINES = {"fsdp2": "FSDP, split", "zero2": "DEEPSPEED 2, whole", "zero3": "DEEPSPEED 3, split"}
@@ -60,12 +61,28 @@ def test_the_whole_student_and_its_projector_are_saved(two, cell):
         assert torch.equal(found[name], value), name
 
 
-def test_a_teacher_can_be_split_as_the_student_is(one, two):
+@pytest.mark.parametrize("trainer", ["KDTrainer", "KVProjectionTrainer"])
+def test_a_teacher_can_be_split_as_the_student_is(one, two, trainer):
     engine, _, results = two
     if engine == "zero2":
         return  # splits no weights
-    expected = one[CELLS[0]]
+    expected = one[trainer, "full"]
     for rank in results:
-        assert rank["sharded"]["share"] == pytest.approx(0.5, abs=0.02)
-        assert difference(rank["sharded"]["weights"], expected["weights"], expected["before"]) <= 1e-4
-        assert rank["sharded"]["eval"]["eval_kd"] == pytest.approx(expected["eval"]["eval_kd"], rel=1e-5)
+        found = rank["sharded", trainer]
+        assert found["share"] == pytest.approx(0.5, abs=0.02)
+        assert difference(found["weights"], expected["weights"], expected["before"]) <= 1e-4
+        assert found["eval"]["eval_kd"] == pytest.approx(expected["eval"]["eval_kd"], rel=1e-5)
+
+
+@pytest.mark.parametrize("cell", [("KDTrainer", "full"), ("KDTrainer", "lora"), ("SpeculativeKDTrainer", "full")])
+def test_processes_send_as_many_bytes_as_predicted(two, cell):
+    engine, _, results = two
+    found = results[0]["bytes", *cell]
+    expected = bytes_between_processes(
+        engine, 2, parameters=found["parameters"], trainable=found["trainable"], micro_batches=2, parameter_bytes=4,
+        gradient_bytes=4, once=found["last"] if engine == "fsdp2" else found["first"] if cell[1] == "lora" else 0,
+    )  # fmt: skip
+    if cell[0] == "SpeculativeKDTrainer" and engine != "zero2":
+        expected["weights"] += bytes_for_rollouts(2, found["parameters"], parameter_bytes=4)
+    assert found["gather"] == pytest.approx(expected["weights"], rel=0.01)
+    assert found["reduce"] == pytest.approx(expected["gradients"], rel=0.01)
