@@ -1,15 +1,19 @@
 """What watches a run."""
 
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import is_trackio_available, is_wandb_available
 
+from hf_distill.evaluation import perplexity, tokenized_row, window_length
+from hf_distill.modeling import evaluating
 from hf_distill.report import markdown, save_curve
 
 TITLE = "rollout/samples"
@@ -73,6 +77,90 @@ class CosinePhaseCallback(TrainerCallback):
 def phase(cosine: float) -> str:
     """Adapting, Learning, Good, Great or Excellent."""
     return next((name for limit, name in PHASES.items() if cosine < limit), "Excellent")
+
+
+class PerplexityCallback(TrainerCallback):
+    """Logs `perplexity/<name>` of the model in training on one or several data sets: at the start, every `every`
+    updates and at the end, in trackers and `trainer_state.json` as everything else that the trainer logs.
+
+        trainer.add_callback(PerplexityCallback(trainer, {"stories": stories, "code": code}, every=100))
+
+    What is measured is what `evaluation.perplexity` says, without dropout or autocast, and it takes nothing from the
+    random state: the training goes on as if nothing had been measured. On several processes the main one measures,
+    on the whole model that it holds, and the others wait for it at their next exchange of gradients, which they do for
+    `ddp_timeout` seconds: keep the data sets small.
+
+    Args:
+        trainer (`Trainer`): any of transformers' trainers; add the callback to it with `add_callback`.
+        datasets: a dict of data sets by name, or one, which is then called `eval`; rows as in `evaluate_fidelity`.
+        every (`int`): updates between two measurements.
+        batch_size, max_length, stride (`int`, *optional*): as in `evaluation.perplexity`.
+
+    Raises:
+        `ValueError`: `every` or `batch_size` below 1, no data set, one without rows, or with rows that cannot be
+            measured, windows that leave tokens out, or a model that is sharded over processes (FSDP, ZeRO-3).
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        datasets: Mapping[str, Dataset | IterableDataset] | Dataset | IterableDataset,
+        every: int = 100,
+        *,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        stride: int | None = None,
+    ) -> None:
+        if every < 1 or batch_size < 1:
+            raise ValueError(f"every and batch_size have to be at least 1, got {every} and {batch_size}")
+        if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "PerplexityCallback needs the whole model on the main process, not one sharded over several"
+            )
+        window_length(trainer.model, max_length, stride)  # pyright: ignore[reportArgumentType]
+        if isinstance(datasets, Dataset | IterableDataset):
+            datasets = {"eval": datasets}
+        if not datasets:
+            raise ValueError("datasets is empty; PerplexityCallback needs at least one data set")
+        for name, dataset in datasets.items():
+            row = next(iter(dataset), None)
+            if row is None:
+                raise ValueError(f"the data set {name!r} is empty")
+            try:
+                tokenized_row(row, trainer.processing_class)  # pyright: ignore[reportArgumentType]
+            except ValueError as error:
+                raise ValueError(f"the data set {name!r} cannot be measured: {error}") from error
+        self.trainer = trainer
+        self.datasets = datasets
+        self.every = every
+        self.options = {"batch_size": batch_size, "max_length": max_length, "stride": stride}
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        self._measure(state, control, model, processing_class)
+
+    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        # The trainer's own flow comes before this callback, and has said by now whether this was the last step.
+        if state.global_step % self.every == 0 or control.should_training_stop:
+            self._measure(state, control, model, processing_class)
+
+    def _measure(self, state: Any, control: Any, model: Any, tokenizer: Any) -> None:
+        first = f"perplexity/{next(iter(self.datasets))}"
+        is_known = any(first in entry and entry["step"] == state.global_step for entry in state.log_history)  # resumed
+        if is_known or not state.is_world_process_zero:
+            return
+        vocab_size = getattr(self.trainer, "vocab_size", None)
+        # Logged in eval mode: SFTTrainer would put what it has collected of the training into this record.
+        with evaluating(model):
+            found = {
+                f"perplexity/{name}": perplexity(model, data, tokenizer, vocab_size=vocab_size, **self.options)[
+                    "perplexity"
+                ]
+                for name, data in self.datasets.items()
+            }
+            # A log takes back that there is something to log, and other processes would wait for the step's record.
+            should_log = control.should_log
+            self.trainer.log(found)
+            control.should_log = should_log
 
 
 class RolloutSamplesCallback(TrainerCallback):

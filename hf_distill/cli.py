@@ -1,22 +1,46 @@
-"""The command line: `hf-distill demo`, `kd`, `kv`, `skd`. Parse, then one call."""
+"""The command line: `hf-distill demo`, `kd`, `kv`, `skd`, `prune`, `merge`, `compare`. Parse, then one call."""
 
 import argparse
 import json
 import logging
 import os
+import string
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
-from transformers import PreTrainedTokenizerBase
+import torch
+from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
+from peft import AutoPeftModelForCausalLM
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_distill.callbacks import CosinePhaseCallback, RolloutSamplesCallback
 from hf_distill.collators import LUPICollator
 from hf_distill.evaluation import evaluate_fidelity
-from hf_distill.report import FIDELITY_COLUMNS, ROLLOUT_COLUMNS, save_report
+from hf_distill.lora import merge_adapter
+from hf_distill.pruning import (
+    drop_layers,
+    missing_bundles,
+    original_layers,
+    rank_layers,
+    read_manifest,
+    refuse_bundles,
+    restore_layers,
+)
+from hf_distill.report import (
+    FIDELITY_COLUMNS,
+    ROLLOUT_COLUMNS,
+    markdown,
+    result_rows,
+    save_comparison,
+    save_report,
+    save_settings,
+    table,
+)
 from hf_distill.trainers.checks import refuse_missing_checkpoint, student_tokenizer
 from hf_distill.trainers.config import KDConfig, KVProjectionConfig, SpeculativeKDConfig
 from hf_distill.trainers.kd import KDTrainer
@@ -36,14 +60,41 @@ class KDArguments:
         metadata={"help": "Training rows: hub id, local folder, .jsonl, .json, .parquet or .csv file."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
+    train_split: str = field(
+        default="train",
+        metadata={"help": "Split of the dataset to train on, or a part of it: `train[:20000]`, `train[:90%%]`."},
+    )
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Held-out rows, as `dataset`. Default: the eval split of the dataset itself."}
     )
     eval_split: str | None = field(
-        default=None, metadata={"help": "Split of the held-out rows. Default: `test`, where there is one."}
+        default=None,
+        metadata={"help": "Split of the held-out rows, or a part. Default: `test`, where there is one."},
     )
     max_eval_rows: int = field(default=500, metadata={"help": "Held-out rows used before and after the training."})
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt of a row, columns in braces: 'Context: {context}\\nQuestion: {question}\\nAnswer:'; the "
+            "two characters \\n are a new line."
+        },
+    )
+    completion_template: str | None = field(
+        default=None, metadata={"help": "The same for the completion, with prompt_template: ' {answers[text][0]}'."}
+    )
+
+
+@dataclass
+class StagedArguments(KDArguments):
+    """Which models and which data."""
+
+    stage: str | None = field(
+        default=None,
+        metadata={"help": "Bundle of layers that is restored first; adapters are trained on these layers alone."},
+    )
+    bundle_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the bundles, with stage: `bundles` in what `prune` wrote."}
+    )
 
 
 @dataclass
@@ -88,8 +139,46 @@ class SKDArguments(KDArguments):
     samples_steps: int = field(default=0, metadata={"help": "Show what has been written every this many steps."})
 
 
-def load_rows(name: str, split: str, config: str | None = None) -> Dataset | IterableDataset:
+@dataclass
+class PruneArguments:
+    """Which layers of which model are dropped."""
+
+    model: str = field(metadata={"help": "The model: hub id or local path."})
+    output_dir: str = field(metadata={"help": "Where the student goes; the removed layers go to `bundles` in it."})
+    num_layers: int | None = field(
+        default=None, metadata={"help": "How many consecutive layers are dropped: those that change their input least."}
+    )
+    layers: list[int] | None = field(default=None, metadata={"help": "In place of num_layers: these layers, from 0."})
+    groups: str | None = field(
+        default=None,
+        metadata={"help": 'With layers: the bundles they are kept in, as JSON: \'{"B": [3, 4], "C": [5]}\'.'},
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "Rows to rank layers on and to measure the student with, as in `kd`."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    split: str = field(default="train", metadata={"help": "Split of the dataset, or a part of it."})
+    max_rows: int = field(default=256, metadata={"help": "Rows that are read, from the first on."})
+    max_length: int = field(default=512, metadata={"help": "Tokens at which rows are cut."})
+    batch_size: int = field(default=8, metadata={"help": "Rows per forward."})
+
+
+@dataclass
+class MergeArguments:
+    """Which adapter is merged."""
+
+    adapter: str = field(metadata={"help": "Folder of the adapter: the output directory of a run with use_peft."})
+    output_dir: str = field(metadata={"help": "Where the merged model goes."})
+    base: str | None = field(
+        default=None, metadata={"help": "Hub id or path of the base model. Default: the one it was trained on."}
+    )
+
+
+def load_rows(name: str, split: str, config: str | None = None) -> Dataset:
     """Rows of a hub dataset, a folder (of files, or written by `save_to_disk`) or a single file.
+
+    `split` is a name, or parts and sums of splits as in `datasets`: `train[:20000]`, `train[90%:]+test`. A file and a
+    folder written from a single data set have one split, `train`.
 
     Raises:
         `ValueError`: the file's kind is unknown, or the split does not exist.
@@ -98,21 +187,70 @@ def load_rows(name: str, split: str, config: str | None = None) -> Dataset | Ite
     if os.path.isfile(name):
         if extension not in FILE_FORMATS:
             raise ValueError(f"dataset {name!r} has to be one of {', '.join(FILE_FORMATS)}, a folder or a hub id")
-        return load_dataset(FILE_FORMATS[extension], data_files=name, split="train")
-    if extension in FILE_FORMATS:
+        loaded = load_dataset(FILE_FORMATS[extension], data_files=name)
+    elif extension in FILE_FORMATS:
         raise ValueError(f"dataset {name!r} does not exist")
-    saved = os.path.exists(os.path.join(name, "state.json")) or os.path.exists(os.path.join(name, "dataset_dict.json"))
-    loaded = load_from_disk(name) if saved else load_dataset(name, config)
+    else:
+        saved = any(os.path.exists(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json"))
+        loaded = load_from_disk(name) if saved else load_dataset(name, config)
     if isinstance(loaded, Dataset):
         loaded = DatasetDict({"train": loaded})
-    if split not in loaded:
-        raise ValueError(f"dataset {name!r} has the splits {', '.join(map(str, loaded))}, not {split!r}")
-    return loaded[split]
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({part: len(rows) for part, rows in loaded.items()})
+    except ValueError as error:
+        raise ValueError(f"dataset {name!r} has the splits {', '.join(map(str, loaded))}, not {split!r}") from error
+    return concatenate_datasets([loaded[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
-def make_kd(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> KDTrainer:
+def fill_templates(rows: Dataset, prompt_template: str, completion_template: str) -> Dataset:
+    """Rows of `prompt` and `completion`, made of other columns by `str.format`; a backslash and an n are a new line.
+
+    Raises:
+        `ValueError`: a template names a column or a part of it that a row does not have, or that is empty (None).
+    """
+    templates = {"prompt": prompt_template, "completion": completion_template}
+    templates = {name: template.replace("\\n", "\n") for name, template in templates.items()}
+
+    def fill(row: dict[str, Any], index: int) -> dict[str, str]:
+        found = {}
+        for name, template in templates.items():
+            try:
+                found[name] = _RowFormatter().vformat(template, (), row)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{name}_template {template!r} does not fit row {index} ({type(error).__name__}: {error}); the "
+                    f"columns are {', '.join(row)}"
+                ) from error
+        return found
+
+    return rows.map(fill, with_indices=True, remove_columns=rows.column_names)
+
+
+class _RowFormatter(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if value is None:
+            raise ValueError("a value is None")
+        return super().format_field(value, format_spec)
+
+
+def make_kd(arguments: StagedArguments, args: KDConfig, model_config: ModelConfig) -> KDTrainer:
     """The trainer of `hf-distill kd`; `ValueError` for settings and data that it could not train with."""
-    return KDTrainer(**_trainer_arguments(arguments, args, model_config))
+    if (arguments.stage is None) != (arguments.bundle_dir is None):
+        raise ValueError("--stage and --bundle_dir go together: give both or neither")
+    options = _trainer_arguments(arguments, args, model_config)
+    if arguments.stage is not None:
+        peft_config = options["peft_config"]
+        if peft_config is None or peft_config.modules_to_save or peft_config.target_parameters:
+            raise ValueError(
+                "--stage trains adapters on the restored layers alone: it needs --use_peft, and neither "
+                "--lora_modules_to_save nor --lora_target_parameters"
+            )
+        options["model"], layers = _restore(arguments, args)
+        # PEFT's layers_to_transform knows neither the names in one string nor "all-linear". The first part of a
+        # module's name that is a number is that of its layer.
+        numbers = "|".join(map(str, layers))
+        peft_config.exclude_modules = rf"(?!(?:[^.]*[^.\d][^.]*\.)+(?:{numbers})\.).*"
+    return KDTrainer(**options)
 
 
 def make_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: ModelConfig) -> SpeculativeKDTrainer:
@@ -140,24 +278,30 @@ def make_kv(arguments: KVArguments, args: KVProjectionConfig, model_config: Mode
 
 def run_kd(trainer: KDTrainer) -> None:
     """Distils, measures the student before and after on held-out rows, saves student, table and picture."""
-
-    def measure() -> dict[str, float]:
-        found = {}
-        if trainer.eval_dataset is not None and trainer.is_world_process_zero():
-            found = evaluate_fidelity(
-                trainer.accelerator.unwrap_model(trainer.model),
-                trainer.teacher.model,  # pyright: ignore[reportAttributeAccessIssue]
-                trainer.eval_dataset,  # pyright: ignore[reportArgumentType]
-                trainer.processing_class,
-                batch_size=trainer.args.per_device_eval_batch_size,
-                vocab_size=trainer.vocab_size,
-            )
-        trainer.accelerator.wait_for_everyone()
-        return found
-
-    before = measure()
+    before = _measure(trainer)
     _train(trainer)
-    _report(trainer, before, measure(), "student against teacher, held-out rows", FIDELITY_COLUMNS)
+    results = {"before": before, "after": _measure(trainer)}
+    _report(trainer, results, "student against teacher, held-out rows", FIDELITY_COLUMNS)
+
+
+def run_stage(trainer: KDTrainer, arguments: StagedArguments) -> None:
+    """The same with restored layers. Also measures the model without them, and with bundles that are still missing."""
+    bundle_dir = str(arguments.bundle_dir)
+
+    def without() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+
+    def completed(names: list[str]) -> PreTrainedModel:
+        trained = AutoPeftModelForCausalLM.from_pretrained(str(trainer.args.output_dir), dtype="auto")
+        return restore_layers(trained.merge_and_unload(), bundle_dir, names, share_weights=True)
+
+    results = {f"without {arguments.stage}": _measure(trainer, without), "before": _measure(trainer)}
+    _train(trainer)
+    results["after"] = _measure(trainer)
+    missing = missing_bundles(trainer.model, bundle_dir)
+    for i, name in enumerate(missing):
+        results[f"with {name} untrained"] = _measure(trainer, partial(completed, missing[: i + 1]))
+    _report(trainer, results, f"stage {arguments.stage}: student against teacher, held-out rows", FIDELITY_COLUMNS)
 
 
 def run_skd(trainer: SpeculativeKDTrainer) -> None:
@@ -168,25 +312,96 @@ def run_skd(trainer: SpeculativeKDTrainer) -> None:
     before = next((entry for entry in trainer.state.log_history if "eval_kd" in entry), {})
     after = trainer.evaluate() if before else {}
     title = "student against teacher, text written from held-out prompts"
-    _report(trainer, before, after, title, ROLLOUT_COLUMNS)
+    _report(trainer, {"before": before, "after": after}, title, ROLLOUT_COLUMNS)
+
+
+def run_prune(arguments: PruneArguments) -> None:
+    """Ranks layers, drops some, saves the student with its tokenizer, the bundles and `pruning.md`.
+
+    Raises:
+        `ValueError`: options that do not say which layers, or what `rank_layers` and `drop_layers` refuse.
+    """
+    if (arguments.layers is None) == (arguments.num_layers is None):
+        raise ValueError("give either --layers, or --num_layers and --dataset to have them chosen")
+    if arguments.layers is None and (arguments.dataset is None or arguments.groups is not None):
+        raise ValueError("--num_layers needs --dataset to choose layers on; --groups names layers: it needs --layers")
+    bundle_dir = os.path.join(arguments.output_dir, "bundles")
+    refuse_bundles(bundle_dir)
+    groups = None if arguments.groups is None else _groups(arguments.groups)
+    rows = None
+    if arguments.dataset is not None:
+        rows = load_rows(arguments.dataset, arguments.split, arguments.dataset_config).take(arguments.max_rows)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model {arguments.model!r} cannot be loaded with its tokenizer: {reason}") from error
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
+    reading = {"batch_size": arguments.batch_size, "max_length": arguments.max_length}
+
+    layers, tables = arguments.layers, {}
+    if layers is None:
+        spans = rank_layers(model, rows, tokenizer, arguments.num_layers, **reading)  # pyright: ignore[reportArgumentType]
+        layers = spans[0].layers
+        tables["Layers that change their input least (angle / pi): the first are dropped"] = [
+            {"layers": _numbers(span.layers), "distance": f"{span.distance:.4f}"} for span in spans
+        ]
+    student = drop_layers(model, layers, bundle_dir, groups, share_weights=True)
+    student.save_pretrained(arguments.output_dir)
+    tokenizer.save_pretrained(arguments.output_dir)
+    if rows is not None:
+        fidelity = {"pruned": evaluate_fidelity(student, model, rows, tokenizer, **reading)}
+        tables[f"Against the whole model, {len(rows)} rows"] = result_rows(fidelity)
+    groups = {name: bundle["layers"] for name, bundle in read_manifest(bundle_dir)["bundles"].items()}
+    tables[f"{student.num_parameters() / model.num_parameters():.1%} of the parameters are kept"] = [
+        {"": name, "layers": _numbers(group)} for name, group in {"kept": original_layers(student), **groups}.items()
+    ]
+    for title, table_rows in tables.items():
+        # A title of the table's own would be folded to the table's width.
+        Console().print(f"\n{title}", table(table_rows), sep="\n")
+    with open(os.path.join(arguments.output_dir, "pruning.md"), "w", encoding="utf-8") as file:
+        file.write("\n".join(f"## {title}\n\n{markdown(table_rows)}" for title, table_rows in tables.items()))
+    print(f"student, bundles and pruning.md are in {arguments.output_dir}")
+
+
+def run_merge(arguments: MergeArguments) -> None:
+    """Merges an adapter into its base model; `ValueError` for what `merge_adapter` refuses."""
+    merge_adapter(arguments.adapter, arguments.output_dir, base=arguments.base)
+    print(f"the merged model is in {arguments.output_dir}")
 
 
 def _train(trainer: KDTrainer) -> None:
     trainer.train(resume_from_checkpoint=_resume(trainer.args))
     trainer.save_model()
+    trainer.save_state()
     trainer.create_model_card(model_name=os.path.basename(os.path.normpath(str(trainer.args.output_dir))))
+
+
+def _measure(trainer: KDTrainer, load: Callable[[], PreTrainedModel] | None = None) -> dict[str, float]:
+    """Fidelity of the student, or of a model to load, on held-out rows; empty without any and in other processes."""
+    found = {}
+    if trainer.eval_dataset is not None and trainer.is_world_process_zero():
+        found = evaluate_fidelity(
+            load().to(trainer.args.device) if load else trainer.accelerator.unwrap_model(trainer.model),  # pyright: ignore
+            trainer.teacher.model,  # pyright: ignore[reportAttributeAccessIssue]
+            trainer.eval_dataset,  # pyright: ignore[reportArgumentType]
+            trainer.processing_class,
+            batch_size=trainer.args.per_device_eval_batch_size,
+            vocab_size=trainer.vocab_size,
+        )
+    trainer.accelerator.wait_for_everyone()
+    return found
 
 
 def _report(
     trainer: KDTrainer,
-    before: dict[str, float],
-    after: dict[str, float],
+    results: Mapping[str, Mapping[str, float]],
     title: str,
     columns: Mapping[str, tuple[str, str, bool]],
 ) -> None:
     folder = str(trainer.args.output_dir)
-    if before and trainer.is_world_process_zero():
-        results = {"before": before, "after": after}
+    if results["before"] and trainer.is_world_process_zero():
         save_report(folder, results, {"training": trainer.state.log_history}, title, columns)
         print(f"student, report.md and report.png are in {folder}")
     elif trainer.is_world_process_zero():
@@ -200,10 +415,48 @@ def _resume(args: KDConfig) -> str | bool | None:
     return True if str(resume).lower() == "true" else resume
 
 
+def _restore(arguments: StagedArguments, args: KDConfig) -> tuple[str, list[int]]:
+    """Folder of the model with the bundle's layers, on which adapters are trained, and which of its layers these are.
+
+    It is written to `restored` in the output directory: an adapter is of no use without the model it was trained on.
+    """
+    folder, tokenizer = os.path.join(str(args.output_dir), "restored"), student_tokenizer(arguments.model, args)
+    with args.main_process_first(local=False, desc="restoring layers"):
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+        model = restore_layers(model, str(arguments.bundle_dir), [str(arguments.stage)], share_weights=True)
+        if args.process_index == 0:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    restored = read_manifest(str(arguments.bundle_dir))["bundles"][arguments.stage]["layers"]
+    return folder, [i for i, layer in enumerate(original_layers(model)) if layer in restored]
+
+
+def _numbers(layers: list[int]) -> str:
+    return ", ".join(map(str, layers))
+
+
+def _groups(text: str) -> dict[str, list[int]]:
+    try:
+        return {name: list(layers) for name, layers in json.loads(text).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f'groups have to be JSON such as {{"B": [3, 4], "C": [5]}}, got {text!r}') from error
+
+
 def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
     if model_config.model_name_or_path is not None:
         raise ValueError("--model_name_or_path is not used here: the student is --model, the teacher --teacher_model")
     refuse_missing_checkpoint(_resume(args), args)
+    train_rows = load_rows(arguments.dataset, arguments.train_split, arguments.dataset_config)
+    eval_rows = _load_eval_rows(arguments)
+    if arguments.prompt_template is not None and arguments.completion_template is not None:
+        templates = arguments.prompt_template, arguments.completion_template
+        train_rows, eval_rows = (rows and fill_templates(rows, *templates) for rows in (train_rows, eval_rows))
+    elif arguments.prompt_template is not None or arguments.completion_template is not None:
+        raise ValueError("prompt_template and completion_template go together: give both or neither")
+    targets = model_config.lora_target_modules
+    if isinstance(targets, str) and targets.isidentifier():
+        # TRL takes a single name out of its list; PEFT would read it as a pattern of whole paths, which fits none.
+        model_config.lora_target_modules = [targets]
     args.model_init_kwargs = {
         "revision": model_config.model_revision,
         "attn_implementation": model_config.attn_implementation,
@@ -214,14 +467,14 @@ def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: Mod
         "model": arguments.model,
         "teacher_model": arguments.teacher_model,
         "args": args,
-        "train_dataset": load_rows(arguments.dataset, arguments.train_split, arguments.dataset_config),
-        "eval_dataset": _load_eval_rows(arguments),
+        "train_dataset": train_rows,
+        "eval_dataset": eval_rows,
         "peft_config": get_peft_config(model_config),
         "quantization_config": get_quantization_config(model_config),
     }
 
 
-def _with_prompts(rows: Dataset | IterableDataset, arguments: SKDArguments) -> Dataset | IterableDataset:
+def _with_prompts(rows: Dataset, arguments: SKDArguments) -> Dataset:
     """Rows with the columns `prompt` and `completion`, whatever they are called in the file."""
     names = {arguments.prompt_column: "prompt", arguments.completion_column: "completion"}
     for column, name in names.items():
@@ -238,11 +491,16 @@ def _with_prompts(rows: Dataset | IterableDataset, arguments: SKDArguments) -> D
 def _refuse_ignored(arguments: SKDArguments) -> None:
     """Raises `ValueError` for options that belong to the other kind of rows."""
     lupi = ("query_column", "system_prompt", "few_shot", "knowledge_template", "allow_missing_knowledge")
-    ignored = (*lupi, "max_prompt_length") if arguments.knowledge_column is None else ("prompt_column", "as_chat")
+    lupi = (*lupi, "max_prompt_length")
+    plain = ("prompt_column", "as_chat", "prompt_template", "completion_template")
+    ignored = lupi if arguments.knowledge_column is None else plain
     defaults = {entry.name: entry.default for entry in fields(SKDArguments)}
     if given := [name for name in ignored if getattr(arguments, name) != defaults[name]]:
         need = "needs" if arguments.knowledge_column is None else "does not go together with"
         raise ValueError(f"--{given[0]} {need} --knowledge_column")
+    renamed = [name for name in ("prompt_column", "completion_column") if getattr(arguments, name) != defaults[name]]
+    if renamed and arguments.prompt_template is not None:
+        raise ValueError(f"--{renamed[0]} does not go together with --prompt_template, which makes the columns itself")
 
 
 def _lupi_collator(arguments: SKDArguments, tokenizer: PreTrainedTokenizerBase) -> LUPICollator:
@@ -266,10 +524,10 @@ def _lupi_collator(arguments: SKDArguments, tokenizer: PreTrainedTokenizerBase) 
     )
 
 
-def _load_eval_rows(arguments: KDArguments) -> Dataset | IterableDataset | None:
+def _load_eval_rows(arguments: KDArguments) -> Dataset | None:
     if arguments.eval_dataset is not None:
-        is_file = os.path.isfile(arguments.eval_dataset)
-        rows = load_rows(arguments.eval_dataset, "train" if is_file else arguments.eval_split or "test")
+        only_split = "train" if os.path.isfile(arguments.eval_dataset) else "test"
+        rows = load_rows(arguments.eval_dataset, arguments.eval_split or only_split)
     elif arguments.eval_split is not None:
         rows = load_rows(arguments.dataset, arguments.eval_split, arguments.dataset_config)
     elif os.path.isfile(arguments.dataset):
@@ -285,12 +543,17 @@ def _load_eval_rows(arguments: KDArguments) -> Dataset | IterableDataset | None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `hf-distill`."""
     parser = argparse.ArgumentParser(prog="hf-distill", description="Distil causal language models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,kd,kv,skd}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,kd,kv,skd,prune,merge,compare}")
     demo = commands.add_parser("demo", help="distil the packaged teacher, offline, on a CPU, in three minutes")
     demo.add_argument("--output_dir", default="demo_out", help="where student, table and picture go")
     commands.add_parser("kd", help="distil a student; --help lists all options", add_help=False)
     commands.add_parser("kv", help="with the teacher's keys and values beside its logits", add_help=False)
     commands.add_parser("skd", help="on text that student and teacher write together", add_help=False)
+    commands.add_parser("prune", help="drop the layers that change least, keep them as bundles", add_help=False)
+    commands.add_parser("merge", help="merge an adapter into its base model", add_help=False)
+    compare = commands.add_parser("compare", help="put finished runs side by side: settings, fidelity, tokens, time")
+    compare.add_argument("runs", nargs="+", help="output directories of kd, kv or skd")
+    compare.add_argument("--output_dir", default="compare_out", help="where table and picture go")
     argv = sys.argv[1:] if argv is None else argv
     known, rest = parser.parse_known_args(argv)
     logging.basicConfig(format="%(message)s")
@@ -303,20 +566,44 @@ def main(argv: list[str] | None = None) -> None:
         if results["distilled"]["student_perplexity"] >= results["hard labels only"]["student_perplexity"]:
             sys.exit("distillation did not win: please report this with the table above")
         return
+    if known.command == "compare":
+        compare.parse_args(argv[1:])
+        try:
+            save_comparison(known.output_dir, known.runs)
+        except ValueError as error:
+            compare.exit(2, f"{compare.prog}: error: {error}\n")
+        return
+    if known.command in ("prune", "merge"):
+        run, options = {"prune": (run_prune, PruneArguments), "merge": (run_merge, MergeArguments)}[known.command]
+        command = TrlParser(options, prog=f"hf-distill {known.command}")
+        try:
+            run(*command.parse_args_and_config(rest))
+        except ValueError as error:
+            command.exit(2, f"{command.prog}: error: {error}\n")
+        return
     make, run, *options = {
-        "kd": (make_kd, run_kd, KDArguments, KDConfig),
+        "kd": (make_kd, run_kd, StagedArguments, KDConfig),
         "kv": (make_kv, run_kd, KVArguments, KVProjectionConfig),
         "skd": (make_skd, run_skd, SKDArguments, SpeculativeKDConfig),
     }[known.command]
     command = TrlParser((*options, ModelConfig), prog=f"hf-distill {known.command}")  # pyright: ignore
     try:
-        trainer = make(*command.parse_args_and_config(rest))
+        parsed = command.parse_args_and_config(rest)
+        settings = _settings(*parsed)
+        trainer = make(*parsed)
     except ValueError as error:
         command.exit(2, f"{command.prog}: error: {error}\n")
     try:
-        run(trainer)
+        run(trainer) if getattr(parsed[0], "stage", None) is None else run_stage(trainer, parsed[0])
     except KeyboardInterrupt:
         sys.exit(130)  # the trainer has said where the student is
+    if trainer.is_world_process_zero():
+        save_settings(str(trainer.args.output_dir), settings)
+
+
+def _settings(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
+    """Every option under its name on the command line."""
+    return asdict(arguments) | args.to_dict() | asdict(model_config)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""How close a student is to its teacher, on rows that it was not trained on.
+"""How well a model predicts rows that it was not trained on, and how close it is to its teacher.
 
-Shapes: B batch, T tokens, N label-bearing positions, V vocabulary.
+Shapes: B batch, T tokens, N label-bearing positions, n those of a chunk, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -19,6 +20,7 @@ from hf_distill.losses.fused_linear import default_chunk_size
 from hf_distill.metrics import TokenMeans
 from hf_distill.modeling import (
     causal_lm,
+    evaluating,
     head_of,
     keep_4bit_weights,
     label_positions,
@@ -27,7 +29,6 @@ from hf_distill.modeling import (
 )
 
 
-@torch.no_grad()
 def evaluate_fidelity(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -63,23 +64,27 @@ def evaluate_fidelity(
     Raises:
         `ValueError`: no row has a label-bearing token, or a row has none of the columns above.
     """
-    for model in (student, teacher):
-        keep_4bit_weights(model)
-    was_training = student.training, teacher.training
-    student.eval()
-    teacher.eval()
     means = TokenMeans()
     num_tokens = 0
-    vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1
-    try:
-        for batch in _batches(dataset, tokenizer, batch_size, max_length):
-            num_tokens += _add_batch(means, student, teacher, batch, vocab_size)
-    finally:
-        student.train(was_training[0])
-        teacher.train(was_training[1])
-    totals = means.pop()
-    if not totals:
-        raise ValueError("the dataset has no label-bearing token to measure; check its labels and max_length")
+    documents = (
+        {name: ids[:max_length] for name, ids in document.items()}
+        for row in _progress(dataset)
+        for document in _documents(tokenized_row(row, tokenizer))
+    )
+    with _measuring(student, teacher):
+        for labels, (student_log_probs, teacher_log_probs) in _log_probs(
+            (student, teacher), documents, tokenizer, batch_size, vocab_size
+        ):
+            num_tokens += len(labels)
+            means.add(
+                len(labels),
+                student_ce=_cross_entropy(student_log_probs, labels),
+                teacher_ce=_cross_entropy(teacher_log_probs, labels),
+                kl=DIVERGENCES["forward_kl"](student_log_probs, teacher_log_probs).sum(),
+                total_variation=DIVERGENCES["total_variation"](student_log_probs, teacher_log_probs).sum(),
+                agreement=(student_log_probs.argmax(-1) == teacher_log_probs.argmax(-1)).sum(),
+            )
+    totals = _totals(means)
     return {
         "student_perplexity": math.exp(totals["student_ce"]),
         "teacher_perplexity": math.exp(totals["teacher_ce"]),
@@ -90,47 +95,158 @@ def evaluate_fidelity(
     }
 
 
-def _add_batch(
-    means: TokenMeans, student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], vocab_size: int
-) -> int:
-    positions, labels = label_positions(batch.pop("labels"))  # (N,)
-    sides = []
-    for model in (causal_lm(student), causal_lm(teacher)):
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        hidden = select_positions(last_hidden_states(model, **inputs), positions)  # (N, D)
-        sides.append((head_of(model), hidden))
-    vocab_size = min(vocab_size, *(len(head.weight) for head, _ in sides))
-    device = sides[0][1].device
-    chunk_size = default_chunk_size(device, vocab_size)
-    for start in range(0, len(labels), chunk_size):
-        chunk = slice(start, start + chunk_size)
-        student_log_probs, teacher_log_probs = (
-            head.truncated(vocab_size).logits(hidden[chunk]).log_softmax(-1).to(device) for head, hidden in sides
-        )  # (n, V)
-        target = labels[chunk].to(device).unsqueeze(-1)  # (n, 1)
-        means.add(
-            len(target),
-            student_ce=-student_log_probs.gather(-1, target).sum(),
-            teacher_ce=-teacher_log_probs.gather(-1, target).sum(),
-            kl=DIVERGENCES["forward_kl"](student_log_probs, teacher_log_probs).sum(),
-            total_variation=DIVERGENCES["total_variation"](student_log_probs, teacher_log_probs).sum(),
-            agreement=(student_log_probs.argmax(-1) == teacher_log_probs.argmax(-1)).sum(),
+def perplexity(
+    model: PreTrainedModel,
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    stride: int | None = None,
+    vocab_size: int | None = None,
+) -> dict[str, float]:
+    """Perplexity of a model on the label-bearing tokens of the rows that `evaluate_fidelity` takes.
+
+    What is longer than `max_length` is read in windows of that length, each `stride` tokens further than the one before
+    and the last flush with the end. Every token counts once, in the first window that has it: behind at least
+    `max_length - stride` tokens of context, or all there are. With a stride of 1 each has as much as fits.
+
+    Args:
+        model (`PreTrainedModel`): PEFT models too.
+        dataset: the rows; a progress bar counts them.
+        tokenizer: the model's.
+        batch_size (`int`): windows per forward.
+        max_length (`int`, *optional*): tokens of a window, by default as many as the model has positions.
+        stride (`int`, *optional*):
+            Tokens by which the window moves; by default half the window, which reads what is long twice.
+        vocab_size (`int`, *optional*): as in `evaluate_fidelity`.
+
+    Returns:
+        A dict with `perplexity`, `nats_per_token`, `num_tokens` and, where the dataset has the text (`text`, or
+        `prompt` and `completion` that are no conversations) and the tokenizer says where its tokens end in it,
+        `bits_per_character`, which compares models with different tokenizers.
+
+    Raises:
+        `ValueError`: no row has a label-bearing token, a row has none of the known columns, or a window or stride that
+            leaves tokens out.
+    """
+    length = window_length(model, max_length, stride)
+    means = TokenMeans()
+    num_tokens = 0
+    num_characters: list[int | None] = []  # of each row
+
+    def windows() -> Iterator[dict[str, list[int]]]:
+        for row in _progress(dataset):
+            tokens = tokenized_row(row, tokenizer)
+            num_characters.append(_num_characters(row, tokens["labels"], tokenizer))
+            for document in _documents(tokens):
+                yield from _windows(document, length, stride)
+
+    with _measuring(model):
+        for labels, (log_probs,) in _log_probs((model,), windows(), tokenizer, batch_size, vocab_size):
+            num_tokens += len(labels)
+            means.add(len(labels), ce=_cross_entropy(log_probs, labels))
+    nats = _totals(means)["ce"]
+    found = {"perplexity": math.exp(nats), "nats_per_token": nats, "num_tokens": num_tokens}
+    if None not in num_characters and (characters := sum(num_characters)):  # pyright: ignore
+        found["bits_per_character"] = nats * num_tokens / math.log(2) / characters
+    return found
+
+
+def window_length(model: PreTrainedModel, max_length: int | None, stride: int | None) -> int | None:
+    """Tokens of the windows in which `perplexity` reads long text; None where neither caller nor model sets a limit.
+
+    Raises:
+        `ValueError`: windows that predict nothing, or a stride after which a token would be left out.
+    """
+    if max_length is None:
+        max_length = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length has to be at least 2, a token and the one it predicts; got {max_length}")
+    if stride is None:
+        return max_length
+    if max_length is None:
+        raise ValueError(f"stride={stride} needs max_length: the model does not say how many positions it has")
+    if not 1 <= stride < max_length:
+        raise ValueError(
+            f"stride has to be at least 1 and below max_length ({max_length}), so that windows overlap; got {stride}"
         )
-    return len(labels)
+    return max_length
 
 
-def _batches(
-    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int | None
-) -> Iterator[dict[str, Tensor]]:
-    """Right-padded batches of input_ids, attention_mask and labels (B, T)."""
-    rows: list[dict[str, list[int]]] = []
-    for row in tqdm(dataset, desc="measuring fidelity", unit="row", leave=False):
-        rows += [{k: ids[:max_length] for k, ids in part.items()} for part in _documents(_tokenized(row, tokenizer))]
-        while len(rows) >= batch_size:
-            yield _padded(rows[:batch_size])
-            rows = rows[batch_size:]
+@contextmanager
+def _measuring(*models: PreTrainedModel) -> Iterator[None]:
+    """No gradient, no dropout, 4-bit weights as they are; afterwards each model is in the mode it was in."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for model in models:
+            keep_4bit_weights(model)
+            stack.enter_context(evaluating(model))
+        yield
+
+
+def _cross_entropy(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Nats, summed over labels (n,)."""
+    return -log_probs.gather(-1, labels.to(log_probs.device).unsqueeze(-1)).sum()
+
+
+def _totals(means: TokenMeans) -> dict[str, float]:
+    if totals := means.pop():
+        return totals
+    raise ValueError("the dataset has no label-bearing token to measure; check its labels and max_length")
+
+
+def _log_probs(
+    models: tuple[PreTrainedModel, ...],
+    documents: Iterable[dict[str, list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    vocab_size: int | None,
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Labels (n,) and each model's log-probabilities (n, V), in float32 on the first one's device, chunk by chunk."""
+    vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1
+    for batch in _batches(documents, batch_size):
+        positions, labels = label_positions(batch.pop("labels"))  # (N,)
+        sides = []
+        for model in map(causal_lm, models):
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            hidden = select_positions(last_hidden_states(model, **inputs), positions)  # (N, D)
+            sides.append((head_of(model), hidden))
+        size = min(vocab_size, *(len(head.weight) for head, _ in sides))
+        device = sides[0][1].device
+        chunk_size = default_chunk_size(device, size)
+        for start in range(0, len(labels), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            logits = (head.truncated(size).logits(hidden[chunk]) for head, hidden in sides)  # (n, V) each
+            yield labels[chunk], [tensor.log_softmax(-1).to(device) for tensor in logits]
+
+
+def _progress(dataset: Dataset | IterableDataset) -> Iterable[dict[str, Any]]:
+    return tqdm(dataset, desc="measuring", unit="row", leave=False)
+
+
+def _batches(documents: Iterable[dict[str, list[int]]], batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Right-padded batches of input_ids, attention_mask and labels (B, T) of the documents that have a label."""
+    rows = []
+    for document in documents:
+        if any(label != -100 for label in document["labels"][1:]):
+            rows.append(document)
+        if len(rows) == batch_size:
+            yield _padded(rows)
+            rows = []
     if rows:
         yield _padded(rows)
+
+
+def _windows(document: dict[str, list[int]], length: int | None, stride: int | None) -> Iterator[dict[str, list[int]]]:
+    """Overlapping pieces of a document; in each, the labels of what an earlier one has counted are masked."""
+    ids, labels = document["input_ids"], document["labels"]
+    length = length or len(ids)
+    counted, end = 0, min(length, len(ids))
+    while counted < len(ids):
+        start = max(end - length, 0)
+        yield {"input_ids": ids[start:end], "labels": [-100] * (counted - start) + labels[counted:end]}
+        counted, end = end, min(end + (stride or length // 2), len(ids))
 
 
 def _documents(row: dict[str, list[int]]) -> list[dict[str, list[int]]]:
@@ -152,7 +268,8 @@ def _padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": mask, "labels": pad("labels", -100)}
 
 
-def _tokenized(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+def tokenized_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """input_ids and labels of a row, and `seq_lengths` of a packed one; `ValueError` for one with unknown columns."""
     if "input_ids" in row:
         labels = row.get("labels") or row["input_ids"]
         return {"input_ids": row["input_ids"], "labels": labels, "seq_lengths": row.get("seq_lengths")}  # pyright: ignore
@@ -170,6 +287,16 @@ def _tokenized(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[
         )
     ids = _ids(content, tokenizer)
     return {"input_ids": ids, "labels": ids}
+
+
+def _num_characters(row: dict[str, Any], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Characters of the text that the counted tokens of a row stand for; None where it is not known."""
+    text = row["prompt"] + row["completion"] if {"prompt", "completion"} <= set(row) else row.get("text")
+    if "input_ids" in row or not isinstance(text, str) or not tokenizer.is_fast:
+        return None
+    ends = [end for _, end in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]  # pyright: ignore
+    first = next((i for i, label in enumerate(labels) if i and label != -100), None)
+    return 0 if first is None else len(text) - ends[first - 1]
 
 
 def _ids(content: str | list, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> list[int]:

@@ -1,10 +1,11 @@
 """Numbers as a person wants them: a table in the terminal, Markdown, a picture."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -26,7 +27,13 @@ ROLLOUT_COLUMNS = {
     "eval_agreement": ("agreement", "{:.1%}", True),
     "eval_rollout/acceptance_rate": ("accepted", "{:.1%}", True),
 }
+# What is compared between runs, which mostly have one teacher.
+COMPARED_COLUMNS = {key: FIDELITY_COLUMNS[key] for key in ("student_perplexity", "kl", "agreement")}
 LOSS_TERMS = ("loss", "kd", "ce")
+# What a run of the command line leaves: what it was told, what it logged, how close the student came.
+RUN_FILES = ("settings.json", "trainer_state.json", "report.json")
+# Where a run writes, and what it is called there, tells nothing about it.
+PLACES = {"output_dir", "run_name", "hub_model_id"}
 
 
 def result_rows(
@@ -80,6 +87,7 @@ def save_picture(
     histories: Mapping[str, Sequence[Mapping[str, float]]],
     results: Mapping[str, Mapping[str, float]],
     columns: Mapping[str, tuple[str, str, bool]] = FIDELITY_COLUMNS,
+    terms: Sequence[str] = LOSS_TERMS,
 ) -> None:
     """A PNG: the loss terms over the steps, and a bar per model for each measure of fidelity.
 
@@ -87,13 +95,14 @@ def save_picture(
         path: the file to write.
         histories: for each run its `trainer.state.log_history`.
         results: for each model what `evaluate_fidelity` returned, or other numbers with their `columns`.
+        terms: what is drawn of the histories, at most three.
     """
     measured = set.intersection(*(set(values) for values in results.values()))
     drawn_columns = {key: column for key, column in columns.items() if key in measured and key != "teacher_perplexity"}
     figure = Figure(figsize=(14, 4), layout="constrained")
     curves, *bars = figure.subplots(1, 1 + len(drawn_columns), width_ratios=[2.6, *[1] * len(drawn_columns)])
     colors = {name: f"C{i}" for i, name in enumerate([*results, *(run for run in histories if run not in results)])}
-    _draw_terms(curves, histories, colors)
+    _draw_terms(curves, histories, colors, terms)
     for axes, (key, (title, form, more_is_better)) in zip(bars, drawn_columns.items(), strict=True):
         heights = [values[key] for values in results.values()]
         drawn = axes.bar(list(results), heights, color=[colors[name] for name in results])
@@ -124,13 +133,126 @@ def save_curve(
     figure.savefig(path, dpi=130)
 
 
-def _draw_terms(axes: Axes, histories: Mapping[str, Sequence[Mapping[str, float]]], colors: Mapping[str, str]) -> None:
+def _draw_terms(
+    axes: Axes, histories: Mapping[str, Sequence[Mapping[str, float]]], colors: Mapping[str, str], terms: Sequence[str]
+) -> None:
     for run, history in histories.items():
-        for term, style in zip(LOSS_TERMS, ("-", "--", ":"), strict=True):
+        for term, style in zip(terms, ("-", "--", ":"), strict=False):
             points = [(entry["step"], entry[term]) for entry in history if term in entry and "step" in entry]
             if points:
-                label = f"{run}: {term}" if len(histories) > 1 else term
+                label = ": ".join([run] * (len(histories) > 1) + [term] * (len(terms) > 1))
                 axes.plot(*zip(*points, strict=True), style, color=colors[run], label=label)
-    axes.set(xlabel="step", ylabel="nats per token", title="loss terms (kd without the factor T^2)")
+    title = "loss terms (kd without the factor T^2)" if len(terms) > 1 else f"{terms[0]} on training rows"
+    axes.set(xlabel="step", ylabel="nats per token", title=title)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7)
+
+
+class Run(NamedTuple):
+    """A finished run of the command line, read from the folder that it wrote."""
+
+    settings: dict[str, Any]
+    history: list[dict[str, float]]  # `trainer.state.log_history`
+    measures: dict[str, float]  # of the student at the end
+
+    def logged(self, name: str) -> float | None:
+        """The last value that was logged under this name."""
+        return next((entry[name] for entry in reversed(self.history) if name in entry), None)
+
+
+def load_run(folder: str | PathLike[str]) -> Run:
+    """Reads the folder of a finished run.
+
+    Raises:
+        `ValueError`: a file is missing: the folder holds no run, or one that has not ended or measured nothing.
+    """
+    if missing := [name for name in RUN_FILES if not (Path(folder) / name).is_file()]:
+        raise ValueError(
+            f"run folder {str(folder)!r} has no {' and no '.join(missing)}: it needs a finished run of hf-distill kd, "
+            "kv or skd with held-out rows (--eval_dataset)"
+        )
+    settings, state, report = (json.loads((Path(folder) / name).read_text("utf-8")) for name in RUN_FILES)
+    return Run(settings, state["log_history"], report["after"])
+
+
+def save_settings(folder: str | PathLike[str], settings: Mapping[str, Any]) -> None:
+    """Writes `settings.json`, for people and for `compare_runs`; what JSON does not know as text."""
+    Path(folder, "settings.json").write_text(json.dumps(settings, indent=2, default=str), encoding="utf-8")
+
+
+def compare_runs(folders: Sequence[str | PathLike[str]]) -> list[dict[str, Any]]:
+    """A row per run, the student that is closest to its teacher first.
+
+    Every row has the same columns: `run`; the settings that are not the same in all runs (None where a run does not
+    know one); the measures of the student at the end, `COMPARED_COLUMNS` or, for runs of `skd`, `ROLLOUT_COLUMNS`;
+    `num_tokens` trained on when they were logged last, and `seconds` of training (None where nothing was logged).
+
+    Raises:
+        `ValueError`: a folder without a finished run, or runs measured on held-out rows beside runs of `skd`.
+    """
+    runs = _named_runs(folders)
+    names = {name: None for run in runs.values() for name in run.settings}  # a set that keeps the order
+    differing = [
+        name
+        for name in names
+        if name not in PLACES and len({json.dumps(run.settings.get(name)) for run in runs.values()}) > 1
+    ]
+    columns = _columns(runs)
+    rows = [
+        {"run": name}
+        | {setting: run.settings.get(setting) for setting in differing}
+        | {measure: run.measures.get(measure) for measure in columns}
+        | {"num_tokens": run.logged("num_tokens"), "seconds": run.logged("train_runtime")}
+        for name, run in runs.items()
+    ]
+    divergence = "kl" if "kl" in columns else "eval_kd"
+    return sorted(rows, key=lambda row: math.inf if row[divergence] is None else row[divergence])
+
+
+def save_comparison(folder: str | PathLike[str], folders: Sequence[str | PathLike[str]]) -> None:
+    """Prints the rows of `compare_runs`, and writes them to `comparison.md`, `.json` and, with curves, `.png`."""
+    rows, runs = compare_runs(folders), _named_runs(folders)
+    columns = _columns(runs)
+    forms = {key: (title, form) for key, (title, form, _) in columns.items()}
+    forms |= {"num_tokens": ("tokens", "{:,.0f}"), "seconds": ("seconds", "{:.0f}")}
+
+    def written(row: dict[str, Any]) -> dict[str, str]:
+        cells = {}
+        for key, value in row.items():
+            title, form = forms.get(key, (key, "{:g}" if isinstance(value, float) else "{}"))
+            cells[title] = "" if value is None else form.format(value)
+        return cells
+
+    # Side by side, settings and measures would not fit on a terminal. Names break into lines where they have a space.
+    measures = [{key: row[key] for key in ("run", *forms)} for row in rows]
+    settings = [{key.replace("_", " "): value for key, value in row.items() if key not in forms} for row in rows]
+    for part in (measures, settings):
+        Console().print(table([written(row) for row in part]))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.md").write_text(markdown([written(row) for row in rows]), encoding="utf-8")
+    (folder / "comparison.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    save_picture(
+        folder / "comparison.png",
+        {row["run"]: runs[row["run"]].history for row in rows},
+        {row["run"]: runs[row["run"]].measures for row in rows},
+        columns,
+        terms=("ce",),  # the term that means the same whatever kd_weight, divergence and temperature are
+    )
+    print(f"comparison.md, comparison.json and comparison.png are in {folder}")
+
+
+def _named_runs(folders: Sequence[str | PathLike[str]]) -> dict[str, Run]:
+    """Runs by the last part of their path, or by all of it where that would not tell them apart."""
+    paths = [Path(folder) for folder in folders]
+    is_unique = len({path.resolve().name for path in paths}) == len(paths)
+    return {path.resolve().name if is_unique else str(path): load_run(path) for path in paths}
+
+
+def _columns(runs: Mapping[str, Run]) -> Mapping[str, tuple[str, str, bool]]:
+    """Columns of the measures that the runs have."""
+    written = {name: "eval_kd" in run.measures for name, run in runs.items()}
+    if len(set(written.values())) > 1:
+        mixed = ", ".join(name for name, is_written in written.items() if is_written)
+        raise ValueError(f"{mixed}: measured on text that the models write, not on held-out rows; compare by itself")
+    return ROLLOUT_COLUMNS if any(written.values()) else COMPARED_COLUMNS

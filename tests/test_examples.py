@@ -5,15 +5,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 from hf_distill import KDConfig, KDTrainer, cli
 from tests.conftest import SENTENCES
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))
 
 
 def load_example(name):
@@ -30,6 +32,21 @@ def test_kd_is_a_drop_in_script(folder, tmp_path):
     trainer = load_example("kd").main([*models, *data, *run, "--use_peft", "--lora_target_modules", "q_proj", "v_proj"])
     assert trainer.state.global_step == 2
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_kd_lora_describes_trains_and_merges(folder, tmp_path, capsys):
+    models = ["--model", str(folder / "student"), "--teacher_model", str(folder / "teacher")]
+    run = ["--max_steps", "2", "--use_cpu", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
+    data = ["--dataset", str(folder / "rows.jsonl"), "--output_dir", str(tmp_path)]
+    trainer = load_example("kd_lora").main([*models, *data, *run, "--learning_rate", "0.01"])
+    text = capsys.readouterr().out
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert f"{trained:,} trainable parameters" in text
+    assert "mlp.down_proj" in text[text.index("effective") :]
+    ids = {"input_ids": torch.arange(2, 12).unsqueeze(0)}
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**ids).logits, trainer.model.eval()(**ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_speculative_kd_is_a_drop_in_script(folder, tmp_path):
@@ -90,9 +107,25 @@ def test_the_plain_loop_names_the_column_it_needs(folder, tmp_path, capsys):
     assert 'has the columns story; it needs "text"' in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A folder with the splits and columns that the templates of the recipes name (SQuAD, Dolly)."""
+    folder = tmp_path_factory.mktemp("questions")
+    rows = [
+        {
+            "context": text, "question": f"What is in {i}?", "answers": {"text": [text.split()[1]]},
+            "instruction": "Go on.", "response": text.split()[-1],
+        }
+        for i, text in enumerate(SENTENCES)
+    ]  # fmt: skip
+    for split in ("train", "validation"):
+        Dataset.from_list(rows).to_json(folder / f"{split}.jsonl")
+    return folder
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_runs_with_its_own_settings(folder, tmp_path, recipe):
-    """Only the models, the data and the length of the run are replaced."""
+def test_every_recipe_runs_with_its_own_settings(folder, questions, tmp_path, recipe):
+    """Only the models, the data, the devices and the length of the run are replaced."""
     replaced = {
         "model": folder / "student",
         "teacher_model": folder / "teacher",
@@ -107,12 +140,31 @@ def test_every_recipe_runs_with_its_own_settings(folder, tmp_path, recipe):
     settings = yaml.safe_load(recipe.read_text())
     if "teacher_quantization" in settings:
         pytest.importorskip("bitsandbytes")
-    (command,) = re.findall(rf"#   hf-distill (\w+) --config examples/recipes/{recipe.name}", recipe.read_text())
+    if "teacher_device" in settings:
+        replaced["teacher_device"] = "cpu"
+    if "prompt_template" in settings:
+        replaced["dataset"] = questions
+    (command,) = re.findall(rf"#   hf-distill (\w+) --config {recipe.relative_to(ROOT)}", recipe.read_text())
     if command == "skd":  # the models of the tests have few positions
         replaced["dataset"], replaced["max_new_tokens"] = folder / "facts.jsonl", 8
     arguments = [part for name, value in replaced.items() for part in (f"--{name}", str(value))]
     cli.main([command, "--config", str(recipe), *arguments])
     assert (tmp_path / "README.md").exists()
+
+
+def test_settings_of_the_lora_recipes_are_those_of_their_page():
+    columns = "learning_rate num_train_epochs lora_r lora_alpha kd_weight temperature".split()
+    page = (ROOT / "docs" / "kd_lora.md").read_text()
+    described = {name: [float(x) for x in cells.split("|")] for name, cells in re.findall(
+        r"^\| (\w+) \|((?: [\d.e-]+ \|){5} [\d.]+) \|", page, re.MULTILINE
+    )}  # fmt: skip
+    recipes = [path for path in RECIPES if path.parent.name == "kd_lora"]
+    settings = {path.stem: yaml.safe_load(path.read_text()) for path in recipes}
+    assert described == {name: [float(found[column]) for column in columns] for name, found in settings.items()}
+    differing = {*columns, "output_dir"}
+    common = [{k: v for k, v in found.items() if k not in differing} for found in settings.values()]
+    assert len(common) == 7
+    assert all(found == common[0] for found in common)
 
 
 @pytest.mark.parametrize(

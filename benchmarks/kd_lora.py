@@ -1,0 +1,117 @@
+"""Seven settings of LoRA distillation on a pruned student: what do rank, weight, temperature and epochs buy?
+
+    OMP_NUM_THREADS=1 python -m benchmarks.kd_lora --teacher stories260K --data tinystories
+
+The settings are those that are passed on for 7B models. The student has some of the teacher's layers, and adapters on
+all of its projections; rows as in benchmarks/tinystories.py. Every run is one of `hf-distill kd`, and the numbers come
+from `compare_runs`. All learning rates are multiplied by one factor: a model this small learns next to nothing at 2e-4.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from datasets import disable_progress_bars
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.measure import print_table
+from benchmarks.tinystories import describe, load_chunks, some_layers
+from hf_distill import cli
+from hf_distill.report import compare_runs, save_comparison
+
+NAMES = "learning_rate num_train_epochs lora_r lora_alpha kd_weight temperature".split()
+TITLES = "lr epochs rank alpha kd_weight T".split()
+SETTINGS = {
+    "baseline": (2e-4, 1, 8, 16, 0.1, 2),
+    "higher_lr": (3e-4, 1, 8, 16, 0.1, 2),
+    "more_epochs": (2e-4, 3, 8, 16, 0.1, 2),
+    "higher_kd": (2e-4, 1, 8, 16, 0.3, 2),
+    "combined": (3e-4, 2, 8, 16, 0.2, 2),
+    "rank16": (2e-4, 4, 16, 32, 0.2, 2),
+    "softer": (2e-4, 1, 8, 16, 0.1, 3),
+}
+# For `--only`: one thing at a time, where the seven change several.
+SINGLE = {
+    "hard_labels": (2e-4, 1, 8, 16, 0.0, 2),
+    "kd_0.2": (2e-4, 1, 8, 16, 0.2, 2),
+    "kd_1": (2e-4, 1, 8, 16, 1.0, 2),
+    "kd_1_T1": (2e-4, 1, 8, 16, 1.0, 1),
+    "four_epochs": (2e-4, 4, 8, 16, 0.1, 2),
+    "only_rank16": (2e-4, 1, 16, 32, 0.1, 2),
+    "rank8_four_epochs": (2e-4, 4, 8, 16, 0.2, 2),
+}
+MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+
+
+def run(name: str, seed: int, folder: Path, options: argparse.Namespace) -> Path:
+    """One `hf-distill kd`; its output directory."""
+    output_dir = folder / f"{name}_{seed}"
+    settings = dict(zip(NAMES, (SETTINGS | SINGLE)[name], strict=True))
+    settings["learning_rate"] *= options.learning_rate_factor
+    settings |= {
+        "model": folder / "student", "teacher_model": options.teacher, "dataset": folder / "rows",
+        "max_eval_rows": options.eval_rows, "output_dir": output_dir, "seed": seed, "max_length": options.length,
+        "per_device_train_batch_size": options.batch_size, "gradient_accumulation_steps": 32 // options.batch_size,
+        "per_device_eval_batch_size": 32, "lr_scheduler_type": "cosine", "lora_dropout": 0.0, "bf16": False,
+        "gradient_checkpointing": False, "use_cpu": not torch.cuda.is_available(), "save_strategy": "no",
+        "logging_steps": 8, "report_to": "none", "disable_tqdm": True, "use_peft": True,
+    }  # fmt: skip
+    arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    if not (output_dir / "settings.json").exists():
+        cli.main(["kd", *arguments, "--lora_target_modules", *MODULES])
+    return output_dir
+
+
+def means(rows: list[dict], names: list[str], seeds: list[int]) -> list[dict[str, str]]:
+    """A row per setting: the mean over seeds, and each of them."""
+    columns = {"kl": ("KL, nats", "{:.3f}"), "student_perplexity": ("perplexity", "{:.2f}")}
+    columns |= {"agreement": ("agreement", "{:.1%}"), "seconds": ("seconds", "{:.0f}")}
+    found = []
+    for name in names:
+        runs = [row for row in rows if row["run"] in {f"{name}_{seed}" for seed in seeds}]
+        settings = dict(zip(TITLES, (SETTINGS | SINGLE)[name], strict=True))
+        values = {title: describe([row[key] for row in runs], form) for key, (title, form) in columns.items()}
+        found.append({"": name, **settings, **values, "tokens": f"{runs[0]['num_tokens']:,.0f}"})  # of every seed
+    return found
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="path or hub id of a causal language model")
+    parser.add_argument("--data", required=True, type=Path, help="folder with train.jsonl and test.jsonl")
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 4], help="the teacher's, for the student")
+    parser.add_argument("--only", nargs="+", choices=SETTINGS | SINGLE, default=list(SETTINGS), metavar="SETTING")
+    parser.add_argument("--learning-rate-factor", type=float, default=50.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--train-rows", type=int, default=1024)
+    parser.add_argument("--eval-rows", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=32, help="rows of a micro-batch; 32 make an update")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--output_dir", type=Path, default=Path("out/kd_lora"), help="finished runs there are kept")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    disable_progress_bars()
+    folder = options.output_dir
+    tokenizer = AutoTokenizer.from_pretrained(options.teacher)
+    teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32)
+    some_layers(teacher, options.layers).save_pretrained(folder / "student")
+    tokenizer.save_pretrained(folder / "student")
+    for split, count in (("train", options.train_rows), ("test", options.eval_rows)):
+        rows = load_chunks(options.data / f"{split}.jsonl", tokenizer, options.length)
+        (folder / "rows").mkdir(exist_ok=True)
+        rows.take(count).to_json(folder / "rows" / f"{split}.jsonl")
+    runs = [run(name, seed, folder, options) for seed in options.seeds for name in options.only]
+    save_comparison(folder / "compare_out", runs)
+    rows = compare_runs(runs)
+    Console(stderr=True).print(f"every run by itself is in {folder / 'compare_out'}")
+    title = f"LoRA on layers {options.layers} of the teacher; learning rates x {options.learning_rate_factor:g}"
+    print_table(f"{title}; mean (seeds {options.seeds})", means(rows, options.only, options.seeds), options.markdown)
+
+
+if __name__ == "__main__":
+    main()
