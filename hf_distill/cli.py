@@ -17,7 +17,8 @@ from hf_distill.callbacks import CosinePhaseCallback, RolloutSamplesCallback
 from hf_distill.collators import LUPICollator
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.report import FIDELITY_COLUMNS, ROLLOUT_COLUMNS, save_report
-from hf_distill.trainers.checks import refuse_missing_checkpoint, student_tokenizer
+from hf_distill.trainers.checkpoints import find_checkpoint
+from hf_distill.trainers.checks import student_tokenizer
 from hf_distill.trainers.config import KDConfig, KVProjectionConfig, SpeculativeKDConfig
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
@@ -203,7 +204,7 @@ def _resume(args: KDConfig) -> str | bool | None:
 def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
     if model_config.model_name_or_path is not None:
         raise ValueError("--model_name_or_path is not used here: the student is --model, the teacher --teacher_model")
-    refuse_missing_checkpoint(_resume(args), args)
+    find_checkpoint(_resume(args), str(args.output_dir))  # before anything is loaded
     args.model_init_kwargs = {
         "revision": model_config.model_revision,
         "attn_implementation": model_config.attn_implementation,

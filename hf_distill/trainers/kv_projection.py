@@ -21,6 +21,7 @@ from hf_distill.modeling import KVCapture, causal_lm, evaluating, kv_widths, lab
 from hf_distill.report import table
 from hf_distill.teachers import TeacherSignal
 from hf_distill.teachers.local import LocalTeacher
+from hf_distill.trainers.checkpoints import problem_of
 from hf_distill.trainers.config import KVProjectionConfig
 from hf_distill.trainers.kd import KDTrainer
 
@@ -241,14 +242,18 @@ class KVProjectionTrainer(KDTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_projector(resume_from_checkpoint)
 
+    @staticmethod
+    def _checkpoint_problem(checkpoint: Path) -> str | None:
+        if not (checkpoint / CONFIG).exists():
+            return "has no projector: it is no checkpoint of KVProjectionTrainer"
+        return problem_of(checkpoint)
+
     def _load_best_model(self) -> None:
         with self._detached():
             super()._load_best_model()
         self._load_projector(str(self.state.best_model_checkpoint))
 
     def _load_projector(self, folder: str) -> None:
-        if not (Path(folder) / CONFIG).exists():
-            raise ValueError(f"{folder} has no projector: it is no checkpoint of KVProjectionTrainer")
         self.projector.load_state_dict(load_projector(folder).state_dict())
 
     # --------------------------------------------------------------------------------------------------- metrics
