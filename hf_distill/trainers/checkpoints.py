@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -119,27 +120,37 @@ def replacing(final: Path, is_writer: bool = True, wait: Callable[[], Any] = lam
     staged = staging / final.name
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield staged
+        with _naming(final):
+            yield staged
         wait()
         if is_writer:
-            _commit(staged, final)
+            with _naming(final):
+                _commit(staged, final)
         wait()
+    finally:
+        if is_writer:
+            _settle(staging)
+
+
+@contextmanager
+def _naming(final: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError for a full disk
         free = shutil.disk_usage(final.parent).free / 2**20
         raise OSError(
             f"{final} could not be saved: {error} ({free:,.0f} MiB are free on that disk). What was saved before stays"
         ) from error
-    finally:
-        if is_writer:
-            _settle(staging)
 
 
 def _commit(staged: Path, final: Path) -> None:
     files = [path for path in sorted(staged.rglob("*")) if path.is_file()]
     for path in files:
         _sync(path)
-    (staged / MARK).write_text(json.dumps([str(path.relative_to(staged)) for path in files], indent=0))
-    _sync(staged / MARK)
+    mark = staged.with_name(MARK)  # outside, until it is whole itself
+    mark.write_text(json.dumps([str(path.relative_to(staged)) for path in files], indent=0))
+    _sync(mark)
+    mark.rename(staged / MARK)
     for path in (staged, *(path for path in staged.rglob("*") if path.is_dir())):
         _sync(path)
     if final.exists():
@@ -171,7 +182,7 @@ def _settle(staging: Path) -> None:
 def settle_leftovers(folder: str | os.PathLike[str]) -> None:
     """Finishes or removes what killed runs were writing in `folder`."""
     for staging in Path(folder).glob(f"{STAGING}*"):
-        logger.warning("%s was being written when a run was killed", staging.name.removeprefix(STAGING))
+        logger.warning("%s was not finished when a run was killed: it is cleared away", staging)
         _settle(staging)
 
 
@@ -215,6 +226,25 @@ def noticing_sigterm() -> Iterator[list[int]]:
         signal.raise_signal(signal.SIGTERM)
 
 
+def leave_sigterm_to_the_trainer(worker_id: int, then: Callable[[int], Any] | None = None) -> None:
+    """A `worker_init_fn`: the trainer needs its rows to finish an update, also when all processes get the signal.
+
+    Linux only; elsewhere a worker that gets it dies, and the run with it.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+        def end_with_the_trainer():
+            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer.pid:  # pyright: ignore
+                pass
+            os._exit(0)
+
+        trainer = multiprocessing.parent_process()
+        threading.Thread(target=end_with_the_trainer, daemon=True).start()
+    if then is not None:
+        then(worker_id)
+
+
 class CheckpointTiming(TrainerCallback):
     """Checkpoints come when nothing of their update is left to do, and one when the run has been told to stop.
 
@@ -240,6 +270,6 @@ class CheckpointTiming(TrainerCallback):
             logger.warning(
                 "SIGTERM: the run stops after update %d, which is saved in %s. It goes on with "
                 "trainer.train(resume_from_checkpoint=True); on the command line, add --resume_from_checkpoint true",
-                state.global_step, os.path.join(args.output_dir, f"checkpoint-{state.global_step}"),
+                state.global_step, Path(str(args.output_dir), f"checkpoint-{state.global_step}"),
             )  # fmt: skip
         raise SystemExit(0)

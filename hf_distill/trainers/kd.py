@@ -35,6 +35,7 @@ from hf_distill.teachers.local import LocalTeacher, load_teacher
 from hf_distill.trainers.checkpoints import (
     CheckpointTiming,
     find_checkpoint,
+    leave_sigterm_to_the_trainer,
     noticing_sigterm,
     problem_of,
     replacing,
@@ -333,7 +334,10 @@ class KDTrainer(SFTTrainer):
     def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
         if description == "Evaluation" and isinstance(dataset, Dataset):
             dataset = self._fill_up(dataset, batch_size)
-        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)  # pyright: ignore
+        loader = super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)  # pyright: ignore
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's are wrapped around the one that works
+        inner.worker_init_fn = partial(leave_sigterm_to_the_trainer, then=inner.worker_init_fn)
+        return loader
 
     def _fill_up(self, dataset: Dataset, batch_size: int) -> Any:
         """Adds rows without a label until every process has as many: accelerate would repeat rows, which then count."""
@@ -359,9 +363,9 @@ class KDTrainer(SFTTrainer):
             `ValueError`: there is no whole checkpoint to resume from.
         """
         if self.args.should_save:
-            settle_leftovers(self.args.output_dir)
+            settle_leftovers(str(self.args.output_dir))
         self.accelerator.wait_for_everyone()
-        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir, self._checkpoint_problem)
+        checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir), self._checkpoint_problem)
         (checkpoint,) = broadcast_object_list([checkpoint])  # a network's folders do not look the same everywhere
         self._reset_means("train")  # nothing of an interrupted run
         self._update_loss, self._skipped_updates, self._has_agreed_to_stop = 0.0, 0, False
@@ -372,12 +376,17 @@ class KDTrainer(SFTTrainer):
             self.accelerator._models.clear()
         self.remove_callback(CheckpointTiming)
         self.add_callback(CheckpointTiming(self._is_told_to_stop))  # after those that may want a checkpoint
-        try:
-            with noticing_sigterm() as self._sigterm:
+        with noticing_sigterm() as self._sigterm:
+            try:
                 return super().train(checkpoint, *args, **kwargs)
-        except (Exception, KeyboardInterrupt) as error:
-            self._save_emergency(error)
-            raise
+            except (Exception, KeyboardInterrupt) as error:
+                self._save_emergency(error)
+                if self.accelerator.num_processes > 1:
+                    error.add_note(
+                        f"process {self.args.process_index} of {self.accelerator.num_processes}; if it has lost a "
+                        "connection, another process has failed first, and its message is the one to read"
+                    )
+                raise
 
     def _is_told_to_stop(self) -> bool:
         return self._has_agreed_to_stop if self.accelerator.num_processes > 1 else bool(self._sigterm)
@@ -431,7 +440,9 @@ class KDTrainer(SFTTrainer):
                 self.save_model(str(staged), _internal_call=True)  # without it, it would be pushed to the hub
             logger.error("training stopped at step %d; the student is saved in %s", self.state.global_step, folder)
         except Exception as second:  # noqa: BLE001 - what has stopped the training is raised
-            logger.error("training stopped at step %d, and the student is lost: %r", self.state.global_step, second)
+            logger.error(
+                "training stopped at step %d, and the student is not saved: %r", self.state.global_step, second
+            )
 
     def _get_grad_norm(self, model, grad_norm=None):
         # transformers calls this once per update, right before the optimizer's step.

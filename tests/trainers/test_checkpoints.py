@@ -1,13 +1,17 @@
 """Runs that are killed, told to stop, or find the disk full: which checkpoint they leave, and where they go on."""
 
 import errno
+import gc
 import json
 import logging
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import subprocess
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -244,6 +248,21 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_old_or_the_new_and_never_a_ha
     assert set(outcomes) == {1, 2}
 
 
+def test_a_disk_that_is_full_for_the_mark_alone_leaves_no_half_marked_folder(out, monkeypatch):
+    def no_space(path, *_, **__):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def save():
+        with replacing(out / "checkpoint-3") as staged:
+            shutil.copytree(out / "checkpoint-2", staged, ignore=shutil.ignore_patterns(MARK))
+            monkeypatch.setattr(Path, "write_text", no_space)
+
+    with pytest.raises(OSError, match=r"checkpoint-3 could not be saved: .*No space left"):
+        save()
+    assert {path.name for path in out.glob("*checkpoint*")} == {"checkpoint-1", "checkpoint-2"}
+
+
 def make_checkpoints(folder: Path, source: Path, steps) -> None:
     for i, step in enumerate(steps):
         shutil.copytree(source, folder / f"checkpoint-{step}")
@@ -323,7 +342,7 @@ def test_a_full_disk_is_told_with_the_folder_and_leaves_the_older_checkpoint(
     trainer = make_trainer(tmp_path, rows, tokenizer, teacher, [At(2, fill)], save_total_limit=1)
     with pytest.raises(OSError, match=r"checkpoint-2 could not be saved: .*No space left.*MiB are free"):
         trainer.train()
-    assert "the student is lost: OSError('" in caplog.text  # one line; the error above is what is raised
+    assert "the student is not saved: OSError('" in caplog.text  # one line; the error above is what is raised
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "checkpoint-1"}
     assert find_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-1")
 
@@ -416,6 +435,30 @@ def test_a_checkpoint_of_every_update_leads_to_the_same_weights(
     assert_same(weights(resumed), uninterrupted)
 
 
+def test_sigterm_for_all_processes_leaves_the_workers_that_bring_the_rows(tmp_path, rows, tokenizer, teacher):
+    """As a scheduler sends it, from outside: torch's own workers would die of it, and the run with them."""
+    many = Dataset.from_list(rows.to_list() * 20)
+    alive = []
+
+    def terminate_all():
+        workers = multiprocessing.active_children()
+        for process in (os.getpid(), *(worker.pid for worker in workers)):
+            subprocess.run(["kill", "-TERM", str(process)], check=True)
+        time.sleep(0.2)
+        alive.extend(worker.is_alive() for worker in workers)
+
+    trainer = make_trainer(
+        tmp_path, many, tokenizer, teacher, [At(2, terminate_all)], dataloader_num_workers=2, eval_strategy="no"
+    )
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert alive == [True, True]
+    assert find_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-2")
+    del trainer  # and with it the workers
+    gc.collect()
+    assert not multiprocessing.active_children()
+
+
 def test_a_trainer_that_was_stopped_can_go_on_itself(tmp_path, rows, tokenizer, teacher, uninterrupted):
     """As in a notebook, where SystemExit ends the cell and not the process."""
     trainer = make_trainer(tmp_path, rows, tokenizer, teacher, [At(3, terminate)], eval_strategy="epoch")
@@ -483,6 +526,6 @@ def test_leftovers_of_a_killed_run_are_removed_when_the_next_one_starts(out, row
         out / "checkpoint-2", out / "_tmp-checkpoint-3" / "checkpoint-3", ignore=shutil.ignore_patterns(MARK)
     )
     make_trainer(out, rows, tokenizer, teacher, max_steps=2).train(resume_from_checkpoint=True)
-    assert "checkpoint-3 was being written when a run was killed" in caplog.text
+    assert "checkpoint-3 was not finished when a run was killed" in caplog.text
     assert not (out / "_tmp-checkpoint-3").exists()
     assert not (out / "checkpoint-3").exists()
