@@ -235,7 +235,8 @@ class KVProjectionTrainer(KDTrainer):
         state_dict = state_dict and {k: v for k, v in state_dict.items() if "kv_projector." not in k}
         with self._detached():
             super()._save(output_dir, state_dict)
-        save_projector(self.projector, output_dir or str(self.args.output_dir))
+        if self.args.should_save:
+            save_projector(self.projector, output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         with self._detached():

@@ -387,6 +387,23 @@ def test_a_failed_emergency_leaves_the_student_of_an_earlier_one(out):
     assert not list(out.glob("_tmp-*"))
 
 
+@pytest.mark.parametrize("error", [RuntimeError("of one process"), FloatingPointError("of all")])
+def test_a_student_spread_over_processes_is_collected_only_when_all_have_stopped_at_the_same_place(
+    tmp_path, rows, tokenizer, teacher, error
+):
+    """From anywhere else the others would be waited for in vain."""
+    saved = []
+
+    def fail():
+        trainer.is_fsdp_enabled, trainer.save_model = True, lambda *_, **__: saved.append(1)
+        raise error
+
+    trainer = make_trainer(tmp_path, rows, tokenizer, teacher, [At(2, fail)], save_strategy="no")
+    with pytest.raises(type(error)):
+        trainer.train()
+    assert len(saved) == isinstance(error, FloatingPointError)
+
+
 # -------------------------------------------------------------------------------------------------------------- SIGTERM
 
 
