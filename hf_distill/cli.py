@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -41,7 +42,8 @@ from hf_distill.report import (
     save_settings,
     table,
 )
-from hf_distill.trainers.checks import refuse_missing_checkpoint, student_tokenizer
+from hf_distill.trainers.checkpoints import find_checkpoint
+from hf_distill.trainers.checks import student_tokenizer
 from hf_distill.trainers.config import KDConfig, KVProjectionConfig, SpeculativeKDConfig
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
@@ -445,7 +447,7 @@ def _groups(text: str) -> dict[str, list[int]]:
 def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
     if model_config.model_name_or_path is not None:
         raise ValueError("--model_name_or_path is not used here: the student is --model, the teacher --teacher_model")
-    refuse_missing_checkpoint(_resume(args), args)
+    find_checkpoint(_resume(args), str(args.output_dir))  # before anything is loaded
     train_rows = load_rows(arguments.dataset, arguments.train_split, arguments.dataset_config)
     eval_rows = _load_eval_rows(arguments)
     if arguments.prompt_template is not None and arguments.completion_template is not None:
@@ -607,4 +609,4 @@ def _settings(arguments: KDArguments, args: KDConfig, model_config: ModelConfig)
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # torchrun repeats at the end what the first process to fail has raised

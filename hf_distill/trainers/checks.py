@@ -10,7 +10,6 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, is_conversational
 from trl.data_utils import is_conversational_from_value
 
@@ -246,14 +245,6 @@ def refuse_split(student: Any) -> None:
     """Raises `ValueError` for a student that is spread over devices; by name it has yet to be loaded."""
     if len(set((getattr(causal_lm(student), "hf_device_map", None) or {}).values())) > 1:
         raise ValueError("the student is split over devices; load it on one: device_map={'': 0}")
-
-
-def refuse_missing_checkpoint(resume: str | bool | None, args: KDConfig) -> None:
-    """Raises `ValueError` for a checkpoint to resume from that is not there."""
-    if resume is True and get_last_checkpoint(args.output_dir) is None:
-        raise ValueError(f"there is no checkpoint to resume from in {args.output_dir!r}: start without resuming")
-    if isinstance(resume, str) and not os.path.isdir(resume):
-        raise ValueError(f"there is no checkpoint {resume!r} to resume from")
 
 
 def refuse_frozen(student: nn.Module) -> None:

@@ -177,6 +177,11 @@ class KDConfig(SFTConfig):
                 f"loss_type={self.loss_type!r} is a loss of SFTTrainer's own; KDTrainer trains on hard labels and a "
                 "divergence. Remove it and set kd_weight and divergence"
             )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint=True saves in the middle of an update, from which no run goes on as it was. "
+                "Remove it: SIGTERM makes the trainer finish the update, save a checkpoint and exit"
+            )
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the teacher's distribution is "

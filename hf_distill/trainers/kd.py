@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub import ModelCard
 from peft import PeftConfig
@@ -17,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig, SFTTrainer
 
 from hf_distill.kv_projector import Projectors
@@ -35,6 +38,16 @@ from hf_distill.modeling import (
     select_positions,
 )
 from hf_distill.teachers import Signal, Teacher
+from hf_distill.trainers.checkpoints import (
+    CheckpointTiming,
+    find_checkpoint,
+    leave_sigterm_to_the_trainer,
+    noticing_sigterm,
+    problem_of,
+    replacing,
+    rotate,
+    settle_leftovers,
+)
 from hf_distill.trainers.checks import (
     PEEKED_ROWS,
     AnyDataset,
@@ -45,7 +58,6 @@ from hf_distill.trainers.checks import (
     named_teachers,
     refuse_frozen,
     refuse_lost_processes,
-    refuse_missing_checkpoint,
     refuse_no_label,
     refuse_prompt_learning,
     refuse_row_columns,
@@ -190,6 +202,7 @@ class KDTrainer(SFTTrainer):
             self._reset_means(mode)
         self._update_loss, self._skipped_updates = 0.0, 0
         self._has_told_tokens = False
+        self._sigterm: list[int] = []
         self.student = student = causal_lm(self.model)
         refuse_vision(student, None)
         refuse_frozen(self.model)
@@ -402,7 +415,10 @@ class KDTrainer(SFTTrainer):
         if description == "Evaluation":
             self.data_collator = self.teacher_set.collator(self.data_collator, dataset)
             dataset = self._fill_up(dataset, batch_size) if isinstance(dataset, Dataset) else dataset
-        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)  # pyright: ignore
+        loader = super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)  # pyright: ignore
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's are wrapped around the one that works
+        inner.worker_init_fn = partial(leave_sigterm_to_the_trainer, then=inner.worker_init_fn)
+        return loader
 
     def _fill_up(self, dataset: Dataset, batch_size: int) -> Any:
         """Adds rows without a label until every process has as many: accelerate would repeat rows, which then count."""
@@ -421,22 +437,38 @@ class KDTrainer(SFTTrainer):
 
     # ------------------------------------------------------------------------------------------ runs that survive
 
-    def train(self, *args, **kwargs):
-        """As in `trl.SFTTrainer`; whatever stops it, the student is saved to `emergency/` in the output directory."""
-        refuse_missing_checkpoint(args[0] if args else kwargs.get("resume_from_checkpoint"), self.args)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As in `trl.SFTTrainer`; whatever stops it, the student is saved to `emergency/` in the output directory.
+
+        Raises:
+            `SystemExit`: with code 0, for SIGTERM: the update has been finished and a checkpoint saved.
+            `ValueError`: there is no whole checkpoint to resume from.
+        """
+        if self.args.should_save:
+            settle_leftovers(str(self.args.output_dir))
+        self.accelerator.wait_for_everyone()
+        checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir), self._checkpoint_problem)
+        (checkpoint,) = broadcast_object_list([checkpoint])  # a network's folders do not look the same everywhere
         self._tell(", ".join(f"{name}: {value}" for name, value in self.describe_run().items()))
         self._reset_means("train")  # nothing of an interrupted run
-        self._update_loss, self._skipped_updates = 0.0, 0
+        self._update_loss, self._skipped_updates, self._has_agreed_to_stop = 0.0, 0, False
         if self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
             # An evaluation before the training has marked the model as prepared without wrapping it: every process
             # would train a student of its own.
             self.model._is_accelerate_prepared = False  # pyright: ignore
             self.accelerator._models.clear()
-        with self.projectors.attached(self.student):
+        self.remove_callback(CheckpointTiming)
+        self.add_callback(CheckpointTiming(self._is_told_to_stop))  # after those that may want a checkpoint
+        with self.projectors.attached(self.student), noticing_sigterm() as self._sigterm:
             try:
-                return super().train(*args, **kwargs)
-            except (Exception, KeyboardInterrupt):
-                self._save_emergency()
+                return super().train(checkpoint, *args, **kwargs)
+            except (Exception, KeyboardInterrupt) as error:
+                self._save_emergency(error)
+                if self.accelerator.num_processes > 1:
+                    error.add_note(
+                        f"process {self.args.process_index} of {self.accelerator.num_processes}; if it has lost a "
+                        "connection, another process has failed first, and its message is the one to read"
+                    )
                 raise
 
     def describe_run(self) -> dict[str, str]:
@@ -464,15 +496,67 @@ class KDTrainer(SFTTrainer):
             if not self.args.disable_tqdm:
                 Console().print(message, highlight=False)
 
-    def _save_emergency(self) -> None:
-        folder = f"{self.args.output_dir}/emergency"
-        if self.state.global_step == 0 and os.path.exists(folder):
+    def _is_told_to_stop(self) -> bool:
+        return self._has_agreed_to_stop if self.accelerator.num_processes > 1 else bool(self._sigterm)
+
+    def _run_epoch(self, *args, **kwargs):
+        # A run that was killed after its last checkpoint has nothing left to do; transformers would make an update.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    _staging = ""  # where a checkpoint is being written, below the output directory
+
+    def _checkpoint_problem(self, checkpoint: Path) -> str | None:
+        # The engines' own checkpoints hold the projectors with the student.
+        apart = [] if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.projectors
+        if missing := [name for name in apart if not (checkpoint / f"{name}.json").exists()]:
+            return f"has no {missing[0]}.safetensors and {missing[0]}.json: it is not of a run with this projector"
+        return problem_of(checkpoint)
+
+    def _get_output_dir(self, trial):
+        return str(Path(super()._get_output_dir(trial), self._staging))
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial))
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        with replacing(checkpoint, self.args.should_save, self.accelerator.wait_for_everyone) as staged:
+            self._staging = staged.parent.name
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = ""
+            # transformers has looked for the best checkpoint where this one is written.
+            best = folder / f"checkpoint-{self.state.best_global_step}"
+            if best == checkpoint or best.exists():
+                self.state.best_model_checkpoint = str(best)
+                if self.args.should_save:
+                    self.state.save_to_json(str(staged / "trainer_state.json"))
+        if self.args.should_save:
+            rotate(folder, self.args.save_total_limit, {checkpoint, Path(self.state.best_model_checkpoint or "")})
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._staging:  # when it is in its place
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_emergency(self, error: BaseException) -> None:
+        folder = Path(str(self.args.output_dir), "emergency")
+        if self.state.global_step == 0 and folder.exists():
             return  # A run that failed to start has nothing to save over the student of an earlier one.
+        # Only a non-finite loss stops all processes at the same place. From anywhere else a student that is spread
+        # over them cannot be collected: the others may wait for something else, or be gone.
+        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        if not (isinstance(error, FloatingPointError) if sharded else self.args.should_save):
+            return
         try:
-            self.save_model(folder, _internal_call=True)  # without it, the student would be pushed to the hub
+            with replacing(folder, self.args.should_save) as staged:
+                self.save_model(str(staged), _internal_call=True)  # without it, it would be pushed to the hub
             logger.error("training stopped at step %d; the student is saved in %s", self.state.global_step, folder)
-        except Exception:
-            logger.exception("training stopped at step %d, and saving to %s failed", self.state.global_step, folder)
+        except Exception as second:  # noqa: BLE001 - what has stopped the training is raised
+            logger.error(
+                "training stopped at step %d, and the student is not saved: %r", self.state.global_step, second
+            )
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -512,8 +596,12 @@ class KDTrainer(SFTTrainer):
         return grad_norm
 
     def _stop_unless_finite(self, grad_norm: Any = 0.0) -> None:
-        loss = self._sum_over_processes(torch.as_tensor(self._update_loss, device=self.args.device))
-        self._update_loss = 0.0
+        # One reduction: in the same update all processes learn that a loss is not finite, and that one is to stop.
+        sums = (self._update_loss, len(self._sigterm))
+        loss, signals = self._sum_over_processes(
+            torch.stack([torch.as_tensor(value, device=self.args.device).float() for value in sums])
+        )
+        self._update_loss, self._has_agreed_to_stop = 0.0, bool(signals > 0)
         if not torch.isfinite(loss + torch.as_tensor(grad_norm).to(loss)):
             in_a_row = self._skipped_updates >= MAX_SKIPPED_UPDATES
             skipped = f", in {MAX_SKIPPED_UPDATES} updates in a row" if in_a_row else ""

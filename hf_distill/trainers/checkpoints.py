@@ -1,0 +1,275 @@
+"""Checkpoints that a kill cannot break: written beside their place, marked when whole, renamed; and the way back."""
+
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+import zipfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+# A folder is written as `_tmp-NAME/NAME`. The underscore keeps it out of what transformers pushes to the hub.
+STAGING = "_tmp-"
+# The names of all files of a folder, written when they are on the disk.
+MARK = "complete.json"
+
+# What a checkpoint without the mark (of another tool) has to have: one file or folder of each kind.
+PARTS = {
+    "weights": ("model.safetensors", "pytorch_model.bin", "*.index.json", "adapter_model.*", "pytorch_model_fsdp*"),
+    "optimizer": ("optimizer*", "global_step*"),  # DeepSpeed has a folder of its own for both
+    "scheduler": ("scheduler.pt", "global_step*"),
+    "random number state": ("rng_state*.pth",),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- which are whole
+
+
+def problem_of(checkpoint: Path) -> str | None:
+    """Why a run cannot go on from a checkpoint, as the end of a sentence that starts with its name; None if it can.
+
+    Cheap and safe: looks at names and at the heads and ends of files, and unpickles nothing.
+    """
+    for path in sorted(checkpoint.rglob("*")):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                zipfile.ZipFile(path).close()  # torch's format; its directory comes last
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            return f"has an unreadable {path.relative_to(checkpoint)} ({error})"
+    if (checkpoint / "checkpoint-is-incomplete.txt").exists():  # of transformers' enable_jit_checkpoint
+        return "is half-written, as its checkpoint-is-incomplete.txt says"
+    if (checkpoint / MARK).exists():
+        names = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
+    else:
+        for part, patterns in PARTS.items():
+            if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
+                return f"has no {part}"
+        indices = [json.loads(path.read_text(encoding="utf-8")) for path in checkpoint.glob("*.index.json")]
+        names = [name for index in indices for name in index["weight_map"].values()]
+    missing = [name for name in ("trainer_state.json", *names) if not (checkpoint / name).exists()]
+    return f"has no {missing[0]}" if missing else None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Folders called `checkpoint-<step>`, whole or not, by their step."""
+    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
+    steps = {path: int(match[1]) for path, match in found.items() if match and path.is_dir()}
+    return sorted(steps, key=steps.__getitem__)
+
+
+def find_checkpoint(
+    resume: str | os.PathLike[str] | bool | None,
+    output_dir: str | os.PathLike[str],
+    problem: Callable[[Path], str | None] = problem_of,
+) -> str | None:
+    """The checkpoint to go on from: for True the newest whole one, with a warning for each that is passed over.
+
+    Raises:
+        `ValueError`: there is none, or the one that is named is not whole.
+    """
+    if not resume:
+        return None
+    if resume is not True:
+        if not os.path.isdir(resume):
+            raise ValueError(f"there is no checkpoint {os.fspath(resume)!r} to resume from")
+        if (reason := problem(Path(resume))) is not None:
+            raise ValueError(
+                f"{resume} {reason}. A run cannot go on from it: name another checkpoint, or take "
+                "resume_from_checkpoint=True for the newest whole one"
+            )
+        return str(resume)
+    for checkpoint in reversed(checkpoints(Path(output_dir))):
+        if (reason := problem(checkpoint)) is None:
+            return str(checkpoint)
+        logger.warning("%s %s: it is passed over", checkpoint, reason)
+    raise ValueError(f"there is no checkpoint to resume from in {os.fspath(output_dir)!r}: start without resuming")
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+@contextmanager
+def replacing(final: Path, is_writer: bool = True, wait: Callable[[], Any] = lambda: None) -> Iterator[Path]:
+    """A folder to write to, which takes the place of `final` when everything is written, and not before.
+
+    Args:
+        final (`Path`): where the folder belongs; an older one there is replaced.
+        is_writer (`bool`): whether this process renames; exactly one does.
+        wait (`Callable`): returns when all processes have come as far.
+
+    Raises:
+        `OSError`: it could not be written (the disk is full, say). What was there before stays.
+    """
+    staging = final.with_name(STAGING + final.name)
+    staged = staging / final.name
+    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _naming(final):
+            yield staged
+        wait()
+        if is_writer:
+            with _naming(final):
+                _commit(staged, final)
+        wait()
+    finally:
+        if is_writer:
+            _settle(staging)
+
+
+@contextmanager
+def _naming(final: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError for a full disk
+        free = shutil.disk_usage(final.parent).free / 2**20
+        raise OSError(
+            f"{final} could not be saved: {error} ({free:,.0f} MiB are free on that disk). What was saved before stays"
+        ) from error
+
+
+def _commit(staged: Path, final: Path) -> None:
+    files = [path for path in sorted(staged.rglob("*")) if path.is_file()]
+    for path in files:
+        _sync(path)
+    mark = staged.with_name(MARK)  # outside, until it is whole itself
+    mark.write_text(json.dumps([str(path.relative_to(staged)) for path in files], indent=0))
+    _sync(mark)
+    mark.rename(staged / MARK)
+    for path in (staged, *(path for path in staged.rglob("*") if path.is_dir())):
+        _sync(path)
+    if final.exists():
+        final.rename(staged.with_name("replaced"))
+    staged.rename(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    """Has the disk keep a file, and a directory where the system can: a rename must not overtake what it renames."""
+    if path.is_dir():
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    else:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _settle(staging: Path) -> None:
+    """Puts a folder that is whole in its place, if an interruption came right before that; removes what is not."""
+    final = staging.with_name(staging.name.removeprefix(STAGING))
+    if (staging / final.name / MARK).exists() and not final.exists():
+        (staging / final.name).rename(final)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def settle_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Finishes or removes what killed runs were writing in `folder`."""
+    for staging in Path(folder).glob(f"{STAGING}*"):
+        logger.warning("%s was not finished when a run was killed: it is cleared away", staging)
+        _settle(staging)
+
+
+def rotate(folder: Path, limit: int | None, keep: Collection[Path]) -> None:
+    """Removes the oldest checkpoints but for `limit` whole ones, of which those in `keep` stay in any case.
+
+    Half-written ones neither count nor go.
+    """
+    if limit is None or limit <= 0:
+        return
+    whole = [checkpoint for checkpoint in checkpoints(folder) if problem_of(checkpoint) is None]
+    whole.sort(key=lambda checkpoint: checkpoint.stat().st_mtime)  # the steps of an earlier run may be larger
+    removable = [checkpoint for checkpoint in whole if checkpoint not in keep]
+    for checkpoint in removable[: max(len(whole) - limit, 0)]:
+        # Renamed first: a kill in the middle must leave nothing that looks like a checkpoint.
+        trash = checkpoint.with_name(STAGING + checkpoint.name)
+        with suppress(OSError):
+            checkpoint.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- stopping
+
+
+@contextmanager
+def noticing_sigterm() -> Iterator[list[int]]:
+    """A list that is empty until SIGTERM comes, which then does nothing else; only a main thread can notice it.
+
+    A signal that nobody has acted upon in the end goes to the handler of before.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+    if received:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def leave_sigterm_to_the_trainer(worker_id: int, then: Callable[[int], Any] | None = None) -> None:
+    """A `worker_init_fn`: the trainer needs its rows to finish an update, also when all processes get the signal.
+
+    Linux only; elsewhere a worker that gets it dies, and the run with it.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+        def end_with_the_trainer():
+            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer.pid:  # pyright: ignore
+                pass
+            os._exit(0)
+
+        trainer = multiprocessing.parent_process()
+        threading.Thread(target=end_with_the_trainer, daemon=True).start()
+    if then is not None:
+        then(worker_id)
+
+
+class CheckpointTiming(TrainerCallback):
+    """Checkpoints come when nothing of their update is left to do, and one when the run has been told to stop.
+
+    An evaluation at the end of an epoch draws random numbers: a checkpoint of the epoch's last update waits for it.
+    """
+
+    def __init__(self, is_told_to_stop: Callable[[], bool]) -> None:
+        self.is_told_to_stop = is_told_to_stop
+        self.waits = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= self.is_told_to_stop()
+        self.waits = control.should_save and state.epoch == int(state.epoch)
+        control.should_save &= not self.waits
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save |= self.waits or self.is_told_to_stop()
+
+    def on_save(self, args, state, control, **kwargs):
+        if not self.is_told_to_stop():
+            return
+        if state.is_world_process_zero:
+            logger.warning(
+                "SIGTERM: the run stops after update %d, which is saved in %s. It goes on with "
+                "trainer.train(resume_from_checkpoint=True); on the command line, add --resume_from_checkpoint true",
+                state.global_step, Path(str(args.output_dir), f"checkpoint-{state.global_step}"),
+            )  # fmt: skip
+        raise SystemExit(0)
