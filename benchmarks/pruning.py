@@ -5,7 +5,7 @@
 Rows as in benchmarks/tinystories.py. Two of the teacher's layers are dropped: those that `rank_layers` chooses on rows
 of the training data, and the last two. The rest gets LoRA adapters, with hard labels or with forward KL to the whole
 model. The stages go on from what forward KL has made of the first choice (A): the first removed layer is restored and
-adapters are trained on it alone (A+B), then the second (A+B+C). To compare with A+B there is a model that has lost only
+adapters are trained on it alone (A+B; also on all layers), then the second (A+B+C). To compare with A+B there is a model that has lost only
 the second layer, trained for as long as both stages.
 """
 
@@ -139,11 +139,16 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as bundles:
         drop_layers(teacher, best, bundles, {"B": best[:1], "C": best[1:]})
-        with_b = add("A+B, restored", lambda seed: restore_layers(recovered[seed], bundles, ["B"]), options.seeds)
-        place = [original_layers(with_b[options.seeds[0]]).index(best[0])]
-        with_b = add("A+B, LoRA on B", trained(with_b.__getitem__, "forward KL", layers=place), options.seeds)
-        with_c = add("A+B+C, restored", lambda seed: restore_layers(with_b[seed], bundles), options.seeds)
-        add("A+B+C, LoRA on C", trained(with_c.__getitem__, "forward KL", layers=best[1:]), options.seeds)
+
+        def with_b(seed: int) -> PreTrainedModel:
+            return restore_layers(recovered[seed], bundles, ["B"])
+
+        restored = add("A+B, restored", with_b, options.seeds)
+        place = [original_layers(restored[options.seeds[0]]).index(best[0])]
+        add("A+B, LoRA on all layers", trained(with_b, "forward KL"), options.seeds)
+        staged = add("A+B, LoRA on B", trained(with_b, "forward KL", layers=place), options.seeds)
+        whole = add("A+B+C, restored", lambda seed: restore_layers(staged[seed], bundles), options.seeds)
+        add("A+B+C, LoRA on C", trained(whole.__getitem__, "forward KL", layers=best[1:]), options.seeds)
     add("only C dropped", without(best[1:]), once)
     add("only C dropped, LoRA", trained(without(best[1:]), "forward KL", stages=2), options.seeds)
 

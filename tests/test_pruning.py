@@ -492,8 +492,11 @@ def by_brute_force(model, rows, num_layers):
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
 def test_distances_are_those_of_the_paper_for_every_batch_size(tokenizer, family, num_layers):
     model = build(family, vocab_size=400).train()
-    dataset = Dataset.from_dict({"text": SENTENCES[:5]})
-    expected = by_brute_force(model.eval(), [ids[:9] for ids in tokenizer(SENTENCES[:5])["input_ids"]], num_layers)
+    texts = [text[: 5 * i + 1] for i, text in enumerate(SENTENCES[:5])]
+    dataset = Dataset.from_dict({"text": texts})
+    rows = [ids[:9] for ids in tokenizer(texts)["input_ids"]]
+    assert len({len(ids) for ids in rows}) > 2
+    expected = by_brute_force(model.eval(), rows, num_layers)
     model.train()
     for batch_size in (1, 2, 8):
         spans = rank_layers(model, dataset, tokenizer, num_layers, batch_size=batch_size, max_length=9)
