@@ -5,8 +5,8 @@
 Rows as in benchmarks/tinystories.py. Two of the teacher's layers are dropped: those that `rank_layers` chooses on rows
 of the training data, and the last two. The rest gets LoRA adapters, with hard labels or with forward KL to the whole
 model. The stages go on from what forward KL has made of the first choice (A): the first removed layer is restored and
-adapters are trained on it alone (A+B; also on all layers), then the second (A+B+C). To compare with A+B there is a model that has lost only
-the second layer, trained for as long as both stages.
+adapters are trained on it alone, or on all layers (A+B), then the second is (A+B+C). To compare with A+B there is a
+model that has lost only the second layer, trained for as long as both stages.
 """
 
 import argparse
