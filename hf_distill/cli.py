@@ -33,6 +33,7 @@ from hf_distill.pruning import (
     restore_layers,
 )
 from hf_distill.report import (
+    EVALUATION_COLUMNS,
     FIDELITY_COLUMNS,
     ROLLOUT_COLUMNS,
     markdown,
@@ -42,6 +43,7 @@ from hf_distill.report import (
     save_settings,
     table,
 )
+from hf_distill.teachers.local import LocalTeacher
 from hf_distill.trainers.checkpoints import find_checkpoint
 from hf_distill.trainers.checks import student_tokenizer
 from hf_distill.trainers.config import KDConfig, KVProjectionConfig, SpeculativeKDConfig
@@ -57,7 +59,9 @@ class KDArguments:
     """Which models and which data."""
 
     model: str = field(metadata={"help": "The student: hub id or local path."})
-    teacher_model: str = field(metadata={"help": "The teacher: hub id or local path."})
+    teacher_model: list[str] = field(
+        metadata={"help": "The teacher: hub id, local path, or `base`, the student's own base model; or several."}
+    )
     dataset: str = field(
         metadata={"help": "Training rows: hub id, local folder, .jsonl, .json, .parquet or .csv file."}
     )
@@ -280,10 +284,14 @@ def make_kv(arguments: KVArguments, args: KVProjectionConfig, model_config: Mode
 
 def run_kd(trainer: KDTrainer) -> None:
     """Distils, measures the student before and after on held-out rows, saves student, table and picture."""
+    title = "student against teacher, held-out rows"
+    if not isinstance(trainer.teacher, LocalTeacher) or trainer.engine not in ("none", "DDP"):
+        # Several teachers, another tokenizer or a student in shards: only the trainer itself can ask them.
+        return _run_evaluated(trainer, title, EVALUATION_COLUMNS)
     before = _measure(trainer)
     _train(trainer)
     results = {"before": before, "after": _measure(trainer)}
-    _report(trainer, results, "student against teacher, held-out rows", FIDELITY_COLUMNS)
+    _report(trainer, results, title, FIDELITY_COLUMNS)
 
 
 def run_stage(trainer: KDTrainer, arguments: StagedArguments) -> None:
@@ -308,13 +316,16 @@ def run_stage(trainer: KDTrainer, arguments: StagedArguments) -> None:
 
 def run_skd(trainer: SpeculativeKDTrainer) -> None:
     """The same on text that student and teacher write; what is measured is written anew, from held-out prompts."""
+    _run_evaluated(trainer, "student against teacher, text written from held-out prompts", ROLLOUT_COLUMNS)
+
+
+def _run_evaluated(trainer: KDTrainer, title: str, columns: Mapping[str, tuple[str, str, bool]]) -> None:
     # The engines evaluate only what they have prepared for training.
     trainer.args.eval_on_start = trainer.eval_dataset is not None
     _train(trainer)
     before = next((entry for entry in trainer.state.log_history if "eval_kd" in entry), {})
     after = trainer.evaluate() if before else {}
-    title = "student against teacher, text written from held-out prompts"
-    _report(trainer, {"before": before, "after": after}, title, ROLLOUT_COLUMNS)
+    _report(trainer, {"before": before, "after": after}, title, columns)
 
 
 def run_prune(arguments: PruneArguments) -> None:
@@ -448,6 +459,7 @@ def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: Mod
     if model_config.model_name_or_path is not None:
         raise ValueError("--model_name_or_path is not used here: the student is --model, the teacher --teacher_model")
     find_checkpoint(_resume(args), str(args.output_dir))  # before anything is loaded
+    teachers = arguments.teacher_model  # a single one out of a YAML file is no list
     train_rows = load_rows(arguments.dataset, arguments.train_split, arguments.dataset_config)
     eval_rows = _load_eval_rows(arguments)
     if arguments.prompt_template is not None and arguments.completion_template is not None:
@@ -467,7 +479,7 @@ def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: Mod
     }
     return {
         "model": arguments.model,
-        "teacher_model": arguments.teacher_model,
+        "teacher_model": teachers if isinstance(teachers, str) or len(teachers) > 1 else teachers[0],
         "args": args,
         "train_dataset": train_rows,
         "eval_dataset": eval_rows,

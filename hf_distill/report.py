@@ -21,6 +21,12 @@ FIDELITY_COLUMNS = {
     "agreement": ("agreement", "{:.1%}", True),
     "expected_acceptance": ("acceptance", "{:.1%}", True),
 }
+# The same for what a trainer evaluates by itself: with several teachers, or one of another tokenizer.
+EVALUATION_COLUMNS = {
+    "eval_ce": ("hard labels, nats", "{:.4f}", False),
+    "eval_kd": ("divergence, nats", "{:.4f}", False),
+    "eval_agreement": ("agreement", "{:.1%}", True),
+}
 # The same for `SpeculativeKDTrainer.evaluate`, whose rows are written by the models themselves.
 ROLLOUT_COLUMNS = {
     "eval_kd": ("divergence, nats", "{:.4f}", False),

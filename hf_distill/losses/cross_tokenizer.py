@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_distill.losses.divergence import DIVERGENCES, LOG_ZERO, check_divergence, temperature_factor
-from hf_distill.losses.fused_linear import CACHE_BLOCK, DistillationLoss, Head, _add_product_, default_chunk_size
+from hf_distill.losses.fused_linear import CACHE_BLOCK, DistillationLoss, Head, add_product_, default_chunk_size
 
 METHODS = ("aligned", "uld")
 # The name of a token that has none, and of one that is left out, as `token_alignment.shared_tokens` has them.
@@ -374,9 +374,9 @@ class _CrossTokenizer(torch.autograd.Function):
             gradient = logits.to(dtype)
             if grad_hidden is not None:
                 for part, part_weight in student.head.weight_slices(dtype):
-                    _add_product_(grad_hidden[rows], gradient[:, part], part_weight)
+                    add_product_(grad_hidden[rows], gradient[:, part], part_weight)
             if grad_weight is not None:
-                _add_product_(grad_weight[:vocab_size], gradient.t(), hidden[rows].to(dtype))
+                add_product_(grad_weight[:vocab_size], gradient.t(), hidden[rows].to(dtype))
             if grad_bias is not None:
                 grad_bias[:vocab_size] += logits.sum(0)
 

@@ -79,7 +79,7 @@ class Head(NamedTuple):
     def project_(self, out: Tensor, hidden: Tensor) -> None:
         """Overwrites `out` (n, V) with `hidden @ weight.T`, multiplied in the dtype of `hidden`."""
         for part, weight in self.weight_slices(hidden.dtype):
-            _add_product_(out[:, part], hidden, weight.t(), beta=0)
+            add_product_(out[:, part], hidden, weight.t(), beta=0)
 
     def finish_logits_(self, products: Tensor) -> Tensor:
         """Turns `hidden @ weight.T` into logits, in place."""
@@ -350,7 +350,7 @@ def _mix_(out: Tensor, chunk: slice, teachers: list[TeacherSignal], temperature:
     return Head(teachers[0].head.weight)
 
 
-def _add_product_(out: Tensor, left: Tensor, right: Tensor, *, beta: int = 1) -> None:
+def add_product_(out: Tensor, left: Tensor, right: Tensor, *, beta: int = 1) -> None:
     """`out = beta * out + left @ right`, without rounding the product to the dtype of its factors."""
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, beta=beta, out=out)
@@ -406,9 +406,9 @@ class _FusedLinearDistillation(torch.autograd.Function):
                 gradient = logits.to(dtype)  # (n, V)
                 if grad_hidden is not None:
                     for part, weight in student.weight_slices(dtype):
-                        _add_product_(grad_hidden[chunk], gradient[:, part], weight)
+                        add_product_(grad_hidden[chunk], gradient[:, part], weight)
                 if grad_head is not None:
-                    _add_product_(grad_head[:vocab_size], gradient.t(), hidden)
+                    add_product_(grad_head[:vocab_size], gradient.t(), hidden)
                 if grad_bias is not None:
                     grad_bias[:vocab_size] += logits.sum(0)
 
