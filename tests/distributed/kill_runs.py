@@ -106,9 +106,7 @@ def train(folder: Path, trainer_name: str, lora: bool, resume: bool, pipe: int) 
     if trainer_class is SpeculativeKDTrainer:
         trainer._write_batches = moments.around(trainer._write_batches, "text")
     trainer.train(resume_from_checkpoint=resume)
-    weights = dict(trainer.model.state_dict())
-    if trainer_class is KVProjectionTrainer:
-        weights |= trainer.projector.state_dict(prefix="projector.")
+    weights = trainer.model.state_dict() | trainer.projectors.state_dict(prefix="projectors.")
     torch.save(weights, folder / "weights.pt")
 
 
