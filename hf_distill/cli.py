@@ -256,7 +256,10 @@ def make_kd(arguments: StagedArguments, args: KDConfig, model_config: ModelConfi
         # module's name that is a number is that of its layer.
         numbers = "|".join(map(str, layers))
         peft_config.exclude_modules = rf"(?!(?:[^.]*[^.\d][^.]*\.)+(?:{numbers})\.).*"
-    return KDTrainer(**options)
+    trainer = KDTrainer(**options)
+    if arguments.stage is not None and not isinstance(trainer.teacher, LocalTeacher):
+        raise ValueError("--stage measures against one teacher with the student's tokenizer; give one --teacher_model")
+    return trainer
 
 
 def make_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: ModelConfig) -> SpeculativeKDTrainer:

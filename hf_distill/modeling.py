@@ -8,6 +8,7 @@ import functools
 import inspect
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
@@ -277,6 +278,7 @@ class KVCapture:
         self._modules = {id(module) for module in model.modules()}
         self._files = {sys.modules[type(m).__module__] for m in model.modules() if hasattr(m, "layer_idx")}
         self._unrotated: Tensor | None = None
+        self.num_calls: Counter[int] = Counter()  # of each layer's attention
 
     @contextmanager
     def __call__(self, positions: Tensor | None = None) -> Iterator[None]:
@@ -309,6 +311,7 @@ class KVCapture:
                 kept = torch.cat([unrotated, key[..., unrotated.shape[-1] :]], -1)
             # Nothing that autograd would remember may happen here: checkpointing would miss it when it recomputes.
             self.heads[layer] = kept, value
+            self.num_calls[layer] += 1
         return attend(module, query, key, value, *args, **kwargs)
 
     def features(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -344,7 +347,12 @@ def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str, kv_posit
         ) from error
     missing = [layer for layer in layers if layer not in capture.heads]
     found = {layer: capture.features(layer) for layer in capture.heads}
-    strange = [i for i, (keys, values) in found.items() if len(keys) != 5 or keys.shape != values.shape]
+    strange = [
+        i
+        for i, (keys, values) in found.items()
+        # Differential attention attends twice, with halves of its values.
+        if len(keys) != 5 or keys.shape != values.shape or capture.num_calls[i] > 1
+    ]
     if missing or strange:
         raise ValueError(
             f"layer {(missing + strange)[0]} of the {name} ({type(model).__name__}) has no keys and values of one "

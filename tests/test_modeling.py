@@ -684,6 +684,11 @@ def test_latent_attention_is_refused_in_words():
         kv_widths(model, range(2), "teacher")
 
 
+def test_attention_that_attends_twice_is_refused():
+    with pytest.raises(ValueError, match=r"layer 0 of the teacher \(DiffLlamaForCausalLM\) has no keys and values"):
+        kv_widths(tiny("diffllama", num_key_value_heads=2), range(2), "teacher")
+
+
 @pytest.mark.parametrize("family", ["mamba", "lfm2"])
 def test_layers_without_keys_and_values_are_refused_by_number(family):
     model = tiny(family, **RECURRENT[family])
