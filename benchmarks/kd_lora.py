@@ -8,11 +8,12 @@ from `compare_runs`. All learning rates are multiplied by one factor: a model th
 """
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.measure import print_table
@@ -66,10 +67,11 @@ def run(name: str, seed: int, folder: Path, options: argparse.Namespace) -> Path
 def means(rows: list[dict], names: list[str], seeds: list[int]) -> list[dict[str, str]]:
     """A row per setting: the mean over seeds, and each of them."""
     columns = {"kl": ("KL, nats", "{:.3f}"), "student_perplexity": ("perplexity", "{:.2f}")}
-    columns |= {"agreement": ("agreement", "{:.1%}"), "seconds": ("seconds", "{:.0f}")}
+    columns["agreement"] = ("agreement", "{:.1%}")
+    by_name = {row["run"]: row for row in rows}
     found = []
     for name in names:
-        runs = [row for row in rows if row["run"] in {f"{name}_{seed}" for seed in seeds}]
+        runs = [by_name[f"{name}_{seed}"] for seed in seeds]
         settings = dict(zip(TITLES, (SETTINGS | SINGLE)[name], strict=True))
         values = {title: describe([row[key] for row in runs], form) for key, (title, form) in columns.items()}
         found.append({"": name, **settings, **values, "tokens": f"{runs[0]['num_tokens']:,.0f}"})  # of every seed
@@ -105,10 +107,10 @@ def main() -> None:
         rows = load_chunks(options.data / f"{split}.jsonl", tokenizer, options.length)
         (folder / "rows").mkdir(exist_ok=True)
         rows.take(count).to_json(folder / "rows" / f"{split}.jsonl")
-    runs = [run(name, seed, folder, options) for seed in options.seeds for name in options.only]
-    save_comparison(folder / "compare_out", runs)
+    with redirect_stdout(sys.stderr):  # the table alone goes to stdout
+        runs = [run(name, seed, folder, options) for seed in options.seeds for name in options.only]
+        save_comparison(folder / "compare_out", runs)
     rows = compare_runs(runs)
-    Console(stderr=True).print(f"every run by itself is in {folder / 'compare_out'}")
     title = f"LoRA on layers {options.layers} of the teacher; learning rates x {options.learning_rate_factor:g}"
     print_table(f"{title}; mean (seeds {options.seeds})", means(rows, options.only, options.seeds), options.markdown)
 
