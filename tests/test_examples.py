@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from hf_distill import KDConfig, KDTrainer, cli
-from tests.conftest import SENTENCES
+from tests.conftest import SENTENCES, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))
@@ -47,6 +47,40 @@ def test_kd_lora_describes_trains_and_merges(folder, tmp_path, capsys):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         torch.testing.assert_close(merged(**ids).logits, trainer.model.eval()(**ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_quantized_teacher_measures_what_the_bits_cost(folder, capsys):
+    pytest.importorskip("bitsandbytes")
+    options = ["--teacher", str(folder / "teacher"), "--data", str(folder / "rows.jsonl")]
+    found = load_example("quantized_teacher").main(options)
+    assert 0 < found["int8"]["kl"] < found["NF4"]["kl"]
+    assert "| NF4 |" in capsys.readouterr().out
+
+
+def test_several_teachers_by_name(folder, tmp_path):
+    teachers = [f"first={folder / 'teacher'}", f"second={folder / 'student'}"]
+    options = ["--student", str(folder / "student"), "--teachers", *teachers, "--data", str(folder / "rows.jsonl")]
+    run = ["--weights", "3", "1", "--steps", "2", "--use_cpu", "--output_dir", str(tmp_path)]
+    trainer = load_example("multi_teacher").main([*options, *run])
+    assert trainer.teacher.name == "0.75 first + 0.25 second"
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_cross_tokenizer_shows_how_the_two_read_a_text(folder, tmp_path, capsys):
+    make_tokenizer(corpus=[text[::-1] for text in SENTENCES]).save_pretrained(tmp_path / "teacher")
+    AutoModelForCausalLM.from_pretrained(folder / "teacher").save_pretrained(tmp_path / "teacher")
+    options = ["--student", str(folder / "student"), "--teacher", str(tmp_path / "teacher")]
+    run = ["--data", str(folder / "rows.jsonl"), "--steps", "2", "--use_cpu", "--output_dir", str(tmp_path / "out")]
+    trainer = load_example("cross_tokenizer").main([*options, *run])
+    assert trainer.teacher.method == "aligned"
+    assert "held out:" in capsys.readouterr().out
+
+
+def test_layerwise_is_the_recipe_of_distilbert(folder, tmp_path, capsys):
+    options = ["--teacher", str(folder / "teacher"), "--data", str(folder / "rows.jsonl"), "--steps", "2"]
+    trainer = load_example("layerwise").main([*options, "--use_cpu", "--output_dir", str(tmp_path)])
+    assert trainer.model.config.num_hidden_layers == 1
+    assert "perplexity" in capsys.readouterr().out
 
 
 def test_speculative_kd_is_a_drop_in_script(folder, tmp_path):
