@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from hf_distill import cli
 from hf_distill.cli import fill_templates, load_rows
 from hf_distill.evaluate_metrics import Squad
-from tests.conftest import SENTENCES, make_model
+from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.test_cli import error_of, options
 
 PROMPT = "Context: {context}\nQuestion: {question}\nAnswer:"
@@ -201,3 +201,26 @@ def answer(model, tokenizer, prompt):
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_questions_and_answers_reach_a_pair_of_28_and_24_layers(tmp_path):
+    """GSM8K's columns and the depths of Qwen2.5's 1.5B and 0.5B, with grouped-query attention and tied heads."""
+    shapes = {"teacher": (28, 48, 6, 2), "student": (24, 32, 4, 1)}
+    for seed, (name, (layers, width, heads, kv_heads)) in enumerate(shapes.items()):
+        model = make_model(
+            "qwen2", seed=seed, num_hidden_layers=layers, hidden_size=width, intermediate_size=2 * width,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True,
+        )  # fmt: skip
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    rows = [{"question": text, "answer": f"{text}\n#### {i}"} for i, text in enumerate(SENTENCES)]
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    models = ["--model", str(tmp_path / "student"), "--teacher_model", str(tmp_path / "teacher")]
+    data = ["--dataset", str(tmp_path / "rows.jsonl"), "--eval_dataset", str(tmp_path / "rows.jsonl")]
+    templates = ["--prompt_template", "{question}\\n", "--completion_template", "{answer}"]
+    run = ["--max_steps", "2", "--use_cpu", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
+    cli.main(["kv", *models, *data, *templates, *run, "--logging_steps", "1", "--output_dir", str(tmp_path / "out")])
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    cosines = {key for log in state["log_history"] for key in log if key.startswith("kv/cosine_layer_")}
+    assert len(cosines) == 24
+    assert (tmp_path / "out" / "projector.safetensors").exists()
