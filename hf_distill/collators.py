@@ -310,8 +310,12 @@ def with_own_tokens(
             ids = [*ids, tokenizer.eos_token_id]
         contents = None
     else:
-        ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]  # pyright: ignore
-        contents = [message["content"] for message in messages]
+        tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        ids = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **options)["input_ids"]  # pyright: ignore
+        contents = [message.get("content") or "" for message in messages]  # A tool call has none.
+        if strange := [content for content in contents if not isinstance(content, str)]:
+            raise ValueError(f"messages for a teacher with another tokenizer have to be text, got {strange[0]!r}")
         # A row that has been cut is aligned by what is left of it.
         contents = contents if contents[-1].strip() in text else None  # pyright: ignore[reportOperatorIssue]
     sides = [

@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from hf_distill import cli
+from hf_distill import KDConfig, KDTrainer, cli
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 
 RUN = ["--max_steps", "2", "--use_cpu", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
@@ -64,3 +64,26 @@ def test_what_does_not_go_together_is_one_line(folder, tmp_path, capsys):
         cli.main(["kd", *models, "--dataset", str(folder / "rows.jsonl"), *RUN, "--output_dir", str(tmp_path)])
     assert stop.value.code == 2
     assert "foreign has another tokenizer" in capsys.readouterr().err
+
+
+def across_trainer(folder, tmp_path, rows, **changes):
+    args = KDConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no",
+        per_device_eval_batch_size=4, **changes,
+    )  # fmt: skip
+    return KDTrainer(str(folder / "student"), str(folder / "foreign"), args, rows, rows)
+
+
+def test_padding_further_changes_nothing_across_tokenizers(folder, tmp_path):
+    rows = Dataset.from_dict({"text": SENTENCES})
+    found = [across_trainer(folder, tmp_path, rows, pad_to_multiple_of=n).evaluate() for n in (None, 8, 64)]
+    assert found[0]["eval_kd"] > 0
+    for other in found[1:]:
+        assert other["eval_kd"] == pytest.approx(found[0]["eval_kd"], rel=1e-5)
+        assert other["eval_alignment/exact_fraction"] == found[0]["eval_alignment/exact_fraction"]
+
+
+def test_a_prompt_of_its_own_is_refused_for_a_teacher_with_another_tokenizer(folder, tmp_path):
+    rows = [{"prompt": "Hi", "completion": text, "teacher_prompt": "Well, hello"} for text in SENTENCES]
+    with pytest.raises(ValueError, match=r"foreign has another tokenizer.*remove 'teacher_prompt'"):
+        across_trainer(folder, tmp_path, Dataset.from_list(rows))

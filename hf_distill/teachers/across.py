@@ -5,7 +5,7 @@ Shapes: B batch, T and Tt tokens of student and teacher, N and M label-bearing p
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.losses.cross_tokenizer import AlignedSignal, Spans
@@ -67,9 +67,12 @@ class AcrossTeacher:
         own = {name.removeprefix(prefix): value for name, value in inputs.items() if name.startswith(prefix)}
         teacher_positions, tokens = label_positions(own["labels"])  # (M,)
         (signal,) = self.teacher({name: own[name] for name in ("input_ids", "attention_mask")}, teacher_positions)
+        # The student's side may be padded further, to a multiple of something.
+        missing = inputs["input_ids"].shape[1] - own["student_groups"].shape[1]
+        student_groups = nn.functional.pad(own["student_groups"], (0, missing), value=-1)  # (B, T)
         spans = Spans(
             inputs["input_ids"].flatten()[positions + 1],  # (N,)
-            own["student_groups"].flatten()[positions + 1],
+            student_groups.flatten()[positions + 1],
             tokens,
             own["groups"].flatten()[teacher_positions + 1],
         )

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from accelerate import ParallelismConfig
@@ -193,9 +193,13 @@ def refuse_sharding(args: KDConfig, teacher_model: Any) -> None:
             )
     if "sharded" in (args.teacher_device or "") and not (is_fsdp or is_deepspeed_zero3_enabled()):
         raise ValueError("teacher_device='sharded' needs FSDP2 or ZeRO-3, which split the student as well")
-    if args.teacher_device == "sharded" and args.teacher_combination == "route":
+    if "sharded" in (args.teacher_device or "") and args.teacher_combination == "route":
         raise ValueError("a sharded teacher has to be asked by all processes at once: take no 'route'")
-    if teacher_model == BASE and (is_fsdp or is_deepspeed_zero3_enabled()):
+    listed = teacher_model.values() if isinstance(teacher_model, Mapping) else teacher_model
+    listed = listed if isinstance(listed, Iterable) and not isinstance(listed, str) else [listed]
+    if any(isinstance(teacher, str) and teacher == BASE for teacher in listed) and (
+        is_fsdp or is_deepspeed_zero3_enabled()
+    ):
         raise ValueError("teacher_model='base' needs a student that is not split: use DDP or ZeRO-2, or pass its name")
     parallelism = args.parallelism_config
     if parallelism is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":

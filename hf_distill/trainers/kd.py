@@ -429,7 +429,10 @@ class KDTrainer(SFTTrainer):
 
     def filler(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """A row like this one that counts for nothing; None where there is no telling."""
-        masked = {name: [-100] * len(row[name]) for name in ("labels", "teacher_labels") if row.get(name)}
+        masked: dict[str, Any] = {
+            name: [-100] * len(row[name]) for name in row if name.endswith("labels") and row[name]
+        }
+        masked |= {name: 0 for name in row if name.endswith("_exact")}
         return {**row, **masked} if "labels" in row else None
 
     def _sum_over_processes(self, totals: Tensor) -> Tensor:

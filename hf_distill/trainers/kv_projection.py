@@ -89,7 +89,7 @@ class KVProjectionTrainer(KDTrainer):
         self._capture = KVCapture(self.student, layers, args.kv_positions)
         self._first: dict[str, dict[str, float]] = {}  # the first evaluation of each set
         # A projector that stays as it is cannot move to meet the student.
-        self._has_warned = not any(True for _ in self.projectors.parameters())
+        self._has_warned = not any(True for source in self.sources.values() for _ in source.projector.parameters())
         if not self._has_warned and self.eval_dataset is None:
             logger.warning(
                 "without an eval_dataset nobody sees whether student and projector meet where nothing is said"

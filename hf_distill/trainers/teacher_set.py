@@ -149,6 +149,11 @@ class TeacherSet:
         """Tokenised rows with these columns: the teacher of each row, its own prompt, its own tokens."""
         refuse_row_columns(dataset, name, self.args)  # an evaluation may bring its own
         columns = set(next(iter(dataset)))
+        if self._across and columns & {"teacher_prompt", "teacher_input_ids"}:
+            raise ValueError(
+                f"the {name} dataset has a text of the teacher's own, but {next(iter(self._across))} has another "
+                "tokenizer, and reads the student's text: remove 'teacher_prompt' and 'teacher_input_ids'"
+            )
         if self.args.teacher_combination == "route" and "teacher" in columns:
             dataset = dataset.map(partial(_with_teacher_index, names=list(self.by_name), dataset_name=name))
         if "teacher_prompt" in columns:
