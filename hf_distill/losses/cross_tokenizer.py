@@ -45,7 +45,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_distill.losses.divergence import DIVERGENCES, LOG_ZERO, check_divergence, temperature_factor
-from hf_distill.losses.fused_linear import CACHE_BLOCK, DistillationLoss, Head, add_product_, default_chunk_size
+from hf_distill.losses.fused_linear import (
+    CACHE_BLOCK,
+    DistillationLoss,
+    Head,
+    HeadGradients,
+    check_settings,
+    default_chunk_size,
+)
 
 METHODS = ("aligned", "uld")
 # The name of a token that has none, and of one that is left out, as `token_alignment.shared_tokens` has them.
@@ -346,13 +353,8 @@ class _CrossTokenizer(torch.autograd.Function):
         grad_enabled: bool,
     ):  # fmt: skip
         needs = [needed and grad_enabled for needed in ctx.needs_input_grad[:3]]
-        dtype, vocab_size = student.head.product_dtype(hidden), len(student.names)
-        sum_dtype = torch.promote_types(dtype, torch.float32)
-        gradients = [
-            torch.zeros_like(x, dtype=sum_dtype) if need else None
-            for x, need in zip((hidden, weight, bias), needs, strict=True)
-        ]
-        grad_hidden, grad_weight, grad_bias = gradients
+        gradients = HeadGradients(student.head, (hidden, weight, bias), needs)
+        sum_dtype, vocab_size = gradients.sum_dtype, len(student.names)
         sums = hidden.new_zeros(5, dtype=sum_dtype)
         log_continuation = starts.log_continuation.requires_grad_()  # (G,)
         continuation_gradient = torch.zeros_like(log_continuation)
@@ -371,14 +373,7 @@ class _CrossTokenizer(torch.autograd.Function):
                     if of_continuation is not None:
                         continuation_gradient.add_(of_continuation)
                     logits[part] = student.head.products_gradient(of_logits, leaf.detach())
-            gradient = logits.to(dtype)
-            if grad_hidden is not None:
-                for part, part_weight in student.head.weight_slices(dtype):
-                    add_product_(grad_hidden[rows], gradient[:, part], part_weight)
-            if grad_weight is not None:
-                add_product_(grad_weight[:vocab_size], gradient.t(), hidden[rows].to(dtype))
-            if grad_bias is not None:
-                grad_bias[:vocab_size] += logits.sum(0)
+            gradients.add_(rows, hidden[rows].to(gradients.dtype), logits)
 
         def group_chunk(rows: slice) -> None:
             teacher_logits = teacher.head.logits(teacher_hidden[rows])  # (n, Vt)
@@ -412,20 +407,12 @@ class _CrossTokenizer(torch.autograd.Function):
                 differentiate(rows, later_terms)
 
         ctx.gradients, ctx.num_items = gradients, num_items
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(sums)
         return sums[0] / num_items, sums
 
     @staticmethod
     def backward(ctx, grad_loss, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if ctx.gradients is None:
-            raise RuntimeError("cross_tokenizer_loss can be differentiated once; compute the loss again")
-        gradients, ctx.gradients = ctx.gradients, None
-        scale = grad_loss / ctx.num_items
-        scaled = (
-            None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)
-        )
-        return *scaled, *(None,) * 12
+        return *ctx.gradients.handed_out(grad_loss / ctx.num_items), *(None,) * 12
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -457,9 +444,4 @@ def _check_arguments(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the hidden states have {num_rows} rows")
     if method not in METHODS:
         raise ValueError(f"method has to be one of {', '.join(METHODS)}, got {method!r}")
-    if not 0 <= kd_weight <= 1:
-        raise ValueError(f"kd_weight has to lie in [0, 1], got {kd_weight}")
-    if not temperature > 0:
-        raise ValueError(f"temperature has to be above 0, got {temperature}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size has to be at least 1, got {chunk_size}")
+    check_settings(kd_weight, temperature, chunk_size)

@@ -79,7 +79,7 @@ class Head(NamedTuple):
     def project_(self, out: Tensor, hidden: Tensor) -> None:
         """Overwrites `out` (n, V) with `hidden @ weight.T`, multiplied in the dtype of `hidden`."""
         for part, weight in self.weight_slices(hidden.dtype):
-            add_product_(out[:, part], hidden, weight.t(), beta=0)
+            _add_product_(out[:, part], hidden, weight.t(), beta=0)
 
     def finish_logits_(self, products: Tensor) -> Tensor:
         """Turns `hidden @ weight.T` into logits, in place."""
@@ -350,7 +350,48 @@ def _mix_(out: Tensor, chunk: slice, teachers: list[TeacherSignal], temperature:
     return Head(teachers[0].head.weight)
 
 
-def add_product_(out: Tensor, left: Tensor, right: Tensor, *, beta: int = 1) -> None:
+class HeadGradients:
+    """Gradients of hidden states (N, D), of a head's weight and of its bias, summed up in float32 chunk by chunk.
+
+    Args:
+        head (`Head`): truncated to the V tokens that count.
+        inputs: hidden states, weight and bias as autograd knows them; rows of the last two past V get no gradient.
+        needed: which of the three need one.
+    """
+
+    def __init__(self, head: Head, inputs: tuple[Tensor, Tensor, Tensor | None], needed: Sequence[bool]) -> None:
+        self.head = head
+        self.dtype = head.product_dtype(inputs[0])
+        self.sum_dtype = torch.promote_types(self.dtype, torch.float32)
+        self._dtypes = [None if x is None else x.dtype for x in inputs]
+        self._sums: list[Tensor | None] | None = [
+            torch.zeros_like(x, dtype=self.sum_dtype) if need and x is not None else None
+            for x, need in zip(inputs, needed, strict=True)
+        ]
+
+    def add_(self, rows: slice, hidden: Tensor, gradient: Tensor) -> None:
+        """Adds those of some positions: hidden states (n, D) in `dtype`, and the gradient (n, V) of their products."""
+        assert self._sums is not None
+        of_hidden, of_weight, of_bias = self._sums
+        rounded, vocab_size = gradient.to(self.dtype), len(self.head.weight)
+        if of_hidden is not None:
+            for part, weight in self.head.weight_slices(self.dtype):
+                _add_product_(of_hidden[rows], rounded[:, part], weight)
+        if of_weight is not None:
+            _add_product_(of_weight[:vocab_size], rounded.t(), hidden)
+        if of_bias is not None:
+            of_bias[:vocab_size] += gradient.sum(0)
+
+    def handed_out(self, scale: Tensor) -> list[Tensor | None]:
+        """The three, times `scale`, in the dtypes of the inputs; they are given away, so this works once."""
+        if self._sums is None:
+            raise RuntimeError("the loss can be differentiated once; compute it again")
+        sums, self._sums = self._sums, None
+        # Scaled last and in float32: a scaled logit gradient would lose its small entries in half precision.
+        return [None if x is None else x.mul_(scale).to(dtype) for x, dtype in zip(sums, self._dtypes, strict=True)]
+
+
+def _add_product_(out: Tensor, left: Tensor, right: Tensor, *, beta: int = 1) -> None:
     """`out = beta * out + left @ right`, without rounding the product to the dtype of its factors."""
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, beta=beta, out=out)
@@ -366,20 +407,15 @@ class _FusedLinearDistillation(torch.autograd.Function):
         ctx, student_hidden, student_head, student_bias, labels, token_weights, student: Head, passes,
         objective: _Objective, num_items, chunk_size: int, compiled: bool, grad_enabled: bool,
     ):  # fmt: skip
-        needs_hidden, needs_head, needs_bias = (needed and grad_enabled for needed in ctx.needs_input_grad[:3])
-        dtype = student.product_dtype(student_hidden)
-        sum_dtype = torch.promote_types(dtype, torch.float32)
+        needed = [needed and grad_enabled for needed in ctx.needs_input_grad[:3]]
+        gradients = HeadGradients(student, (student_hidden, student_head, student_bias), needed)
+        dtype, sum_dtype = gradients.dtype, gradients.sum_dtype
         num_rows, vocab_size = student_hidden.shape[0], student.weight.shape[0]
-
-        def zeros(needed: bool, like: Tensor | None) -> Tensor | None:
-            return torch.zeros_like(like, dtype=sum_dtype) if needed and like is not None else None
 
         def buffer(needed: bool = True) -> Any:
             shape = min(chunk_size, num_rows), vocab_size
             return student_hidden.new_empty(shape, dtype=sum_dtype) if needed else None
 
-        grad_hidden = zeros(needs_hidden, student_hidden)
-        grad_head, grad_bias = zeros(needs_head, student_head), zeros(needs_bias, student_bias)
         # Of several passes, one overwrites a copy of the student's products, and their gradients are summed.
         buffers = buffer(), buffer(), *(buffer(len(passes) > 1) for _ in range(2)), buffer(len(passes[0][1]) > 1)
         sums = student_hidden.new_zeros(5, dtype=sum_dtype)
@@ -402,32 +438,15 @@ class _FusedLinearDistillation(torch.autograd.Function):
                     sums += weight * found
                     if total is not None:
                         torch.mul(logits, weight, out=total) if index == 0 else total.add_(logits, alpha=weight)
-                logits = logits if total is None else total
-                gradient = logits.to(dtype)  # (n, V)
-                if grad_hidden is not None:
-                    for part, weight in student.weight_slices(dtype):
-                        add_product_(grad_hidden[chunk], gradient[:, part], weight)
-                if grad_head is not None:
-                    add_product_(grad_head[:vocab_size], gradient.t(), hidden)
-                if grad_bias is not None:
-                    grad_bias[:vocab_size] += logits.sum(0)
+                gradients.add_(chunk, hidden, logits if total is None else total)
 
-        ctx.gradients, ctx.num_items = (grad_hidden, grad_head, grad_bias), num_items
-        ctx.dtypes = [None if x is None else x.dtype for x in (student_hidden, student_head, student_bias)]
+        ctx.gradients, ctx.num_items = gradients, num_items
         ctx.mark_non_differentiable(sums)
         return sums[0] / num_items, sums
 
     @staticmethod
     def backward(ctx, grad_loss, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if ctx.gradients is None:
-            raise RuntimeError("fused_linear_distillation_loss can be differentiated once; compute the loss again")
-        gradients, ctx.gradients = ctx.gradients, None
-        # Divided last and in float32: a divided logit gradient would lose its small entries in half precision.
-        scale = grad_loss / ctx.num_items
-        scaled = (
-            None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)
-        )
-        return *scaled, *(None,) * 9
+        return *ctx.gradients.handed_out(grad_loss / ctx.num_items), *(None,) * 9
 
 
 def _check_arguments(
@@ -447,6 +466,11 @@ def _check_arguments(
     for name, tensor in [*(("teacher_hidden", t.hidden) for t in teachers), *lengths.items()]:
         if tensor is not None and tensor.shape[0] != num_rows:
             raise ValueError(f"{name} has {tensor.shape[0]} rows, student_hidden has {num_rows}")
+    check_settings(kd_weight, temperature, chunk_size)
+
+
+def check_settings(kd_weight: float, temperature: float, chunk_size: int | None) -> None:
+    """Raises `ValueError` for a number out of its range."""
     if not 0 <= kd_weight <= 1:
         raise ValueError(f"kd_weight has to lie in [0, 1], got {kd_weight}")
     if not temperature > 0:
