@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hf_distill.losses.fused_linear import COMBINATIONS as LOSS_COMBINATIONS
 from hf_distill.teachers import Signal, Teacher
 
 # "mixture" and "sum" weigh all teachers everywhere; with "route" a column of the dataset names the teacher of a row.
-COMBINATIONS = ("mixture", "sum", "route")
+COMBINATIONS = (*LOSS_COMBINATIONS, "route")
 
 
 class EnsembleTeacher:

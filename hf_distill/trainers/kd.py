@@ -315,11 +315,12 @@ class KDTrainer(SFTTrainer):
         same = [signal for signal in signals if isinstance(signal, TeacherSignal)]
         results = []
         if same:
-            # A sum of divergences over teachers, of which others may have another tokenizer.
-            share = sum(signal.weight for signal in same) if self.args.teacher_combination == "sum" else 1.0  # pyright: ignore
+            is_sum = self.args.teacher_combination == "sum"
+            # Of a sum, these may be a part: others have another tokenizer.
+            share = sum(signal.weight for signal in same) if is_sum else 1.0  # pyright: ignore
             found = fused_distillation_loss(
                 hidden, head, [signal._replace(weight=signal.weight / share) for signal in same], labels,
-                combination="sum" if self.args.teacher_combination == "sum" else "mixture",
+                combination="sum" if is_sum else "mixture",
                 vocab_size=self.vocab_size, compiled=not changing, **options,
             )  # fmt: skip
             results.append((share, found))

@@ -69,14 +69,14 @@ class KVProjectionTrainer(KDTrainer):
             raise ValueError(f"args has to be a KVProjectionConfig, got {type(args).__name__}")
         if any(part is not None for part in kwargs.get("optimizers") or ()):
             raise ValueError("optimizers are not taken: the projector has to be in them, with its own learning rate")
-        self._kv_means: dict[str, TokenMeans] = {}
-        self._kv_diagnostics: dict[str, TokenMeans] = {}
-        super().__init__(model, teacher_model, args, *positional, **kwargs)
         if args.teacher_combination == "route":
             raise ValueError(
                 "teacher_combination='route' gives each row one teacher, whose keys and values only that "
                 "row has: take 'mixture' or 'sum', or KDTrainer"
             )
+        self._kv_means: dict[str, TokenMeans] = {}
+        self._kv_diagnostics: dict[str, TokenMeans] = {}
+        super().__init__(model, teacher_model, args, *positional, **kwargs)
         if args.projector_freeze_after is not None and self.is_deepspeed_enabled:
             raise ValueError(
                 "projector_freeze_after cannot take gradients out of DeepSpeed: remove it, or use FSDP2 or DDP"
@@ -230,7 +230,8 @@ class KVProjectionTrainer(KDTrainer):
         after = self.args.projector_freeze_after
         if after is not None and self.state.global_step >= after:
             for source in self.sources.values():
-                _drop_gradients(source.projector)
+                for parameter in source.projector.parameters():
+                    parameter.grad = None  # the optimizer passes over it
 
     # --------------------------------------------------------------------------------------------------- metrics
 
@@ -321,11 +322,6 @@ def _mapping_rows(mapping: LayerMapping) -> list[dict[str, str]]:
         {"student layer": str(layer), "teacher layers": ", ".join(f"{i} ({weight:.0%})" for i, weight in ts.items())}
         for layer, ts in mapping.items()
     ]
-
-
-def _drop_gradients(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        parameter.grad = None  # the optimizer passes over it
 
 
 def _diagnose(student: Tensor, teacher: Tensor, projected: Tensor) -> tuple[Tensor, ...]:
