@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import is_trackio_available, is_wandb_available
 
-from hf_distill.evaluation import perplexity, tokenized_row, window_length
+from hf_distill.evaluation import perplexity, window_length
 from hf_distill.modeling import evaluating
 from hf_distill.report import markdown, save_curve
+from hf_distill.rows import tokenized_row
 
 TITLE = "rollout/samples"
 # What a cosine below each number is called; above all of them it is Excellent. A name, no proof of learning.

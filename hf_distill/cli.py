@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import os
-import string
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -12,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -43,6 +42,7 @@ from hf_distill.report import (
     save_settings,
     table,
 )
+from hf_distill.rows import fill_templates, load_rows
 from hf_distill.teachers.local import LocalTeacher
 from hf_distill.trainers.checkpoints import find_checkpoint
 from hf_distill.trainers.checks import student_tokenizer
@@ -50,8 +50,6 @@ from hf_distill.trainers.config import KDConfig, KVProjectionConfig, Speculative
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
 from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
-
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass
@@ -178,65 +176,6 @@ class MergeArguments:
     base: str | None = field(
         default=None, metadata={"help": "Hub id or path of the base model. Default: the one it was trained on."}
     )
-
-
-def load_rows(name: str, split: str, config: str | None = None) -> Dataset:
-    """Rows of a hub dataset, a folder (of files, or written by `save_to_disk`) or a single file.
-
-    `split` is a name, or parts and sums of splits as in `datasets`: `train[:20000]`, `train[90%:]+test`. A file and a
-    folder written from a single data set have one split, `train`.
-
-    Raises:
-        `ValueError`: the file's kind is unknown, or the split does not exist.
-    """
-    extension = os.path.splitext(name)[1]
-    if os.path.isfile(name):
-        if extension not in FILE_FORMATS:
-            raise ValueError(f"dataset {name!r} has to be one of {', '.join(FILE_FORMATS)}, a folder or a hub id")
-        loaded = load_dataset(FILE_FORMATS[extension], data_files=name)
-    elif extension in FILE_FORMATS:
-        raise ValueError(f"dataset {name!r} does not exist")
-    else:
-        saved = any(os.path.exists(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json"))
-        loaded = load_from_disk(name) if saved else load_dataset(name, config)
-    if isinstance(loaded, Dataset):
-        loaded = DatasetDict({"train": loaded})
-    try:
-        parts = ReadInstruction.from_spec(split).to_absolute({part: len(rows) for part, rows in loaded.items()})
-    except ValueError as error:
-        raise ValueError(f"dataset {name!r} has the splits {', '.join(map(str, loaded))}, not {split!r}") from error
-    return concatenate_datasets([loaded[part.splitname].select(range(part.from_, part.to)) for part in parts])
-
-
-def fill_templates(rows: Dataset, prompt_template: str, completion_template: str) -> Dataset:
-    """Rows of `prompt` and `completion`, made of other columns by `str.format`; a backslash and an n are a new line.
-
-    Raises:
-        `ValueError`: a template names a column or a part of it that a row does not have, or that is empty (None).
-    """
-    templates = {"prompt": prompt_template, "completion": completion_template}
-    templates = {name: template.replace("\\n", "\n") for name, template in templates.items()}
-
-    def fill(row: dict[str, Any], index: int) -> dict[str, str]:
-        found = {}
-        for name, template in templates.items():
-            try:
-                found[name] = _RowFormatter().vformat(template, (), row)
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{name}_template {template!r} does not fit row {index} ({type(error).__name__}: {error}); the "
-                    f"columns are {', '.join(row)}"
-                ) from error
-        return found
-
-    return rows.map(fill, with_indices=True, remove_columns=rows.column_names)
-
-
-class _RowFormatter(string.Formatter):
-    def format_field(self, value: Any, format_spec: str) -> str:
-        if value is None:
-            raise ValueError("a value is None")
-        return super().format_field(value, format_spec)
 
 
 def make_kd(arguments: StagedArguments, args: KDConfig, model_config: ModelConfig) -> KDTrainer:

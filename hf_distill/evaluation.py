@@ -27,6 +27,7 @@ from hf_distill.modeling import (
     last_hidden_states,
     select_positions,
 )
+from hf_distill.rows import tokenized_row
 
 
 def evaluate_fidelity(
@@ -268,27 +269,6 @@ def _padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": mask, "labels": pad("labels", -100)}
 
 
-def tokenized_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """input_ids and labels of a row, and `seq_lengths` of a packed one; `ValueError` for one with unknown columns."""
-    if "input_ids" in row:
-        labels = row.get("labels") or row["input_ids"]
-        return {"input_ids": row["input_ids"], "labels": labels, "seq_lengths": row.get("seq_lengths")}  # pyright: ignore
-    if "prompt" in row and "completion" in row:
-        prompt = _ids(row["prompt"], tokenizer, add_generation_prompt=True)
-        ids = _ids(row["prompt"] + row["completion"], tokenizer)
-        differing = (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b)
-        start = next(differing, min(len(prompt), len(ids)))
-        return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
-    content = row.get("text", row.get("messages"))
-    if content is None:
-        raise ValueError(
-            f"a row has the columns {', '.join(sorted(row))}; it needs 'text', 'messages', 'prompt' and 'completion', "
-            "or 'input_ids'"
-        )
-    ids = _ids(content, tokenizer)
-    return {"input_ids": ids, "labels": ids}
-
-
 def _num_characters(row: dict[str, Any], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Characters of the text that the counted tokens of a row stand for; None where it is not known."""
     text = row["prompt"] + row["completion"] if {"prompt", "completion"} <= set(row) else row.get("text")
@@ -297,11 +277,3 @@ def _num_characters(row: dict[str, Any], labels: list[int], tokenizer: PreTraine
     ends = [end for _, end in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]  # pyright: ignore
     first = next((i for i, label in enumerate(labels) if i and label != -100), None)
     return 0 if first is None else len(text) - ends[first - 1]
-
-
-def _ids(content: str | list, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> list[int]:
-    if isinstance(content, str):
-        return tokenizer(content)["input_ids"]  # pyright: ignore[reportReturnType]
-    return tokenizer.apply_chat_template(content, add_generation_prompt=add_generation_prompt, return_dict=True)[  # pyright: ignore
-        "input_ids"
-    ]

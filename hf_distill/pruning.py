@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.modeling import causal_lm, embedding_weight, evaluating, keep_4bit_weights, last_hidden_states
+from hf_distill.rows import tokenized_row
 
 MANIFEST = "manifest.json"
 
@@ -562,7 +563,7 @@ def _batches(
         return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) - 1 for row in rows])
 
     for row in tqdm(dataset, desc="ranking layers", unit="row", leave=False):
-        if ids := _token_ids(row, tokenizer)[:max_length]:
+        if ids := tokenized_row(row, tokenizer)["input_ids"][:max_length]:
             rows.append(torch.tensor(ids))
         if len(rows) == batch_size:
             yield batch()
@@ -573,19 +574,3 @@ def _batches(
 
 def _mask(ids: Tensor, last: Tensor) -> Tensor:
     return (torch.arange(ids.shape[1]) <= last.unsqueeze(1)).long()  # (B, T)
-
-
-def _token_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if "input_ids" in row:
-        return row["input_ids"]
-    content = row.get("text", row.get("messages"))
-    if content is None and "prompt" in row and "completion" in row:
-        content = row["prompt"] + row["completion"]
-    if content is None:
-        raise ValueError(
-            f"a row has the columns {', '.join(sorted(row))}; it needs 'text', 'messages', 'prompt' and 'completion', "
-            "or 'input_ids'"
-        )
-    if isinstance(content, str):
-        return tokenizer(content)["input_ids"]  # pyright: ignore[reportReturnType]
-    return tokenizer.apply_chat_template(content, return_dict=True)["input_ids"]  # pyright: ignore
