@@ -30,9 +30,10 @@ OWN_COLUMNS = ("input_ids", "labels", "groups", "student_groups", "exact")
 
 
 class PromptCollator:
-    """One prompt for both sides: rows with `prompt` (text or messages) and maybe `completion`, or with `messages`.
+    """Rows with `prompt` (text or messages) and maybe `completion`, or with `messages`; one prompt for both sides.
 
-    The last message of `messages` is the completion if it is the assistant's.
+    The last message of `messages` is the completion if it is the assistant's. A row with a `teacher_prompt` has another
+    one for the teacher.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): with a chat template, for rows with messages.
@@ -47,12 +48,11 @@ class PromptCollator:
         Raises:
             `ValueError`: no prompt, an empty one, or messages without a chat template.
         """
-        tools, template_kwargs = row.get("tools"), row.get("chat_template_kwargs") or {}
-        tools = json.loads(tools) if isinstance(tools, str) else tools
         if row.get("messages"):
             messages = row["messages"]
             answered = messages[-1]["role"] == "assistant"
-            row = {"prompt": messages[:-1], "completion": messages[-1:]} if answered else {"prompt": messages}
+            parts = {"prompt": messages[:-1], "completion": messages[-1:]} if answered else {"prompt": messages}
+            row = {**row, "messages": None, **parts}
         prompt, completion = row.get("prompt"), row.get("completion")
         if not prompt:
             raise ValueError(
@@ -62,11 +62,17 @@ class PromptCollator:
         if is_chat := not isinstance(prompt, str):
             check_chat_template(self.tokenizer)
             turns = {"prompt": prompt, **({"completion": completion} if completion else {})}
-            texts = apply_chat_template(turns, self.tokenizer, tools, **template_kwargs)
+            texts = apply_chat_template(turns, self.tokenizer, **_template_arguments(row))
             prompt, completion = texts["prompt"], texts.get("completion")
         ids = prompt_ids(self.tokenizer, prompt, add_special_tokens=not is_chat)
         answer = completion_ids(self.tokenizer, prompt, completion, ids, ends=is_chat) if completion else []
-        return {"student_prompt_ids": ids, "teacher_prompt_ids": ids, "completion_ids": answer}
+        teacher_ids = self.teacher_prompt_ids(row, name) if row.get("teacher_prompt") else ids
+        return {"student_prompt_ids": ids, "teacher_prompt_ids": teacher_ids, "completion_ids": answer}
+
+    def teacher_prompt_ids(self, row: Row, name: str) -> list[int]:
+        """Token ids of a row's `teacher_prompt`, with the row's tools."""
+        own = {"prompt": row["teacher_prompt"], "completion": None, "messages": None, "teacher_prompt": None}
+        return self.encode({**row, **own}, f"the teacher_prompt of {name}")["student_prompt_ids"]
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         return pad_prompts([encoded(self, row, i) for i, row in enumerate(rows)], self.tokenizer)
@@ -266,11 +272,11 @@ class TeacherColumnsCollator:
         return batch
 
 
-def with_teacher_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, dataset_name: str) -> Row:
-    """What the teacher reads of a tokenised row: its `teacher_prompt`, if there is one, before the same completion.
+def with_teacher_prompt(row: Row, tokenizers: Sequence[PreTrainedTokenizerBase], dataset_name: str) -> Row:
+    """What the teachers read of a tokenised row: its `teacher_prompt`, if there is one, before the same completion.
 
     Raises:
-        `ValueError`: the row has no prompt that the teacher's could stand for.
+        `ValueError`: the row has no prompt that the teacher's could stand for, or it is another for each tokenizer.
     """
     ids, labels = list(map(int, row["input_ids"])), list(map(int, row["labels"]))
     if row.get("teacher_prompt"):
@@ -281,8 +287,12 @@ def with_teacher_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, dataset_na
                 "it needs 'prompt' and 'completion', and labels on the completion alone"
             )
         name = f"a row of the {dataset_name} dataset"
-        other = {**row, "messages": None, "completion": None, "prompt": row["teacher_prompt"]}  # tools are for both
-        prompt = PromptCollator(tokenizer).encode(other, name)["teacher_prompt_ids"]
+        prompt, *others = (PromptCollator(tokenizer).teacher_prompt_ids(row, name) for tokenizer in tokenizers)
+        if any(other != prompt for other in others):
+            raise ValueError(
+                f"the 'teacher_prompt' of {name} is for all teachers, but their chat templates or tokenizers make "
+                "different tokens of it: give 'prompt' and 'teacher_prompt' as text, or take teachers that agree"
+            )
         ids, labels = prompt + ids[start:], [-100] * len(prompt) + labels[start:]
     return {"teacher_input_ids": ids, "teacher_labels": labels}
 
@@ -310,9 +320,7 @@ def with_own_tokens(
             ids = [*ids, tokenizer.eos_token_id]
         contents = None
     else:
-        tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        ids = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **options)["input_ids"]  # pyright: ignore
+        ids = tokenizer.apply_chat_template(messages, return_dict=True, **_template_arguments(row))["input_ids"]  # pyright: ignore
         contents = [message.get("content") or "" for message in messages]  # A tool call has none.
         if strange := [content for content in contents if not isinstance(content, str)]:
             raise ValueError(f"messages for a teacher with another tokenizer have to be text, got {strange[0]!r}")
@@ -334,6 +342,12 @@ def with_own_tokens(
         "exact": sum(len(groups[k].student) == len(groups[k].teacher) == 1 for k in kept),
     }
     return {f"teacher_{index}_{name}": value for name, value in view.items()}
+
+
+def _template_arguments(row: Row) -> dict[str, Any]:
+    """What a row brings for its chat template: its tools, which may be JSON, and arguments of its own."""
+    tools = row.get("tools")
+    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
 
 
 def _messages(row: Row) -> list[dict[str, str]] | None:

@@ -451,6 +451,21 @@ def test_tools_and_template_arguments_reach_the_chat_template(tokenizer):
     assert tokenizer.decode(ids) == "searchbrief<|user|>Who?<eos><|assistant|>"
 
 
+@pytest.mark.parametrize("form", ["text", "prompt", "messages"])
+def test_a_teacher_prompt_is_for_the_teacher_alone(tokenizer, form):
+    own = [{"role": "system", "content": "Be right."}, user(SENTENCES[0]), user("Who ran?")]
+    row = {
+        "text": {"prompt": "Who ran?", "completion": " The dog."},
+        "prompt": {"prompt": [user("Who ran?")], "completion": [assistant("The dog.")]},
+        "messages": {"messages": [user("Who ran?"), assistant("The dog.")]},
+    }[form]
+    plain = PromptCollator(tokenizer).encode(row)
+    found = PromptCollator(tokenizer).encode({**row, "teacher_prompt": SENTENCES[0] if form == "text" else own})
+    expected = tokenizer(SENTENCES[0])["input_ids"] if form == "text" else chat(tokenizer, *own)
+    assert found == {**plain, "teacher_prompt_ids": expected}
+    assert PromptCollator(tokenizer).encode({**row, "teacher_prompt": None}) == plain
+
+
 def test_completions_are_given_only_where_all_rows_have_one(tokenizer):
     rows = [{"prompt": "The dog", "completion": " ran."}, {"prompt": "The bird sang"}]
     collator = PromptCollator(tokenizer)

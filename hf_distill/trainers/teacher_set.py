@@ -68,12 +68,13 @@ class TeacherSet:
         self.vocab_size = student_rows(student, args)
         self.by_name: dict[str, Any] = {}
         self._across: dict[str, PreTrainedTokenizerBase] = {}  # tokenizers of teachers that have another vocabulary
-        self._tokenizer = student_tokenizer  # of the teachers that have the student's vocabulary
+        self._tokenizers: list[PreTrainedTokenizerBase] = []  # of the teachers that have the student's vocabulary
         devices = [place.strip() or None for place in (args.teacher_device or "").split(",")]
         self._places = dict(zip(models, devices * len(models), strict=False))
         for name, model in models.items():
             if isinstance(model, str) and model == BASE:
                 self.by_name[name] = None  # until the student is there
+                self._tokenizers.append(student_tokenizer)
                 self.vocab_size = min(self.vocab_size, shared_vocabulary(student_tokenizer, student_tokenizer))
                 continue
             tokenizer = tokenizers[name] or teacher_tokenizer(model, args) or student_tokenizer
@@ -100,7 +101,7 @@ class TeacherSet:
                 continue
             self.by_name[name] = teacher
             self.vocab_size = min(self.vocab_size, shared, teacher.head.weight.shape[0])
-            self._tokenizer = tokenizer
+            self._tokenizers.append(tokenizer)
         refuse_across(self._across, self.by_name, args)
 
     def _shared_vocabulary(self, tokenizer: PreTrainedTokenizerBase, crosses: bool) -> int | None:
@@ -157,7 +158,7 @@ class TeacherSet:
         if self.args.teacher_combination == "route" and "teacher" in columns:
             dataset = dataset.map(partial(_with_teacher_index, names=list(self.by_name), dataset_name=name))
         if "teacher_prompt" in columns:
-            dataset = dataset.map(partial(with_teacher_prompt, tokenizer=self._tokenizer, dataset_name=name))
+            dataset = dataset.map(partial(with_teacher_prompt, tokenizers=self._tokenizers, dataset_name=name))
         for teacher, tokenizer in self._across.items():
             side = self.by_name[teacher]
             function = partial(

@@ -377,6 +377,17 @@ def test_several_teachers_read_it(tmp_path, tokenizer, prompts, student, teacher
     assert_same_gradients(found, dense_gradients(loss, student))
 
 
+def test_teachers_that_read_it_differently_are_refused(tmp_path, tokenizer, prompts, student, teachers):
+    other = make_tokenizer()
+    other.chat_template = "Dear model, " + other.chat_template
+    tokenizers = {"a": tokenizer, "b": other, "c": tokenizer}
+    args = KDConfig(**settings(tmp_path))
+    options = {"processing_class": tokenizer, "teacher_processing_class": tokenizers}
+    with pytest.raises(ValueError, match=r"'teacher_prompt' of a row of the train dataset is for all teachers.*text"):
+        KDTrainer(student, teachers, args, prompts.map(as_messages), **options)
+    KDTrainer(student, teachers, args, prompts, **options)  # as text it is the same for all
+
+
 def test_base_reads_it_too(tmp_path, tokenizer, prompts, student):
     """Self-distillation of a context into weights."""
     base = copy.deepcopy(student)

@@ -235,12 +235,19 @@ def test_dataset_rows_are_trained_as_they_are_up_to_max_new_tokens(tmp_path, tok
 # ---------------------------------------------------------------------------------------------------------- LUPI
 
 
-def test_teacher_reads_what_the_student_does_not_and_both_meet_on_the_completion(tmp_path, tokenizer, student, teacher):
+@pytest.mark.parametrize("form", ["collator", "column"])
+def test_teacher_reads_what_the_student_does_not_and_both_meet_on_the_completion(
+    tmp_path, tokenizer, student, teacher, rows, form
+):
     plain = copy.deepcopy(student)
     collator = LUPICollator(tokenizer, system_prompt="Know it all.", completion_column="answer")
+    if form == "collator":
+        dataset, others = Dataset.from_list(FACTS), {"data_collator": collator}
+    else:
+        dataset, others = rows.map(lambda row: {"teacher_prompt": f"{SENTENCES[0]} {row['prompt']}"}), {}
     trainer, watch = watched(
-        tmp_path, student, teacher, Dataset.from_list(FACTS), tokenizer, kd_weight=0.5,
-        rollout_mix={"speculative": 0.6, "dataset": 0.4}, others={"data_collator": collator},
+        tmp_path, student, teacher, dataset, tokenizer, kd_weight=0.5,
+        rollout_mix={"speculative": 0.6, "dataset": 0.4}, others=others,
     )  # fmt: skip
     trainer.train()
     assert all(len(row.teacher_prompt_ids) > len(row.student_prompt_ids) + 5 for row in watch.rows[0])
