@@ -344,7 +344,11 @@ def merge_adapter(
     adapter_folder, output_folder = Path(adapter_folder), Path(output_folder)
     weights = [adapter_folder / name for name in ADAPTER_WEIGHTS]
     if not (adapter_folder / ADAPTER_CONFIG).exists() or not any(path.exists() for path in weights):
-        raise ValueError(f"{adapter_folder} has no adapter: there is no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS[0]}")
+        inside = sorted(path.parent.name for path in adapter_folder.glob(f"*/{ADAPTER_CONFIG}"))
+        raise ValueError(
+            f"{adapter_folder} has no adapter: there is no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS[0]}"
+            + (f"; there is one in {', '.join(inside)}" if inside else "")
+        )
     if (output_folder / ADAPTER_CONFIG).exists():
         raise ValueError(f"{output_folder} has an adapter, which loading would add again: choose another folder")
     config = PeftConfig.from_pretrained(str(adapter_folder))

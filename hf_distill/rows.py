@@ -1,6 +1,7 @@
 """Rows of a dataset: where they are, what templates make of their columns, and which tokens they are."""
 
 import os
+import reprlib
 import string
 from typing import Any
 
@@ -53,9 +54,10 @@ def fill_templates(rows: Dataset, prompt_template: str, completion_template: str
             try:
                 found[name] = _RowFormatter().vformat(template, (), row)
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                columns = ", ".join(f"{column}: {reprlib.repr(value)}" for column, value in row.items())
                 raise ValueError(
-                    f"{name}_template {template!r} does not fit row {index} ({type(error).__name__}: {error}); the "
-                    f"columns are {', '.join(row)}"
+                    f"{name}_template {template!r} does not fit row {index} ({type(error).__name__}: {error}), which "
+                    f"has {columns}"
                 ) from error
         return found
 

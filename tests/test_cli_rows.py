@@ -110,10 +110,10 @@ def test_a_backslash_and_an_n_are_a_new_line_as_a_shell_hands_them_over():
         ("{nothing}", COMPLETION, r"row 0 \(ValueError: a value is None\)"),
     ],
 )
-def test_a_template_that_does_not_fit_names_the_columns_there_are_in_one_line(prompt, completion, message):
+def test_a_template_that_does_not_fit_shows_the_row_in_one_line(prompt, completion, message):
     rows = Dataset.from_list([{**row, "nothing": None} for row in ROWS])
     with pytest.raises(
-        ValueError, match=rf"{message}.*the columns are id, context, question, answers, nothing$"
+        ValueError, match=rf"{message}.*which has id: .*context: .*question: .*answers: .*'text': .*nothing: None$"
     ) as error:
         fill_templates(rows, prompt, completion)
     assert "\n" not in str(error.value)

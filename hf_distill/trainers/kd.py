@@ -497,7 +497,7 @@ class KDTrainer(SFTTrainer):
     def _tell(self, message: str) -> None:
         if self.is_world_process_zero():
             logger.info(message)
-            if not self.args.disable_tqdm:
+            if not (logger.isEnabledFor(logging.INFO) or self.args.disable_tqdm):
                 Console().print(message, highlight=False)
 
     def _is_told_to_stop(self) -> bool:

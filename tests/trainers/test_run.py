@@ -27,7 +27,13 @@ def test_a_run_is_described_once_before_it_starts_and_its_tokens_at_the_first_lo
     )
     (tokens,) = [message for message in caplog.messages if "tokens per update" in message]
     assert tokens == f"about {trainer.state.log_history[0]['num_tokens']:,.0f} tokens per update"
-    assert "processes: 1, engine: none" in capsys.readouterr().out.replace("\n", " ")
+    assert "processes: 1" not in capsys.readouterr().out
+
+
+def test_who_has_not_turned_the_log_on_sees_it_on_the_console(trainer, caplog, capsys):
+    with caplog.at_level(logging.WARNING, logger="hf_distill"):
+        trainer.train()
+    assert capsys.readouterr().out.replace("\n", " ").count("processes: 1, engine: none") == 1
 
 
 def test_offloaded_teacher_is_described(tmp_path):
