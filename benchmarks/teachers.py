@@ -6,8 +6,8 @@
 
 Data and budgets as in benchmarks/tinystories.py. `cross`: a random student of two layers with a vocabulary of 1,000
 byte-level tokens, trained on the same stories; what is measured is bits per byte of held-out text. `ensemble`: a second
-teacher, made of all but one of the first one's layers and trained on hard labels, for a random student. `hidden`: the
-teacher's hidden states beside its logits.
+teacher, made of all but one of the first one's layers and trained on hard labels. `hidden`: the teacher's hidden states
+beside its logits.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -129,43 +130,34 @@ def compare_ensembles(teacher: PreTrainedModel, tokenizer, options: argparse.Nam
         "their reverse KLs": (both, {"kd_weight": 1.0, "teacher_combination": "sum", "divergence": "reverse_kl"}),
         "the first's reverse KL": (teacher, {"kd_weight": 1.0, "divergence": "reverse_kl"}),
     }
-    table = []
-    for name in options.only or variants:
-        (teachers, changes), found = variants[name], []
-        for seed in options.seeds:
-            set_seed(seed)
-            student = random_model(teacher, options.random_layers)
-            train(student, teachers, rows, tokenizer, changes, seed, options)
-            found.append(evaluate_fidelity(student, teacher, held_out, tokenizer, batch_size=32))
-            print(f"{name}, seed {seed}: {found[-1]}", file=sys.stderr, flush=True)
-        table.append(_row("student learns from", name, found))
-    return table
+    return _compare_students(teacher, variants, rows, held_out, tokenizer, options)
 
 
 def compare_layers(teacher: PreTrainedModel, tokenizer, options: argparse.Namespace) -> list[dict[str, str]]:
     rows, held_out = (load_chunks(options.data / f"{n}.jsonl", tokenizer, options.length) for n in ("train", "test"))
+    variants = {name: (teacher, changes) for name, changes in HIDDEN.items()}
+    return _compare_students(teacher, variants, rows, held_out, tokenizer, options)
+
+
+def _compare_students(teacher, variants, rows, held_out, tokenizer, options) -> list[dict[str, str]]:
+    """Both students with every variant, which is one teacher or several and what changes in the settings."""
     students = {
         f"its layers {', '.join(map(str, options.layers))}": lambda: some_layers(teacher, options.layers),
         f"random, {options.random_layers} layers": lambda: random_model(teacher, options.random_layers),
     }
     table = []
-    for student_name, make in students.items():
-        for name in options.only or HIDDEN:
-            found = []
-            for seed in options.seeds:
-                set_seed(seed)
-                student = make()
-                train(student, teacher, rows, tokenizer, HIDDEN[name], seed, options)
-                found.append(evaluate_fidelity(student, teacher, held_out, tokenizer, batch_size=32))
-                print(f"{student_name}, {name}, seed {seed}: {found[-1]['kl']:.4f}", file=sys.stderr, flush=True)
-            table.append(_row("student", f"{student_name}: {name}", found))
+    for student_name, name in product(students, options.only or variants):
+        (teachers, changes), found = variants[name], []
+        for seed in options.seeds:
+            set_seed(seed)
+            student = students[student_name]()
+            train(student, teachers, rows, tokenizer, changes, seed, options)
+            found.append(evaluate_fidelity(student, teacher, held_out, tokenizer, batch_size=32))
+            print(f"{student_name}, {name}, seed {seed}: {found[-1]['kl']:.4f}", file=sys.stderr, flush=True)
+        nats = describe([math.log(values["student_perplexity"]) for values in found], "{:.3f}")
+        kl = describe([values["kl"] for values in found], "{:.3f}")
+        table.append({"student": student_name, "learns from": name, "nats per token": nats, "KL to the teacher": kl})
     return table
-
-
-def _row(column: str, name: str, found: list[dict[str, float]]) -> dict[str, str]:
-    nats = describe([math.log(values["student_perplexity"]) for values in found], "{:.3f}")
-    kl = describe([values["kl"] for values in found], "{:.3f}")
-    return {column: name, "nats per token": nats, "KL to the first teacher": kl}
 
 
 COMPARISONS = {"cross": compare_across, "ensemble": compare_ensembles, "hidden": compare_layers}
