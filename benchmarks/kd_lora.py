@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.measure import print_table
-from benchmarks.tinystories import describe, load_chunks, some_layers
+from benchmarks.stories import FIDELITY, describe_all, load_rows, load_teacher, make_parser, some_layers
 from hf_distill import cli
 from hf_distill.report import compare_runs, save_comparison
 
@@ -66,32 +65,27 @@ def run(name: str, seed: int, folder: Path, options: argparse.Namespace) -> Path
 
 def means(rows: list[dict], names: list[str], seeds: list[int]) -> list[dict[str, str]]:
     """A row per setting: the mean over seeds, and each of them."""
-    columns = {"kl": ("KL, nats", "{:.3f}"), "student_perplexity": ("perplexity", "{:.2f}")}
-    columns["agreement"] = ("agreement", "{:.1%}")
     by_name = {row["run"]: row for row in rows}
     found = []
     for name in names:
         runs = [by_name[f"{name}_{seed}"] for seed in seeds]
         settings = dict(zip(TITLES, (SETTINGS | SINGLE)[name], strict=True))
-        values = {title: describe([row[key] for row in runs], form) for key, (title, form) in columns.items()}
-        found.append({"": name, **settings, **values, "tokens": f"{runs[0]['num_tokens']:,.0f}"})  # of every seed
+        found.append(
+            {"": name, **settings, **describe_all(runs, FIDELITY), "tokens": f"{runs[0]['num_tokens']:,.0f}"}
+        )  # of every seed
     return found
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="path or hub id of a causal language model")
-    parser.add_argument("--data", required=True, type=Path, help="folder with train.jsonl and test.jsonl")
+    parser = make_parser(__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 4], help="the teacher's, for the student")
     parser.add_argument("--only", nargs="+", choices=SETTINGS | SINGLE, default=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--learning-rate-factor", type=float, default=50.0)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--train-rows", type=int, default=1024)
     parser.add_argument("--eval-rows", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32, help="rows of a micro-batch; 32 make an update")
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--output_dir", type=Path, default=Path("out/kd_lora"), help="finished runs there are kept")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     return parser.parse_args()
 
 
@@ -99,14 +93,13 @@ def main() -> None:
     options = parse_arguments()
     disable_progress_bars()
     folder = options.output_dir
-    tokenizer = AutoTokenizer.from_pretrained(options.teacher)
-    teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32)
+    teacher, tokenizer = load_teacher(options.teacher)
     some_layers(teacher, options.layers).save_pretrained(folder / "student")
     tokenizer.save_pretrained(folder / "student")
-    for split, count in (("train", options.train_rows), ("test", options.eval_rows)):
-        rows = load_chunks(options.data / f"{split}.jsonl", tokenizer, options.length)
-        (folder / "rows").mkdir(exist_ok=True)
-        rows.take(count).to_json(folder / "rows" / f"{split}.jsonl")
+    (folder / "rows").mkdir(exist_ok=True)
+    train, test = load_rows(options, tokenizer)
+    train.take(options.train_rows).to_json(folder / "rows" / "train.jsonl")
+    test.take(options.eval_rows).to_json(folder / "rows" / "test.jsonl")
     with redirect_stdout(sys.stderr):  # the table alone goes to stdout
         runs = [run(name, seed, folder, options) for seed in options.seeds for name in options.only]
         save_comparison(folder / "compare_out", runs)

@@ -9,24 +9,26 @@ KL to the teacher go over the steps of one seed, `--picture` draws it, with the 
 
 import argparse
 import sys
-import tempfile
-from pathlib import Path
 
-import torch
 from datasets import Dataset, disable_progress_bars
 from matplotlib.figure import Figure
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from benchmarks.measure import print_table
-from benchmarks.tinystories import describe, load_chunks, random_model, some_layers
-from hf_distill import KVProjectionConfig, KVProjectionTrainer, evaluate_fidelity
+from benchmarks.stories import (
+    FIDELITY,
+    add_budget,
+    add_students,
+    budget,
+    describe_all,
+    load_rows,
+    load_teacher,
+    make_parser,
+    make_students,
+    make_trainer,
+    measure_fidelity,
+)
+from hf_distill import KVProjectionConfig, KVProjectionTrainer
 
 VARIANTS: dict[str, dict] = {"KD alone": {"kv_weight": 0.0}} | {
     f"KD + {loss}, {projector}": {"kv_loss": loss, "projector": projector}
@@ -40,8 +42,8 @@ VARIANTS["KD + 0.1 mercator, pca"] = {"kv_weight": 0.1, "projector": "pca"}
 VARIANTS["mercator alone, mlp"] = {"kv_weight": 1e12, "projector": "mlp"}
 CURVES = ["KD + mercator, mlp", "KD + mercator, pca", "mercator alone, mlp"]
 COLUMNS = {
-    "KL to the teacher": ("kl", "{:.3f}"),
-    "perplexity": ("student_perplexity", "{:.2f}"),
+    "KL to the teacher": FIDELITY["KL to the teacher"],
+    "perplexity": FIDELITY["perplexity"],
     "cosine": ("eval_kv/cosine", "{:.2f}"),
     "centred": ("eval_kv/centered_cosine", "{:.2f}"),
     "CKA": ("eval_kv/cka", "{:.2f}"),
@@ -60,22 +62,16 @@ def train(
 ) -> KVProjectionTrainer:
     """The trainer after training, with its log."""
     strategy = "steps" if options.curve else "no"
-    with tempfile.TemporaryDirectory() as folder:
-        args = KVProjectionConfig(
-            output_dir=folder, max_steps=options.steps, per_device_train_batch_size=options.batch_size,
-            learning_rate=options.learning_rate, projector_learning_rate=options.learning_rate,
-            lr_scheduler_type="cosine", max_grad_norm=1.0, max_length=options.length, seed=seed, bf16=False,
-            gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to="none",
-            disable_tqdm=True, per_device_eval_batch_size=32, logging_strategy=strategy,
-            logging_steps=max(options.steps // 20, 1), eval_strategy=strategy, eval_steps=max(options.steps // 8, 1),
-            eval_on_start=options.curve, **variant,
-        )  # fmt: skip
-        trainer = KVProjectionTrainer(
-            student, teacher, args, rows, held_out, tokenizer, teacher_processing_class=tokenizer
-        )
-        trainer.remove_callback(PrinterCallback)  # prints to where the table goes
-        trainer.train()
-        return trainer
+    settings = {
+        **budget(options, seed), "projector_learning_rate": options.learning_rate, "per_device_eval_batch_size": 32,
+        "logging_strategy": strategy, "logging_steps": max(options.steps // 20, 1), "eval_strategy": strategy,
+        "eval_steps": max(options.steps // 8, 1), "eval_on_start": options.curve, **variant,
+    }  # fmt: skip
+    trainer = make_trainer(
+        KVProjectionTrainer, KVProjectionConfig, student, teacher, rows, tokenizer, settings, eval_dataset=held_out
+    )
+    trainer.train()
+    return trainer
 
 
 def held_out_rows(histories: dict[str, list[dict[str, float]]]) -> list[dict[str, str]]:
@@ -114,20 +110,12 @@ def save_curves(path: str, students: dict[str, dict[str, list[dict[str, float]]]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="hub id or path")
-    parser.add_argument("--data", required=True, help="folder with train.jsonl and test.jsonl")
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 4], help="the teacher's layers in a student")
-    parser.add_argument("--random-layers", type=int, default=2, help="layers of the random student")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = make_parser(__doc__)
+    add_students(parser)
+    add_budget(parser, steps=200, learning_rate=3e-3)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, help="by default all, of --curve three")
     parser.add_argument("--curve", action="store_true", help="how one seed goes over the steps")
     parser.add_argument("--picture", help="with --curve: a PNG to write")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     options = parser.parse_args()
     if options.picture and not options.curve:
         parser.error("--picture draws what --curve measures: give both")
@@ -139,17 +127,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(options.teacher)
-    teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32)
-    rows, held_out = (
-        load_chunks(Path(options.data) / f"{name}.jsonl", tokenizer, options.length) for name in ("train", "test")
-    )
-    students = {
-        f"its layers {', '.join(map(str, options.layers))}": lambda: some_layers(teacher, options.layers),
-        f"random, {options.random_layers} layers": lambda: random_model(teacher, options.random_layers),
-    }
+    teacher, tokenizer = load_teacher(options.teacher)
+    rows, held_out = load_rows(options, tokenizer)
     curves = {}
-    for name, make in students.items():
+    for name, make in make_students(teacher, options).items():
         table, curves[name] = [], {}
         for title in options.only:
             results = []
@@ -160,11 +141,9 @@ def main() -> None:
                 if options.curve:
                     curves[name][title] = trainer.state.log_history
                 else:
-                    fidelity = evaluate_fidelity(student, teacher, held_out, tokenizer, batch_size=32)
-                    results.append(trainer.evaluate() | fidelity)
+                    results.append(trainer.evaluate() | measure_fidelity(student, teacher, held_out, tokenizer))
             if results:
-                row = {column: describe([r[key] for r in results], form) for column, (key, form) in COLUMNS.items()}
-                table.append({"": title, **row})
+                table.append({"": title, **describe_all(results, COLUMNS)})
             print(f"{name}: {table[-1:] or title}", file=sys.stderr, flush=True)  # runs are long
         heading = f"student: {name}; {options.steps} steps, seeds {options.seeds}"
         if options.curve:

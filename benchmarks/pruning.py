@@ -14,31 +14,27 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from benchmarks.measure import print_table
-from benchmarks.tinystories import OBJECTIVES, describe, load_chunks
-from hf_distill import KDConfig, KDTrainer, evaluate_fidelity
+from benchmarks.stories import (
+    add_budget,
+    budget,
+    describe_all,
+    load_rows,
+    load_teacher,
+    make_parser,
+    make_trainer,
+    measure_fidelity,
+)
+from benchmarks.tinystories import OBJECTIVES
+from hf_distill import KDConfig, KDTrainer
 from hf_distill.pruning import drop_layers, original_layers, rank_layers, restore_layers
 
 TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
-MEASURES = {
-    "perplexity": ("student_perplexity", "{:.2f}"),
-    "KL to the teacher": ("kl", "{:.3f}"),
-    "agreement": ("agreement", "{:.1%}"),
-}
 
 
 def train(
@@ -54,51 +50,27 @@ def train(
     stages: int = 1,
 ) -> PreTrainedModel:
     """The student after training with adapters, on all of its layers or on some, and merging them."""
-    with tempfile.TemporaryDirectory() as folder:
-        args = KDConfig(
-            output_dir=folder, max_steps=stages * options.steps, per_device_train_batch_size=options.batch_size,
-            learning_rate=options.learning_rate, lr_scheduler_type="cosine", max_grad_norm=1.0,
-            max_length=options.length, seed=seed, bf16=False, gradient_checkpointing=False,
-            use_cpu=not torch.cuda.is_available(), logging_strategy="no", save_strategy="no", report_to="none",
-            disable_tqdm=True, **OBJECTIVES[objective],
-        )  # fmt: skip
-        lora = LoraConfig(
-            r=options.rank, lora_alpha=2 * options.rank, target_modules=TARGETS, layers_to_transform=layers
-        )
-        trainer = KDTrainer(
-            student, teacher, args, rows, processing_class=tokenizer, teacher_processing_class=tokenizer,
-            peft_config=lora,
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)  # prints to where the table goes
-        trainer.train()
-        return trainer.model.merge_and_unload()
+    lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=TARGETS, layers_to_transform=layers)
+    settings = {**budget(options, seed), "max_steps": stages * options.steps, **OBJECTIVES[objective]}
+    trainer = make_trainer(KDTrainer, KDConfig, student, teacher, rows, tokenizer, settings, peft_config=lora)
+    trainer.train()
+    return trainer.model.merge_and_unload()
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="path or hub id of a causal language model")
-    parser.add_argument("--data", required=True, type=Path, help="folder with train.jsonl and test.jsonl")
+    parser = make_parser(__doc__)
+    add_budget(parser, steps=100, learning_rate=1e-2)  # steps of each stage
     parser.add_argument("--probe-rows", type=int, default=256, help="rows on which layers are ranked")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100, help="of each stage")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
-    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_arguments()
     disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(options.teacher)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32).to(device)
-    rows, held_out = (
-        load_chunks(options.data / f"{name}.jsonl", tokenizer, options.length) for name in ("train", "test")
-    )
-    fidelity = partial(evaluate_fidelity, teacher=teacher, dataset=held_out, tokenizer=tokenizer, batch_size=32)
+    teacher, tokenizer = load_teacher(options.teacher)
+    rows, held_out = load_rows(options, tokenizer)
+    fidelity = partial(measure_fidelity, teacher=teacher, held_out=held_out, tokenizer=tokenizer)
     table = []
 
     def add(name: str, make: Callable[[int], PreTrainedModel], seeds: list[int]) -> dict[int, PreTrainedModel]:
@@ -108,8 +80,7 @@ def main() -> None:
             set_seed(seed)
             models[seed] = make(seed)
         found = [fidelity(model) for model in models.values()]
-        cells = {title: describe([values[key] for values in found], form) for title, (key, form) in MEASURES.items()}
-        table.append({"": name, "layers": _numbers(original_layers(models[seeds[0]])), **cells})
+        table.append({"": name, "layers": _numbers(original_layers(models[seeds[0]])), **describe_all(found)})
         print(table[-1], file=sys.stderr, flush=True)  # runs are long; the table comes at the end
         return models
 
@@ -153,8 +124,8 @@ def main() -> None:
     add("only C dropped, LoRA", trained(without(best[1:]), "forward KL", stages=2), options.seeds)
 
     print_table(f"angular distance on {options.probe_rows} training rows", ranks, options.markdown)
-    budget = f"{options.steps} steps of {options.batch_size} x {options.length} tokens, rank {options.rank}"
-    title = f"{budget}, learning rate {options.learning_rate}; mean (seeds {options.seeds}) on"
+    size = f"{options.steps} steps of {options.batch_size} x {options.length} tokens, rank {options.rank}"
+    title = f"{size}, learning rate {options.learning_rate}; mean (seeds {options.seeds}) on"
     print_table(f"{title} {len(held_out)} held-out rows", table, options.markdown)
 
 

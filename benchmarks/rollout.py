@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from benchmarks.measure import in_fresh_process, machine, measure, print_table
-from benchmarks.tinystories import load_texts, some_layers
+from benchmarks.stories import load_texts, some_layers
 from hf_distill.collators import pad_prompts
 from hf_distill.speculative import RolloutConfig, RolloutStats, rollout
 

@@ -14,25 +14,32 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 from itertools import product
 from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from benchmarks.measure import print_table
-from benchmarks.tinystories import describe, load_chunks, random_model, some_layers
-from hf_distill import KDConfig, KDTrainer, evaluate_fidelity
+from benchmarks.stories import (
+    FIDELITY,
+    add_budget,
+    add_students,
+    budget,
+    describe,
+    describe_all,
+    load_rows,
+    load_teacher,
+    make_parser,
+    make_students,
+    make_trainer,
+    measure_fidelity,
+    random_model,
+    some_layers,
+)
+from hf_distill import KDConfig, KDTrainer
 
 HARD_LABELS = {"kd_weight": 0.0}
 CROSS = {
@@ -48,22 +55,11 @@ HIDDEN = {"KD alone": {}} | {
 }
 
 
-def train(student, teacher, rows, tokenizer, changes, seed, options, teacher_tokenizer=None) -> KDTrainer:
-    with tempfile.TemporaryDirectory() as folder:
-        args = KDConfig(
-            output_dir=folder, max_steps=options.steps, per_device_train_batch_size=options.batch_size,
-            learning_rate=options.learning_rate, lr_scheduler_type="cosine", max_grad_norm=1.0,
-            max_length=options.length, seed=seed, bf16=False, activation_checkpointing=False,
-            use_cpu=not torch.cuda.is_available(), logging_strategy="no", save_strategy="no", report_to="none",
-            disable_tqdm=True, **changes,
-        )  # fmt: skip
-        trainer = KDTrainer(
-            student, teacher, args, rows, processing_class=tokenizer,
-            teacher_processing_class=teacher_tokenizer or tokenizer,
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)  # prints to where the table goes
-        trainer.train()
-        return trainer
+def train(student, teacher, rows, tokenizer, changes, seed, options, **kwargs) -> KDTrainer:
+    settings = {**budget(options, seed), **changes}
+    trainer = make_trainer(KDTrainer, KDConfig, student, teacher, rows, tokenizer, settings, **kwargs)
+    trainer.train()
+    return trainer
 
 
 def byte_level_tokenizer(texts: list[str], vocab_size: int = 1000) -> PreTrainedTokenizerFast:
@@ -105,20 +101,20 @@ def compare_across(teacher: PreTrainedModel, teacher_tokenizer, options: argpars
             set_seed(seed)
             student = random_model(teacher, options.random_layers)
             student.resize_token_embeddings(len(tokenizer))
-            trainer = train(student, teacher, rows, tokenizer, CROSS[name], seed, options, teacher_tokenizer)
-            found.append(bits_per_byte(trainer.model.eval(), held_out, tokenizer, options.length))
+            other = {"teacher_processing_class": teacher_tokenizer}
+            train(student, teacher, rows, tokenizer, CROSS[name], seed, options, **other)
+            found.append(bits_per_byte(student.eval(), held_out, tokenizer, options.length))
             print(f"{name}, seed {seed}: {found[-1]:.4f}", file=sys.stderr, flush=True)
         table.append({"student learns from": name, "bits per byte": describe(found, "{:.3f}")})
     return table
 
 
 def compare_ensembles(teacher: PreTrainedModel, tokenizer, options: argparse.Namespace) -> list[dict[str, str]]:
-    rows, held_out = (load_chunks(options.data / f"{n}.jsonl", tokenizer, options.length) for n in ("train", "test"))
+    rows, held_out = load_rows(options, tokenizer)
     set_seed(100)
     second = some_layers(teacher, options.second_layers)
     second = train(second, teacher, rows, tokenizer, HARD_LABELS, 100, options).model
-    nats = [math.log(evaluate_fidelity(m, teacher, held_out, tokenizer, batch_size=32)["student_perplexity"])
-            for m in (teacher, second)]  # fmt: skip
+    nats = [measure_fidelity(model, teacher, held_out, tokenizer)["nats"] for model in (teacher, second)]
     print(f"teachers: {nats[0]:.3f} and {nats[1]:.3f} nats per token", file=sys.stderr, flush=True)
     both = {"first": teacher, "second": second}
     variants = {
@@ -134,17 +130,14 @@ def compare_ensembles(teacher: PreTrainedModel, tokenizer, options: argparse.Nam
 
 
 def compare_layers(teacher: PreTrainedModel, tokenizer, options: argparse.Namespace) -> list[dict[str, str]]:
-    rows, held_out = (load_chunks(options.data / f"{n}.jsonl", tokenizer, options.length) for n in ("train", "test"))
+    rows, held_out = load_rows(options, tokenizer)
     variants = {name: (teacher, changes) for name, changes in HIDDEN.items()}
     return _compare_students(teacher, variants, rows, held_out, tokenizer, options)
 
 
 def _compare_students(teacher, variants, rows, held_out, tokenizer, options) -> list[dict[str, str]]:
     """Both students with every variant, which is one teacher or several and what changes in the settings."""
-    students = {
-        f"its layers {', '.join(map(str, options.layers))}": lambda: some_layers(teacher, options.layers),
-        f"random, {options.random_layers} layers": lambda: random_model(teacher, options.random_layers),
-    }
+    students = make_students(teacher, options)
     table = []
     for student_name, name in product(students, options.only or variants):
         (teachers, changes), found = variants[name], []
@@ -152,11 +145,10 @@ def _compare_students(teacher, variants, rows, held_out, tokenizer, options) -> 
             set_seed(seed)
             student = students[student_name]()
             train(student, teachers, rows, tokenizer, changes, seed, options)
-            found.append(evaluate_fidelity(student, teacher, held_out, tokenizer, batch_size=32))
+            found.append(measure_fidelity(student, teacher, held_out, tokenizer))
             print(f"{student_name}, {name}, seed {seed}: {found[-1]['kl']:.4f}", file=sys.stderr, flush=True)
-        nats = describe([math.log(values["student_perplexity"]) for values in found], "{:.3f}")
-        kl = describe([values["kl"] for values in found], "{:.3f}")
-        table.append({"student": student_name, "learns from": name, "nats per token": nats, "KL to the teacher": kl})
+        columns = {"nats per token": ("nats", "{:.3f}"), "KL to the teacher": FIDELITY["KL to the teacher"]}
+        table.append({"student": student_name, "learns from": name, **describe_all(found, columns)})
     return table
 
 
@@ -164,25 +156,15 @@ COMPARISONS = {"cross": compare_across, "ensemble": compare_ensembles, "hidden":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
+    add_students(parser)
+    add_budget(parser, steps=120, learning_rate=3e-3)
     parser.add_argument("comparison", choices=COMPARISONS)
-    parser.add_argument("--teacher", required=True, help="path or hub id of a causal language model")
-    parser.add_argument("--data", required=True, type=Path, help="folder with train.jsonl and test.jsonl")
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 4], help="the teacher's, for one student")
     parser.add_argument("--second-layers", type=int, nargs="+", default=[0, 1, 3, 4], help="of the second teacher")
-    parser.add_argument("--random-layers", type=int, default=2, help="layers of the random student")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--only", nargs="+", help="some of the rows")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     options = parser.parse_args()
     disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(options.teacher)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32).to(device)
+    teacher, tokenizer = load_teacher(options.teacher)
     table = COMPARISONS[options.comparison](teacher, tokenizer, options)
     print_table(f"{options.steps} steps, seeds {options.seeds}", table, options.markdown)
 

@@ -10,68 +10,36 @@ loop with dense logits, which has to end at the same numbers.
 """
 
 import argparse
-import copy
-import json
 import math
-import statistics
-import tempfile
-from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from benchmarks.measure import print_table
-from hf_distill import KDConfig, KDTrainer, evaluate_fidelity
+from benchmarks.stories import (
+    FIDELITY,
+    add_budget,
+    add_students,
+    budget,
+    describe_all,
+    load_rows,
+    load_teacher,
+    make_parser,
+    make_students,
+    make_trainer,
+    measure_fidelity,
+)
+from hf_distill import KDConfig, KDTrainer
 
 OBJECTIVES = {
     "hard labels": {"kd_weight": 0.0},
     "forward KL": {"kd_weight": 1.0, "divergence": "forward_kl"},
     "half and half": {"kd_weight": 0.5, "divergence": "forward_kl"},
 }
-
-
-def load_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The token ids of each story, after the bos token."""
-    with open(path, encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line in file]
-    return [
-        [tokenizer.bos_token_id, *ids] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    ]
-
-
-def load_chunks(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, by_story: bool = False) -> Dataset:
-    """The stories as one stream of tokens, or one by one, cut into rows of `length`; what is left over is dropped."""
-    texts = load_texts(path, tokenizer)
-    streams = texts if by_story else [[token for text in texts for token in text]]
-    rows = [stream[i : i + length] for stream in streams for i in range(0, len(stream) - length + 1, length)]
-    return Dataset.from_dict({"input_ids": rows, "labels": rows})
-
-
-def some_layers(teacher: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
-    """A copy of the teacher that has only these of its layers."""
-    student = copy.deepcopy(teacher).requires_grad_()  # a teacher that has taught is frozen
-    student.model.layers = nn.ModuleList(student.model.layers[i] for i in layers)
-    for i, layer in enumerate(student.model.layers):
-        layer.self_attn.layer_idx = i
-    student.config.num_hidden_layers = len(layers)
-    return student
-
-
-def random_model(teacher: PreTrainedModel, num_layers: int) -> PreTrainedModel:
-    """A random model of the teacher's width."""
-    config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = num_layers
-    return AutoModelForCausalLM.from_config(config)
+COLUMNS = {"nats per token": ("nats", "{:.3f}")} | {name: FIDELITY[name] for name in ("KL to the teacher", "agreement")}
 
 
 def train(
@@ -83,30 +51,8 @@ def train(
     seed: int,
     options: argparse.Namespace,
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        args = KDConfig(
-            output_dir=folder,
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="cosine",
-            max_grad_norm=1.0,
-            max_length=options.length,
-            seed=seed,
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=not torch.cuda.is_available(),
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **objective,
-        )
-        trainer = KDTrainer(
-            student, teacher, args, rows, processing_class=tokenizer, teacher_processing_class=tokenizer
-        )
-        trainer.remove_callback(PrinterCallback)  # prints to where the table goes
-        trainer.train()
+    settings = {**budget(options, seed), **objective}
+    make_trainer(KDTrainer, KDConfig, student, teacher, rows, tokenizer, settings).train()
 
 
 def train_plainly(
@@ -138,25 +84,12 @@ def train_plainly(
         scheduler.step()
 
 
-def describe(values: list[float], form: str) -> str:
-    """The mean and the values."""
-    return f"{form.format(statistics.mean(values))} ({', '.join(map(form.format, values))})"
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="path or hub id of a causal language model")
-    parser.add_argument("--data", required=True, type=Path, help="folder with train.jsonl and test.jsonl")
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 4], help="the teacher's, for one student")
-    parser.add_argument("--random-layers", type=int, default=2, help="layers of the random student")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser = make_parser(__doc__)
+    add_students(parser)
+    add_budget(parser, steps=120, learning_rate=3e-3)
     parser.add_argument("--by-story", action="store_true", help="cut each story by itself, not all in one stream")
     parser.add_argument("--plain", action="store_true", help="a plain torch loop in place of KDTrainer")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     return parser.parse_args()
 
 
@@ -164,42 +97,24 @@ def main() -> None:
     options = parse_arguments()
     disable_progress_bars()
     progress = Console(stderr=True)
-    tokenizer = AutoTokenizer.from_pretrained(options.teacher)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32).to(device)
-    rows, held_out = (
-        load_chunks(options.data / f"{name}.jsonl", tokenizer, options.length, options.by_story)
-        for name in ("train", "test")
-    )
-    students = {
-        f"its layers {', '.join(map(str, options.layers))}": lambda: some_layers(teacher, options.layers),
-        f"random, {options.random_layers} layers": lambda: random_model(teacher, options.random_layers),
-    }
+    teacher, tokenizer = load_teacher(options.teacher)
+    rows, held_out = load_rows(options, tokenizer, options.by_story)
+    run = train_plainly if options.plain else train
     table = []
-    for student_name, make_student in students.items():
+    for student_name, make_student in make_students(teacher, options).items():
         for objective_name, objective in {"untrained": None, **OBJECTIVES}.items():
             found = []
             for seed in options.seeds:
                 set_seed(seed)
-                student = make_student().to(device)
+                student = make_student()
                 if objective is not None:
-                    (train_plainly if options.plain else train)(
-                        student, teacher, rows, tokenizer, objective, seed, options
-                    )
-                found.append(evaluate_fidelity(student, teacher, held_out, tokenizer, batch_size=32))
-                nats = math.log(found[-1]["student_perplexity"])
-                progress.print(f"{student_name}, {objective_name}, seed {seed}: {nats:.3f} nats per token")
-            table.append(
-                {
-                    "student": f"{student_name}: {objective_name}",
-                    "nats per token": describe([math.log(values["student_perplexity"]) for values in found], "{:.3f}"),
-                    "KL to the teacher": describe([values["kl"] for values in found], "{:.3f}"),
-                    "agreement": describe([values["agreement"] for values in found], "{:.1%}"),
-                }
-            )
-    budget = f"{options.steps} steps of {options.batch_size} x {options.length} tokens"
+                    run(student, teacher, rows, tokenizer, objective, seed, options)
+                found.append(measure_fidelity(student, teacher, held_out, tokenizer))
+                progress.print(f"{student_name}, {objective_name}, seed {seed}: {found[-1]['nats']:.3f} nats per token")
+            table.append({"student": f"{student_name}: {objective_name}", **describe_all(found, COLUMNS)})
+    size = f"{options.steps} steps of {options.batch_size} x {options.length} tokens"
     teacher_nats = f"the teacher has {math.log(found[-1]['teacher_perplexity']):.3f} nats per token"
-    title = f"{budget}; mean (seeds {options.seeds}) on {len(held_out)} held-out rows, where {teacher_nats}"
+    title = f"{size}; mean (seeds {options.seeds}) on {len(held_out)} held-out rows, where {teacher_nats}"
     print_table(title, table, options.markdown)
 
 
