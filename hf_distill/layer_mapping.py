@@ -1,6 +1,8 @@
 """Which of the teacher's layers each of the student's learns from."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch import Tensor
 # For each of the student's layers: the teacher's, with weights that sum to 1.
 Mapping = dict[int, dict[int, float]]
 NAMES = ("uniform", "last", "cka")
+MAPPINGS = "layer_mappings.json"
 
 
 def layer_mapping(layers: str | Sequence[Sequence[int]], num_student_layers: int, num_teacher_layers: int) -> Mapping:
@@ -56,6 +59,21 @@ def cka_mapping(student: Sequence[Tensor], teacher: Sequence[Tensor], top: int =
         weights = values / values.sum().clamp(min=1e-12)
         mapping[i] = dict(zip(indices.tolist(), weights.tolist(), strict=True))
     return mapping
+
+
+def save_mappings(folder: Path, mappings: dict[str, Mapping]) -> None:
+    """Writes mappings into a checkpoint: of a trained student, a probe batch would make others."""
+    (folder / MAPPINGS).write_text(json.dumps(mappings, indent=2), encoding="utf-8")
+
+
+def load_mappings(folder: Path) -> dict[str, Mapping]:
+    """What `save_mappings` wrote; empty where it has not."""
+    path = folder / MAPPINGS
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {
+        name: {int(layer): {int(i): weight for i, weight in teachers.items()} for layer, teachers in mapping.items()}
+        for name, mapping in found.items()
+    }
 
 
 def linear_cka(x: Tensor, y: Tensor) -> Tensor:

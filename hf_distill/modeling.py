@@ -121,6 +121,17 @@ def select_positions(hidden: Tensor, positions: Tensor) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, positions.to(hidden.device))
 
 
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of a model's layers: the outermost list with as many modules as its configuration has layers."""
+    number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == number]
+    depth = min((name.count(".") for name, _ in lists), default=0)
+    outermost = [(name, blocks) for name, blocks in lists if name.count(".") == depth]
+    if len(outermost) != 1 or model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} has not one list of {number} layers: only decoder-only models have")
+    return outermost[0]
+
+
 def expose_hidden_states(model: PreTrainedModel) -> None:
     """Lets `model(..., with_hidden=function)` return `function(backbone_outputs, head)`, called as the head's forward.
 

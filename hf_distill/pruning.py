@@ -24,7 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.modeling import causal_lm, embedding_weight, evaluating, keep_4bit_weights, last_hidden_states
+from hf_distill.modeling import (
+    causal_lm,
+    decoder_layers,
+    embedding_weight,
+    evaluating,
+    keep_4bit_weights,
+    last_hidden_states,
+)
 from hf_distill.rows import tokenized_row
 
 MANIFEST = "manifest.json"
@@ -292,17 +299,6 @@ def refuse_bundles(bundle_dir: str | PathLike[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------ the insides of a model
-
-
-def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of a model's layers: the outermost list with as many modules as its configuration has layers."""
-    number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == number]
-    depth = min((name.count(".") for name, _ in lists), default=0)
-    outermost = [(name, blocks) for name, blocks in lists if name.count(".") == depth]
-    if len(outermost) != 1 or model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} has not one list of {number} layers: only decoder-only models have")
-    return outermost[0]
 
 
 def _refuse_unfit(model: PreTrainedModel, action: str) -> None:

@@ -67,14 +67,14 @@ def vocabulary_pieces(tokenizer: Any) -> list[Piece | None]:
             f"{type(tokenizer).__name__} does not tell how its tokens become text; load the fast tokenizer "
             "(AutoTokenizer with use_fast=True)"
         )
-    spell = _spelling(backend.decoder)
+    spell, spell_added = _spelling(backend.decoder)
     vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
     pieces: list[Piece | None] = [None] * (max([*vocabulary.values(), *added]) + 1)
     for token, index in vocabulary.items():
         pieces[index] = spell(token)
     special = set(tokenizer.all_special_ids)
-    for index, token in added.items():  # written as they are, whatever the model's alphabet
-        pieces[index] = token.content if token.special or index in special else token.content.encode()
+    for index, token in added.items():
+        pieces[index] = token.content if token.special or index in special else spell_added(token.content)
     for role in ("bos", "eos"):
         index = getattr(tokenizer, f"{role}_token_id")
         if index is not None:
@@ -325,23 +325,46 @@ def _text_groups(
     ]
 
 
-def _spelling(decoder: Any) -> Callable[[str], bytes]:
-    """How a token becomes bytes, from the decoder of a `tokenizers.Tokenizer`."""
+def _spelling(decoder: Any) -> tuple[Callable[[str], bytes], Callable[[str], bytes]]:
+    """How a token becomes bytes, and how an added one does, from the decoder of a `tokenizers.Tokenizer`."""
     state = json.loads(decoder.__getstate__()) if decoder is not None else {"decoders": []}
-    steps = {step["type"]: step for step in state.get("decoders", [state])}
-    if "ByteLevel" in steps:
-        return _bytes_of_byte_level
-    if "WordPiece" in steps:
-        prefix = steps["WordPiece"]["prefix"]
-        return lambda token: (token.removeprefix(prefix) if token.startswith(prefix) else f" {token}").encode()
-    if "Metaspace" in steps or "Replace" in steps:
-        space = steps["Metaspace"]["replacement"] if "Metaspace" in steps else steps["Replace"]["pattern"]["String"]
-        is_byte = re.compile("<0x[0-9A-F]{2}>" if "ByteFallback" in steps else "(?!)").fullmatch
-        return lambda token: bytes([int(token[3:5], 16)]) if is_byte(token) else token.replace(space, " ").encode()
-    raise ValueError(
-        f"the tokenizer's decoder ({', '.join(steps) or 'none'}) does not tell how its tokens become text; those of "
-        "byte-level, SentencePiece and WordPiece tokenizers do"
-    )
+    steps = state.get("decoders", [state])
+    kinds = {step["type"]: step for step in steps}
+    # Added tokens are written as they are, whatever the alphabet of these two.
+    if "ByteLevel" in kinds:
+        return _bytes_of_byte_level, str.encode
+    if "WordPiece" in kinds:
+        prefix = kinds["WordPiece"]["prefix"]
+        return lambda token: (token[len(prefix) :] if token.startswith(prefix) else f" {token}").encode(), str.encode
+    if "Metaspace" not in kinds and "Replace" not in kinds:
+        raise ValueError(
+            f"the tokenizer's decoder ({', '.join(kinds) or 'none'}) does not tell how its tokens become text; those "
+            "of byte-level, SentencePiece and WordPiece tokenizers do"
+        )
+    replacements = [_replacement(step) for step in steps if step["type"] in ("Metaspace", "Replace")]
+    is_byte = re.compile("<0x[0-9A-F]{2}>" if "ByteFallback" in kinds else "(?!)").fullmatch
+
+    def spell(token: str) -> bytes:
+        if is_byte(token):
+            return bytes([int(token[3:5], 16)])
+        for old, new in replacements:
+            token = token.replace(old, new)
+        return token.encode()
+
+    return spell, spell
+
+
+def _replacement(step: dict[str, Any]) -> tuple[str, str]:
+    """What a step of a decoder replaces, and by what."""
+    if step["type"] == "Metaspace":
+        return step["replacement"], " "
+    if "String" not in step["pattern"]:
+        (pattern,) = step["pattern"].values()
+        raise ValueError(
+            f"the tokenizer's decoder replaces what matches the regular expression {pattern!r}, which does not tell "
+            "how single tokens become text; replacements of plain strings do"
+        )
+    return step["pattern"]["String"], step["content"]
 
 
 def _bytes_of_byte_level(token: str) -> bytes:

@@ -18,8 +18,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from hf_distill.modeling import decoder_layers
 from hf_distill.pruning import (
-    decoder_layers,
     drop_layers,
     missing_bundles,
     original_layers,

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -20,12 +21,14 @@ from hf_distill.losses.fused_linear import Head, TeacherSignal
 from hf_distill.modeling import (
     causal_lm,
     check_head,
+    decoder_layers,
     evaluating,
     gathered,
     head_layer,
     head_of,
     input_device,
     keep_4bit_weights,
+    last_hidden_states,
     num_token_ids,
     select_positions,
 )
@@ -139,14 +142,27 @@ def signal_of(
     positions: Tensor,
     layers: Sequence[int],
 ) -> TeacherSignal:
-    """What a model says at flat `positions` (N,) of a batch, on the model's device."""
-    outputs = model.base_model(**inputs, use_cache=False, **({"output_hidden_states": True} if layers else {}))
+    """What a model says at flat `positions` (N,) of a batch, on the model's device.
 
-    def at_positions(hidden: Tensor) -> Tensor:
-        return select_positions(hidden, positions)
+    Of the inner `layers` only these positions are kept. The last layer's output comes after the final norm, as
+    transformers counts hidden states.
+    """
+    inner: dict[int, Tensor] = {}
 
-    inner = {layer: at_positions(outputs.hidden_states[layer + 1]) for layer in layers}
-    return TeacherSignal(at_positions(outputs.last_hidden_state), head, layers=inner)
+    def keep(layer: int, module: Any, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output  # (B, T, D)
+        inner[layer] = select_positions(hidden, positions)
+
+    blocks = decoder_layers(model)[1] if layers else []
+    hooks = [blocks[layer].register_forward_hook(partial(keep, layer)) for layer in layers]
+    try:
+        last = last_hidden_states(model, **inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    hidden = select_positions(last, positions)
+    inner |= {layer: hidden for layer in layers if layer == len(blocks) - 1}
+    return TeacherSignal(hidden, head, layers=inner)
 
 
 def load_teacher(

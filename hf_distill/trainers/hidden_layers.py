@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.kv_projector import HiddenProjector
-from hf_distill.layer_mapping import cka_mapping, layer_mapping
+from hf_distill.layer_mapping import Mapping, cka_mapping, layer_mapping
 from hf_distill.losses.feature import HIDDEN_LOSSES
 from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.modeling import causal_lm, evaluating, gathered, head_of, select_positions
@@ -45,10 +45,10 @@ class HiddenLayers:
                 mine = signal_of(student, head_of(student), inputs, positions, range(depths[0]))
             (found,) = teacher(*view)
             sides = ([layer.cpu() for layer in side.layers.values()] for side in (mine, found))  # pyright: ignore
-            self.mapping = cka_mapping(*sides)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            mapping = cka_mapping(*sides)  # pyright: ignore[reportArgumentType, reportCallIssue]
         else:
-            self.mapping = layer_mapping(args.hidden_layers, *depths)
-        teacher.layers = tuple(sorted({i for sources in self.mapping.values() for i in sources}))
+            mapping = layer_mapping(args.hidden_layers, *depths)
+        self.use(mapping, teacher)
         self.distance = HIDDEN_LOSSES[args.hidden_loss]
         self.projector = None
         widths = [config.hidden_size for config in configs]
@@ -60,6 +60,11 @@ class HiddenLayers:
                 )
             self.projector = HiddenProjector(widths[0], widths[1], len(self.mapping)).to(args.device)
             trainer.projectors[PROJECTOR] = self.projector
+
+    def use(self, mapping: Mapping, teacher: LocalTeacher | BaseTeacher) -> None:
+        """Learns from these layers of the teacher, which then are part of its signal."""
+        self.mapping = mapping
+        teacher.layers = tuple(sorted({i for sources in mapping.values() for i in sources}))
 
     def loss(self, hidden_states: Sequence[Tensor], signal: TeacherSignal, positions: Tensor) -> Tensor:
         """The mean over mapped layers of the distances, summed over N positions; a scalar.

@@ -23,6 +23,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig, SFTTrainer
 
 from hf_distill.kv_projector import Projectors
+from hf_distill.layer_mapping import Mapping as LayerMapping
+from hf_distill.layer_mapping import load_mappings, save_mappings
 from hf_distill.losses.cross_tokenizer import AlignedSignal, cross_tokenizer_loss
 from hf_distill.losses.divergence import check_divergence
 from hf_distill.losses.fused_linear import DistillationLoss, Head, TeacherSignal, fused_distillation_loss
@@ -73,7 +75,6 @@ from hf_distill.trainers.teacher_set import TeacherSet
 logger = logging.getLogger(__name__)
 
 PROBE_ROWS = 16
-HIDDEN_PROJECTOR = "hidden_projector"
 
 # So many halvings take the loss scaler's first scale, 2^16, below 1: what is not finite then never will be.
 MAX_SKIPPED_UPDATES = 20
@@ -334,6 +335,15 @@ class KDTrainer(SFTTrainer):
         names = DistillationLoss._fields
         return {name: sum(weight * getattr(found, name) for weight, found in results) for name in names}  # pyright: ignore
 
+    def layer_mappings(self) -> dict[str, LayerMapping]:
+        """Which layers the student's learn from, as it was when it began; kept in checkpoints."""
+        return {} if self.hidden_layers is None else {"hidden states": self.hidden_layers.mapping}
+
+    def use_layer_mappings(self, mappings: dict[str, LayerMapping]) -> None:
+        """Goes on with those of a checkpoint, where they have been measured and not named."""
+        if "hidden states" in mappings and self.args.hidden_layers == "cka":
+            self.hidden_layers.use(mappings["hidden states"], self.teacher)  # pyright: ignore
+
     def setting(self, name: str) -> float:
         """A setting as the schedule has it now; in evaluations, which would not compare otherwise, at its end."""
         if name not in (self.args.schedule or {}):
@@ -453,6 +463,9 @@ class KDTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir), self._checkpoint_problem)
         (checkpoint,) = broadcast_object_list([checkpoint])  # a network's folders do not look the same everywhere
+        if checkpoint is not None:
+            saved = load_mappings(Path(checkpoint))
+            self.use_layer_mappings({name: saved[name] for name in self.layer_mappings() if name in saved})
         self._tell(", ".join(f"{name}: {value}" for name, value in self.describe_run().items()))
         self._reset_means("train")  # nothing of an interrupted run
         self._update_loss, self._skipped_updates, self._has_agreed_to_stop = 0.0, 0, False
@@ -529,6 +542,8 @@ class KDTrainer(SFTTrainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = ""
+            if self.args.should_save and (mappings := self.layer_mappings()):
+                save_mappings(staged, mappings)
             # transformers has looked for the best checkpoint where this one is written.
             best = folder / f"checkpoint-{self.state.best_global_step}"
             if best == checkpoint or best.exists():

@@ -186,6 +186,20 @@ class KVProjectionTrainer(KDTrainer):
         self.projectors[key] = projector
         return KVSource(mapping, projector, KVCapture(model, layers, self.args.kv_positions), weight)
 
+    def layer_mappings(self) -> dict[str, LayerMapping]:
+        own = {f"keys and values of {name}": source.mapping for name, source in self.sources.items()}
+        return super().layer_mappings() | own
+
+    def use_layer_mappings(self, mappings: dict[str, LayerMapping]) -> None:
+        super().use_layer_mappings(mappings)
+        if self.args.kv_layers != "cka":
+            return
+        for name, source in self.sources.items():
+            mapping = mappings.get(f"keys and values of {name}", source.mapping)
+            layers = sorted({layer for teachers in mapping.values() for layer in teachers})
+            capture = KVCapture(causal_lm(self.teachers[name].model), layers, self.args.kv_positions)
+            self.sources[name] = source._replace(mapping=mapping, capture=capture)
+
     def _probe(
         self, name: str, student_layers: Iterable[int], teacher_layers: Iterable[int]
     ) -> list[dict[int, tuple[Tensor, Tensor]]]:

@@ -338,12 +338,14 @@ def run(folder, tokenizer, rows, teacher, seed, **changes):
     return student.state_dict() | trainer.projectors.state_dict(prefix="projectors."), losses
 
 
-def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(tmp_path, tokenizer, rows, wide_teacher):
-    whole, losses = run(tmp_path / "whole", tokenizer, rows, wide_teacher, seed=2)
+@pytest.mark.parametrize("layers", ["uniform", "cka"])
+def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(tmp_path, tokenizer, rows, wide_teacher, layers):
+    whole, losses = run(tmp_path / "whole", tokenizer, rows, wide_teacher, seed=2, hidden_layers=layers)
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     resumed, own_losses = run(
-        tmp_path / "resumed", tokenizer, rows, wide_teacher, seed=9, resume_from_checkpoint=str(checkpoint)
-    )
+        tmp_path / "resumed", tokenizer, rows, wide_teacher, seed=9, resume_from_checkpoint=str(checkpoint),
+        hidden_layers=layers,
+    )  # fmt: skip
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     assert own_losses == losses

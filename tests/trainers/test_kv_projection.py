@@ -397,14 +397,15 @@ def test_checkpoints_hold_the_student_and_the_projector_beside_it(
     assert not any("projectors" in name for name in trainer.model.state_dict())
 
 
-@pytest.mark.parametrize("projector", ["mlp", "pca"])
-def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(tmp_path, tokenizer, rows, teacher, projector):
+@pytest.mark.parametrize(("projector", "layers"), [("mlp", "uniform"), ("pca", "uniform"), ("pca", "cka")])
+def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(tmp_path, tokenizer, rows, teacher, projector, layers):
     def run(folder, seed, **kwargs):
         student = make_model("gpt2", seed=seed, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
         trainer = make_trainer(
             folder, student, teacher, rows, tokenizer, optim="adamw_torch", learning_rate=1e-2, max_steps=4,
             lr_scheduler_type="cosine", per_device_train_batch_size=2, gradient_accumulation_steps=2,
             save_strategy="steps", save_steps=2, max_grad_norm=1.0, projector_dropout=0.3, projector=projector,
+            kv_layers=layers,
         )  # fmt: skip
         trainer.train(**kwargs)
         logs = [{k: v for k, v in log.items() if "time" not in k} for log in trainer.state.log_history if "loss" in log]
