@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hf_distill.token_alignment import (
@@ -64,6 +64,22 @@ def sentence_piece(kind, vocab_size=300):
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+INDENTS = ("▁▁", "▁▁▁▁", "▁▁▁▁▁▁▁▁")
+
+
+def indenting(decoder=None):
+    """As Gemma has them: runs of spaces, newlines and tags are added tokens that are not special."""
+    tokens = ["<unk>", "<bos>", "<eos>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "\n", "a", "b", "▁a", *INDENTS]
+    merges = [("▁", "▁"), ("▁▁", "▁▁"), ("▁▁▁▁", "▁▁▁▁"), ("▁", "a")]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoder or decoders.Sequence(steps)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in (*INDENTS, "\n", "<table>")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
 
 
 def word_piece():
@@ -151,6 +167,37 @@ def test_special_tokens_are_markers_and_other_added_tokens_are_text():
     assert [PIECES["bpe"][i] for i in (0, 1, 2)] == ["<unk>", "bos", "eos"]
 
 
+def test_added_tokens_of_sentence_piece_are_spelled_as_they_are_decoded():
+    """Indentation is text like any other: both vocabularies have it."""
+    tokenizer, text = indenting(), "a\n        b    a\n  é<table>"
+    pieces, vocab = vocabulary_pieces(tokenizer), tokenizer.get_vocab()
+    for token in (*INDENTS, "\n", "<table>", "▁a", "b"):
+        assert pieces[vocab[token]] == tokenizer.decode([vocab[token]]).encode()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert {vocab["▁▁"], vocab["▁▁▁▁"], vocab["▁▁▁▁▁▁▁▁"]} <= set(ids)
+    assert join([pieces[i] for i in ids]) == text.encode()
+    other = [b" " * n for n in range(1, 9)]
+    shared = shared_tokens(pieces, other)
+    assert shared.student_names[[vocab[token] for token in INDENTS]].tolist() == [
+        shared.teacher_names[n - 1] for n in (2, 4, 8)
+    ]
+
+
+def test_added_tokens_of_word_piece_are_written_as_they_are():
+    tokenizer = word_piece()
+    tokenizer.add_tokens(["##x▁"])
+    assert vocabulary_pieces(tokenizer)[tokenizer.get_vocab()["##x▁"]] == "##x▁".encode()
+
+
+def test_steps_of_a_decoder_count_in_their_order():
+    steps = [decoders.Replace("▁", "b"), decoders.Replace("b", "cc"), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer = indenting(decoders.Sequence(steps))
+    pieces, vocab = vocabulary_pieces(tokenizer), tokenizer.get_vocab()
+    for token in ("▁a", "b", "▁▁", "<0x41>", "<table>"):
+        assert pieces[vocab[token]] == tokenizer.decode([vocab[token]]).encode()
+    assert pieces[vocab["▁a"]] == b"cca"
+
+
 def test_ids_that_are_no_token_have_no_piece():
     vocab = {**{c: i for i, c in enumerate("abcdĠ")}, "e": 9}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -164,6 +211,9 @@ def test_tokenizers_that_do_not_tell_their_text_are_refused():
     tokenizer.decoder = decoders.BPEDecoder()
     with pytest.raises(ValueError, match=r"BPEDecoder.*byte-level, SentencePiece and WordPiece"):
         vocabulary_pieces(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    by_pattern = decoders.Sequence([decoders.Replace(Regex("▁+"), " "), decoders.Fuse()])
+    with pytest.raises(ValueError, match=r"regular expression '▁\+'"):
+        vocabulary_pieces(indenting(by_pattern))
     with pytest.raises(ValueError, match="load the fast tokenizer"):
         vocabulary_pieces(object())
 
