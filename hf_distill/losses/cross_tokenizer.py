@@ -152,7 +152,8 @@ def cross_tokenizer_loss(
         kd_weight, temperature, method, chunk_size,
     )  # fmt: skip
     student_ids, teacher_ids, student_names, teacher_names = (x.to(student_hidden.device) for x in shared)
-    student, teacher = _side(student_head, student_ids, student_names), _side(teacher_head, teacher_ids, teacher_names)
+    student = _side(student_head.with_product_dtype(student_hidden), student_ids, student_names)
+    teacher = _side(teacher_head.with_product_dtype(teacher_hidden), teacher_ids, teacher_names)
     if chunk_size is None:
         chunk_size = default_chunk_size(student_hidden.device, max(len(student_names), len(teacher_names)))
     if num_items is None:
@@ -172,12 +173,13 @@ def cross_tokenizer_loss(
         # Only first tokens are compared.
         later_groups, teacher_later_groups = (torch.full_like(x, -1) for x in (later_groups, teacher_later_groups))
     settings = objective.temperature, chunk_size
-    starts = _group_starts(student_hidden.detach(), tokens, later_groups, student, *settings)
-    teacher_starts = _group_starts(teacher_hidden, teacher_tokens, teacher_later_groups, teacher, *settings)
-    loss, sums = _CrossTokenizer.apply(
-        student_hidden, student_head.weight, student_head.bias, labels[order], tokens, later_groups, starts,
-        teacher_hidden, teacher_starts, student, teacher, objective, num_items, chunk_size, torch.is_grad_enabled(),
-    )  # fmt: skip
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        starts = _group_starts(student_hidden.detach(), tokens, later_groups, student, *settings)
+        teacher_starts = _group_starts(teacher_hidden, teacher_tokens, teacher_later_groups, teacher, *settings)
+        loss, sums = _CrossTokenizer.apply(
+            student_hidden, student_head.weight, student_head.bias, labels[order], tokens, later_groups, starts,
+            teacher_hidden, teacher_starts, student, teacher, objective, num_items, chunk_size, torch.is_grad_enabled(),
+        )  # fmt: skip
     return DistillationLoss(loss, *sums[1:].unbind())
 
 
@@ -400,11 +402,10 @@ class _CrossTokenizer(torch.autograd.Function):
             return loss, none, ce, none, entropy
 
         num_groups, none = len(log_continuation), sums.new_zeros(())
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _slices(0, num_groups, chunk_size):
-                group_chunk(rows)
-            for rows in _slices(num_groups, len(labels), chunk_size):
-                differentiate(rows, later_terms)
+        for rows in _slices(0, num_groups, chunk_size):
+            group_chunk(rows)
+        for rows in _slices(num_groups, len(labels), chunk_size):
+            differentiate(rows, later_terms)
 
         ctx.gradients, ctx.num_items = gradients, num_items
         ctx.mark_non_differentiable(sums)

@@ -46,11 +46,16 @@ class Head(NamedTuple):
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    dtype: torch.dtype | None = None  # of products, where `with_product_dtype` has settled it
 
     def truncated(self, vocab_size: int) -> "Head":
         """The head of the first `vocab_size` tokens, a view."""
         bias = None if self.bias is None else self.bias[:vocab_size]
         return self._replace(weight=self.weight[:vocab_size], bias=bias)
+
+    def with_product_dtype(self, hidden: Tensor) -> "Head":
+        """The head with the dtype that products with `hidden` have now, for where autocast is switched off."""
+        return self._replace(dtype=self.product_dtype(hidden))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) in float32 or better of hidden states (..., D)."""
@@ -63,6 +68,8 @@ class Head(NamedTuple):
 
     def product_dtype(self, hidden: Tensor) -> torch.dtype:
         """The dtype in which hidden states and weight are multiplied; results are never below float32."""
+        if self.dtype is not None:
+            return self.dtype
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         # Only CUDA can multiply in half precision and keep float32 sums; elsewhere the result would be rounded too.
@@ -221,8 +228,11 @@ def fused_distillation_loss(
         chunk_size = default_chunk_size(student_hidden.device, vocab_size)
     if num_items is None:
         num_items = max(num_rows, 1)
-    whole, student = student, student.truncated(vocab_size)
-    teachers = [t._replace(hidden=t.hidden.detach(), head=t.head.truncated(vocab_size)) for t in teachers]
+    whole, student = student, student.truncated(vocab_size).with_product_dtype(student_hidden)
+    teachers = [
+        t._replace(hidden=t.hidden.detach(), head=t.head.truncated(vocab_size).with_product_dtype(t.hidden))
+        for t in teachers
+    ]
     factor = kd_weight * temperature_factor(divergence, temperature)
     if token_weights is None:
         token_weights = student_hidden.new_ones(num_rows, dtype=torch.float32)

@@ -518,6 +518,14 @@ def test_lower_precision_keeps_float32_sums(dtype, method):
 
 
 @pytest.mark.parametrize("method", ["aligned", "uld"])
+def test_products_of_both_sides_are_in_the_dtype_of_autocast(product_dtypes, method):
+    case = Case(VOCABULARIES["both have tokens without a name"], dtype=torch.float32)
+    _, gradients = case.gradients(method=method, chunk_size=5)
+    assert product_dtypes == {STUDENT_WIDTH: {torch.float64}, TEACHER_WIDTH: {torch.float64}}
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+
+
+@pytest.mark.parametrize("method", ["aligned", "uld"])
 @pytest.mark.parametrize("vocabularies", VOCABULARIES)
 def test_extreme_logits_give_finite_values_and_gradients(vocabularies, method):
     """One-hot distributions whose small probabilities underflow in float32."""

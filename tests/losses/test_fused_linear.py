@@ -5,7 +5,12 @@ import torch
 
 from hf_distill.losses import fused_linear
 from hf_distill.losses.divergence import DIVERGENCES
-from hf_distill.losses.fused_linear import Head, fused_linear_distillation_loss
+from hf_distill.losses.fused_linear import (
+    Head,
+    TeacherSignal,
+    fused_distillation_loss,
+    fused_linear_distillation_loss,
+)
 from tests.losses.oracle import distillation_loss
 
 NAMES = sorted(DIVERGENCES)
@@ -232,6 +237,17 @@ def test_cpu_autocast_leaves_the_products_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = fused_linear_distillation_loss(*inputs.values(), labels, vocab_size=VOCAB)
     assert torch.equal(plain.loss, under_autocast.loss)
+
+
+@pytest.mark.parametrize("combination", ["mixture", "sum"])
+def test_products_of_both_sides_are_in_the_dtype_of_autocast(product_dtypes, combination):
+    inputs, labels = make_inputs(torch.float32)
+    hidden, weight = inputs["student_hidden"].requires_grad_(), inputs["student_head"].requires_grad_()
+    teacher = TeacherSignal(inputs["teacher_hidden"], Head(inputs["teacher_head"]), 0.5)
+    loss = fused_distillation_loss(hidden, Head(weight), [teacher] * 2, labels, combination=combination).loss
+    loss.backward()
+    assert product_dtypes == {8: {torch.float64}, 6: {torch.float64}}
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
 
 
 def test_no_gradient_is_computed_under_no_grad():
