@@ -304,11 +304,15 @@ def with_own_tokens(
     tokenizer: PreTrainedTokenizerBase,
     student_tokenizer: PreTrainedTokenizerBase,
     pieces: tuple[Sequence[Piece | None], Sequence[Piece | None]],
+    dataset_name: str,
 ) -> Row:
     """What the `index`-th teacher reads of a tokenised row, and which of its tokens cover which of the student's.
 
     Conversations go through the teacher's own chat template; only what was said is compared. Groups count whose tokens
     all bear a label and are predicted by another token.
+
+    Raises:
+        `ValueError`: messages that are no text, or a token that the teacher has no embedding for.
     """
     student_ids, labels = row["input_ids"], row["labels"]
     ids: Any
@@ -316,8 +320,9 @@ def with_own_tokens(
     text = student_tokenizer.decode(student_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if messages is None:
         ids = tokenizer(text)["input_ids"]
-        if student_ids[-1] == student_tokenizer.eos_token_id and ids[-1:] != [tokenizer.eos_token_id]:  # pyright: ignore
-            ids = [*ids, tokenizer.eos_token_id]
+        end = tokenizer.eos_token_id
+        if student_ids[-1] == student_tokenizer.eos_token_id and end not in (None, *ids[-1:]):
+            ids = [*ids, end]
         contents = None
     else:
         ids = tokenizer.apply_chat_template(messages, return_dict=True, **_template_arguments(row))["input_ids"]  # pyright: ignore
@@ -326,6 +331,11 @@ def with_own_tokens(
             raise ValueError(f"messages for a teacher with another tokenizer have to be text, got {strange[0]!r}")
         # A row that has been cut is aligned by what is left of it.
         contents = contents if contents[-1].strip() in text else None  # pyright: ignore[reportOperatorIssue]
+    if max(ids, default=0) >= len(pieces[1]):
+        raise ValueError(
+            f"the teacher's tokenizer makes token {max(ids)} of a row of the {dataset_name} dataset, but the teacher "
+            f"has only {len(pieces[1])}: they do not belong together"
+        )
     sides = [
         ["" if side[i] is None else side[i] for i in tokens]
         for side, tokens in zip(pieces, (student_ids, ids), strict=True)
@@ -361,14 +371,12 @@ def _messages(row: Row) -> list[dict[str, str]] | None:
 def _own_tokens(rows: Sequence[Row], index: int) -> dict[str, Tensor]:
     """The columns of [`with_own_tokens`] as tensors (B, T) and (B, Tt), padded on the right; `exact` is (B,)."""
     columns = {name: [row[f"teacher_{index}_{name}"] for row in rows] for name in OWN_COLUMNS}
-    # No row has more groups than tokens of both sides.
-    step = max(len(a) + len(b) for a, b in zip(columns["groups"], columns["student_groups"], strict=True))
-    for name in ("groups", "student_groups"):
-        columns[name] = [
-            [group + i * step if group >= 0 else -1 for group in groups] for i, groups in enumerate(columns[name])
-        ]
     padding = {"input_ids": 0, "labels": -100, "groups": -1, "student_groups": -1}
     batch = {name: _pad(columns[name], value, "right")[0] for name, value in padding.items()}
+    sides = ("groups", "student_groups")
+    # No row has more groups than tokens of both sides.
+    first = torch.arange(len(rows)).unsqueeze(1) * sum(batch[name].shape[1] for name in sides)  # (B, 1)
+    batch |= {name: torch.where(batch[name] >= 0, batch[name] + first, -1) for name in sides}
     batch["attention_mask"] = _pad(columns["input_ids"], 0, "right")[1].long()
     batch["exact"] = torch.tensor(columns["exact"])
     return {f"teacher_{index}_{name}": tensor for name, tensor in batch.items()}

@@ -13,6 +13,7 @@ from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabl
 from trl import SFTConfig, is_conversational
 from trl.data_utils import is_conversational_from_value
 
+from hf_distill.layer_mapping import layer_mapping
 from hf_distill.modeling import causal_lm, num_token_ids, shared_parameters
 from hf_distill.teachers.local import BASE, public_name
 from hf_distill.trainers.config import KDConfig
@@ -126,15 +127,33 @@ def refuse_across(across: Mapping[str, Any], teachers: Mapping[str, Any], args: 
         raise ValueError(f"hidden_weight compares token by token, but {name} has another tokenizer: set it to 0")
 
 
-def check_chat_template(dataset: AnyDataset, name: str, tokenizer: PreTrainedTokenizerBase, args: KDConfig) -> None:
-    """Raises `ValueError` for conversations that the tokenizer cannot turn into text."""
+def check_chat_template(
+    dataset: AnyDataset, name: str, tokenizer: PreTrainedTokenizerBase, whose: str, setting: str
+) -> None:
+    """Raises `ValueError` for conversations that the tokenizer cannot turn into text; `setting` gives it a template."""
     row = next(iter(dataset))
     chats = "input_ids" not in row and (is_conversational(row) or is_conversational_from_value(row))
-    if chats and tokenizer.chat_template is None and args.chat_template_path is None:
+    if chats and tokenizer.chat_template is None:
         raise ValueError(
-            f"the {name} dataset has conversations, but the student's tokenizer has no chat template: use one of an "
-            "instruct model, set chat_template_path, or give the rows as text"
+            f"the {name} dataset has conversations, but {whose} tokenizer has no chat template: use one of an "
+            f"instruct model, set {setting}, or give the rows as text"
         )
+
+
+def refuse_layers(
+    layers: Any, student: str | PreTrainedModel, teachers: Mapping[str, str | PreTrainedModel], args: KDConfig
+) -> None:
+    """Raises `ValueError` for a mapping between layers that student or teacher does not have; nothing is loaded."""
+    try:
+        mine = text_config(student, args)
+        theirs = [
+            mine if teacher == BASE else text_config(teacher, args, is_teacher=True) for teacher in teachers.values()
+        ]
+    except OSError:
+        return  # loading them says it better
+    for config in theirs:
+        if layers != "cka":
+            layer_mapping(layers, mine.num_hidden_layers, config.num_hidden_layers)
 
 
 def has_label(row: Mapping[str, Any], vocab_size: int, dataset_name: str) -> bool:
@@ -292,11 +311,12 @@ def student_rows(model: str | PreTrainedModel, args: KDConfig) -> int:
     return text_config(model, args).vocab_size
 
 
-def text_config(model: str | PreTrainedModel, args: KDConfig) -> PreTrainedConfig:
-    """The configuration of a student, loaded or not."""
+def text_config(model: str | PreTrainedModel, args: KDConfig, *, is_teacher: bool = False) -> PreTrainedConfig:
+    """The configuration of a student or a teacher, loaded or not."""
     if not isinstance(model, str):
         return causal_lm(model).config.get_text_config()
-    revision = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore[reportAttributeAccessIssue]
+    init_kwargs: Any = args.teacher_model_init_kwargs if is_teacher else args.model_init_kwargs
+    revision = (init_kwargs or {}).get("revision")
     config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
     return config.get_text_config()
 

@@ -15,8 +15,14 @@ from hf_distill.losses.feature import HIDDEN_LOSSES
 from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.modeling import causal_lm, evaluating, gathered, head_of, select_positions
 from hf_distill.teachers.local import BaseTeacher, LocalTeacher, signal_of
+from hf_distill.trainers.config import KDConfig
 
 PROJECTOR = "hidden_projector"
+
+
+def has_hidden(args: KDConfig) -> bool:
+    """Whether inner hidden states are part of the loss."""
+    return bool(args.hidden_weight or "hidden_weight" in (args.schedule or {}))
 
 
 class HiddenLayers:
@@ -28,13 +34,11 @@ class HiddenLayers:
         trainer ([`KDTrainer`]): with student and teacher; it gets a projector where their widths differ.
 
     Raises:
-        `ValueError`: several teachers, layers that do not exist, or an optimizer that would leave the projector out.
+        `ValueError`: layers that do not exist, or an optimizer that would leave the projector out.
     """
 
     def __init__(self, trainer: Any) -> None:
         args, student, teacher = trainer.args, trainer.student, trainer.teacher
-        if not isinstance(teacher, LocalTeacher | BaseTeacher):
-            raise ValueError("hidden_weight needs one teacher, whose layers the student's learn from; set it to 0")
         configs = [causal_lm(side).config.get_text_config() for side in (student, teacher.model)]
         depths = [config.num_hidden_layers for config in configs]
         if args.hidden_layers == "cka":

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub import ModelCard
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -40,6 +40,7 @@ from hf_distill.modeling import (
     select_positions,
 )
 from hf_distill.teachers import Signal, Teacher
+from hf_distill.teachers.local import BASE
 from hf_distill.trainers.checkpoints import (
     CheckpointTiming,
     find_checkpoint,
@@ -59,6 +60,7 @@ from hf_distill.trainers.checks import (
     named_datasets,
     named_teachers,
     refuse_frozen,
+    refuse_layers,
     refuse_lost_processes,
     refuse_no_label,
     refuse_prompt_learning,
@@ -69,12 +71,13 @@ from hf_distill.trainers.checks import (
     student_tokenizer,
 )
 from hf_distill.trainers.config import KDConfig
-from hf_distill.trainers.hidden_layers import HiddenLayers
+from hf_distill.trainers.hidden_layers import HiddenLayers, has_hidden
 from hf_distill.trainers.teacher_set import TeacherSet
 
 logger = logging.getLogger(__name__)
 
 PROBE_ROWS = 16
+OPTIONAL_SUMS = ("hidden", "alignment/exact_fraction", "alignment/compared_fraction")
 
 # So many halvings take the loss scaler's first scale, 2^16, below 1: what is not finite then never will be.
 MAX_SKIPPED_UPDATES = 20
@@ -161,12 +164,17 @@ class KDTrainer(SFTTrainer):
         # The teacher comes first: what is wrong with it is told before the student is loaded and the data tokenised.
         processing_class = processing_class or student_tokenizer(model, args)
         skip_prepare = (args.dataset_kwargs or {}).get("skip_prepare_dataset")  # pyright: ignore[reportAttributeAccessIssue]
-        if not skip_prepare:
-            for name, dataset in named_datasets(train_dataset, eval_dataset).items():
-                check_chat_template(dataset, name, processing_class, args)
+        unprepared = {} if skip_prepare else named_datasets(train_dataset, eval_dataset)
+        for name, dataset in unprepared.items():
+            if args.chat_template_path is None:
+                check_chat_template(dataset, name, processing_class, "the student's", "chat_template_path")
+        for layers in self._layer_settings(args, teachers):
+            refuse_layers(layers, model, teachers, args)
+        if BASE in teachers.values() and peft_config is None and not isinstance(model, PeftModel):
+            raise ValueError("teacher_model='base' needs a student with adapters: pass a peft_config")
         self.teacher_set = TeacherSet(
             teachers, tokenizers, model, processing_class, args, crosses=self._crosses_tokenizers,
-            has_adapters=peft_config is not None,
+            has_adapters=peft_config is not None, datasets=unprepared,
         )  # fmt: skip
         self.teachers, self.vocab_size = self.teacher_set.by_name, self.teacher_set.vocab_size
 
@@ -220,8 +228,14 @@ class KDTrainer(SFTTrainer):
         for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
             self.data_collator = self.teacher_set.collator(self.data_collator, dataset)
         self.projectors = Projectors()
-        has_hidden = args.hidden_weight or "hidden_weight" in (args.schedule or {})
-        self.hidden_layers = HiddenLayers(self) if has_hidden else None
+        self.hidden_layers = HiddenLayers(self) if has_hidden(args) else None
+
+    @staticmethod
+    def _layer_settings(args: KDConfig, teachers: Mapping[str, Any]) -> list[Any]:
+        """What says which layers learn from which."""
+        if has_hidden(args) and len(teachers) > 1:
+            raise ValueError("hidden_weight needs one teacher, whose layers the student's learn from; set it to 0")
+        return [args.hidden_layers] if has_hidden(args) else []
 
     # ------------------------------------------------------------------------------------------------- the heart
 
@@ -243,7 +257,9 @@ class KDTrainer(SFTTrainer):
             hidden = select_positions(outputs.last_hidden_state, positions)  # (N, Ds)
             terms = self.distillation_terms(hidden, head, signals, hard_labels, num_items)
             if aligned := [signal for signal in signals if isinstance(signal, AlignedSignal)]:
+                compared = [(s.spans.student_groups >= 0).sum() for s in aligned]
                 terms["alignment/exact_fraction"] = sum(s.num_exact for s in aligned) / len(aligned)  # pyright: ignore
+                terms["alignment/compared_fraction"] = sum(compared) / len(aligned)  # pyright: ignore
             if self.hidden_layers is not None:
                 terms["hidden"] = self.hidden_layers.loss(outputs.hidden_states, signals[0], positions)  # pyright: ignore
                 weight = self.setting("hidden_weight") / torch.as_tensor(num_items).clamp(min=1)
@@ -303,6 +319,7 @@ class KDTrainer(SFTTrainer):
         device = head.weight.device
         changing = {name: self.setting(name) for name in self.args.schedule or ()}
         params = self.divergence_params | {name: changing[name] for name in changing if not hasattr(self.args, name)}
+        is_constant = not changing.keys() & {"kd_weight", "temperature", *params}
         options = {
             "kd_weight": self.setting("kd_weight"),
             "temperature": self.setting("temperature"),
@@ -322,7 +339,7 @@ class KDTrainer(SFTTrainer):
             found = fused_distillation_loss(
                 hidden, head, [signal._replace(weight=signal.weight / share) for signal in same], labels,
                 combination="sum" if is_sum else "mixture",
-                vocab_size=self.vocab_size, compiled=not changing, **options,
+                vocab_size=self.vocab_size, compiled=is_constant, **options,
             )  # fmt: skip
             results.append((share, found))
         for signal in signals:
@@ -367,7 +384,7 @@ class KDTrainer(SFTTrainer):
         num_labels = hard_labels.numel()
         mode = "train" if self.model.training else "eval"
         sums = {name: terms[name] for name in ("kd", "agreement", "student_entropy")}
-        sums |= {name: terms[name] for name in ("hidden", "alignment/exact_fraction") if name in terms}
+        sums |= {name: terms[name] for name in OPTIONAL_SUMS if name in terms}
         if self.aux_loss_enabled:
             sums["aux_loss"] = terms["aux_loss"] * num_labels
         if mode == "eval":
@@ -682,6 +699,8 @@ class KDTrainer(SFTTrainer):
         quantization = f" ({self.args.teacher_quantization})" if self.args.teacher_quantization else ""
         combination = {"combination of the teachers": self.args.teacher_combination} if len(self.teachers) > 1 else {}
         more = {f"{name} over the training": str(values) for name, values in (self.args.schedule or {}).items()}  # pyright: ignore
+        if methods := self.teacher_set.methods():
+            more["other tokenizers"] = ", ".join(f"{name}: {method}" for name, method in methods.items())
         if self.hidden_layers is not None:
             more["hidden states"] = f"{self.args.hidden_loss}, weight {self.args.hidden_weight:g}"
         return {

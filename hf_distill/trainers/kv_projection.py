@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -102,6 +102,10 @@ class KVProjectionTrainer(KDTrainer):
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             for name, source in self.sources.items():
                 Console().print(table(_mapping_rows(source.mapping), f"which layer learns from which of {name}"))
+
+    @staticmethod
+    def _layer_settings(args: KVProjectionConfig, teachers: Mapping[str, Any]) -> list[Any]:  # pyright: ignore
+        return [*KDTrainer._layer_settings(args, teachers), args.kv_layers]
 
     # ------------------------------------------------------------------------------------------------- the heart
 

@@ -1,12 +1,13 @@
 """The teachers of a run: loaded, checked, combined, and what each of them reads of a row."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
 
 from accelerate import Accelerator
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.collators import (
@@ -24,6 +25,7 @@ from hf_distill.teachers.local import BASE, BaseTeacher, LocalTeacher, is_split,
 from hf_distill.trainers.checks import (
     PEEKED_ROWS,
     AnyDataset,
+    check_chat_template,
     refuse_across,
     refuse_row_columns,
     refuse_shared_memory,
@@ -46,6 +48,7 @@ class TeacherSet:
         args ([`KDConfig`]): settings.
         crosses (`bool`): whether a teacher may have another tokenizer.
         has_adapters (`bool`): whether the student will be trained in adapters alone, which no teacher shares.
+        datasets (mapping of `str` to `Dataset` or `IterableDataset`): those that will be prepared, by name.
 
     Raises:
         `ValueError`: what `load_teacher` and the checks of `trainers/checks.py` refuse.
@@ -61,24 +64,31 @@ class TeacherSet:
         *,
         crosses: bool,
         has_adapters: bool,
+        datasets: Mapping[str, AnyDataset],
     ) -> None:
         self.args = args
         self.student_tokenizer = student_tokenizer
-        # Token ids below this mean the same to all sides; ids past it get no probability.
-        self.vocab_size = student_rows(student, args)
-        self.by_name: dict[str, Any] = {}
-        self._across: dict[str, PreTrainedTokenizerBase] = {}  # tokenizers of teachers that have another vocabulary
-        self._tokenizers: list[PreTrainedTokenizerBase] = []  # of the teachers that have the student's vocabulary
+        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}  # of teachers that have the student's vocabulary
+        self._across: dict[str, PreTrainedTokenizerBase] = {}  # of those that have another
+        shared: dict[str, int | None] = {}
+        for name, model in models.items():  # What tokenizers tell is told before any teacher is loaded.
+            found = None if _is_base(model) else tokenizers[name] or teacher_tokenizer(model, args)
+            tokenizer = found or student_tokenizer
+            shared[name] = self._shared_vocabulary(tokenizer, crosses)
+            (self._tokenizers if shared[name] is not None else self._across)[name] = tokenizer
+        refuse_across(self._across, models, args)
+        for name, tokenizer in self._across.items():
+            for dataset_name, dataset in datasets.items():
+                check_chat_template(dataset, dataset_name, tokenizer, f"{name}'s", "teacher_processing_class")
         devices = [place.strip() or None for place in (args.teacher_device or "").split(",")]
         self._places = dict(zip(models, devices * len(models), strict=False))
+        # Token ids below this mean the same to all sides; ids past it get no probability.
+        self.vocab_size = min([student_rows(student, args), *(size for size in shared.values() if size is not None)])
+        self.by_name: dict[str, Any] = {}
         for name, model in models.items():
-            if isinstance(model, str) and model == BASE:
+            if _is_base(model):
                 self.by_name[name] = None  # until the student is there
-                self._tokenizers.append(student_tokenizer)
-                self.vocab_size = min(self.vocab_size, shared_vocabulary(student_tokenizer, student_tokenizer))
                 continue
-            tokenizer = tokenizers[name] or teacher_tokenizer(model, args) or student_tokenizer
-            shared = self._shared_vocabulary(tokenizer, crosses)
             model = load_teacher(
                 model,
                 device=self._places[name],
@@ -92,17 +102,19 @@ class TeacherSet:
             teacher = LocalTeacher(model, args.device)
             if len(models) > 1:
                 logger.info("teacher %s: %.1f MiB", name, model.get_memory_footprint() / 2**20)
-            if shared is None:
-                index, rows = len(self.by_name), student_rows(student, args)
-                self.by_name[name] = AcrossTeacher(
-                    teacher, tokenizer, student_tokenizer, index=index, method=args.cross_tokenizer, student_rows=rows
-                )
-                self._across[name] = tokenizer
+            if name not in self._across:
+                self.by_name[name] = teacher
+                self.vocab_size = min(self.vocab_size, teacher.head.weight.shape[0])
                 continue
-            self.by_name[name] = teacher
-            self.vocab_size = min(self.vocab_size, shared, teacher.head.weight.shape[0])
-            self._tokenizers.append(tokenizer)
-        refuse_across(self._across, self.by_name, args)
+            side = self.by_name[name] = AcrossTeacher(
+                teacher, self._across[name], student_tokenizer, index=len(self.by_name), method=args.cross_tokenizer,
+                student_rows=student_rows(student, args),
+            )  # fmt: skip
+            if side.method == "uld" and (args.divergence != "forward_kl" or args.divergence_params):
+                logger.warning(
+                    "%s: uld compares sorted probabilities by their distance, divergence=%r has no part in it", name,
+                    args.divergence,
+                )  # fmt: skip
 
     def _shared_vocabulary(self, tokenizer: PreTrainedTokenizerBase, crosses: bool) -> int | None:
         """How many token ids mean the same to both sides; None where texts have to be aligned."""
@@ -133,6 +145,10 @@ class TeacherSet:
         sides = {name: getattr(teacher, "teacher", teacher) for name, teacher in self.by_name.items()}
         return {name: teacher for name, teacher in sides.items() if isinstance(teacher, LocalTeacher)}
 
+    def methods(self) -> dict[str, str]:
+        """How those with another tokenizer are compared."""
+        return {name: self.by_name[name].method for name in self._across}
+
     # ------------------------------------------------------------------------------------------------------- rows
 
     def columns(self) -> list[str]:
@@ -156,18 +172,31 @@ class TeacherSet:
                 "tokenizer, and reads the student's text: remove 'teacher_prompt' and 'teacher_input_ids'"
             )
         if self.args.teacher_combination == "route" and "teacher" in columns:
-            dataset = dataset.map(partial(_with_teacher_index, names=list(self.by_name), dataset_name=name))
+            function = partial(_with_teacher_index, names=list(self.by_name), dataset_name=name)
+            dataset = self._with_columns(dataset, function, f"Naming teachers of {name} dataset")
         if "teacher_prompt" in columns:
-            dataset = dataset.map(partial(with_teacher_prompt, tokenizers=self._tokenizers, dataset_name=name))
+            tokenizers = list(self._tokenizers.values())
+            function = partial(with_teacher_prompt, tokenizers=tokenizers, dataset_name=name)
+            dataset = self._with_columns(dataset, function, f"Tokenizing teacher prompts of {name} dataset")
         for teacher, tokenizer in self._across.items():
             side = self.by_name[teacher]
             function = partial(
                 with_own_tokens, index=side.index, tokenizer=tokenizer, student_tokenizer=self.student_tokenizer,
-                pieces=side.pieces,
+                pieces=side.pieces, dataset_name=name,
             )  # fmt: skip
-            dataset = dataset.map(function)
+            dataset = self._with_columns(dataset, function, f"Aligning {name} dataset with {teacher}")
             _tell_alignment(dataset, side, name)
         return dataset
+
+    def _with_columns(self, dataset: AnyDataset, function: Callable[..., dict], what: str) -> AnyDataset:
+        if not isinstance(dataset, Dataset):
+            return dataset.map(function)
+        with self.args.main_process_first(desc=what):
+            return dataset.map(function, num_proc=self.args.dataset_num_proc, desc=what)
+
+
+def _is_base(model: str | PreTrainedModel) -> bool:
+    return isinstance(model, str) and model == BASE
 
 
 def _with_teacher_index(row: dict[str, Any], names: list[str], dataset_name: str) -> dict[str, int]:
@@ -180,12 +209,19 @@ def _with_teacher_index(row: dict[str, Any], names: list[str], dataset_name: str
 
 def _tell_alignment(dataset: AnyDataset, teacher: AcrossTeacher, name: str) -> None:
     """Says once per data set how two tokenizers are brought together and how well that goes."""
-    exact, total = 0, 0
+    exact, compared, total = 0, 0, 0
     for row in islice(iter(dataset), PEEKED_ROWS):
         exact += row[f"teacher_{teacher.index}_exact"]
+        compared += sum(group >= 0 for group in row[f"teacher_{teacher.index}_student_groups"])
         total += sum(label != -100 for label in row["labels"][1:])
+    shares = [100 * count / max(total, 1) for count in (exact, compared)]
     logger.warning(
         "%s has another tokenizer: %s; compared by %s. In the %s dataset %.0f%% of the label-bearing tokens face "
-        "exactly one of its tokens",
-        teacher.name, teacher.reason, teacher.method, name, 100 * exact / max(total, 1),
+        "exactly one of its tokens, %.0f%% are compared at all",
+        teacher.name, teacher.reason, teacher.method, name, *shares,
     )  # fmt: skip
+    if shares[1] < 50:
+        logger.warning(
+            "more than half of the %s dataset says nothing about %s: look whether its chat template keeps what is "
+            "said, and whether its tokenizer keeps the text", name, teacher.name,
+        )  # fmt: skip
