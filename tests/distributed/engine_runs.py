@@ -64,7 +64,7 @@ def run_cell(cell: tuple[str, str], folder: Path, num_processes: int, **changes)
     trainer.train()
     results |= {
         "num_processes": trainer.accelerator.num_processes,
-        "engine": engine_of(trainer),
+        "engine": engines.engine_of(trainer),
         "weights": weights_of(trainer),
         "logs": [log for log in trainer.state.log_history if "loss" in log],
         "eval": trainer.evaluate(),
@@ -104,15 +104,6 @@ def launch(engine: str, folder: Path) -> list[dict]:
     done = subprocess.run([*command, engine, str(folder)], capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def engine_of(trainer: KDTrainer) -> str:
-    """Which engine really runs, and that it really splits what it says."""
-    parameter = next(iter(trainer.model.parameters()))
-    split = isinstance(parameter, torch.distributed.tensor.DTensor) or hasattr(parameter, "ds_id")
-    stage = f" {trainer.accelerator.deepspeed_plugin.zero_stage}" if trainer.is_deepspeed_enabled else ""
-    distributed_type = str(trainer.accelerator.distributed_type).removeprefix("DistributedType.")
-    return f"{distributed_type}{stage}, {'split' if split else 'whole'}"
 
 
 def saved_weights(cell: tuple[str, str], folder: Path) -> dict[str, torch.Tensor]:

@@ -4,10 +4,28 @@ This file is imported before transformers, which asks for its device when it is 
 """
 
 import os
+import socket
+
+# What `engine_of` finds under each: accelerate's name for it, DeepSpeed's stage, and whether the student is split.
+FOUND = {
+    "none": "NO, whole", "ddp": "MULTI_CPU, whole", "fsdp2": "FSDP, split", "zero2": "DEEPSPEED 2, whole",
+    "zero3": "DEEPSPEED 3, split",
+}  # fmt: skip
+
+
+def environments(name: str) -> list[dict[str, str]]:
+    """What torchrun tells each process of a run; an engine that is none has one process, which is told nothing."""
+    if name == "none":
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    same = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return [{**same, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
 
 
 def use(name: str) -> None:
-    """Prepares this process, started by torchrun, for an engine."""
+    """Prepares this process, which has its environment, for an engine."""
     if name == "fsdp2":
         # accelerate knows FSDP only on GPUs: it is told that gloo is a backend of theirs, and the CPU their device.
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
@@ -45,3 +63,14 @@ def settings(name: str) -> dict:
         }
         return {"use_cpu": True, "deepspeed": zero}
     return {"use_cpu": True}
+
+
+def engine_of(trainer) -> str:
+    """Which engine really runs, and that it really splits what it says."""
+    # Any: after an evaluation FSDP leaves the outermost parameters gathered.
+    split = any(
+        hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") for parameter in trainer.model.parameters()
+    )
+    stage = f" {trainer.accelerator.deepspeed_plugin.zero_stage}" if trainer.is_deepspeed_enabled else ""
+    distributed_type = str(trainer.accelerator.distributed_type).removeprefix("DistributedType.")
+    return f"{distributed_type}{stage}, {'split' if split else 'whole'}"

@@ -17,22 +17,39 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 def run(command: list, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, timeout=400, env=ENVIRONMENT, cwd=folder
+        [*map(str, command)], capture_output=True, text=True, timeout=1500, env=ENVIRONMENT, cwd=folder
     )
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("options", "num_kills"),
-    [(["--kills", 3, "--no_lora"], 3), pytest.param(["--kills", 24], 24, marks=pytest.mark.slow)],
+    ("engines", "options", "num_kills"),
+    [
+        ("none fsdp2", ["--no_lora"], 4),  # a run of each trainer alone, and one on two processes
+        pytest.param("none", [], 24, marks=SLOW),
+        *(pytest.param(engine, [], 12, marks=SLOW) for engine in ("ddp", "fsdp2", "zero2", "zero3")),
+        *(pytest.param(engine, ["--signal", "TERM"], 6, marks=SLOW) for engine in ("ddp", "fsdp2", "zero2", "zero3")),
+    ],
 )
-def test_runs_killed_at_random_moments_end_with_the_weights_of_those_that_were_not(tmp_path, options, num_kills):
-    """One run of each trainer, or four of each with and four without adapters."""
+def test_runs_stopped_at_random_moments_end_with_the_weights_of_those_that_were_not(
+    tmp_path, engines, options, num_kills
+):
+    if "zero" in engines:
+        pytest.importorskip("deepspeed", reason="pip install 'hf_distill[deepspeed]'")
+    options = ["--engine", *engines.split(), "--kills", num_kills, *options]
     done = run([sys.executable, Path(__file__).with_name("kill_runs.py"), tmp_path, *options], tmp_path)
     kills = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert len(kills) == num_kills
+    assert {kill["engine"] for kill in kills} == {*engines.split()}
     assert len({kill["trainer"] for kill in kills}) == 3
+    assert any(kill["resumed_from"] != "the start" for kill in kills)
     assert all(kill["is_identical"] for kill in kills)
+    if "TERM" in options:
+        # One that comes while the last checkpoint is written is too late, and ends the process as it does without us.
+        assert not any(any(kill["statuses"]) for kill in kills if kill["resumed_from"] != "checkpoint-5")
 
 
 def two_processes(folder: Path, action: str, rank: int) -> tuple[subprocess.CompletedProcess, float]:
