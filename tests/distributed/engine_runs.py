@@ -23,13 +23,14 @@ if __name__ == "__main__":
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_distill import KDTrainer
 from hf_distill.modeling import whole_state
-from tests.conftest import make_model
+from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.distributed.kd_runs import make_kv, make_speculative, make_trainer, students
 
 TRAINERS = {
@@ -38,6 +39,24 @@ TRAINERS = {
 CELLS = list(product(TRAINERS, ("full", "lora")))
 # Made before the first arguments are: from then on, ZeRO-3 splits every model that is made.
 STUDENTS, TEACHER = students(), make_model(seed=1, hidden_size=48)
+OTHER_TOKENIZER = make_tokenizer(corpus=[sentence[::-1] for sentence in SENTENCES])
+MODELS = {
+    "student": STUDENTS["full"], "one": TEACHER, "other": make_model(seed=4),
+    "foreign": make_model(seed=5, hidden_size=48),
+}  # fmt: skip
+# Who teaches, with which settings.
+TEACHERS = {
+    "one": (["one"], {}),
+    "mixture": (["one", "other"], {"teacher_weights": [1.0, 2.0]}),
+    "route": (["one", "other"], {"teacher_combination": "route"}),
+    "foreign": (["one", "foreign"], {"teacher_combination": "sum", "tokenizers": {"foreign": OTHER_TOKENIZER}}),
+}
+# Where the teachers are matters to engines that split the student. To ask split ones by rows is refused.
+TAUGHT = [
+    ("KDTrainer", "mixture", "whole"), ("KDTrainer", "route", "whole"),
+    ("KDTrainer", "one", "sharded"), ("KDTrainer", "mixture", "sharded"), ("KDTrainer", "foreign", "sharded"),
+    ("KVProjectionTrainer", "one", "sharded"), ("KVProjectionTrainer", "mixture", "sharded"),
+]  # fmt: skip
 
 
 def make(cell: tuple[str, str], folder, num_processes: int, **changes) -> KDTrainer:
@@ -172,23 +191,38 @@ class AtStepEnd(TrainerCallback):
         self.found.append(self.look())
 
 
-def run_sharded_teacher(trainer_name: str, folder: Path, num_processes: int, **changes) -> dict:
-    """Student and teacher by name; the teacher split over the processes, too."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        STUDENTS["full"].save_pretrained(folder / "student")
-        TEACHER.save_pretrained(folder / "teacher")
-    torch.distributed.barrier()
-    names = str(folder / "student"), str(folder / "teacher")
-    make = TRAINERS[trainer_name]
-    trainer = with_momentum(make(folder, num_processes, *names, teacher_device="sharded", **changes))
+def taught_by_one(folder: Path) -> dict[tuple[str, str, str], dict]:
+    """All of these in one process, which splits nothing."""
+    found = {case: run_taught((*case, "whole"), folder, 1) for case in {case[:2] for case in TAUGHT}}
+    return {case: found[case[:2]] for case in TAUGHT}
+
+
+def run_taught(case: tuple[str, str, str], folder: Path, num_processes: int, **changes) -> dict:
+    """Sharded: student and teachers by name; the teachers are split over the processes, too."""
+    trainer_name, teachers, place = case
+    names, settings = TEACHERS[teachers]
+    models = {name: copy.deepcopy(MODELS[name]) for name in ("student", *names)}
+    if place == "sharded":
+        if torch.distributed.get_rank() == 0:
+            for name, model in models.items():
+                model.save_pretrained(folder / name)
+        torch.distributed.barrier()
+        models = {name: str(folder / name) for name in models}
+        changes["teacher_device"] = "sharded"
+    student = models.pop("student")
+    trainer = with_momentum(TRAINERS[trainer_name](folder, num_processes, student, models, **settings | changes))
+    results = {"before": weights_of(trainer)}
     trainer.train()
-    layers = [p for name, p in trainer.teacher.model.named_parameters() if ".layers." in name]
-    parts = [p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() for p in layers]
-    return {
-        "weights": weights_of(trainer),
-        "share": sum(part.numel() for part in parts) / sum(p.numel() or p.ds_numel for p in layers),
-        "eval": trainer.evaluate(),
-    }
+    results |= {"weights": weights_of(trainer), "eval": trainer.evaluate()}
+    results["shares"] = [share_of(teacher.model) for teacher in trainer.teacher_set.local().values()]
+    return results
+
+
+def share_of(teacher: torch.nn.Module) -> float:
+    """How much of a teacher's layers is on this process."""
+    layers = [parameter for name, parameter in teacher.named_parameters() if ".layers." in name]
+    parts = [p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() if isinstance(p, DTensor) else p for p in layers]
+    return sum(part.numel() for part in parts) / sum(p.numel() or p.ds_numel for p in layers)
 
 
 def main(engine: str, folder: Path) -> None:
@@ -200,9 +234,8 @@ def main(engine: str, folder: Path) -> None:
         results[cell]["resumed"] = resume_cell(cell, own, 2, **changes)
     for cell in (("KDTrainer", "full"), ("KDTrainer", "lora"), ("SpeculativeKDTrainer", "full")):
         results["bytes", *cell] = count_bytes(cell, folder / "bytes", **changes)
-    if engine in ("fsdp2", "zero3"):
-        for trainer_name in ("KDTrainer", "KVProjectionTrainer"):
-            results["sharded", trainer_name] = run_sharded_teacher(trainer_name, folder, 2, **changes)
+    for case in TAUGHT if engine in ("fsdp2", "zero3") else ():
+        results[case] = run_taught(case, folder / "taught", 2, **changes)
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

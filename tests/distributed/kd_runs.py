@@ -51,13 +51,17 @@ def make_settings(folder, num_processes: int) -> dict:
     }  # fmt: skip
 
 
-def make_trainer(folder, num_processes: int, student, teacher, **changes) -> KDTrainer:
+def make_trainer(folder, num_processes: int, student, teacher, tokenizers=None, **changes) -> KDTrainer:
+    """`teacher` and `tokenizers` may be dicts; each second row has another teacher, if rows have teachers."""
     tokenizer = make_tokenizer()
     rows = make_rows(tokenizer)
+    if changes.get("teacher_combination") == "route":
+        rows = rows.add_column("teacher", [[*teacher][i % len(teacher)] for i in range(len(rows))])
     return KDTrainer(
         student, teacher, KDConfig(**make_settings(folder, num_processes) | changes), rows,
         # Seven rows: the last batches of two processes are filled up with rows that were there before.
-        rows.select(range(1, NUM_ROWS)), tokenizer, teacher_processing_class=tokenizer, callbacks=[Gradients()],
+        rows.select(range(1, NUM_ROWS)), tokenizer, teacher_processing_class=tokenizers or tokenizer,
+        callbacks=[Gradients()],
     )  # fmt: skip
 
 

@@ -3,8 +3,18 @@
 import pytest
 import torch
 
+from hf_distill import KDConfig
 from hf_distill.traffic import bytes_between_processes, bytes_for_rollouts
-from tests.distributed.engine_runs import CELLS, difference, launch, run_cell, saved_weights
+from hf_distill.trainers.checks import refuse_sharding
+from tests.distributed.engine_runs import (
+    CELLS,
+    TAUGHT,
+    difference,
+    launch,
+    run_cell,
+    saved_weights,
+    taught_by_one,
+)
 from tests.distributed.engines import FOUND
 
 ENGINES = ("fsdp2", "zero2", "zero3")
@@ -15,6 +25,11 @@ NAMES = ["-".join(cell) for cell in CELLS]
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     return {cell: run_cell(cell, folder / "-".join(cell), 1) for cell in CELLS}
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    return taught_by_one(tmp_path_factory.mktemp("taught"))
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -62,17 +77,26 @@ def test_the_whole_student_and_its_projector_are_saved(two, cell):
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("trainer", ["KDTrainer", "KVProjectionTrainer"])
-def test_a_teacher_can_be_split_as_the_student_is(one, two, trainer):
+@pytest.mark.parametrize("case", TAUGHT, ids=map("-".join, TAUGHT))
+def test_any_teachers_teach_two_processes_what_they_teach_one(taught, two, case):
     engine, _, results = two
     if engine == "zero2":
         return  # splits no weights
-    expected = one[trainer, "full"]
+    expected = taught[case]
     for rank in results:
-        found = rank["sharded", trainer]
-        assert found["share"] == pytest.approx(0.5, abs=0.02)
-        assert difference(found["weights"], expected["weights"], expected["before"]) <= 1e-4
-        assert found["eval"]["eval_kd"] == pytest.approx(expected["eval"]["eval_kd"], rel=1e-5)
+        shares = rank[case]["shares"]
+        assert shares == pytest.approx([0.5 if case[2] == "sharded" else 1] * len(shares), abs=0.02)
+        assert difference(rank[case]["weights"], expected["weights"], expected["before"]) <= 1e-4
+        assert rank[case]["eval"]["eval_loss"] == pytest.approx(expected["eval"]["eval_loss"], rel=1e-5)
+
+
+def test_routing_to_a_teacher_that_is_split_is_refused(tmp_path, monkeypatch):
+    launched = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    args = KDConfig(str(tmp_path), bf16=False, teacher_device="sharded", teacher_combination="route")
+    with pytest.raises(ValueError, match="has to be asked by all processes at once: take no 'route'"):
+        refuse_sharding(args, {"one": "path", "other": "path"})
 
 
 @pytest.mark.parametrize("cell", [("KDTrainer", "full"), ("KDTrainer", "lora"), ("SpeculativeKDTrainer", "full")])
