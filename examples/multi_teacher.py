@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> KDTrainer:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--use_cpu", action="store_true")
     options = parser.parse_args(argv)
+    if unnamed := [teacher for teacher in options.teachers if "=" not in teacher]:
+        parser.error(f"--teachers are NAME=MODEL, got {unnamed[0]}")
 
     rows = load_dataset("json", data_files=options.data, split="train").train_test_split(0.1, seed=0)
     args = KDConfig(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template
@@ -71,7 +72,10 @@ class PromptCollator:
 
     def teacher_prompt_ids(self, row: Row, name: str) -> list[int]:
         """Token ids of a row's `teacher_prompt`, with the row's tools."""
-        own = {"prompt": row["teacher_prompt"], "completion": None, "messages": None, "teacher_prompt": None}
+        prompt = row["teacher_prompt"]
+        if row.get("prompt") and isinstance(prompt, str) != isinstance(row["prompt"], str):
+            raise ValueError(f"'prompt' and 'teacher_prompt' of {name} have to be both text or both messages")
+        own = {"prompt": prompt, "completion": None, "messages": None, "teacher_prompt": None}
         return self.encode({**row, **own}, f"the teacher_prompt of {name}")["student_prompt_ids"]
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -272,11 +276,14 @@ class TeacherColumnsCollator:
         return batch
 
 
-def with_teacher_prompt(row: Row, tokenizers: Sequence[PreTrainedTokenizerBase], dataset_name: str) -> Row:
+def with_teacher_prompt(
+    row: Row, tokenizers: Sequence[PreTrainedTokenizerBase], positions: int | None, dataset_name: str
+) -> Row:
     """What the teachers read of a tokenised row: its `teacher_prompt`, if there is one, before the same completion.
 
     Raises:
-        `ValueError`: the row has no prompt that the teacher's could stand for, or it is another for each tokenizer.
+        `ValueError`: the row has no prompt that the teacher's could stand for, or it is another for each tokenizer, or
+            the teachers have not so many `positions`.
     """
     ids, labels = list(map(int, row["input_ids"])), list(map(int, row["labels"]))
     if row.get("teacher_prompt"):
@@ -294,6 +301,7 @@ def with_teacher_prompt(row: Row, tokenizers: Sequence[PreTrainedTokenizerBase],
                 "different tokens of it: give 'prompt' and 'teacher_prompt' as text, or take teachers that agree"
             )
         ids, labels = prompt + ids[start:], [-100] * len(prompt) + labels[start:]
+        _refuse_length(ids, positions, "teacher_prompt and completion", name, "shorten it")
     return {"teacher_input_ids": ids, "teacher_labels": labels}
 
 
@@ -304,6 +312,7 @@ def with_own_tokens(
     tokenizer: PreTrainedTokenizerBase,
     student_tokenizer: PreTrainedTokenizerBase,
     pieces: tuple[Sequence[Piece | None], Sequence[Piece | None]],
+    positions: int | None,
     dataset_name: str,
 ) -> Row:
     """What the `index`-th teacher reads of a tokenised row, and which of its tokens cover which of the student's.
@@ -312,8 +321,10 @@ def with_own_tokens(
     all bear a label and are predicted by another token.
 
     Raises:
-        `ValueError`: messages that are no text, or a token that the teacher has no embedding for.
+        `ValueError`: messages that are no text, or that the teacher's template refuses; more tokens than the teacher
+            has `positions`, or one that it has no embedding for.
     """
+    name = f"a row of the {dataset_name} dataset"
     student_ids, labels = row["input_ids"], row["labels"]
     ids: Any
     messages = _messages(row)
@@ -325,7 +336,13 @@ def with_own_tokens(
             ids = [*ids, end]
         contents = None
     else:
-        ids = tokenizer.apply_chat_template(messages, return_dict=True, **_template_arguments(row))["input_ids"]  # pyright: ignore
+        try:
+            ids = tokenizer.apply_chat_template(messages, return_dict=True, **_template_arguments(row))["input_ids"]  # pyright: ignore
+        except TemplateError as error:
+            raise ValueError(
+                f"the chat template of the teacher's tokenizer refuses {name} ({error}): give it another, pass it as "
+                "teacher_processing_class, or give the rows as text"
+            ) from error
         contents = [message.get("content") or "" for message in messages]  # A tool call has none.
         if strange := [content for content in contents if not isinstance(content, str)]:
             raise ValueError(f"messages for a teacher with another tokenizer have to be text, got {strange[0]!r}")
@@ -333,9 +350,10 @@ def with_own_tokens(
         contents = contents if contents[-1].strip() in text else None  # pyright: ignore[reportOperatorIssue]
     if max(ids, default=0) >= len(pieces[1]):
         raise ValueError(
-            f"the teacher's tokenizer makes token {max(ids)} of a row of the {dataset_name} dataset, but the teacher "
-            f"has only {len(pieces[1])}: they do not belong together"
+            f"the teacher's tokenizer makes token {max(ids)} of {name}, but the teacher has only {len(pieces[1])}: "
+            "they do not belong together"
         )
+    _refuse_length(ids, positions, "the teacher's own tokens", name, "lower max_length or drop long rows")
     sides = [
         ["" if side[i] is None else side[i] for i in tokens]
         for side, tokens in zip(pieces, (student_ids, ids), strict=True)
@@ -352,6 +370,18 @@ def with_own_tokens(
         "exact": sum(len(groups[k].student) == len(groups[k].teacher) == 1 for k in kept),
     }
     return {f"teacher_{index}_{name}": value for name, value in view.items()}
+
+
+def lost_messages(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The roles whose messages are not in what the chat template makes of a row, as a whole."""
+    messages = _messages(row) or []
+    text: Any = tokenizer.apply_chat_template(messages, tokenize=False, **_template_arguments(row)) if messages else ""
+    return [message["role"] for message in messages if (message.get("content") or "").strip() not in text]
+
+
+def _refuse_length(ids: list[int], positions: int | None, what: str, name: str, remedy: str) -> None:
+    if positions is not None and len(ids) > positions:
+        raise ValueError(f"{what} of {name} take {len(ids)} tokens, the teacher has {positions} positions: {remedy}")
 
 
 def _template_arguments(row: Row) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from hf_distill.modeling import (
     keep_4bit_weights,
     label_positions,
     last_hidden_states,
+    num_token_ids,
     select_positions,
 )
 from hf_distill.rows import tokenized_row
@@ -63,7 +64,8 @@ def evaluate_fidelity(
         corollary 3.6) and `num_tokens`.
 
     Raises:
-        `ValueError`: no row has a label-bearing token, or a row has none of the columns above.
+        `ValueError`: no row has a label-bearing token, or a row has none of the columns above, or tokens that a model
+            does not know.
     """
     means = TokenMeans()
     num_tokens = 0
@@ -210,6 +212,11 @@ def _log_probs(
         positions, labels = label_positions(batch.pop("labels"))  # (N,)
         sides = []
         for model in map(causal_lm, models):
+            if (largest := int(batch["input_ids"].max())) >= num_token_ids(model):
+                raise ValueError(
+                    f"{type(model).__name__} has no embedding for token {largest} of the rows: the tokenizer has to be "
+                    "that of both models"
+                )
             inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
             hidden = select_positions(last_hidden_states(model, **inputs), positions)  # (N, D)
             sides.append((head_of(model), hidden))

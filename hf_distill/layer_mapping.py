@@ -61,6 +61,12 @@ def cka_mapping(student: Sequence[Tensor], teacher: Sequence[Tensor], top: int =
     return mapping
 
 
+def describe_mapping(mapping: Mapping) -> str:
+    """For people: each of the student's layers, and what it learns from."""
+    rows = [(layer, ", ".join(f"{i} ({weight:.0%})" for i, weight in ts.items())) for layer, ts in mapping.items()]
+    return "; ".join(f"{layer} <- {teachers}" for layer, teachers in rows)
+
+
 def save_mappings(folder: Path, mappings: dict[str, Mapping]) -> None:
     """Writes mappings into a checkpoint: of a trained student, a probe batch would make others."""
     (folder / MAPPINGS).write_text(json.dumps(mappings, indent=2), encoding="utf-8")

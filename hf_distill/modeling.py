@@ -444,6 +444,11 @@ def keep_4bit_weights(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
 
 
+def num_positions(model: nn.Module) -> int | None:
+    """How many tokens a model was made for, if its configuration says so."""
+    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+
+
 def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> int:
     """How many token ids, from 0 on, mean the same to both tokenizers.
 
@@ -460,8 +465,8 @@ def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
         examples = ", ".join(f"{i}: {student_tokens.get(i)!r} / {teacher_tokens.get(i)!r}" for i in different[:5])
         raise ValueError(
             f"student and teacher have different vocabularies: {len(different):,} of {size:,} token ids do not mean "
-            f"the same (id: student / teacher: {examples}). Choose a student and a teacher of one family, or train the "
-            "student with the teacher's tokenizer"
+            f"the same (id: student / teacher: {examples}). Choose a student and a teacher of one family, or let "
+            "KDTrainer align their texts (cross_tokenizer='auto')"
         )
     return size
 

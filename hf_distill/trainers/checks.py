@@ -7,13 +7,15 @@ from typing import Any
 
 from accelerate import ParallelismConfig
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 from trl import SFTConfig, is_conversational
 from trl.data_utils import is_conversational_from_value
 
-from hf_distill.layer_mapping import layer_mapping
+from hf_distill.layer_mapping import Mapping as LayerMapping
+from hf_distill.layer_mapping import describe_mapping, layer_mapping
 from hf_distill.modeling import causal_lm, num_token_ids, shared_parameters
 from hf_distill.teachers.local import BASE, public_name
 from hf_distill.trainers.config import KDConfig
@@ -60,6 +62,10 @@ def named_teachers(
     """
     given = list(teachers.values()) if isinstance(teachers, Mapping) else teachers
     given = [given] if isinstance(given, str) or not isinstance(given, Sequence) else given
+    if any(not isinstance(teacher, str | PreTrainedModel | PeftModel | None) for teacher in given):
+        raise ValueError(
+            f"teacher_model has to be a hub id, a path, a model, or a list or dict of them, got {teachers}"
+        )
     if not given or None in given:
         raise ValueError("teacher_model is missing: pass a hub id, a path or a model (SFTTrainer trains without)")
     if isinstance(teachers, Mapping):
@@ -74,7 +80,12 @@ def named_teachers(
             raise ValueError(f"teacher_processing_class has {sorted(unknown)}; the teachers are {', '.join(named)}")
         found = {name: tokenizers.get(name) for name in named}
     else:
-        listed = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(named)
+        if isinstance(tokenizers, list | tuple):
+            listed = list(tokenizers)
+        elif len(named) == 1 or tokenizers is None:
+            listed = [tokenizers] * len(named)
+        else:  # one for those that bring none
+            listed = [_tokenizer_of(teacher, args.teacher_model_init_kwargs, args) or tokenizers for teacher in given]
         if len(listed) != len(named):
             raise ValueError(f"there are {len(named)} teachers and {len(listed)} of teacher_processing_class")
         found = dict(zip(named, listed, strict=True))
@@ -116,8 +127,8 @@ def refuse_across(across: Mapping[str, Any], teachers: Mapping[str, Any], args: 
     name = next(iter(across))
     if len(teachers) > 1 and args.teacher_combination != "sum":
         raise ValueError(
-            f"{name} has another tokenizer than the student, so that there is no {args.teacher_combination} of the "
-            "teachers' distributions: take teacher_combination='sum', or teachers with the student's tokenizer"
+            f"{name} has another tokenizer than the student, and teacher_combination={args.teacher_combination!r} "
+            "needs teachers with the student's: take 'sum', or other teachers"
         )
     if args.packing or args.eval_packing or args.padding_free:
         raise ValueError(
@@ -137,6 +148,15 @@ def check_chat_template(
         raise ValueError(
             f"the {name} dataset has conversations, but {whose} tokenizer has no chat template: use one of an "
             f"instruct model, set {setting}, or give the rows as text"
+        )
+
+
+def refuse_other_layers(saved: LayerMapping, mine: LayerMapping) -> None:
+    """Raises `ValueError` for a checkpoint whose student has learned from other layers."""
+    if saved != mine:
+        raise ValueError(
+            f"the student of the checkpoint learns from other layers ({describe_mapping(saved)}) than this one "
+            f"({describe_mapping(mine)}): resume with the settings that it began with"
         )
 
 
@@ -323,18 +343,25 @@ def text_config(model: str | PreTrainedModel, args: KDConfig, *, is_teacher: boo
 
 def teacher_tokenizer(model: str | PreTrainedModel, args: KDConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer that was saved with the teacher, or None, with a warning, where there is none."""
-    problem = "it was not loaded by name"
-    if name := _name(model):
-        try:
-            return _load_tokenizer(name, args.teacher_model_init_kwargs, args)
-        except (OSError, ValueError) as error:
-            problem = str(error).splitlines()[0]
+    if tokenizer := _tokenizer_of(model, args.teacher_model_init_kwargs, args):
+        return tokenizer
     logger.warning(
-        "the teacher comes without a tokenizer (%s): its vocabulary is taken to be the student's. Pass "
+        "the teacher (%s) comes without a tokenizer: its vocabulary is taken to be the student's. Pass "
         "teacher_processing_class to have that checked",
-        problem,
+        public_name(model),
     )
     return None
+
+
+def _tokenizer_of(model: str | PreTrainedModel, init_kwargs: Any, args: KDConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was saved with a model, if there is one."""
+    name = _name(model)
+    if not name or name == BASE:
+        return None
+    try:
+        return _load_tokenizer(name, init_kwargs, args)
+    except (OSError, ValueError):
+        return None
 
 
 def _name(model: str | PreTrainedModel) -> str | None:

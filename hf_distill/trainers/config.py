@@ -137,6 +137,11 @@ class KDConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        inherited = {entry.name for entry in fields(SFTConfig)}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name not in inherited and entry.type is float and not isinstance(value, int | float):
+                raise ValueError(f"{entry.name} has to be a number, got {value!r}")
         if not 0 <= self.kd_weight <= 1:
             raise ValueError(f"kd_weight has to lie in [0, 1], got {self.kd_weight}")
         if not 0 < self.temperature < math.inf:
@@ -160,6 +165,10 @@ class KDConfig(SFTConfig):
         if self.cross_tokenizer not in ("auto", "aligned", "uld", "error"):
             raise ValueError(f"cross_tokenizer has to be auto, aligned, uld or error, got {self.cross_tokenizer!r}")
         weights = self.teacher_weights
+        if weights is not None and not (
+            isinstance(weights, list | tuple) and all(isinstance(weight, int | float) for weight in weights)
+        ):
+            raise ValueError(f"teacher_weights has to be a list with a number for each teacher, got {weights!r}")
         if weights is not None and (not weights or any(not 0 <= w < math.inf for w in weights) or sum(weights) == 0):
             raise ValueError(f"teacher_weights have to be at least 0, not all of them 0, got {weights}")
         if not 0 <= self.hidden_weight < math.inf:
@@ -167,6 +176,10 @@ class KDConfig(SFTConfig):
         if self.hidden_loss not in HIDDEN_LOSSES:
             raise ValueError(f"hidden_loss has to be one of {', '.join(HIDDEN_LOSSES)}, got {self.hidden_loss!r}")
         self.hidden_layers = _layers("hidden_layers", self.hidden_layers)
+        defaults = {entry.name: entry.default for entry in fields(KDConfig)}
+        unused = [name for name in ("hidden_layers", "hidden_loss") if getattr(self, name) != defaults[name]]
+        if unused and not self.has_hidden:
+            raise ValueError(f"{unused[0]} is used with hidden_weight alone: set it above 0")
         if not 0 < self.projector_learning_rate < math.inf:
             raise ValueError(
                 f"projector_learning_rate has to be above 0 and finite, got {self.projector_learning_rate}"
@@ -214,8 +227,13 @@ class KDConfig(SFTConfig):
                 elif not 0 <= value <= (1 if name == "kd_weight" else 1e9) or (name == "temperature" and value == 0):
                     raise ValueError(f"schedule[{name!r}] has {value}, which is out of the range of {name}")
 
+    @property
+    def has_hidden(self) -> bool:
+        """Whether inner hidden states are a part of the loss."""
+        return bool(self.hidden_weight or "hidden_weight" in (self.schedule or {}))
+
     def scheduled(self, name: str, progress: float) -> float:
-        """The value of a setting at `progress`, the share of the training that is done, in [0, 1]."""
+        """The value of a setting at `progress`, from 0 in the first update to 1 in the last."""
         assert isinstance(self.schedule, dict)
         values = self.schedule[name]
         place = min(max(progress, 0.0), 1.0) * (len(values) - 1)

@@ -10,19 +10,13 @@ import torch
 from torch import Tensor
 
 from hf_distill.kv_projector import HiddenProjector
-from hf_distill.layer_mapping import Mapping, cka_mapping, layer_mapping
+from hf_distill.layer_mapping import Mapping, cka_mapping, describe_mapping, layer_mapping
 from hf_distill.losses.feature import HIDDEN_LOSSES
 from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.modeling import causal_lm, evaluating, gathered, head_of, select_positions
 from hf_distill.teachers.local import BaseTeacher, LocalTeacher, signal_of
-from hf_distill.trainers.config import KDConfig
 
 PROJECTOR = "hidden_projector"
-
-
-def has_hidden(args: KDConfig) -> bool:
-    """Whether inner hidden states are part of the loss."""
-    return bool(args.hidden_weight or "hidden_weight" in (args.schedule or {}))
 
 
 class HiddenLayers:
@@ -53,6 +47,7 @@ class HiddenLayers:
         else:
             mapping = layer_mapping(args.hidden_layers, *depths)
         self.use(mapping, teacher)
+        trainer._tell(f"hidden states, student's layer <- teacher's: {describe_mapping(mapping)}")
         self.distance = HIDDEN_LOSSES[args.hidden_loss]
         self.projector = None
         widths = [config.hidden_size for config in configs]

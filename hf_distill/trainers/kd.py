@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_distill.kv_projector import Projectors
 from hf_distill.layer_mapping import Mapping as LayerMapping
-from hf_distill.layer_mapping import load_mappings, save_mappings
+from hf_distill.layer_mapping import describe_mapping, load_mappings, save_mappings
 from hf_distill.losses.cross_tokenizer import AlignedSignal, cross_tokenizer_loss
 from hf_distill.losses.divergence import check_divergence
 from hf_distill.losses.fused_linear import DistillationLoss, Head, TeacherSignal, fused_distillation_loss
@@ -63,6 +63,7 @@ from hf_distill.trainers.checks import (
     refuse_layers,
     refuse_lost_processes,
     refuse_no_label,
+    refuse_other_layers,
     refuse_prompt_learning,
     refuse_row_columns,
     refuse_sharding,
@@ -71,7 +72,7 @@ from hf_distill.trainers.checks import (
     student_tokenizer,
 )
 from hf_distill.trainers.config import KDConfig
-from hf_distill.trainers.hidden_layers import HiddenLayers, has_hidden
+from hf_distill.trainers.hidden_layers import HiddenLayers
 from hf_distill.trainers.teacher_set import TeacherSet
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ class KDTrainer(SFTTrainer):
         for layers in self._layer_settings(args, teachers):
             refuse_layers(layers, model, teachers, args)
         if BASE in teachers.values() and peft_config is None and not isinstance(model, PeftModel):
-            raise ValueError("teacher_model='base' needs a student with adapters: pass a peft_config")
+            raise ValueError("teacher_model='base' needs a student with adapters: pass a peft_config (--use_peft)")
         self.teacher_set = TeacherSet(
             teachers, tokenizers, model, processing_class, args, crosses=self._crosses_tokenizers,
             has_adapters=peft_config is not None, datasets=unprepared,
@@ -228,14 +229,14 @@ class KDTrainer(SFTTrainer):
         for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
             self.data_collator = self.teacher_set.collator(self.data_collator, dataset)
         self.projectors = Projectors()
-        self.hidden_layers = HiddenLayers(self) if has_hidden(args) else None
+        self.hidden_layers = HiddenLayers(self) if args.has_hidden else None
 
     @staticmethod
     def _layer_settings(args: KDConfig, teachers: Mapping[str, Any]) -> list[Any]:
         """What says which layers learn from which."""
-        if has_hidden(args) and len(teachers) > 1:
+        if args.has_hidden and len(teachers) > 1:
             raise ValueError("hidden_weight needs one teacher, whose layers the student's learn from; set it to 0")
-        return [args.hidden_layers] if has_hidden(args) else []
+        return [args.hidden_layers] if args.has_hidden else []
 
     # ------------------------------------------------------------------------------------------------- the heart
 
@@ -357,16 +358,22 @@ class KDTrainer(SFTTrainer):
         return {} if self.hidden_layers is None else {"hidden states": self.hidden_layers.mapping}
 
     def use_layer_mappings(self, mappings: dict[str, LayerMapping]) -> None:
-        """Goes on with those of a checkpoint, where they have been measured and not named."""
-        if "hidden states" in mappings and self.args.hidden_layers == "cka":
-            self.hidden_layers.use(mappings["hidden states"], self.teacher)  # pyright: ignore
+        """Goes on with those of a checkpoint; `ValueError` for others than the settings name."""
+        if self.hidden_layers is None or "hidden states" not in mappings:
+            return
+        if self.args.hidden_layers != "cka":
+            refuse_other_layers(mappings["hidden states"], self.hidden_layers.mapping)
+        self.hidden_layers.use(mappings["hidden states"], self.teacher)  # pyright: ignore[reportArgumentType]
 
     def setting(self, name: str) -> float:
         """A setting as the schedule has it now; in evaluations, which would not compare otherwise, at its end."""
         if name not in (self.args.schedule or {}):
             return getattr(self.args, name)
         is_training = self.model.training and self.state.max_steps > 0
-        return self.args.scheduled(name, self.state.global_step / self.state.max_steps if is_training else 1.0)
+        return self._setting_of(name, self.state.global_step) if is_training else self.args.scheduled(name, 1.0)
+
+    def _setting_of(self, name: str, step: int) -> float:
+        return self.args.scheduled(name, step / max(self.state.max_steps - 1, 1))
 
     def probe_batch(self) -> tuple[dict[str, Any], Tensor]:
         """A few training rows as a batch on the student's device, and its label-bearing positions."""
@@ -417,7 +424,8 @@ class KDTrainer(SFTTrainer):
         # "loss" is in the record of a logging step, which every process makes at the same step.
         if "loss" in logs:
             logs.update(self._pop_means("train"))
-            logs.update({f"schedule/{name}": self.setting(name) for name in self.args.schedule or ()})
+            last = max(self.state.global_step - 1, 0)  # the update that has just been made
+            logs.update({f"schedule/{name}": self._setting_of(name, last) for name in self.args.schedule or ()})
             device = self.accelerator.device
             tokens = torch.as_tensor(self._total_train_tokens, device=device).to(sum_dtype(device))
             logs["num_tokens"] = self._sum_over_processes(tokens.unsqueeze(0)).item()
@@ -545,6 +553,8 @@ class KDTrainer(SFTTrainer):
         apart = [] if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.projectors
         if missing := [name for name in apart if not (checkpoint / f"{name}.json").exists()]:
             return f"has no {missing[0]}.safetensors and {missing[0]}.json: it is not of a run with this projector"
+        if strange := {path.stem for path in checkpoint.glob("*projector*.json")} - set(self.projectors):
+            return f"has a {sorted(strange)[0]}.json: it is of a run with a projector, which this one has none for"
         return problem_of(checkpoint)
 
     def _get_output_dir(self, trial):
@@ -702,7 +712,8 @@ class KDTrainer(SFTTrainer):
         if methods := self.teacher_set.methods():
             more["other tokenizers"] = ", ".join(f"{name}: {method}" for name, method in methods.items())
         if self.hidden_layers is not None:
-            more["hidden states"] = f"{self.args.hidden_loss}, weight {self.args.hidden_weight:g}"
+            layers = describe_mapping(self.hidden_layers.mapping)
+            more["hidden states"] = f"{self.args.hidden_loss}, weight {self.args.hidden_weight:g}, layers {layers}"
         return {
             "teacher": self.teacher.name + quantization,
             **combination,

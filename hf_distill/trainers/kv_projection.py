@@ -7,19 +7,18 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_distill.kv_projector import KVProjector, PCAProjector
 from hf_distill.layer_mapping import Mapping as LayerMapping
-from hf_distill.layer_mapping import cka_mapping, layer_mapping, linear_cka
+from hf_distill.layer_mapping import cka_mapping, describe_mapping, layer_mapping, linear_cka
 from hf_distill.losses.feature import FEATURE_LOSSES, centered_cosine, effective_rank
 from hf_distill.losses.fused_linear import Head
 from hf_distill.metrics import TokenMeans
 from hf_distill.modeling import KVCapture, causal_lm, evaluating, gathered, kv_widths, last_hidden_states
-from hf_distill.report import table
 from hf_distill.teachers import Signal
+from hf_distill.trainers.checks import refuse_other_layers
 from hf_distill.trainers.config import KVProjectionConfig
 from hf_distill.trainers.kd import KDTrainer
 
@@ -99,9 +98,8 @@ class KVProjectionTrainer(KDTrainer):
                 "kv_weight=%g leaves next to nothing of the other terms: the cosine of keys and values rises, and the "
                 "student learns nothing. Take a weight around 1, or projector='pca'", self.args.kv_weight,
             )  # fmt: skip
-        if self.is_world_process_zero() and not self.args.disable_tqdm:
-            for name, source in self.sources.items():
-                Console().print(table(_mapping_rows(source.mapping), f"which layer learns from which of {name}"))
+        for name, source in self.sources.items():
+            self._tell(f"keys and values of {name}, student's layer <- teacher's: {describe_mapping(source.mapping)}")
 
     @staticmethod
     def _layer_settings(args: KVProjectionConfig, teachers: Mapping[str, Any]) -> list[Any]:  # pyright: ignore
@@ -196,10 +194,10 @@ class KVProjectionTrainer(KDTrainer):
 
     def use_layer_mappings(self, mappings: dict[str, LayerMapping]) -> None:
         super().use_layer_mappings(mappings)
-        if self.args.kv_layers != "cka":
-            return
         for name, source in self.sources.items():
             mapping = mappings.get(f"keys and values of {name}", source.mapping)
+            if self.args.kv_layers != "cka":
+                refuse_other_layers(mapping, source.mapping)
             layers = sorted({layer for teachers in mapping.values() for layer in teachers})
             capture = KVCapture(causal_lm(self.teachers[name].model), layers, self.args.kv_positions)
             self.sources[name] = source._replace(mapping=mapping, capture=capture)
@@ -314,9 +312,8 @@ class KVProjectionTrainer(KDTrainer):
         term = f"{self.args.kv_loss}, weight {self.args.kv_weight:g}, projector {self.args.projector}"
         found = {**super().describe(), "keys and values": term}
         for name, source in self.sources.items():
-            layers = [f"{row['student layer']} <- {row['teacher layers']}" for row in _mapping_rows(source.mapping)]
             title = "layers (student <- teacher)" if len(self.sources) == 1 else f"layers (student <- {name})"
-            found[title] = "; ".join(layers)
+            found[title] = describe_mapping(source.mapping)
         return found
 
 
@@ -333,13 +330,6 @@ class KVSource(NamedTuple):
         parts = [(weight, self.capture.features(i)) for i, weight in self.mapping[layer].items()]
         dtype = next(self.projector.parameters(), torch.empty(0)).dtype
         return [sum(weight * pair[kind].to(device, dtype) for weight, pair in parts) for kind in range(2)]  # pyright: ignore
-
-
-def _mapping_rows(mapping: LayerMapping) -> list[dict[str, str]]:
-    return [
-        {"student layer": str(layer), "teacher layers": ", ".join(f"{i} ({weight:.0%})" for i, weight in ts.items())}
-        for layer, ts in mapping.items()
-    ]
 
 
 def _diagnose(student: Tensor, teacher: Tensor, projected: Tensor) -> tuple[Tensor, ...]:

@@ -14,10 +14,11 @@ from hf_distill.collators import (
     OWN_COLUMNS,
     TEACHER_COLUMNS,
     TeacherColumnsCollator,
+    lost_messages,
     with_own_tokens,
     with_teacher_prompt,
 )
-from hf_distill.modeling import shared_vocabulary
+from hf_distill.modeling import num_positions, shared_vocabulary
 from hf_distill.teachers import Teacher
 from hf_distill.teachers.across import AcrossTeacher
 from hf_distill.teachers.ensemble import EnsembleTeacher
@@ -35,6 +36,8 @@ from hf_distill.trainers.checks import (
 from hf_distill.trainers.config import KDConfig
 
 logger = logging.getLogger(__name__)
+
+PEEKED_TEMPLATES = 20  # rows whose conversations are looked for in what the teacher reads
 
 
 class TeacherSet:
@@ -176,16 +179,18 @@ class TeacherSet:
             dataset = self._with_columns(dataset, function, f"Naming teachers of {name} dataset")
         if "teacher_prompt" in columns:
             tokenizers = list(self._tokenizers.values())
-            function = partial(with_teacher_prompt, tokenizers=tokenizers, dataset_name=name)
+            sides = [side for teacher, side in self.local().items() if teacher in self._tokenizers]
+            positions = min((limit for side in sides if (limit := num_positions(side.model))), default=None)
+            function = partial(with_teacher_prompt, tokenizers=tokenizers, positions=positions, dataset_name=name)
             dataset = self._with_columns(dataset, function, f"Tokenizing teacher prompts of {name} dataset")
         for teacher, tokenizer in self._across.items():
             side = self.by_name[teacher]
             function = partial(
                 with_own_tokens, index=side.index, tokenizer=tokenizer, student_tokenizer=self.student_tokenizer,
-                pieces=side.pieces, dataset_name=name,
+                pieces=side.pieces, positions=num_positions(side.model), dataset_name=name,
             )  # fmt: skip
             dataset = self._with_columns(dataset, function, f"Aligning {name} dataset with {teacher}")
-            _tell_alignment(dataset, side, name)
+            _tell_alignment(dataset, side, tokenizer, name)
         return dataset
 
     def _with_columns(self, dataset: AnyDataset, function: Callable[..., dict], what: str) -> AnyDataset:
@@ -207,7 +212,7 @@ def _with_teacher_index(row: dict[str, Any], names: list[str], dataset_name: str
     return {"teacher_index": names.index(row["teacher"])}
 
 
-def _tell_alignment(dataset: AnyDataset, teacher: AcrossTeacher, name: str) -> None:
+def _tell_alignment(dataset: AnyDataset, teacher: AcrossTeacher, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Says once per data set how two tokenizers are brought together and how well that goes."""
     exact, compared, total = 0, 0, 0
     for row in islice(iter(dataset), PEEKED_ROWS):
@@ -220,6 +225,11 @@ def _tell_alignment(dataset: AnyDataset, teacher: AcrossTeacher, name: str) -> N
         "exactly one of its tokens, %.0f%% are compared at all",
         teacher.name, teacher.reason, teacher.method, name, *shares,
     )  # fmt: skip
+    if lost := {role for row in islice(iter(dataset), PEEKED_TEMPLATES) for role in lost_messages(row, tokenizer)}:
+        logger.warning(
+            "the chat template of %s leaves out or changes messages of %s in the %s dataset: it does not read what the "
+            "student reads", teacher.name, ", ".join(sorted(lost)), name,
+        )  # fmt: skip
     if shares[1] < 50:
         logger.warning(
             "more than half of the %s dataset says nothing about %s: look whether its chat template keeps what is "
