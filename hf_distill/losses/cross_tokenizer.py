@@ -46,10 +46,10 @@ from torch.nn import functional as F
 
 from hf_distill.losses.divergence import DIVERGENCES, LOG_ZERO, check_divergence, temperature_factor
 from hf_distill.losses.fused_linear import (
-    CACHE_BLOCK,
     DistillationLoss,
     Head,
     HeadGradients,
+    block_rows,
     check_settings,
     default_chunk_size,
 )
@@ -57,8 +57,6 @@ from hf_distill.losses.fused_linear import (
 METHODS = ("aligned", "uld")
 # The name of a token that has none, and of one that is left out, as `token_alignment.shared_tokens` has them.
 UNNAMED, OUTSIDE = -1, -2
-# Logits on which the element-wise part works at a time; a handful of tensors of this size is held.
-BLOCK_LOGITS = {"cpu": CACHE_BLOCK, "cuda": 2**25}
 
 
 class Spans(NamedTuple):
@@ -154,8 +152,10 @@ def cross_tokenizer_loss(
     student_ids, teacher_ids, student_names, teacher_names = (x.to(student_hidden.device) for x in shared)
     student = _side(student_head.with_product_dtype(student_hidden), student_ids, student_names)
     teacher = _side(teacher_head.with_product_dtype(teacher_hidden), teacher_ids, teacher_names)
+    vocab_size = max(len(student_names), len(teacher_names))
     if chunk_size is None:
-        chunk_size = default_chunk_size(student_hidden.device, max(len(student_names), len(teacher_names)))
+        chunk_size = default_chunk_size(student_hidden.device, vocab_size)
+    block = block_rows(student_hidden.device, chunk_size, vocab_size)
     if num_items is None:
         num_items = max(len(labels), 1)
     objective = _Objective(
@@ -172,13 +172,14 @@ def cross_tokenizer_loss(
     if method == "uld":
         # Only first tokens are compared.
         later_groups, teacher_later_groups = (torch.full_like(x, -1) for x in (later_groups, teacher_later_groups))
-    settings = objective.temperature, chunk_size
+    settings = objective.temperature, chunk_size, block
     with torch.autocast(student_hidden.device.type, enabled=False):
         starts = _group_starts(student_hidden.detach(), tokens, later_groups, student, *settings)
         teacher_starts = _group_starts(teacher_hidden, teacher_tokens, teacher_later_groups, teacher, *settings)
         loss, sums = _CrossTokenizer.apply(
             student_hidden, student_head.weight, student_head.bias, labels[order], tokens, later_groups, starts,
-            teacher_hidden, teacher_starts, student, teacher, objective, num_items, chunk_size, torch.is_grad_enabled(),
+            teacher_hidden, teacher_starts, student, teacher, objective, num_items, chunk_size, block,
+            torch.is_grad_enabled(),
         )  # fmt: skip
     return DistillationLoss(loss, *sums[1:].unbind())
 
@@ -234,16 +235,18 @@ def _starts_first(groups: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _group_starts(
-    hidden: Tensor, tokens: Tensor, later_groups: Tensor, side: _Side, temperature: float, chunk_size: int
+    hidden: Tensor, tokens: Tensor, later_groups: Tensor, side: _Side, temperature: float, chunk_size: int, block: int
 ) -> _Starts:
     """`hidden` (n, D) and `tokens` (n,) are in the order of `_starts_first`."""
     num_groups = len(tokens) - len(later_groups)
     later = num_groups + (later_groups >= 0).nonzero().squeeze(-1)
     groups = later_groups[later - num_groups]
     log_probs = [hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
-    for part in _slices(0, len(later), chunk_size):
-        logits = _tempered(side.head.logits(hidden[later[part]]), side, temperature)  # (n, V)
-        log_probs.append(logits.gather(-1, tokens[later[part], None]).squeeze(-1) - logits.logsumexp(-1))
+    for positions in later.split(chunk_size):
+        logits = side.head.logits(hidden[positions])  # (n, V)
+        for part, targets in zip(logits.split(block), tokens[positions].split(block), strict=True):
+            part = _tempered(part, side, temperature)
+            log_probs.append(part.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - part.logsumexp(-1))
     log_probs = torch.cat(log_probs)
     log_continuation = log_probs.new_zeros(num_groups).index_add(0, groups, log_probs)
     is_single = groups.bincount(minlength=num_groups) == 0
@@ -352,15 +355,14 @@ class _CrossTokenizer(torch.autograd.Function):
     def forward(
         ctx, hidden, weight, bias, labels, tokens, later_groups, starts: _Starts, teacher_hidden,
         teacher_starts: _Starts, student: _Side, teacher: _Side, objective: _Objective, num_items, chunk_size: int,
-        grad_enabled: bool,
+        block: int, grad_enabled: bool,
     ):  # fmt: skip
         needs = [needed and grad_enabled for needed in ctx.needs_input_grad[:3]]
         gradients = HeadGradients(student.head, (hidden, weight, bias), needs)
-        sum_dtype, vocab_size = gradients.sum_dtype, len(student.names)
+        sum_dtype = gradients.sum_dtype
         sums = hidden.new_zeros(5, dtype=sum_dtype)
         log_continuation = starts.log_continuation.requires_grad_()  # (G,)
         continuation_gradient = torch.zeros_like(log_continuation)
-        block = max(1, BLOCK_LOGITS.get(hidden.device.type, BLOCK_LOGITS["cuda"]) // vocab_size)
 
         def differentiate(rows: slice, terms: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> None:
             """Adds up the sums of `terms(logits, rows)`, of which the first is the loss, and the loss's gradients."""
@@ -413,7 +415,7 @@ class _CrossTokenizer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *ctx.gradients.handed_out(grad_loss / ctx.num_items), *(None,) * 12
+        return *ctx.gradients.handed_out(grad_loss / ctx.num_items), *(None,) * 13
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:

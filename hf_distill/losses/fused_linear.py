@@ -20,7 +20,9 @@ from hf_distill.losses.divergence import DIVERGENCE_TERMS, Terms, check_divergen
 
 # Bytes of one chunk's logits in float32. Large enough for matrix products at full speed, small beside a model.
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
-# On the CPU the element-wise part runs on blocks of rows that stay in the cache: about this many logits at a time.
+# Where the element-wise part is not compiled it runs on blocks of rows, and holds up to 30 tensors of a block's size:
+# together they are no larger than one chunk. On the CPU a block also stays in the cache: about this many logits.
+BLOCKS_PER_CHUNK = 32
 CACHE_BLOCK = 2**19
 # Rows of a head that are multiplied at a time: on the CPU what stays in the cache (an eighth faster than the whole head
 # for chunks of 192 positions), on CUDA the whole head, unless it has to be converted to another dtype.
@@ -250,6 +252,14 @@ def default_chunk_size(device: torch.device, vocab_size: int) -> int:
     return rows if rows < 64 else rows - rows % 64
 
 
+def block_rows(device: torch.device, chunk_size: int, vocab_size: int) -> int:
+    """How many positions the element-wise part works on at a time, where it is not compiled."""
+    rows = chunk_size // BLOCKS_PER_CHUNK
+    if device.type == "cpu":
+        rows = min(rows, CACHE_BLOCK // vocab_size)
+    return max(1, rows)
+
+
 def _passes(teachers: list[TeacherSignal], combination: str) -> list[tuple[float, list[TeacherSignal]]]:
     """Weights that sum to 1, and of which teachers' mixture each of them weighs the divergence."""
     if combination == "mixture" or len(teachers) == 1:
@@ -319,16 +329,14 @@ def _compiled_differentiate_() -> Callable[..., Tensor]:
 
 
 def _differentiate_chunk_(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, token_weights: Tensor, *rest, compiled: bool
-) -> Tensor:
-    """`_differentiate_` at the speed of the device: fused kernels on CUDA, blocks that fit the cache on the CPU."""
-    device = student_logits.device.type
-    if device != "cpu":
-        differentiate = _compiled_differentiate_() if device == "cuda" and compiled else _differentiate_
-        return differentiate(student_logits, teacher_logits, labels, token_weights, *rest)
-    rows = max(1, CACHE_BLOCK // student_logits.shape[1])
-    blocks = zip(*(x.split(rows) for x in (student_logits, teacher_logits, labels, token_weights)), strict=True)
-    return torch.stack([_differentiate_(*block, *rest) for block in blocks]).sum(0)
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, token_weights: Tensor, *rest,
+    compiled: bool, block: int,
+) -> Tensor:  # fmt: skip
+    """`_differentiate_` without copies of a whole chunk: in fused kernels on CUDA, else `block` rows at a time."""
+    if compiled and student_logits.is_cuda:
+        return _compiled_differentiate_()(student_logits, teacher_logits, labels, token_weights, *rest)
+    blocks = zip(*(x.split(block) for x in (student_logits, teacher_logits, labels, token_weights)), strict=True)
+    return torch.stack([_differentiate_(*each, *rest) for each in blocks]).sum(0)
 
 
 def _mix_(out: Tensor, chunk: slice, teachers: list[TeacherSignal], temperature: float, scratch: Tensor | None) -> Head:
@@ -428,6 +436,7 @@ class _FusedLinearDistillation(torch.autograd.Function):
 
         # Of several passes, one overwrites a copy of the student's products, and their gradients are summed.
         buffers = buffer(), buffer(), *(buffer(len(passes) > 1) for _ in range(2)), buffer(len(passes[0][1]) > 1)
+        block = block_rows(student_hidden.device, chunk_size, vocab_size)
         sums = student_hidden.new_zeros(5, dtype=sum_dtype)
 
         with torch.autocast(student_hidden.device.type, enabled=False):
@@ -443,7 +452,7 @@ class _FusedLinearDistillation(torch.autograd.Function):
                     head = _mix_(teacher_logits, chunk, teachers, objective.temperature, scratch)
                     found = _differentiate_chunk_(
                         logits, teacher_logits, labels[chunk], token_weights[chunk].to(sum_dtype), student, head,
-                        objective, compiled=compiled,
+                        objective, compiled=compiled, block=block,
                     )  # fmt: skip
                     sums += weight * found
                     if total is not None:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_distill.losses import cross_tokenizer
+from hf_distill.losses import fused_linear
 from hf_distill.losses.cross_tokenizer import Spans, cross_tokenizer_loss, uld
 from hf_distill.losses.divergence import DIVERGENCES
 from hf_distill.losses.fused_linear import Head, fused_linear_distillation_loss
-from hf_distill.token_alignment import align, group_numbers, shared_tokens
+from hf_distill.token_alignment import UNNAMED, SharedTokens, align, group_numbers, shared_tokens
+from tests.losses.live import Live
 from tests.losses.oracle import ORACLE
 
 # Markers are words, everything else is text; None is no token. "abc" is only the student's, "bca" only the teacher's.
@@ -351,7 +352,7 @@ def assert_same(case, other, method, **settings):
 @pytest.mark.parametrize("method", ["aligned", "uld"])
 def test_chunks_and_blocks_do_not_matter(case, method, monkeypatch):
     for chunk_size, block in itertools.product((1, 2, 7, 1000), (1, 13, 10**6)):
-        monkeypatch.setitem(cross_tokenizer.BLOCK_LOGITS, "cpu", block)
+        monkeypatch.setattr(fused_linear, "CACHE_BLOCK", block)
         assert_same(case, case, method, chunk_size=chunk_size)
 
 
@@ -453,33 +454,42 @@ def test_a_global_divisor_makes_parts_of_a_batch_add_up_to_the_batch():
 # ---------------------------------------------------------------------------------------------- memory and precision
 
 
+def many_groups(vocab, teacher_vocab, num_shared, rows=300):
+    """Arguments of a loss with groups of one to one, one to many and many to many tokens."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, 4, requires_grad=True), torch.randn(vocab, 4, requires_grad=True)
+    teacher_weight, ids = torch.randn(teacher_vocab, 4), torch.arange(num_shared)
+
+    def names(size):
+        numbers = torch.arange(size)
+        found = torch.where(numbers < num_shared, numbers, numbers % (num_shared // 2))
+        found[num_shared + (size - num_shared) // 2 :] = UNNAMED
+        return found
+
+    tokens = torch.randint(num_shared, (rows,))
+    spans = Spans(tokens, torch.arange(rows) // 3, tokens, torch.arange(rows) // 2)
+    shared = SharedTokens(ids, ids, names(vocab), names(teacher_vocab))
+    return hidden, Head(weight), hidden.detach(), Head(teacher_weight), tokens, spans, shared
+
+
 @pytest.mark.parametrize("method", ["aligned", "uld"])
 def test_no_tensor_of_all_logits_is_ever_made(method):
     """The largest tensor that any operation returns is one chunk of logits, or the head's gradient."""
+    vocab, chunk_size = 1000, 16
+    with Live() as live:
+        cross_tokenizer_loss(*many_groups(vocab, vocab, 600), method=method, chunk_size=chunk_size).loss.backward()
+    assert live.largest <= chunk_size * vocab
 
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        numel = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for value in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(value, torch.Tensor):
-                    self.numel = max(self.numel, value.numel())
-            return out
-
-    torch.manual_seed(0)
-    rows, vocab, chunk_size = 300, 1000, 16
-    hidden, weight = torch.randn(rows, 4, requires_grad=True), torch.randn(vocab, 4, requires_grad=True)
-    ids, tokens = torch.arange(vocab), torch.randint(vocab, (rows,))
-    spans = Spans(tokens, torch.arange(rows) // 3, tokens, torch.arange(rows) // 2)
-    names = torch.where(ids < 600, ids, ids % 300)
-    names[-100:] = -1
-    shared = ids[:600], ids[:600], names, names
-    with Largest() as largest:
-        cross_tokenizer_loss(
-            hidden, Head(weight), hidden, Head(weight), tokens, spans, shared, method=method, chunk_size=chunk_size
-        ).loss.backward()
-    assert largest.numel <= chunk_size * vocab
+@pytest.mark.parametrize("sizes", [(1000, 1000, 980), (1000, 600, 590), (600, 1000, 400)])
+@pytest.mark.parametrize("name", [*DIVERGENCES, "uld"])
+def test_three_chunks_of_logits_are_alive_at_most(name, sizes):
+    """Those of both sides, and all that the element-wise part holds of its blocks."""
+    chunk_size = 128
+    settings = {"method": "uld"} if name == "uld" else {"divergence": name}
+    with Live(min(sizes)) as live:
+        cross_tokenizer_loss(*many_groups(*sizes), temperature=2.0, chunk_size=chunk_size, **settings).loss.backward()
+    assert live.most_bytes < 3 * chunk_size * max(sizes) * 4
 
 
 def test_a_frozen_head_gets_no_gradient_and_nothing_does_under_no_grad(case):

@@ -4,15 +4,14 @@ Shapes: N positions, V vocabulary, K teachers.
 """
 
 import itertools
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_distill.losses import fused_linear
 from hf_distill.losses.divergence import DIVERGENCES
 from hf_distill.losses.fused_linear import Head, TeacherSignal, fused_distillation_loss
+from tests.losses.live import Live
 from tests.losses.oracle import distillation_loss, kl, taid
 from tests.losses.test_fused_linear import ROWS, VOCAB, dense_logits, relative
 
@@ -278,24 +277,6 @@ def test_what_does_not_fit_is_refused_in_words(change, message):
 
 
 # ---------------------------------------------------------------------------------------------------------- the memory
-
-
-class Live(TorchDispatchMode):
-    """How many tensors of at least `numel` numbers live at one time at most, and how large the largest is."""
-
-    def __init__(self, numel: int):
-        super().__init__()
-        self.numel, self.most, self.largest, self.seen = numel, 0, 0, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.numel() >= self.numel:
-            self.largest = max(self.largest, out.numel())
-            self.seen = [ref for ref in [*self.seen, weakref.ref(out)] if ref() is not None]
-            # Views are the tensor that they look at.
-            storages = {t.untyped_storage().data_ptr() for ref in self.seen if (t := ref()) is not None}
-            self.most = max(self.most, len(storages))
-        return out
 
 
 @pytest.mark.parametrize(("combination", "chunks"), [("mixture", 4), ("sum", 4), ("route", 5)])

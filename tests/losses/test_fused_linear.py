@@ -11,6 +11,7 @@ from hf_distill.losses.fused_linear import (
     fused_distillation_loss,
     fused_linear_distillation_loss,
 )
+from tests.losses.live import Live
 from tests.losses.oracle import distillation_loss
 
 NAMES = sorted(DIVERGENCES)
@@ -260,25 +261,30 @@ def test_no_gradient_is_computed_under_no_grad():
 
 def test_no_tensor_of_all_logits_is_ever_made():
     """The largest tensor that any operation returns is one chunk of logits, or the head's gradient."""
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                self.numel = max(self.numel, out.numel())
-            return out
-
     torch.manual_seed(0)
     rows, vocab, chunk_size = 300, 1000, 16
     hidden, head = torch.randn(rows, 4, requires_grad=True), torch.randn(vocab, 4, requires_grad=True)
-    with Largest() as largest:
+    with Live() as live:
         loss = fused_linear_distillation_loss(
             hidden, head, hidden, head, torch.zeros(rows).long(), chunk_size=chunk_size
         ).loss
         loss.backward()
-    assert largest.numel <= chunk_size * vocab
+    assert live.largest <= chunk_size * vocab
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_three_chunks_of_logits_are_alive_at_most(name):
+    """Those of both sides, and all that the element-wise part holds of its blocks, when it is not compiled."""
+    torch.manual_seed(0)
+    rows, vocab, chunk_size = 300, 1000, 128
+    head = Head(torch.randn(vocab, 4, requires_grad=True), softcap=3.0)
+    teacher = TeacherSignal(torch.randn(rows, 3), Head(torch.randn(vocab, 3), softcap=3.0))
+    with Live(vocab) as live:
+        fused_distillation_loss(
+            torch.randn(rows, 4, requires_grad=True), head, [teacher], torch.zeros(rows).long(),
+            divergence=name, temperature=2.0, chunk_size=chunk_size, compiled=False,
+        ).loss.backward()  # fmt: skip
+    assert live.most_bytes < 3 * chunk_size * vocab * 4
 
 
 def test_a_second_backward_is_refused():
