@@ -1,6 +1,7 @@
 """`hf-distill kd` with several teachers, with another tokenizer, and with the student's own base model."""
 
 import json
+from itertools import pairwise
 
 import pytest
 from datasets import Dataset
@@ -87,3 +88,78 @@ def test_a_prompt_of_its_own_is_refused_for_a_teacher_with_another_tokenizer(fol
     rows = [{"prompt": "Hi", "completion": text, "teacher_prompt": "Well, hello"} for text in SENTENCES]
     with pytest.raises(ValueError, match=r"foreign has another tokenizer.*remove 'teacher_prompt'"):
         across_trainer(folder, tmp_path, Dataset.from_list(rows))
+
+
+def across(student_side, teacher_side, rows, **changes):
+    """A trainer of models that bring no tokenizer of their own."""
+    models = make_model(seed=0), make_model(seed=1, **changes.pop("teacher", {}))
+    args = KDConfig(output_dir="unused", use_cpu=True, bf16=False, report_to=[], save_strategy="no", **changes)
+    return KDTrainer(
+        models[0], models[1], args, rows, processing_class=student_side, teacher_processing_class=teacher_side
+    )
+
+
+@pytest.fixture
+def foreign():
+    return make_tokenizer(corpus=[sentence[::-1] for sentence in SENTENCES])
+
+
+def conversations(system=True):
+    turns = [{"role": "system", "content": "Be brief."}] * system
+    return Dataset.from_list(
+        [
+            {"messages": [*turns, {"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+            for a, b in pairwise(SENTENCES)
+        ]
+    )
+
+
+def test_conversations_need_a_template_on_the_teachers_side_too(tmp_path, tokenizer, foreign):
+    foreign.chat_template = None
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM's tokenizer has no chat template.*teacher_proc"):
+        across(tokenizer, foreign, conversations())
+
+
+def test_a_template_that_refuses_a_row_is_named(tmp_path, tokenizer, foreign):
+    foreign.chat_template = "{{ raise_exception('no system, please') }}"
+    with pytest.raises(ValueError, match=r"the teacher's tokenizer refuses a row of the train dataset \(no system"):
+        across(tokenizer, foreign, conversations())
+
+
+def test_messages_that_the_teacher_does_not_read_are_told(tmp_path, tokenizer, foreign, caplog):
+    across(tokenizer, foreign, conversations())
+    assert "leaves out" not in caplog.text
+    assert "100% are compared at all" in caplog.text
+    foreign.chat_template = foreign.chat_template.replace("in messages", "in messages if message['role'] != 'system'")
+    across(tokenizer, foreign, conversations())
+    assert "LlamaForCausalLM leaves out or changes messages of system in the train dataset" in caplog.text
+    caplog.clear()
+    foreign.chat_template = "Well."
+    across(tokenizer, foreign, conversations())
+    assert "more than half of the train dataset says nothing about LlamaForCausalLM" in caplog.text
+
+
+def test_texts_longer_than_the_teacher_can_read_are_refused(tmp_path, tokenizer, foreign):
+    rows = Dataset.from_dict({"text": SENTENCES})
+    with pytest.raises(ValueError, match=r"take \d+ tokens, the teacher has 16 positions: lower max_length"):
+        across(tokenizer, foreign, rows, teacher={"max_position_embeddings": 16})
+    prompts = [{"prompt": "Hi", "completion": text, "teacher_prompt": "Well, " * 20} for text in SENTENCES]
+    with pytest.raises(ValueError, match=r"teacher_prompt and completion of a row of the train .* take \d+ tokens"):
+        across(tokenizer, tokenizer, Dataset.from_list(prompts), teacher={"max_position_embeddings": 16})
+
+
+def test_uld_says_that_the_divergence_has_no_part(tmp_path, tokenizer, foreign, caplog):
+    rows = Dataset.from_dict({"text": SENTENCES})
+    trainer = across(tokenizer, foreign, rows, cross_tokenizer="uld", divergence="reverse_kl")
+    assert "divergence='reverse_kl' has no part in it" in caplog.text
+    assert trainer.describe()["other tokenizers"] == "LlamaForCausalLM: uld"
+
+
+def test_one_tokenizer_for_several_teachers_is_for_those_that_bring_none(folder, tmp_path, tokenizer):
+    args = KDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], teacher_combination="sum")
+    teachers = {"own": str(folder / "foreign"), "none": make_model(seed=2)}
+    trainer = KDTrainer(
+        str(folder / "student"), teachers, args, Dataset.from_dict({"text": SENTENCES}),
+        teacher_processing_class=tokenizer,
+    )  # fmt: skip
+    assert trainer.describe()["other tokenizers"] == "own: aligned"

@@ -464,6 +464,8 @@ def test_a_teacher_prompt_is_for_the_teacher_alone(tokenizer, form):
     expected = tokenizer(SENTENCES[0])["input_ids"] if form == "text" else chat(tokenizer, *own)
     assert found == {**plain, "teacher_prompt_ids": expected}
     assert PromptCollator(tokenizer).encode({**row, "teacher_prompt": None}) == plain
+    with pytest.raises(ValueError, match="'teacher_prompt' of row 3 have to be both text or both messages"):
+        PromptCollator(tokenizer).encode({**row, "teacher_prompt": own if form == "text" else "So"}, "row 3")
 
 
 def test_completions_are_given_only_where_all_rows_have_one(tokenizer):

@@ -121,6 +121,13 @@ def test_leaves_the_models_in_the_mode_they_were_in(tokenizer, text_dataset):
     assert not teacher.training
 
 
+def test_tokens_that_a_model_does_not_know_are_refused(tokenizer, text_dataset):
+    models = make_model(seed=1), make_model(seed=2, vocab_size=100)
+    for student, teacher in (models, models[::-1]):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM has no embedding for token \d+ of the rows"):
+            evaluate_fidelity(student, teacher, text_dataset, tokenizer)
+
+
 def test_rows_without_text_or_labels_are_refused_in_words(tokenizer):
     model = make_model()
     with pytest.raises(ValueError, match="columns question"):

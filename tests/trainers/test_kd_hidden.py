@@ -349,6 +349,12 @@ def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(tmp_path, tokeniz
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     assert own_losses == losses
+    other = {"hidden_layers": [[0, 0], [1, 2]], "resume_from_checkpoint": str(checkpoint)}
+    with pytest.raises(ValueError, match=r"learns from other layers .* than this one \(0 <- 0 \(100%\); 1 <- 2"):
+        run(tmp_path / "other", tokenizer, rows, wide_teacher, seed=2, **other)
+    without = make_trainer(tmp_path / "none", make_model("gpt2", seed=2), wide_teacher, rows, tokenizer)
+    with pytest.raises(ValueError, match=r"has a hidden_projector.json: it is of a run with a projector"):
+        without.train(resume_from_checkpoint=str(checkpoint))
     Path(checkpoint / f"{PROJECTOR}.json").unlink()
     with pytest.raises(ValueError, match=r"has no hidden_projector.safetensors and hidden_projector.json"):
         run(tmp_path / "third", tokenizer, rows, wide_teacher, seed=2, resume_from_checkpoint=str(checkpoint))
@@ -385,7 +391,7 @@ def test_keys_and_values_and_hidden_states_have_a_projector_each(tmp_path, token
 
 def test_model_card_says_what_was_compared(tmp_path, tokenizer, rows, student, teacher):
     trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer, hidden_weight=0.25, hidden_loss="cosine")
-    assert trainer.describe()["hidden states"] == "cosine, weight 0.25"
+    assert trainer.describe()["hidden states"] == "cosine, weight 0.25, layers 0 <- 1 (100%); 1 <- 2 (100%)"
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -403,6 +409,9 @@ REFUSED = [
     ("hidden_weight has to be at least 0 and finite, got nan", {"hidden_weight": math.nan}),
     ("hidden_weight has to be at least 0 and finite, got inf", {"hidden_weight": math.inf}),
     ("projector_learning_rate has to be above 0 and finite, got 0", {"projector_learning_rate": 0.0}),
+    ("hidden_loss is used with hidden_weight alone", {"hidden_weight": 0.0, "hidden_loss": "cosine"}),
+    ("hidden_layers is used with hidden_weight alone", {"hidden_weight": 0.0, "hidden_layers": "cka"}),
+    ("hidden_weight has to be a number, got '1'", {"hidden_weight": "1"}),
 ]
 
 
