@@ -100,7 +100,9 @@ RUNS = {
     "kd_weight": ("forward_kl", {"kd_weight": [1.0, 0.2]}),
     "temperature": ("forward_kl", {"temperature": [4, 2, 1]}),
     "taid": ("taid", {"t": [0.2, 1.0]}),
-    "all of it": ("alpha_beta", {"alpha": [0.2, 0.6], "beta": [0.9, 0.5], "kd_weight": [0.4, 0.8], "temperature": [1, 3]}),
+    "all of it": (
+        "alpha_beta", {"alpha": [0.2, 0.6], "beta": [0.9, 0.5], "kd_weight": [0.4, 0.8], "temperature": [1, 3]},
+    ),
 }  # fmt: skip
 
 
