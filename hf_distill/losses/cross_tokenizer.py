@@ -159,7 +159,7 @@ def cross_tokenizer_loss(
     if num_items is None:
         num_items = max(len(labels), 1)
     objective = _Objective(
-        functools.partial(DIVERGENCES[divergence], **params) if method == "aligned" else None,
+        _of_outcomes(divergence, params) if method == "aligned" else None,
         kd_weight * temperature_factor(divergence, temperature), kd_weight * temperature, 1 - kd_weight, temperature,
     )  # fmt: skip
 
@@ -282,6 +282,20 @@ def _outcomes(log_probs: Tensor, starts: _Starts, targets: Tensor, side: _Side) 
     outcomes = F.pad(named, (0, 1), value=LOG_ZERO)  # (g, K + 1)
     text = torch.logaddexp(outcomes.gather(-1, targets), torch.where(moves, log_text, LOG_ZERO))
     return outcomes.scatter(-1, targets, text), log_probs.index_select(-1, side.unnamed)
+
+
+def _of_outcomes(divergence: str, params: dict[str, float]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The divergence (g,) of log-probabilities (g, outcomes), of which both sides may lack the same."""
+    function = functools.partial(DIVERGENCES[divergence], **params)
+    if divergence != "alpha_beta":
+        return function
+
+    def of_outcomes(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        # Powers of 0 may be infinite. Any two equal probabilities add nothing, so it can be 1 instead.
+        lacking = torch.maximum(student_log_probs, teacher_log_probs) < LOG_ZERO / 2
+        return function(student_log_probs.masked_fill(lacking, 0.0), teacher_log_probs.masked_fill(lacking, 0.0))
+
+    return of_outcomes
 
 
 def _compare(

@@ -1,5 +1,6 @@
 """Losses between two vocabularies against enumerated token sequences, in float64, from texts instead of names."""
 
+import functools
 import itertools
 import math
 
@@ -13,7 +14,7 @@ from hf_distill.losses.divergence import DIVERGENCES
 from hf_distill.losses.fused_linear import Head, fused_linear_distillation_loss
 from hf_distill.token_alignment import UNNAMED, SharedTokens, align, group_numbers, shared_tokens
 from tests.losses.live import Live
-from tests.losses.oracle import ORACLE
+from tests.losses.oracle import ORACLE, alpha_beta
 
 # Markers are words, everything else is text; None is no token. "abc" is only the student's, "bca" only the teacher's.
 VOCABULARIES = {
@@ -227,6 +228,14 @@ def test_aligned_loss_and_gradients_equal_enumerated_sequences(vocabularies, div
         )
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(-0.5, 0.2), (0.3, -0.5)])
+@pytest.mark.parametrize("vocabularies", VOCABULARIES)
+def test_negative_powers_leave_out_what_neither_side_can_say(vocabularies, alpha, beta, monkeypatch):
+    monkeypatch.setitem(ORACLE, "alpha_beta", functools.partial(alpha_beta, alpha=alpha, beta=beta))
+    monkeypatch.setitem(DIVERGENCES, "alpha_beta", functools.partial(DIVERGENCES["alpha_beta"], alpha=alpha, beta=beta))
+    assert_equals_oracle(Case(VOCABULARIES[vocabularies]), kd_weight=0.4, temperature=1.5, divergence="alpha_beta")
+
+
 def test_the_cases_hold_groups_of_every_shape():
     """One to one, one to many, many to one, many to many."""
     shapes = set()
@@ -257,8 +266,14 @@ def test_uld_gradient_equals_finite_differences():
     assert torch.autograd.gradcheck(lambda x: uld(x.softmax(-1), teacher), logits)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_equal_tokenizers_give_the_plain_loss(divergence):
+POWERS = [(-0.5, 0.2), (2.0, -3.0), (-1.0, 0.0), (0.0, -1.0), (1.0, -1.0), (-1.0, 2.0), (0.0, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("divergence", "params"),
+    [*((name, None) for name in DIVERGENCES), *(("alpha_beta", {"alpha": a, "beta": b}) for a, b in POWERS)],
+)
+def test_equal_tokenizers_give_the_plain_loss(divergence, params):
     """Value, sums and gradients of fused_linear_distillation_loss, for every divergence."""
     torch.manual_seed(0)
     rows, vocab = 11, 29
@@ -266,7 +281,7 @@ def test_equal_tokenizers_give_the_plain_loss(divergence):
     teacher_hidden, teacher_weight = torch.randn(rows, 4).double(), torch.randn(vocab, 4).double()
     tokens, groups, ids = torch.randint(vocab, (rows,)), torch.randperm(rows), torch.arange(vocab)
     labels = tokens.masked_fill(groups == 3, -100)
-    settings = {"kd_weight": 0.3, "temperature": 1.5, "divergence": divergence}
+    settings = {"kd_weight": 0.3, "temperature": 1.5, "divergence": divergence, "divergence_params": params}
     results, gradients = [], []
     for cross in (True, False):
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
