@@ -19,19 +19,21 @@ token which is a name, w and that name are one outcome.
 
     D(names, w, all that is unnamed) + sum_i |q_(i) - p_(i)| over what is unnamed
 
-with any divergence D (`losses/divergence.py`) and the loss below. It is >= 0, and 0 only where all of these are equal.
-With equal tokenizers every group is one token, every token a name, and what remains D of the next-token distributions.
-(GOLD, TRL's `GOLDTrainer`, multiplies the distribution at a group's first token by the probabilities of the others, so
-that a group's probabilities do not sum to 1.) The longest shared beginning is also the teacher's target in Byte-Prefix
-Marginalization (2607.22334), there for the student's vocabulary only.
+with any divergence D (`losses/divergence.py`) and the loss below. It is >= 0, and 0 only where the outcomes are equally
+likely on both sides, and the unnamed ones by rank. Where only one side has unnamed tokens, the other has nothing to
+compare with: they are left out, and it is 0 where names and w are equally likely among the rest, whatever that side
+gives to unnamed tokens. With equal tokenizers every group is one token, every token a name, and what remains D of the
+next-token distributions. (GOLD, TRL's `GOLDTrainer`, multiplies the distribution at a group's first token by the
+probabilities of the others, so that a group's probabilities do not sum to 1.) The longest shared beginning is also the
+teacher's target in Byte-Prefix Marginalization (2607.22334), there for the student's vocabulary only.
 
 **uld** is Universal Logit Distillation (Boizard et al., 2402.12030): `sum_i |q_(i) - p_(i)|` over both vocabularies in
 descending order, the smaller one filled up with zeros; no token has to mean anything to both sides. The paper compares
 the i-th tokens of both answers; here it is the first tokens of a group, which follow the same text.
 
-Markers that only one side has, and ids that are no token, are left out: both distributions are conditional on the rest.
-The factor of a temperature T is T^2 for divergences, T for total variation and sorted probabilities, whose gradients
-shrink by T only.
+Markers that only one side has, and ids that are no token, are left out, too: both distributions are conditional on the
+rest. The factor of a temperature T is T^2 for divergences, T for total variation and sorted probabilities, whose
+gradients shrink by T only.
 
 Shapes: N positions of the student, M of the teacher, G groups, Vs and Vt vocabularies, K names, Ds and Dt widths.
 """

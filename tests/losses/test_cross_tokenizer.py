@@ -320,6 +320,19 @@ def test_loss_is_zero_for_a_student_that_says_the_same_in_a_permuted_vocabulary(
     assert case.loss(method=method).kd.item() > 1e-4
 
 
+def test_what_only_one_side_can_say_is_left_out():
+    """The loss is 0 whatever the probability of the teacher's token that begins with nothing the student has."""
+    students = VOCABULARIES["every token has a name"][0]
+    case = Case((students, students))
+    case.shared = shared_tokens(pieces_of(students), [*pieces_of(students), b"x"])
+    case.student_bias = torch.zeros_like(case.student_bias)
+    groups = torch.arange(len(case.labels))
+    case.spans = Spans(case.spans.student_tokens, groups, case.spans.student_tokens, groups)
+    case.teacher_hidden = case.student_hidden
+    case.teacher_head = Head(torch.cat([case.student_weight, case.randn(1, STUDENT_WIDTH)]))
+    assert abs(case.loss().kd.item()) < 1e-13
+
+
 @pytest.mark.parametrize("method", ["aligned", "uld"])
 @pytest.mark.parametrize("vocabularies", VOCABULARIES)
 def test_loss_is_never_negative(vocabularies, method):
