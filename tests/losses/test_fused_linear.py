@@ -312,8 +312,8 @@ def test_gradient_follows_what_is_done_with_the_loss():
 def test_the_compiled_elementwise_part_equals_plain_torch(name):
     """On CUDA the element-wise part is compiled; here the same function is compiled for the CPU."""
     torch.manual_seed(0)
-    student = Head(torch.empty(50, 4), logit_scale=0.5, softcap=3.0)
-    teacher = Head(torch.empty(50, 4))
+    student = Head(torch.empty(50, 4), logit_scale=0.5, softcap=3.0).with_product_dtype(torch.empty(1, 4))
+    teacher = Head(torch.empty(50, 4)).with_product_dtype(torch.empty(1, 4))
     objective = fused_linear._Objective(fused_linear.DIVERGENCE_TERMS[name], {}, 0.5, 0.5, 2.0)
     labels = torch.tensor([3, -100, 7, 0, 49])
     for rows in (5, 3):
