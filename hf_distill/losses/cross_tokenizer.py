@@ -55,10 +55,9 @@ from hf_distill.losses.fused_linear import (
     check_settings,
     default_chunk_size,
 )
+from hf_distill.token_alignment import OUTSIDE, UNNAMED, SharedTokens
 
 METHODS = ("aligned", "uld")
-# The name of a token that has none, and of one that is left out, as `token_alignment.shared_tokens` has them.
-UNNAMED, OUTSIDE = -1, -2
 
 
 class Spans(NamedTuple):
@@ -79,7 +78,7 @@ class AlignedSignal(NamedTuple):
     hidden: Tensor  # (M, Dt), last hidden states, without gradient
     head: Head
     spans: Spans
-    shared: tuple[Tensor, Tensor, Tensor, Tensor]
+    shared: SharedTokens
     method: str
     num_exact: Tensor  # label-bearing tokens of the student that face exactly one of the teacher's
     weight: float = 1.0  # its share among several teachers
@@ -106,7 +105,7 @@ def cross_tokenizer_loss(
     teacher_head: Head,
     labels: Tensor,
     spans: Spans,
-    shared: tuple[Tensor, Tensor, Tensor, Tensor],
+    shared: SharedTokens,
     *,
     kd_weight: float = 0.5,
     temperature: float = 1.0,
@@ -129,9 +128,7 @@ def cross_tokenizer_loss(
             The same of the teacher, on the student's device. Never gets a gradient.
         labels (`torch.Tensor` of shape `(N,)`, int64): the student's hard labels, -100 for none.
         spans ([`Spans`]): the tokens that follow the positions, and which of them cover the same text.
-        shared (tuple of int64 tensors of shapes `(K,)`, `(K,)`, `(Vs,)`, `(Vt,)`):
-            As `token_alignment.shared_tokens` makes them: for each name the student's and the teacher's token, and for
-            each token of both its name, -1 for none, -2 for what is left out.
+        shared ([`~hf_distill.token_alignment.SharedTokens`]): what both vocabularies have in common.
         kd_weight (`float`): weight of the groups' terms, in [0, 1]; hard labels get `1 - kd_weight`.
         temperature (`float`): of both distributions, above 0.
         method (`str`): "aligned" or "uld".
@@ -439,8 +436,8 @@ def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
 
 
 def _check_arguments(
-    student_hidden, student_head: Head, teacher_hidden, teacher_head: Head, labels, spans: Spans, shared,
-    kd_weight, temperature, method, chunk_size,
+    student_hidden, student_head: Head, teacher_hidden, teacher_head: Head, labels, spans: Spans,
+    shared: SharedTokens, kd_weight, temperature, method, chunk_size,
 ) -> None:  # fmt: skip
     sides = (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head))
     for (side, hidden, head), ids, names in zip(sides, shared[:2], shared[2:], strict=True):

@@ -369,5 +369,7 @@ def _name(model: str | PreTrainedModel) -> str | None:
 
 
 def _load_tokenizer(name: str, init_kwargs: Any, args: KDConfig) -> PreTrainedTokenizerBase:
+    if os.path.isdir(name) and not any(part in file for file in os.listdir(name) for part in ("token", "vocab")):
+        raise OSError(f"{name} has no tokenizer")  # transformers would make an empty one
     revision = (init_kwargs or {}).get("revision")
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)

@@ -289,7 +289,7 @@ def test_equal_tokenizers_give_the_plain_loss(divergence, params):
             spans = Spans(tokens, groups, tokens, groups)
             heads = Head(leaves[1]), Head(teacher_weight)
             result = cross_tokenizer_loss(
-                leaves[0], heads[0], teacher_hidden, heads[1], labels, spans, (ids,) * 4, **settings
+                leaves[0], heads[0], teacher_hidden, heads[1], labels, spans, SharedTokens(*[ids] * 4), **settings
             )
         else:
             result = fused_linear_distillation_loss(*leaves, teacher_hidden, teacher_weight, labels, **settings)
@@ -602,7 +602,10 @@ def test_no_groups_leave_the_hard_labels_and_no_rows_nothing(case, method):
         ({"student_hidden": torch.zeros(3, 9)}, "student_hidden has to be"),
         ({"teacher_hidden": torch.zeros(3, TEACHER_WIDTH)}, "teacher_tokens has shape"),
         ({"student_head": Head(torch.zeros(2, STUDENT_WIDTH))}, "6 tokens of the student, its head has 2 rows"),
-        ({"shared": (torch.zeros(1).long(), *[torch.zeros(2).long()] * 3)}, "1 tokens of the student for 2"),
+        (
+            {"shared": SharedTokens(torch.zeros(1).long(), *[torch.zeros(2).long()] * 3)},
+            "1 tokens of the student for 2",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(case, change, message):
