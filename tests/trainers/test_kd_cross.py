@@ -160,7 +160,7 @@ def test_permuted_ids_change_nothing(tmp_path, tokenizer, permuted_tokenizer, te
     (expected_metrics,) = evaluations(plain, [8])
     plain.train()
     expected_log = plain.state.log_history[-2]
-    for k, split in enumerate(SPLITS if case in ("completion", "messages", "cut messages") else SPLITS[1:2]):
+    for k, split in enumerate(SPLITS if case in ("completion", "messages") else SPLITS[1:2]):
         trainer, found = make_trainer(
             tmp_path, student, permuted_teacher, (tokenizer, permuted_tokenizer), dataset, split, dataset, **options
         )
@@ -602,13 +602,13 @@ def test_sum_weighs_teachers_of_both_kinds(tmp_path, byte_side, meta_side, teach
         assert_same_gradients(found, gradients)
 
 
-def test_a_teacher_and_its_twin_with_other_ids_share_its_weight_in_a_sum(
+def test_a_teacher_and_its_twins_of_both_kinds_share_its_weight_in_a_sum(
     tmp_path, tokenizer, permuted_tokenizer, meta_side, teacher, permuted_teacher, student, meta_teacher
 ):
-    teachers = {"plain": teacher, "foreign": meta_teacher, "permuted": permuted_teacher}
-    names = {"plain": tokenizer, "foreign": meta_side.tokenizer, "permuted": permuted_tokenizer}
+    teachers = {"plain": teacher, "foreign": meta_teacher, "permuted": permuted_teacher, "again": teacher}
+    names = {"plain": tokenizer, "foreign": meta_side.tokenizer, "permuted": permuted_tokenizer, "again": tokenizer}
     results = []
-    for weights in ({"plain": 3, "foreign": 7}, {"permuted": 2, "foreign": 7, "plain": 1}):
+    for weights in ({"plain": 3, "foreign": 7}, {"permuted": 1, "foreign": 7, "again": 1, "plain": 1}):
         chosen = [{name: x[name] for name in weights} for x in (teachers, names)]
         results.append(update(
             tmp_path, student, chosen[0], (tokenizer, chosen[1]), DATASETS["completion"], (4, 2),
