@@ -617,4 +617,6 @@ def test_a_teacher_and_its_twins_of_both_kinds_share_its_weight_in_a_sum(
     (expected, expected_log), (found, log) = results
     assert log["loss"] == pytest.approx(expected_log["loss"], rel=1e-6)
     assert log["kd"] == pytest.approx(expected_log["kd"], rel=1e-6)
+    mean = (1 + expected_log["alignment/exact_fraction"]) / 2  # over those with another tokenizer
+    assert log["alignment/exact_fraction"] == pytest.approx(mean)
     assert_same_gradients(found, expected)
