@@ -346,8 +346,10 @@ def with_own_tokens(
         contents = [message.get("content") or "" for message in messages]  # A tool call has none.
         if strange := [content for content in contents if not isinstance(content, str)]:
             raise ValueError(f"messages for a teacher with another tokenizer have to be text, got {strange[0]!r}")
-        # A row that has been cut is aligned by what is left of it.
-        contents = contents if contents[-1].strip() in text else None  # pyright: ignore[reportOperatorIssue]
+        if not _has_in_order(text, contents):
+            whole: Any = student_tokenizer.apply_chat_template(messages, return_dict=True, **_template_arguments(row))
+            if len(whole["input_ids"]) > len(student_ids):
+                contents = None  # A row that has been cut is aligned by what is left of it.
     if max(ids, default=0) >= len(pieces[1]):
         raise ValueError(
             f"the teacher's tokenizer makes token {max(ids)} of {name}, but the teacher has only {len(pieces[1])}: "
@@ -370,6 +372,17 @@ def with_own_tokens(
         "exact": sum(len(groups[k].student) == len(groups[k].teacher) == 1 for k in kept),
     }
     return {f"teacher_{index}_{name}": value for name, value in view.items()}
+
+
+def _has_in_order(text: Any, contents: Sequence[str]) -> bool:
+    """Whether a text has all contents, one after the other."""
+    place = 0
+    for content in map(str.strip, contents):
+        place = text.find(content, place)
+        if place == -1:
+            return False
+        place += len(content)
+    return True
 
 
 def lost_messages(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -122,10 +122,15 @@ def align(
             is aligned then, however short it is. The last occurrence counts: templates put names before contents.
     """
     sides = student_pieces, teacher_pieces
+    gaps = set()
     if contents is None:
         runs = list(_equal_runs(_text(student_pieces), _text(teacher_pieces)))
     else:
-        runs = _runs_of_contents(student_pieces, teacher_pieces, contents)
+        found = _runs_of_contents(student_pieces, teacher_pieces, contents)
+        runs = [run for part in found if part is not None for run in part]
+        # After so many shared bytes a content is missing: markers there may be from before it or from after it.
+        before = itertools.accumulate((sum(run[2] for run in part or ()) for part in found), initial=0)
+        gaps = {size for size, part in zip(before, found, strict=False) if part is None}
     # For each token: how many of the bytes that both sides have are written when it ends.
     student, teacher = (_shared_bytes(side, [(run[k], run[2]) for run in runs]) for k, side in enumerate(sides))
     groups: list[Group] = []
@@ -137,7 +142,8 @@ def align(
         while j < len(teacher) and teacher[j] == done:
             j += 1
         if i > start_i or j > start_j:
-            groups += _pair_markers(*sides, range(start_i, i), range(start_j, j))
+            pair = _leave_alone if done in gaps else _pair_markers
+            groups += pair(*sides, range(start_i, i), range(start_j, j))
         if i == len(student):
             continue  # Both sides have written all of the bytes that they share.
         start_i, start_j = i, j
@@ -241,18 +247,23 @@ def _next_equal(student: bytes, teacher: bytes, i: int, j: int) -> tuple[int, in
 
 def _runs_of_contents(
     student_pieces: Sequence[Piece], teacher_pieces: Sequence[Piece], contents: Sequence[str]
-) -> list[Run]:
-    """The stretches inside of `contents` that both sides have; contents are looked for from the end."""
+) -> list[list[Run] | None]:
+    """The stretches inside of each of `contents` that both sides have, None for one that a side lacks.
+
+    They are looked for from the end.
+    """
     sides = student_pieces, teacher_pieces
     texts = [_text(side) for side in sides]
     inks = [text.translate(None, WHITESPACE)[::-1] for text in texts]  # templates strip and add white space
     places = [[i for i, byte in enumerate(text) if byte not in WHITESPACE] for text in texts]
     ends = [{len(ink) - end for end in _ends(side, WHITESPACE)} for side, ink in zip(sides, inks, strict=True)]
-    read, runs = [0, 0], []
+    read: list[int] = [0, 0]
+    runs: list[list[Run] | None] = []
     for content in reversed(contents):
         wanted = content.encode().translate(None, WHITESPACE)[::-1]
         found = [_find_tokens(*side) for side in zip(inks, (wanted, wanted), read, ends, strict=True)]
         if not wanted or -1 in found:
+            runs.append(None if wanted else [])
             continue
         read = [start + len(wanted) for start in found]
         (i, end_i), (j, end_j) = (
@@ -260,7 +271,7 @@ def _runs_of_contents(
         )
         inside = _equal_runs(texts[0][i:end_i], texts[1][j:end_j])
         runs.append([(i + x, j + y, length) for x, y, length in inside])
-    return [run for found in reversed(runs) for run in found]
+    return runs[::-1]
 
 
 def _find_tokens(text: bytes, wanted: bytes, start: int, ends: set[int]) -> int:
@@ -306,6 +317,12 @@ def _pair_markers(
         else:
             yield Group(range(i, i + 1), range(next_j, next_j), False)
     yield from (Group(range(student.stop, student.stop), range(j, j + 1), False) for j in range(next_j, teacher.stop))
+
+
+def _leave_alone(_: Any, __: Any, student: range, teacher: range) -> Iterator[Group]:
+    """Every token by itself, with nothing to compare with."""
+    yield from (Group(range(i, i + 1), range(teacher.start, teacher.start), False) for i in student)
+    yield from (Group(range(student.stop, student.stop), range(j, j + 1), False) for j in teacher)
 
 
 def _text_groups(

@@ -431,6 +431,21 @@ def test_without_contents_long_messages_are_found_again():
     assert without_space(CHATS["long"][1].encode()) in text
 
 
+@pytest.mark.parametrize(
+    ("contents", "num_pairs"),
+    [(["Who is it?", "ZZ."], 0), (["ZZ.", "It is."], 1), (["Who is it?", "ZZ.", "And now?", "It is."], 1)],
+)
+def test_markers_are_not_paired_across_a_content_that_one_side_does_not_have(contents, num_pairs):
+    student, teacher = chat_ml(contents), llama_2([content.replace("ZZ.", "?") for content in contents])
+    for sides in ((student, teacher), (teacher, student)):
+        groups = align(*sides, contents=contents)
+        assert covers_everything(groups, *sides)
+        pairs = [group for group in groups if group.comparable and sides[0][group.student.start] == "eos"]
+        assert len(pairs) == num_pairs
+        # A pair is of what ends the last answer on both sides.
+        assert all(sides[0][pair.student.stop :] in ([], [b"\n"]) for pair in pairs)
+
+
 def test_contents_that_one_side_does_not_have_are_left_out():
     student, teacher = [b"[", b"yes", b"]"], [b"<", b"ye", b"s", b">"]
     groups = align(student, teacher, contents=["gone", "yes", ""])

@@ -143,6 +143,9 @@ SAME_TOKENS = {
     "cut completion": (DATASETS["completion"], {"max_length": 17}),
     "cut messages": (Dataset.from_dict({"messages": [turns(*PARTED[i], TEXTS[i - 1], TEXTS[i - 3]) for i in range(8)]}),
                      {"max_length": 25}),
+    "cut messages, the answer in the question": (
+        Dataset.from_dict({"messages": [turns(f"{text} {text}", text[:6]) for text in TEXTS]}), {"max_length": 12}
+    ),
     "stream": (DATASETS["completion"].to_iterable_dataset(), {}),
 }  # fmt: skip
 
