@@ -136,6 +136,13 @@ class KDConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        for name in set(self._VALID_DICT_FIELDS) - set(SFTConfig._VALID_DICT_FIELDS):
+            value = getattr(self, name)
+            if isinstance(value, str) and value.startswith("{"):  # transformers reads it, and does not say which it is
+                try:
+                    json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name} has to be JSON, got {value!r}: {error}") from error
         super().__post_init__()
         inherited = {entry.name for entry in fields(SFTConfig)}
         for entry in fields(self):

@@ -516,12 +516,14 @@ class KDTrainer(SFTTrainer):
     def describe_run(self) -> dict[str, str]:
         """What really runs, which is not always what was asked for."""
         processes, micro_batches = self.accelerator.num_processes, self.args.gradient_accumulation_steps
+        teachers = self.teacher_set.local()
         rows = self.args.per_device_train_batch_size * micro_batches * processes
         return {
             "processes": str(processes),
             "engine": self.engine,
             "student": f"{self.student.dtype}, mixed precision {self.accelerator.mixed_precision}, {self.args.device}",
-            **{f"teacher {name}": f"{t.model.dtype}, {t.place}" for name, t in self.teacher_set.local().items()},
+            **{f"teacher {name}": "the student without its adapters" for name in self.teachers if name not in teachers},
+            **{f"teacher {name}": f"{teacher.model.dtype}, {teacher.place}" for name, teacher in teachers.items()},
             "rows per update": f"{rows} ({micro_batches} micro-batches)",
         }
 

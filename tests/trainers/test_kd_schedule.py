@@ -251,6 +251,7 @@ REFUSED = {
     "a number": ({"kd_weight": 0.5}, {}, r"schedule\['kd_weight'\] has to be a list of numbers.*got 0.5"),
     "no values": ({"kd_weight": []}, {}, r"has to be a list of numbers, from first to last, got \[\]"),
     "words": ({"kd_weight": ["high", "low"]}, {}, "has to be a list of numbers"),
+    "keys without quotes": ("{kd_weight: [1]}", {}, r"schedule has to be JSON, got '\{kd_weight: \[1\]\}'"),
     "a word": ("kd_weight", {}, "schedule has to be JSON such as .*, got 'kd_weight'"),
     "a list": ([1, 0], {}, r"schedule has to be JSON such as .*, got \[1, 0\]"),
     "a word with taid": ("t", {"divergence": "taid"}, "schedule has to be JSON such as .*, got 't'"),

@@ -394,6 +394,8 @@ def test_base_reads_it_too(tmp_path, tokenizer, prompts, student):
     student = nonzero_adapters(get_peft_model(student, lora()))
     mine, theirs = ([encode(tokenizer, row, name) for row in prompts] for name in ("prompt", "teacher_prompt"))
     loss = by_hand(student, mine, [(base, 1.0)], views=theirs, kd_weight=1.0)
+    trainer = make_trainer(tmp_path, student, "base", prompts, tokenizer)
+    assert trainer.describe_run()["teacher base"] == "the student without its adapters"
     found, log = gradients_of(tmp_path, student, "base", prompts, tokenizer, kd_weight=1.0)
     assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert_same_gradients(found, dense_gradients(loss, student))
