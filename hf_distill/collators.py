@@ -74,7 +74,9 @@ class PromptCollator:
         """Token ids of a row's `teacher_prompt`, with the row's tools."""
         prompt = row["teacher_prompt"]
         if row.get("prompt") and isinstance(prompt, str) != isinstance(row["prompt"], str):
-            raise ValueError(f"'prompt' and 'teacher_prompt' of {name} have to be both text or both messages")
+            raise ValueError(
+                f"'prompt' and 'teacher_prompt' of {name} have to be both text or both messages: change one"
+            )
         own = {"prompt": prompt, "completion": None, "messages": None, "teacher_prompt": None}
         return self.encode({**row, **own}, f"the teacher_prompt of {name}")["student_prompt_ids"]
 

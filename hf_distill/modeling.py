@@ -445,8 +445,11 @@ def keep_4bit_weights(model: nn.Module) -> None:
 
 
 def num_positions(model: nn.Module) -> int | None:
-    """How many tokens a model was made for, if its configuration says so."""
-    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    """How many tokens a model was made for, at most, if its configuration says so; stretched rotary positions count."""
+    config = causal_lm(model).config.get_text_config()
+    size, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    factors = [part.get("factor") or 1 for part in (rope, *rope.values()) if isinstance(part, dict)]
+    return None if size is None else int(size * max(1, *factors))
 
 
 def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> int:

@@ -35,6 +35,7 @@ from hf_distill.modeling import (
     label_positions,
     last_hidden_states,
     load_balancing_loss,
+    num_positions,
     select_positions,
     shared_parameters,
     shared_vocabulary,
@@ -697,3 +698,10 @@ def test_layers_without_keys_and_values_are_refused_by_number(family):
         kv_widths(model, range(2), "student")
     if first == 1:
         assert kv_widths(model, [0], "student") == {0: 16}
+
+
+def test_positions_are_those_of_the_configuration_stretched_by_its_rotary_embedding():
+    assert num_positions(make_model("gpt2", n_positions=64)) == 64
+    assert num_positions(make_model("llama")) == 256
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "rope_theta": 10_000.0}
+    assert num_positions(make_model("llama", rope_parameters=yarn)) == 1024

@@ -150,7 +150,7 @@ def signal_of(
     inner: dict[int, Tensor] = {}
 
     def keep(layer: int, module: Any, args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output  # (B, T, D)
+        hidden = output if isinstance(output, Tensor) else output[0]  # (B, T, D)
         inner[layer] = select_positions(hidden, positions)
 
     blocks = decoder_layers(model)[1] if layers else []

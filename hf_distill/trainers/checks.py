@@ -7,7 +7,6 @@ from typing import Any
 
 from accelerate import ParallelismConfig
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
@@ -23,6 +22,9 @@ from hf_distill.trainers.config import KDConfig
 logger = logging.getLogger(__name__)
 
 AnyDataset = Dataset | IterableDataset
+
+# Parts of the names of files that tokenizers are saved in.
+TOKENIZER_FILES = ("token", "vocab", "merges", "spiece", "sentencepiece", "tekken")
 
 # A stream has to have a label within these.
 PEEKED_ROWS = 1000
@@ -62,9 +64,9 @@ def named_teachers(
     """
     given = list(teachers.values()) if isinstance(teachers, Mapping) else teachers
     given = [given] if isinstance(given, str) or not isinstance(given, Sequence) else given
-    if any(not isinstance(teacher, str | PreTrainedModel | PeftModel | None) for teacher in given):
+    if strange := [type(teacher).__name__ for teacher in given if not isinstance(teacher, str | nn.Module | None)]:
         raise ValueError(
-            f"teacher_model has to be a hub id, a path, a model, or a list or dict of them, got {teachers}"
+            f"teacher_model has to be a hub id, a path, a model, or a list or dict of them, not {strange[0]}"
         )
     if not given or None in given:
         raise ValueError("teacher_model is missing: pass a hub id, a path or a model (SFTTrainer trains without)")
@@ -169,8 +171,8 @@ def refuse_layers(
         theirs = [
             mine if teacher == BASE else text_config(teacher, args, is_teacher=True) for teacher in teachers.values()
         ]
-    except OSError:
-        return  # loading them says it better
+    except (OSError, ValueError):
+        return  # a folder of adapters; and what cannot be loaded, which loading says better
     for config in theirs:
         if layers != "cka":
             layer_mapping(layers, mine.num_hidden_layers, config.num_hidden_layers)
@@ -278,10 +280,13 @@ def refuse_lost_processes(args: KDConfig) -> None:
         )
     if started > 1 and args.world_size == 1:
         raise ValueError(
-            f"{started} processes were started, but each of them would train alone: without a GPU set use_cpu=True"
+            f"{started} processes were started, but each of them would train alone: without a GPU set use_cpu=True "
+            "(DDP or ZeRO; FSDP needs GPUs)"
         )
     if (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true") and args.use_cpu:
-        raise ValueError("FSDP and use_cpu=True exclude each other: accelerate would take DDP instead")
+        raise ValueError(
+            "FSDP and use_cpu=True exclude each other, accelerate would take DDP instead: on CPUs take DDP or ZeRO"
+        )
 
 
 def refuse_split(student: Any) -> None:
@@ -335,10 +340,12 @@ def text_config(model: str | PreTrainedModel, args: KDConfig, *, is_teacher: boo
     """The configuration of a student or a teacher, loaded or not."""
     if not isinstance(model, str):
         return causal_lm(model).config.get_text_config()
-    init_kwargs: Any = args.teacher_model_init_kwargs if is_teacher else args.model_init_kwargs
-    revision = (init_kwargs or {}).get("revision")
-    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
-    return config.get_text_config()
+    kwargs: Any = {"trust_remote_code": args.trust_remote_code}
+    if is_teacher:
+        kwargs |= args.teacher_model_init_kwargs or {}  # pyright: ignore[reportGeneralTypeIssues]
+    else:
+        kwargs["revision"] = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore[reportAttributeAccessIssue]
+    return AutoConfig.from_pretrained(model, **kwargs).get_text_config()
 
 
 def teacher_tokenizer(model: str | PreTrainedModel, args: KDConfig) -> PreTrainedTokenizerBase | None:
@@ -369,7 +376,7 @@ def _name(model: str | PreTrainedModel) -> str | None:
 
 
 def _load_tokenizer(name: str, init_kwargs: Any, args: KDConfig) -> PreTrainedTokenizerBase:
-    if os.path.isdir(name) and not any(part in file for file in os.listdir(name) for part in ("token", "vocab")):
+    if os.path.isdir(name) and not any(part in file for file in os.listdir(name) for part in TOKENIZER_FILES):
         raise OSError(f"{name} has no tokenizer")  # transformers would make an empty one
     revision = (init_kwargs or {}).get("revision")
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)

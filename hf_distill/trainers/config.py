@@ -1,6 +1,7 @@
 """Settings of the trainers. Each field is explained once, in its `help`, which is also what the command line prints."""
 
 import json
+import logging
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -15,6 +16,8 @@ from hf_distill.losses.feature import FEATURE_LOSSES, HIDDEN_LOSSES
 from hf_distill.speculative import RolloutConfig
 from hf_distill.teachers.ensemble import COMBINATIONS
 from hf_distill.teachers.local import check_quantization
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -147,8 +150,8 @@ class KDConfig(SFTConfig):
         inherited = {entry.name for entry in fields(SFTConfig)}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.name not in inherited and entry.type is float and not isinstance(value, int | float):
-                raise ValueError(f"{entry.name} has to be a number, got {value!r}")
+            if entry.name not in inherited and entry.type is float:
+                setattr(self, entry.name, _number(entry.name, value))
         if not 0 <= self.kd_weight <= 1:
             raise ValueError(f"kd_weight has to lie in [0, 1], got {self.kd_weight}")
         if not 0 < self.temperature < math.inf:
@@ -171,11 +174,13 @@ class KDConfig(SFTConfig):
             )
         if self.cross_tokenizer not in ("auto", "aligned", "uld", "error"):
             raise ValueError(f"cross_tokenizer has to be auto, aligned, uld or error, got {self.cross_tokenizer!r}")
+        if self.teacher_weights is not None:
+            if not isinstance(self.teacher_weights, list | tuple):
+                raise ValueError(
+                    f"teacher_weights has to be a list with a number for each teacher, got {self.teacher_weights!r}"
+                )
+            self.teacher_weights = [_number("teacher_weights", weight) for weight in self.teacher_weights]
         weights = self.teacher_weights
-        if weights is not None and not (
-            isinstance(weights, list | tuple) and all(isinstance(weight, int | float) for weight in weights)
-        ):
-            raise ValueError(f"teacher_weights has to be a list with a number for each teacher, got {weights!r}")
         if weights is not None and (not weights or any(not 0 <= w < math.inf for w in weights) or sum(weights) == 0):
             raise ValueError(f"teacher_weights have to be at least 0, not all of them 0, got {weights}")
         if not 0 <= self.hidden_weight < math.inf:
@@ -186,7 +191,7 @@ class KDConfig(SFTConfig):
         defaults = {entry.name: entry.default for entry in fields(KDConfig)}
         unused = [name for name in ("hidden_layers", "hidden_loss") if getattr(self, name) != defaults[name]]
         if unused and not self.has_hidden:
-            raise ValueError(f"{unused[0]} is used with hidden_weight alone: set it above 0")
+            logger.warning("%s is not used: hidden_weight is 0", unused[0])
         if not 0 < self.projector_learning_rate < math.inf:
             raise ValueError(
                 f"projector_learning_rate has to be above 0 and finite, got {self.projector_learning_rate}"
@@ -247,6 +252,13 @@ class KDConfig(SFTConfig):
         before = int(place)
         after = min(before + 1, len(values) - 1)
         return values[before] + (place - before) * (values[after] - values[before])
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return value if isinstance(value, int | float) else float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} has to be a number, got {value!r}") from error
 
 
 def _layers(name: str, layers: Any) -> Any:

@@ -17,6 +17,8 @@ from hf_distill.modeling import causal_lm, evaluating, gathered, head_of, select
 from hf_distill.teachers.local import BaseTeacher, LocalTeacher, signal_of
 
 PROJECTOR = "hidden_projector"
+# Families whose `hidden_states[i + 1]` is not the output of layer i.
+COUNTED_OTHERWISE = ("cpmant", "falcon_mamba", "mamba", "mamba2", "rwkv")
 
 
 class HiddenLayers:
@@ -28,12 +30,18 @@ class HiddenLayers:
         trainer ([`KDTrainer`]): with student and teacher; it gets a projector where their widths differ.
 
     Raises:
-        `ValueError`: layers that do not exist, or an optimizer that would leave the projector out.
+        `ValueError`: layers that do not exist, a family that counts them otherwise, or an optimizer that would leave
+            the projector out.
     """
 
     def __init__(self, trainer: Any) -> None:
         args, student, teacher = trainer.args, trainer.student, trainer.teacher
         configs = [causal_lm(side).config.get_text_config() for side in (student, teacher.model)]
+        if strange := [config.model_type for config in configs if config.model_type in COUNTED_OTHERWISE]:
+            raise ValueError(
+                f"hidden_weight is not possible with {strange[0]}, whose hidden states are not what comes out of its "
+                "layers: set it to 0"
+            )
         depths = [config.num_hidden_layers for config in configs]
         if args.hidden_layers == "cka":
             inputs, positions = trainer.probe_batch()

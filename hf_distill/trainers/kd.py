@@ -18,8 +18,9 @@ from peft import PeftConfig, PeftModel
 from rich.console import Console
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from hf_distill.kv_projector import Projectors
@@ -43,6 +44,7 @@ from hf_distill.teachers import Signal, Teacher
 from hf_distill.teachers.local import BASE
 from hf_distill.trainers.checkpoints import (
     CheckpointTiming,
+    checkpoints,
     find_checkpoint,
     leave_sigterm_to_the_trainer,
     noticing_sigterm,
@@ -102,8 +104,8 @@ class KDTrainer(SFTTrainer):
         eval_dataset (`Dataset`, `IterableDataset` or a dict of them, *optional*): measured with the same loss.
         processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer, by default loaded with it.
         teacher_processing_class (`PreTrainedTokenizerBase`, *optional*):
-            The teacher's tokenizer, by default loaded with it; it has to have the student's vocabulary. For several
-            teachers one for all, or a list or dict of them.
+            The teacher's tokenizer, by default loaded with it. For several teachers a list or dict, or one for all that
+            bring none.
         data_collator, peft_config, quantization_config, callbacks, optimizers, formatting_func:
             As in `trl.SFTTrainer`.
 
@@ -212,6 +214,7 @@ class KDTrainer(SFTTrainer):
             self._reset_means(mode)
         self._update_loss, self._skipped_updates = 0.0, 0
         self._has_told_tokens = False
+        self._first_update = 0  # of this call of train(), which counts tokens from there
         self._sigterm: list[int] = []
         self.student = student = causal_lm(self.model)
         refuse_vision(student, None)
@@ -431,7 +434,8 @@ class KDTrainer(SFTTrainer):
             logs["num_tokens"] = self._sum_over_processes(tokens.unsqueeze(0)).item()
             if not self._has_told_tokens:
                 self._has_told_tokens = True
-                self._tell(f"about {logs['num_tokens'] / max(self.state.global_step, 1):,.0f} tokens per update")
+                updates = max(self.state.global_step - self._first_update, 1)
+                self._tell(f"about {logs['num_tokens'] / updates:,.0f} tokens per update")
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
@@ -488,7 +492,14 @@ class KDTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir), self._checkpoint_problem)
         (checkpoint,) = broadcast_object_list([checkpoint])  # a network's folders do not look the same everywhere
+        self._first_update = 0
+        if checkpoint is None and self.args.should_save and (others := checkpoints(Path(str(self.args.output_dir)))):
+            logger.warning(
+                "%s holds checkpoints of another run, up to %s: a run that is resumed there goes on from the newest. "
+                "Take another output_dir, or remove them", self.args.output_dir, others[-1].name,
+            )  # fmt: skip
         if checkpoint is not None:
+            self._first_update = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
             saved = load_mappings(Path(checkpoint))
             self.use_layer_mappings({name: saved[name] for name in self.layer_mappings() if name in saved})
         self._tell(", ".join(f"{name}: {value}" for name, value in self.describe_run().items()))
@@ -509,7 +520,7 @@ class KDTrainer(SFTTrainer):
                 if self.accelerator.num_processes > 1:
                     error.add_note(
                         f"process {self.args.process_index} of {self.accelerator.num_processes}; if it has lost a "
-                        "connection, another process has failed first, and its message is the one to read"
+                        "connection, another has failed first, and its message is the one to read (or was killed)"
                     )
                 raise
 
@@ -537,8 +548,8 @@ class KDTrainer(SFTTrainer):
     def _tell(self, message: str) -> None:
         if self.is_world_process_zero():
             logger.info(message)
-            if not (logger.isEnabledFor(logging.INFO) or self.args.disable_tqdm):
-                Console().print(message, highlight=False)
+            if not logger.isEnabledFor(logging.INFO):
+                Console(stderr=True).print(message, highlight=False)
 
     def _is_told_to_stop(self) -> bool:
         return self._has_agreed_to_stop if self.accelerator.num_processes > 1 else bool(self._sigterm)

@@ -8,11 +8,13 @@ import copy
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from hf_distill import KDConfig, KDTrainer, KVProjectionConfig, KVProjectionTrainer, SpeculativeKDConfig
 from hf_distill.kv_projector import load_projector
@@ -409,9 +411,7 @@ REFUSED = [
     ("hidden_weight has to be at least 0 and finite, got nan", {"hidden_weight": math.nan}),
     ("hidden_weight has to be at least 0 and finite, got inf", {"hidden_weight": math.inf}),
     ("projector_learning_rate has to be above 0 and finite, got 0", {"projector_learning_rate": 0.0}),
-    ("hidden_loss is used with hidden_weight alone", {"hidden_weight": 0.0, "hidden_loss": "cosine"}),
-    ("hidden_layers is used with hidden_weight alone", {"hidden_weight": 0.0, "hidden_layers": "cka"}),
-    ("hidden_weight has to be a number, got '1'", {"hidden_weight": "1"}),
+    ("hidden_weight has to be a number, got 'high'", {"hidden_weight": "high"}),
 ]
 
 
@@ -421,6 +421,31 @@ def test_bad_settings_are_refused_at_construction_in_words(
 ):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, student, teacher, rows, tokenizer, **{"hidden_weight": 1.0, **changes})
+
+
+def test_settings_that_are_not_used_are_told(tmp_path, tokenizer, rows, student, teacher, caplog):
+    make_trainer(tmp_path, student, teacher, rows, tokenizer, hidden_loss="cosine")
+    assert "hidden_loss is not used: hidden_weight is 0" in caplog.text
+
+
+def test_families_that_count_hidden_states_otherwise_are_refused(tmp_path, tokenizer, rows, student):
+    config = MambaConfig(vocab_size=384, hidden_size=32, num_hidden_layers=2, state_size=4)
+    with pytest.raises(ValueError, match="hidden_weight is not possible with mamba"):
+        make_trainer(tmp_path, student, AutoModelForCausalLM.from_config(config), rows, tokenizer, hidden_weight=1.0)
+
+
+def test_numbers_of_any_kind_are_taken(tmp_path):
+    args = KDConfig(**settings(tmp_path, kd_weight=np.float32(0.5), temperature="2", teacher_weights=[np.int64(1), 3]))
+    assert (args.kd_weight, args.temperature, args.teacher_weights) == (0.5, 2.0, [1.0, 3])
+
+
+def test_layers_of_a_teacher_that_is_loaded_otherwise_are_those_it_has(tmp_path, tokenizer, rows, student, teacher):
+    teacher.save_pretrained(tmp_path / "hub" / "inner")
+    options = {"teacher_model_init_kwargs": {"subfolder": "inner", "num_hidden_layers": 2}, "hidden_weight": 1.0}
+    with pytest.raises(ValueError, match="the teacher has 2 layers, there is no layer 2"):
+        make_trainer(tmp_path, student, str(tmp_path / "hub"), rows, tokenizer, hidden_layers=[[0, 2]], **options)
+    trainer = make_trainer(tmp_path, student, str(tmp_path / "hub"), rows, tokenizer, hidden_layers=[[0, 1]], **options)
+    assert trainer.teacher.layers == (1,)
 
 
 def test_other_refusals(tmp_path, tokenizer, rows, student, teacher, wide_teacher):

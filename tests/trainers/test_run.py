@@ -27,13 +27,31 @@ def test_a_run_is_described_once_before_it_starts_and_its_tokens_at_the_first_lo
     )
     (tokens,) = [message for message in caplog.messages if "tokens per update" in message]
     assert tokens == f"about {trainer.state.log_history[0]['num_tokens']:,.0f} tokens per update"
-    assert "processes: 1" not in capsys.readouterr().out
+    assert "processes: 1" not in capsys.readouterr().err
 
 
 def test_who_has_not_turned_the_log_on_sees_it_on_the_console(trainer, caplog, capsys):
     with caplog.at_level(logging.WARNING, logger="hf_distill"):
         trainer.train()
-    assert capsys.readouterr().out.replace("\n", " ").count("processes: 1, engine: none") == 1
+    assert capsys.readouterr().err.replace("\n", " ").count("processes: 1, engine: none") == 1
+
+
+def test_a_resumed_run_counts_its_own_tokens_and_a_fresh_one_is_warned_of_anothers_checkpoints(tmp_path, caplog):
+    def run(**kwargs):
+        options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+        trainer = make_trainer(tmp_path, 1, make_model(seed=2), make_model(seed=1), **options)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="hf_distill"):
+            trainer.train(**kwargs)
+        return trainer.state.log_history[-2]["num_tokens"], [m for m in caplog.messages if "tokens per update" in m]
+
+    run()
+    assert "checkpoints of another run" not in caplog.text
+    tokens, (told,) = run(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert told == f"about {tokens:,.0f} tokens per update"
+    assert "checkpoints of another run" not in caplog.text
+    run()
+    assert "holds checkpoints of another run, up to checkpoint-3" in caplog.text
 
 
 def test_offloaded_teacher_is_described(tmp_path):
