@@ -120,11 +120,11 @@ def replacing(final: Path, is_writer: bool = True, wait: Callable[[], Any] = lam
     staged = staging / final.name
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _naming(final):
+        with naming(final, ". What was saved before stays"):
             yield staged
         wait()
         if is_writer:
-            with _naming(final):
+            with naming(final, ". What was saved before stays"):
                 _commit(staged, final)
         wait()
     finally:
@@ -133,14 +133,13 @@ def replacing(final: Path, is_writer: bool = True, wait: Callable[[], Any] = lam
 
 
 @contextmanager
-def _naming(final: Path) -> Iterator[None]:
+def naming(folder: Path, more: str = "") -> Iterator[None]:
+    """Within it, an error of writing names the folder and what is free on its disk, as an `OSError`."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError for a full disk
-        free = shutil.disk_usage(final.parent).free / 2**20
-        raise OSError(
-            f"{final} could not be saved: {error} ({free:,.0f} MiB are free on that disk). What was saved before stays"
-        ) from error
+        free = shutil.disk_usage(folder.parent).free / 2**20
+        raise OSError(f"{folder} could not be saved: {error} ({free:,.0f} MiB are free on that disk){more}") from error
 
 
 def _commit(staged: Path, final: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -47,6 +48,7 @@ from hf_distill.trainers.checkpoints import (
     checkpoints,
     find_checkpoint,
     leave_sigterm_to_the_trainer,
+    naming,
     noticing_sigterm,
     problem_of,
     replacing,
@@ -621,6 +623,11 @@ class KDTrainer(SFTTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         self.projectors.give_own_group(optimizer, self.args.projector_learning_rate)
         return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # Checkpoints name themselves.
+        with nullcontext() if _internal_call else naming(Path(output_dir or str(self.args.output_dir))):
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with self.projectors.detached(self.student):

@@ -345,6 +345,8 @@ def test_a_full_disk_is_told_with_the_folder_and_leaves_the_older_checkpoint(
     assert "the student is not saved: OSError('" in caplog.text  # one line; the error above is what is raised
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "checkpoint-1"}
     assert find_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-1")
+    with pytest.raises(OSError, match=r"final could not be saved: .*No space left.*MiB are free on that disk\)$"):
+        trainer.save_model(str(tmp_path / "final"))
 
 
 @pytest.mark.parametrize("limit", [0.5, 1.5])
