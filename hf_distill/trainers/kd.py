@@ -522,8 +522,8 @@ class KDTrainer(SFTTrainer):
                 if self.accelerator.num_processes > 1:
                     error.add_note(
                         f"process {self.args.process_index} of {self.accelerator.num_processes}; if it has lost a "
-                        "connection, another process has failed first, and its message is the one to read (a killed one "
-                        "has none)"
+                        "connection, another process has failed first, and its message is the one to read (a killed "
+                        "one has none)"
                     )
                 raise
 
