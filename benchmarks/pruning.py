@@ -22,16 +22,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from benchmarks.measure import print_table
 from benchmarks.stories import (
     add_budget,
-    budget,
     describe_all,
     load_rows,
     load_teacher,
     make_parser,
-    make_trainer,
     measure_fidelity,
+    train_kd,
 )
 from benchmarks.tinystories import OBJECTIVES
-from hf_distill import KDConfig, KDTrainer
 from hf_distill.pruning import drop_layers, original_layers, rank_layers, restore_layers
 
 TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
@@ -51,10 +49,10 @@ def train(
 ) -> PreTrainedModel:
     """The student after training with adapters, on all of its layers or on some, and merging them."""
     lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=TARGETS, layers_to_transform=layers)
-    settings = {**budget(options, seed), "max_steps": stages * options.steps, **OBJECTIVES[objective]}
-    trainer = make_trainer(KDTrainer, KDConfig, student, teacher, rows, tokenizer, settings, peft_config=lora)
-    trainer.train()
-    return trainer.model.merge_and_unload()
+    changes = {"max_steps": stages * options.steps, **OBJECTIVES[objective]}
+    return train_kd(
+        student, teacher, rows, tokenizer, changes, seed, options, peft_config=lora
+    ).model.merge_and_unload()
 
 
 def parse_arguments() -> argparse.Namespace:

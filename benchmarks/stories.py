@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from hf_distill import KDTrainer, evaluate_fidelity
+from hf_distill import KDConfig, KDTrainer, evaluate_fidelity
 
 FIDELITY = {
     "KL to the teacher": ("kl", "{:.3f}"),
@@ -141,6 +141,23 @@ def budget(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         "max_steps": options.steps, "per_device_train_batch_size": options.batch_size, "max_length": options.length,
         "learning_rate": options.learning_rate, "seed": seed,
     }  # fmt: skip
+
+
+def train_kd(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | Mapping[str, PreTrainedModel],
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    changes: Mapping[str, Any],
+    seed: int,
+    options: argparse.Namespace,
+    **kwargs: Any,
+) -> KDTrainer:
+    """KDTrainer after training within the budget of the options, with `changes` in its settings."""
+    settings = {**budget(options, seed), **changes}
+    trainer = make_trainer(KDTrainer, KDConfig, student, teacher, rows, tokenizer, settings, **kwargs)
+    trainer.train()
+    return trainer
 
 
 def measure_fidelity(

@@ -27,19 +27,17 @@ from benchmarks.stories import (
     FIDELITY,
     add_budget,
     add_students,
-    budget,
     describe,
     describe_all,
     load_rows,
     load_teacher,
     make_parser,
     make_students,
-    make_trainer,
     measure_fidelity,
     random_model,
     some_layers,
+    train_kd,
 )
-from hf_distill import KDConfig, KDTrainer
 
 HARD_LABELS = {"kd_weight": 0.0}
 CROSS = {
@@ -53,13 +51,6 @@ HIDDEN = {"KD alone": {}} | {
     f"KD + {weight:g} {loss}": {"hidden_weight": weight, "hidden_loss": loss}
     for loss, weight in (("mse", 1.0), ("mse", 0.1), ("cosine", 1.0), ("normalized_mse", 1.0), ("normalized_mse", 0.1))
 }
-
-
-def train(student, teacher, rows, tokenizer, changes, seed, options, **kwargs) -> KDTrainer:
-    settings = {**budget(options, seed), **changes}
-    trainer = make_trainer(KDTrainer, KDConfig, student, teacher, rows, tokenizer, settings, **kwargs)
-    trainer.train()
-    return trainer
 
 
 def byte_level_tokenizer(texts: list[str], vocab_size: int = 1000) -> PreTrainedTokenizerFast:
@@ -102,7 +93,7 @@ def compare_across(teacher: PreTrainedModel, teacher_tokenizer, options: argpars
             student = random_model(teacher, options.random_layers)
             student.resize_token_embeddings(len(tokenizer))
             other = {"teacher_processing_class": teacher_tokenizer}
-            train(student, teacher, rows, tokenizer, CROSS[name], seed, options, **other)
+            train_kd(student, teacher, rows, tokenizer, CROSS[name], seed, options, **other)
             found.append(bits_per_byte(student.eval(), held_out, tokenizer, options.length))
             print(f"{name}, seed {seed}: {found[-1]:.4f}", file=sys.stderr, flush=True)
         table.append({"student learns from": name, "bits per byte": describe(found, "{:.3f}")})
@@ -113,7 +104,7 @@ def compare_ensembles(teacher: PreTrainedModel, tokenizer, options: argparse.Nam
     rows, held_out = load_rows(options, tokenizer)
     set_seed(100)
     second = some_layers(teacher, options.second_layers)
-    second = train(second, teacher, rows, tokenizer, HARD_LABELS, 100, options).model
+    second = train_kd(second, teacher, rows, tokenizer, HARD_LABELS, 100, options).model
     nats = [measure_fidelity(model, teacher, held_out, tokenizer)["nats"] for model in (teacher, second)]
     print(f"teachers: {nats[0]:.3f} and {nats[1]:.3f} nats per token", file=sys.stderr, flush=True)
     both = {"first": teacher, "second": second}
@@ -144,7 +135,7 @@ def _compare_students(teacher, variants, rows, held_out, tokenizer, options) -> 
         for seed in options.seeds:
             set_seed(seed)
             student = students[student_name]()
-            train(student, teachers, rows, tokenizer, changes, seed, options)
+            train_kd(student, teachers, rows, tokenizer, changes, seed, options)
             found.append(measure_fidelity(student, teacher, held_out, tokenizer))
             print(f"{student_name}, {name}, seed {seed}: {found[-1]['kl']:.4f}", file=sys.stderr, flush=True)
         columns = {"nats per token": ("nats", "{:.3f}"), "KL to the teacher": FIDELITY["KL to the teacher"]}

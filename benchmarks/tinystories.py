@@ -23,16 +23,14 @@ from benchmarks.stories import (
     FIDELITY,
     add_budget,
     add_students,
-    budget,
     describe_all,
     load_rows,
     load_teacher,
     make_parser,
     make_students,
-    make_trainer,
     measure_fidelity,
+    train_kd,
 )
-from hf_distill import KDConfig, KDTrainer
 
 OBJECTIVES = {
     "hard labels": {"kd_weight": 0.0},
@@ -40,19 +38,6 @@ OBJECTIVES = {
     "half and half": {"kd_weight": 0.5, "divergence": "forward_kl"},
 }
 COLUMNS = {"nats per token": ("nats", "{:.3f}")} | {name: FIDELITY[name] for name in ("KL to the teacher", "agreement")}
-
-
-def train(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    objective: dict[str, float | str],
-    seed: int,
-    options: argparse.Namespace,
-) -> None:
-    settings = {**budget(options, seed), **objective}
-    make_trainer(KDTrainer, KDConfig, student, teacher, rows, tokenizer, settings).train()
 
 
 def train_plainly(
@@ -64,7 +49,7 @@ def train_plainly(
     seed: int,
     options: argparse.Namespace,
 ) -> None:
-    """What `train` does, without KDTrainer: forward KL and hard labels from dense logits, rows in the same order."""
+    """What `train_kd` does, without KDTrainer: forward KL and hard labels from dense logits, rows in the same order."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).split(options.batch_size)
     input_ids = torch.tensor(rows["input_ids"], device=student.device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.learning_rate, weight_decay=0.0)
@@ -99,7 +84,7 @@ def main() -> None:
     progress = Console(stderr=True)
     teacher, tokenizer = load_teacher(options.teacher)
     rows, held_out = load_rows(options, tokenizer, options.by_story)
-    run = train_plainly if options.plain else train
+    run = train_plainly if options.plain else train_kd
     table = []
     for student_name, make_student in make_students(teacher, options).items():
         for objective_name, objective in {"untrained": None, **OBJECTIVES}.items():
