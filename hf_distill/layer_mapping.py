@@ -61,6 +61,11 @@ def cka_mapping(student: Sequence[Tensor], teacher: Sequence[Tensor], top: int =
     return mapping
 
 
+def teacher_layers(mapping: Mapping) -> list[int]:
+    """The teacher's layers that any of the student's learns from, in order."""
+    return sorted({layer for teachers in mapping.values() for layer in teachers})
+
+
 def describe_mapping(mapping: Mapping) -> str:
     """For people: each of the student's layers, and what it learns from."""
     rows = [(layer, ", ".join(f"{i} ({weight:.0%})" for i, weight in ts.items())) for layer, ts in mapping.items()]

@@ -87,7 +87,7 @@ def named_teachers(
         elif len(named) == 1 or tokenizers is None:
             listed = [tokenizers] * len(named)
         else:  # one for those that bring none
-            listed = [_tokenizer_of(teacher, args.teacher_model_init_kwargs, args) or tokenizers for teacher in given]
+            listed = [_own_tokenizer(teacher, args) or tokenizers for teacher in given]
         if len(listed) != len(named):
             raise ValueError(f"there are {len(named)} teachers and {len(listed)} of teacher_processing_class")
         found = dict(zip(named, listed, strict=True))
@@ -136,7 +136,7 @@ def refuse_across(across: Mapping[str, Any], teachers: Mapping[str, Any], args: 
         raise ValueError(
             f"packing and padding_free join rows, but {name} reads them in its own tokens: set both to False"
         )
-    if args.hidden_weight or "hidden_weight" in (args.schedule or {}):
+    if args.has_hidden:
         raise ValueError(f"hidden_weight compares token by token, but {name} has another tokenizer: set it to 0")
 
 
@@ -238,9 +238,7 @@ def refuse_sharding(args: KDConfig, teacher_model: Any) -> None:
         raise ValueError("a sharded teacher has to be asked by all processes at once: take no 'route'")
     listed = teacher_model.values() if isinstance(teacher_model, Mapping) else teacher_model
     listed = listed if isinstance(listed, Iterable) and not isinstance(listed, str) else [listed]
-    if any(isinstance(teacher, str) and teacher == BASE for teacher in listed) and (
-        is_fsdp or is_deepspeed_zero3_enabled()
-    ):
+    if BASE in list(listed) and (is_fsdp or is_deepspeed_zero3_enabled()):
         raise ValueError("teacher_model='base' needs a student that is not split: use DDP or ZeRO-2, or pass its name")
     parallelism = args.parallelism_config
     if parallelism is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
@@ -350,7 +348,7 @@ def text_config(model: str | PreTrainedModel, args: KDConfig, *, is_teacher: boo
 
 def teacher_tokenizer(model: str | PreTrainedModel, args: KDConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer that was saved with the teacher, or None, with a warning, where there is none."""
-    if tokenizer := _tokenizer_of(model, args.teacher_model_init_kwargs, args):
+    if tokenizer := _own_tokenizer(model, args):
         return tokenizer
     logger.warning(
         "the teacher (%s) comes without a tokenizer: its vocabulary is taken to be the student's. Pass "
@@ -360,13 +358,13 @@ def teacher_tokenizer(model: str | PreTrainedModel, args: KDConfig) -> PreTraine
     return None
 
 
-def _tokenizer_of(model: str | PreTrainedModel, init_kwargs: Any, args: KDConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was saved with a model, if there is one."""
+def _own_tokenizer(model: str | PreTrainedModel, args: KDConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was saved with a teacher, if there is one."""
     name = _name(model)
     if not name or name == BASE:
         return None
     try:
-        return _load_tokenizer(name, init_kwargs, args)
+        return _load_tokenizer(name, args.teacher_model_init_kwargs, args)
     except (OSError, ValueError):
         return None
 

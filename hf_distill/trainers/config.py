@@ -361,7 +361,7 @@ class SpeculativeKDConfig(KDConfig):
                 f"kd_weight={lowest} leaves {1 - lowest:g} for hard labels, but only the sources "
                 f"{' and '.join(HARD_SOURCES)} have any: set kd_weight=1, or give one of them a share of rollout_mix"
             )
-        if self.hidden_weight or "hidden_weight" in (self.schedule or {}):
+        if self.has_hidden:
             raise ValueError("hidden_weight is not possible with rollouts, which keep the last layer only: set it to 0")
         if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
             raise ValueError(f"rollout_batch_size has to be at least 1, got {self.rollout_batch_size}")

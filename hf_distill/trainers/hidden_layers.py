@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.kv_projector import HiddenProjector
-from hf_distill.layer_mapping import Mapping, cka_mapping, describe_mapping, layer_mapping
+from hf_distill.layer_mapping import Mapping, cka_mapping, describe_mapping, layer_mapping, teacher_layers
 from hf_distill.losses.feature import HIDDEN_LOSSES
 from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.modeling import causal_lm, evaluating, gathered, head_of, select_positions
@@ -71,7 +71,7 @@ class HiddenLayers:
     def use(self, mapping: Mapping, teacher: LocalTeacher | BaseTeacher) -> None:
         """Learns from these layers of the teacher, which then are part of its signal."""
         self.mapping = mapping
-        teacher.layers = tuple(sorted({i for sources in mapping.values() for i in sources}))
+        teacher.layers = tuple(teacher_layers(mapping))
 
     def loss(self, hidden_states: Sequence[Tensor], signal: TeacherSignal, positions: Tensor) -> Tensor:
         """The mean over mapped layers of the distances, summed over N positions; a scalar.

@@ -502,8 +502,7 @@ class KDTrainer(SFTTrainer):
             )  # fmt: skip
         if checkpoint is not None:
             self._first_update = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
-            saved = load_mappings(Path(checkpoint))
-            self.use_layer_mappings({name: saved[name] for name in self.layer_mappings() if name in saved})
+            self.use_layer_mappings(load_mappings(Path(checkpoint)))
         self._tell(", ".join(f"{name}: {value}" for name, value in self.describe_run().items()))
         self._reset_means("train")  # nothing of an interrupted run
         self._update_loss, self._skipped_updates, self._has_agreed_to_stop = 0.0, 0, False

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_distill.kv_projector import KVProjector, PCAProjector
 from hf_distill.layer_mapping import Mapping as LayerMapping
-from hf_distill.layer_mapping import cka_mapping, describe_mapping, layer_mapping, linear_cka
+from hf_distill.layer_mapping import cka_mapping, describe_mapping, layer_mapping, linear_cka, teacher_layers
 from hf_distill.losses.feature import FEATURE_LOSSES, centered_cosine, effective_rank
 from hf_distill.losses.fused_linear import Head
 from hf_distill.metrics import TokenMeans
@@ -172,7 +172,7 @@ class KVProjectionTrainer(KDTrainer):
             mapping = cka_mapping(student, teacher)
         else:
             mapping = layer_mapping(self.args.kv_layers, *depths)
-        layers = sorted({layer for teachers in mapping.values() for layer in teachers})
+        layers = teacher_layers(mapping)
         widths = []
         for side, wanted, called in ((model, layers, "teacher"), (self.student, mapping, "student")):
             found = set(kv_widths(side, wanted, called, self.args.kv_positions).values())
@@ -198,8 +198,8 @@ class KVProjectionTrainer(KDTrainer):
             mapping = mappings.get(f"keys and values of {name}", source.mapping)
             if self.args.kv_layers != "cka":
                 refuse_other_layers(mapping, source.mapping)
-            layers = sorted({layer for teachers in mapping.values() for layer in teachers})
-            capture = KVCapture(causal_lm(self.teachers[name].model), layers, self.args.kv_positions)
+            model = causal_lm(self.teachers[name].model)
+            capture = KVCapture(model, teacher_layers(mapping), self.args.kv_positions)
             self.sources[name] = source._replace(mapping=mapping, capture=capture)
 
     def _probe(

@@ -75,7 +75,7 @@ class TeacherSet:
         self._across: dict[str, PreTrainedTokenizerBase] = {}  # of those that have another
         shared: dict[str, int | None] = {}
         for name, model in models.items():  # What tokenizers tell is told before any teacher is loaded.
-            found = None if _is_base(model) else tokenizers[name] or teacher_tokenizer(model, args)
+            found = None if model == BASE else tokenizers[name] or teacher_tokenizer(model, args)
             tokenizer = found or student_tokenizer
             shared[name] = self._shared_vocabulary(tokenizer, crosses)
             (self._tokenizers if shared[name] is not None else self._across)[name] = tokenizer
@@ -89,7 +89,7 @@ class TeacherSet:
         self.vocab_size = min([student_rows(student, args), *(size for size in shared.values() if size is not None)])
         self.by_name: dict[str, Any] = {}
         for name, model in models.items():
-            if _is_base(model):
+            if model == BASE:
                 self.by_name[name] = None  # until the student is there
                 continue
             model = load_teacher(
@@ -198,10 +198,6 @@ class TeacherSet:
             return dataset.map(function)
         with self.args.main_process_first(desc=what):
             return dataset.map(function, num_proc=self.args.dataset_num_proc, desc=what)
-
-
-def _is_base(model: str | PreTrainedModel) -> bool:
-    return isinstance(model, str) and model == BASE
 
 
 def _with_teacher_index(row: dict[str, Any], names: list[str], dataset_name: str) -> dict[str, int]:
