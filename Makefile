@@ -5,13 +5,14 @@
 
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 # The constraints also keep pip from fetching another torch than the tested one.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 help:
 	@echo "make demo     distil the packaged teacher on CPU, offline; results in demo_out/"
-	@echo "make test     run the fast tests; ARGS='-m slow' or ARGS='-k kl' go to pytest"
+	@echo "make test     run the fast tests in WORKERS=2 processes; ARGS='-m slow' or ARGS='-k kl' go to pytest"
 	@echo "make lint     ruff, codespell, import-linter, pyright"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make clean    remove outputs and caches, keep .venv"
@@ -20,7 +21,7 @@ demo: .venv/.installed-core
 	HF_HUB_OFFLINE=1 $(BIN)/hf-distill demo --output_dir demo_out
 
 test: .venv/.installed-test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: .venv/.installed-lint
 	$(BIN)/ruff check

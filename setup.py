@@ -32,7 +32,7 @@ EXTRAS = {
     "eval": ["evaluate>=0.4.6", "rouge_score", "sacrebleu"],
     "benchmarks": ["liger-kernel>=0.8.2"],
     # The 4-bit tests and those of ZeRO run on CPU.
-    "test": ["pytest>=8", "tensorboard", "evaluate>=0.4.6", *QUANTIZATION, *DEEPSPEED],
+    "test": ["pytest>=8", "pytest-xdist>=3.5", "tensorboard", "evaluate>=0.4.6", *QUANTIZATION, *DEEPSPEED],
     "lint": [
         "ruff",
         "codespell",
