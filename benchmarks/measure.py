@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -16,13 +16,10 @@ import psutil
 import torch
 from rich.console import Console
 
+from benchmarks.timed_rows import NotMeasured, seconds, size
 from hf_distill.report import markdown, table
 
 SAMPLING_INTERVAL = 0.002  # seconds
-
-
-class NotMeasured(Exception):
-    """Why a row has no number."""
 
 
 class Measurement(NamedTuple):
@@ -58,15 +55,19 @@ def measure(
     which a step makes count as its memory.
     """
     times, memories = [], []
-    watch = _cuda_step if device.startswith("cuda") else _cpu_step
     for i, value in enumerate([*inputs[:1] * warmup, *inputs]):
         reset()
-        with watch() as found:
+        with watched(device) as found:
             step(value)
         if i >= warmup:
             times.append(found["time"])
             memories.append(found["memory"])
     return Measurement(times, max(memories))
+
+
+def watched(device: str) -> AbstractContextManager[dict[str, float]]:
+    """Gives a dict that afterwards has the `time` of what ran in it and the `memory` that it needed at its peak."""
+    return _cuda_step() if device.startswith("cuda") else _cpu_step()
 
 
 @contextmanager
@@ -116,14 +117,6 @@ def columns(found: Measurement, ours: Measurement | None) -> dict[str, str]:
         row["time ratio"] = f"{ours.time / found.time:.2f}x"
         row["memory ratio"] = f"{ours.memory / max(found.memory, 1):.2f}x"
     return row
-
-
-def seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
-
-
-def size(value: float) -> str:
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
 def print_table(
