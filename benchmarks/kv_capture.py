@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.measure import Measurement, columns, in_fresh_process, machine, measure, print_table
@@ -25,14 +26,17 @@ VARIANTS = {
 }
 
 
+def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+    """One whose tokens are the numbers below `vocab`, for rows that are token ids already."""
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(vocab)}))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", pad_token="1")
+
+
 def run(variant: str, options: argparse.Namespace) -> Measurement:
     """One variant, in this process."""
-    from tokenizers import Tokenizer, models
-
     disable_progress_bars()
     torch.manual_seed(0)
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(options.vocab)}))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", pad_token="1")
+    tokenizer = word_tokenizer(options.vocab)
     student, teacher = (make_model(width, options.vocab) for width in (options.student_width, options.teacher_width))
     ids = torch.randint(options.vocab, (options.batch_size * (options.steps + 1), options.length)).tolist()
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})

@@ -33,28 +33,44 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel,
     return student, teacher, batches, tokenizer.eos_token_id
 
 
+def write_together(
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], config: RolloutConfig, pad: int
+) -> RolloutStats:
+    """What the blocks were like of a rollout that nothing ends before `max_new_tokens`."""
+    never = len(student.get_input_embeddings().weight)  # a token that is never written
+    generator = torch.Generator().manual_seed(0)
+    result = rollout(
+        student, teacher, **batch, config=config, eos_token_id=never, pad_token_id=pad, generator=generator
+    )
+    return result.stats
+
+
+def write_alone(
+    model: PreTrainedModel,
+    batch: dict[str, Tensor],
+    new_tokens: int,
+    pad: int,
+    assistant: PreTrainedModel | None = None,
+) -> None:
+    """So many tokens a row with transformers' `generate`."""
+    config = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=True, pad_token_id=pad)
+    inputs = {"input_ids": batch["student_prompt_ids"], "attention_mask": batch["student_prompt_mask"].long()}
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    model.generate(**inputs, generation_config=config, assistant_model=assistant)
+
+
 def run(what: str, options: argparse.Namespace) -> dict[str, float]:
     """Tokens per second, and for rollouts what the blocks were like."""
     student, teacher, batches, pad = load(options)
     config = RolloutConfig(options.max_new_tokens, options.draft_length, adaptive=options.adaptive, top_k=options.top_k)
     stats: list[RolloutStats] = []
-    no_end = GenerationConfig(
-        max_new_tokens=options.max_new_tokens, min_new_tokens=options.max_new_tokens, do_sample=True, pad_token_id=pad
-    )
 
     def write(batch: dict[str, Tensor]) -> None:
         if what == "rollout":
-            generator = torch.Generator().manual_seed(0)
-            never = len(student.get_input_embeddings().weight)  # a token that is never written
-            result = rollout(
-                student, teacher, **batch, config=config, eos_token_id=never, pad_token_id=pad, generator=generator
-            )
-            stats.append(result.stats)
-            return
-        model, assistant = (student, None) if what == "generate" else (teacher, student)
-        inputs = {"input_ids": batch["student_prompt_ids"], "attention_mask": batch["student_prompt_mask"].long()}
-        inputs = {name: tensor.to(options.device) for name, tensor in inputs.items()}
-        model.generate(**inputs, generation_config=no_end, assistant_model=assistant)
+            stats.append(write_together(student, teacher, batch, config, pad))
+        else:
+            model, assistant = (student, None) if what == "generate" else (teacher, student)
+            write_alone(model, batch, options.max_new_tokens, pad, assistant)
 
     measurement = measure(write, batches, reset=stats.copy, device=options.device)
     num_rows = sum(len(batch["student_prompt_ids"]) for batch in batches)

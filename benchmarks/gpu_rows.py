@@ -1,0 +1,751 @@
+"""The rows of benchmarks/gpu.py: one function per group. This is the process of a group; gpu.py starts it.
+
+Models are made on the device, of random weights in bfloat16; nothing is read from a file or a network. With `tiny`
+everything has the same form and nothing has its size: a rehearsal on a CPU, whose numbers mean nothing.
+
+Shapes: B rows, T tokens of a row, N label-bearing positions, Ds and Dt hidden widths, V vocabulary.
+"""
+
+import argparse
+import gc
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache, cached_property, partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import psutil
+import torch
+import transformers
+from datasets import Dataset, disable_progress_bars
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, Qwen2Config
+from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks import fused_linear
+from benchmarks.ceilings import (
+    Work,
+    backbone_work,
+    compiled_graphs,
+    count_events,
+    loss_work,
+    measure_ceilings,
+    reading_work,
+)
+from benchmarks.kv_capture import word_tokenizer
+from benchmarks.measure import Measurement, machine, measure, watched
+from benchmarks.rollout import write_alone, write_together
+from benchmarks.timed_rows import Budget, NotMeasured, Row, group_parser, serve
+from hf_distill import KDConfig, KDTrainer
+from hf_distill.losses.cross_tokenizer import Spans, cross_tokenizer_loss
+from hf_distill.losses.fused_linear import Head
+from hf_distill.modeling import last_hidden_states
+from hf_distill.speculative import RolloutConfig, RolloutStats, sample
+from hf_distill.token_alignment import shared_tokens
+
+Cells = dict[str, Any]
+
+# transformers has renamed it.
+CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(SFTConfig, n))
+BFLOAT16 = 2  # bytes
+PRODUCT_CHUNK = 1024  # positions whose logits exist at a time where only products are measured
+
+
+class Sizes(NamedTuple):
+    loss: tuple[int, int, int, int]  # N, V, Ds, Dt
+    student: Mapping[str, int]
+    teacher: Mapping[str, int]
+    vocab: int
+    batch: tuple[int, int]  # B, T of a training step
+    packed: int  # tokens of a packed row
+    prompt: int
+    new_tokens: int
+    rollout_rows: tuple[int, ...]
+    product: int  # width of the product that measures the ceiling
+    copied: int  # bytes
+    repeats: int
+    warmup: int
+
+
+def shape(width: int, inner: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }  # fmt: skip
+
+
+# Widths and depths of Qwen2.5-0.5B and 7B, both with the vocabulary of the first.
+FULL = Sizes(
+    loss=(8192, 128_256, 2048, 4096), student=shape(896, 4864, 24, 14, 2), teacher=shape(3584, 18_944, 28, 28, 4),
+    vocab=151_936, batch=(4, 1024), packed=8192, prompt=64, new_tokens=128, rollout_rows=(8, 32), product=8192,
+    copied=2**31, repeats=20, warmup=3,
+)  # fmt: skip
+TINY = Sizes(
+    loss=(48, 512, 16, 32), student=shape(32, 48, 2, 4, 2), teacher=shape(64, 96, 3, 4, 2), vocab=512, batch=(2, 24),
+    packed=64, prompt=8, new_tokens=12, rollout_rows=(2, 3), product=128, copied=2**16, repeats=2, warmup=1,
+)  # fmt: skip
+
+
+class Bench:
+    """What the rows of a group share: a device, sizes, ceilings, models that are made when they are asked for."""
+
+    def __init__(self, device: str, tiny: bool) -> None:
+        self.device, self.tiny, self.sizes = device, tiny, TINY if tiny else FULL
+        self.is_cuda = device.startswith("cuda")
+        self.folder = tempfile.TemporaryDirectory()  # nothing is saved; trainers want one
+
+    @cached_property
+    def ceilings(self):
+        sizes = self.sizes
+        repeats = 2 if self.tiny else 10
+        return measure_ceilings(self.device, torch.bfloat16, size=sizes.product, copied=sizes.copied, repeats=repeats)
+
+    @cached_property
+    def tokenizer(self):
+        return word_tokenizer(self.sizes.vocab)
+
+    def config(self, side: str, **changes: Any) -> Qwen2Config:
+        tied = side == "student"
+        settings = {"vocab_size": self.sizes.vocab, "max_position_embeddings": 32_768, "tie_word_embeddings": tied}
+        return Qwen2Config(**{**settings, **getattr(self.sizes, side), **changes})
+
+    def model(self, config: Qwen2Config, attention: str = "sdpa") -> PreTrainedModel:
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel:
+        return self.model(self.config("teacher"))
+
+    def student(self) -> PreTrainedModel:
+        """A new one each time: trainers change its forward."""
+        return self.model(self.config("student"))
+
+    # ------------------------------------------------------------------------------------------------- measurements
+
+    def steady(
+        self,
+        budget: Budget,
+        step: Callable[[], Any],
+        work: Work,
+        *,
+        reset: Callable[[], Any] = lambda: None,
+        first: Callable[[], Any] | None = None,
+        repeats: int | None = None,
+        counted: Callable[[], Any] | None = None,
+    ) -> Cells:
+        """Time and memory of a step in the steady state, its floor, and what it makes host and device do.
+
+        Args:
+            work (`Work`): the least that the step has to do.
+            reset (`Callable`): before each step, outside of the measurement.
+            first (`Callable`, *optional*): what warms up, once; by default a few steps.
+            counted (`Callable`, *optional*): what the profiler watches, by default one step; returns by what its
+                counts are to be divided, if not by 1.
+        """
+        once = partial(measure, reset=reset, device=self.device, warmup=0)
+        graphs = [compiled_graphs()]
+        warm = once(lambda _: (first or step)(), [None] * (1 if first else self.sizes.warmup))
+        graphs.append(compiled_graphs())
+        if budget.left < 0:
+            raise NotMeasured(f"the warm-up alone took {sum(warm.times):.0f} s of {budget.seconds:.0f} s")
+        reset()
+        units = [1.0]
+        counts = count_events(lambda: units.append((counted or step)() or 1.0))
+        found = [once(lambda _: step(), [None]) for _ in budget.repeats(repeats or self.sizes.repeats)]
+        graphs.append(compiled_graphs())
+        result = Measurement([time for each in found for time in each.times], max(each.memory for each in found))
+        floor = self.ceilings.floor(work)
+        return {
+            "seconds": result.time, "all seconds": result.times, "warm-up": sum(warm.times), "memory": result.memory,
+            "flops": work.flops, "bytes": work.bytes, "floor": floor, "share": floor / result.time,
+            "graphs": graphs[1] - graphs[0], "recompilations": graphs[2] - graphs[1],
+            **{name: count / units[-1] for name, count in counts.items()},
+        }  # fmt: skip
+
+    def clean_up(self) -> None:
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
+    # ----------------------------------------------------------------------------------------------------- trainers
+
+    def settings(self, **changes: Any) -> Cells:
+        return {
+            "output_dir": self.folder.name, "per_device_train_batch_size": self.sizes.batch[0], "max_length": None,
+            "bf16": True, CHECKPOINTING: False, "use_cpu": not self.is_cuda, "report_to": "none", "disable_tqdm": True,
+            "logging_steps": 1000, "save_strategy": "no", "seed": 0, **changes,
+        }  # fmt: skip
+
+    @cached_property
+    def ids(self) -> list[list[int]]:
+        """Two batches of token ids; all of them are labels."""
+        rows, length = self.sizes.batch
+        return torch.randint(2, self.sizes.vocab, (2 * rows, length), generator=torch.manual_seed(0)).tolist()
+
+    @cached_property
+    def rows(self) -> Dataset:
+        return Dataset.from_dict({"input_ids": self.ids, "labels": self.ids})
+
+    def kd_trainer(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        rows: Dataset | None = None,
+        peft: Any = None,
+        **changes,
+    ) -> KDTrainer:
+        return KDTrainer(
+            student, teacher, KDConfig(**self.settings(divergence="jensen_shannon", **changes)),
+            train_dataset=rows or self.rows, processing_class=self.tokenizer, teacher_processing_class=self.tokenizer,
+            peft_config=peft,
+        )  # fmt: skip
+
+    def sft_trainer(self, student: PreTrainedModel, rows: Dataset | None = None, **changes: Any) -> SFTTrainer:
+        tools = {"train_dataset": rows or self.rows, "processing_class": self.tokenizer}
+        return SFTTrainer(student, SFTConfig(**self.settings(**changes)), **tools)
+
+    def training_step(self, budget: Budget, trainer: Any, work: Callable[[Mapping[str, Tensor]], Work]) -> Cells:
+        """`trainer.training_step` on a ready batch: forward, loss and backward, without the optimizer's step."""
+        model, batch, num_items = first_batch(trainer)
+        step = partial(_train, trainer, model, batch, num_items)
+        tokens = batch["input_ids"].numel()
+        cells = self.steady(budget, step, work(batch), reset=partial(model.zero_grad, set_to_none=True))
+        return {**cells, "tokens/s": tokens / cells["seconds"]}
+
+    def step_work(self, *sides: tuple[str, str, float | None], lengths: Sequence[int] | None = None) -> Work:
+        """Of a training step: each side with what is trained of it, and its weights' bytes where they are quantised."""
+        rows, length = self.sizes.batch
+        lengths = lengths or [length] * rows
+        work, labels = Work(), sum(length - 1 for length in lengths)
+        for side, trained, weight_bytes in sides:
+            config = self.config(side)
+            work += backbone_work(config, lengths, item=BFLOAT16, trained=trained, weight_bytes=weight_bytes)
+            products = {"nothing": 1, "adapters": 2, "weights": 3}[trained]
+            head, hidden = config.vocab_size * config.hidden_size, labels * config.hidden_size
+            moved = head * (2 if trained == "weights" else 1) + hidden * (1 if trained == "nothing" else 2)
+            work += Work(2 * products * labels * head, BFLOAT16 * moved)
+        return work
+
+
+def _train(trainer: Any, model: nn.Module, batch: Mapping[str, Tensor], num_items: Any) -> None:
+    trainer.training_step(model, dict(batch), num_items)
+
+
+def first_batch(trainer: Any) -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """The model as `train()` prepares it, the first batch on its device, and the number of its labels."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.model_wrapped = model = trainer.accelerator.prepare_model(trainer.model)
+    batches = iter(trainer.get_train_dataloader())
+    (batch,), num_items = trainer.get_batch_samples(batches, 1, trainer.args.device)
+    return model, trainer._prepare_inputs(batch), num_items
+
+
+def ceiling_row(bench: Bench) -> Row:
+    def find(_: Budget) -> Cells:
+        found = bench.ceilings
+        note = f"{found.flops / 1e12:.3g} TFLOP/s, {found.bytes / 1e12:.3g} TB/s; {machine(bench.device)}"
+        return {"note": f"{note}, transformers {transformers.__version__}", "ceilings": found._asdict()}
+
+    return Row("ceilings: one product, one copy", 15, find)
+
+
+# --------------------------------------------------------------------------------------------------------------- loss
+
+
+def loss_row(bench: Bench, name: str, divergence: str, limit: float, **changes: Any) -> Row:
+    rows, vocab, student_width, teacher_width = bench.sizes.loss
+    options = argparse.Namespace(
+        rows=rows, vocab=vocab, student_width=student_width, teacher_width=teacher_width, dtype="bfloat16",
+        device=bench.device, freeze_head=False, temperature=1.0, liger_compiled=bench.is_cuda,
+    )  # fmt: skip
+    vars(options).update(changes)
+    title = fused_linear.TITLES[name].format("compiled" if options.liger_compiled else "not compiled")
+    about = "".join(f", {key.replace('_', ' ')} {value}" for key, value in changes.items())
+
+    def run(budget: Budget) -> Cells:
+        x = loss_inputs(tuple(sorted(vars(options).items())))
+
+        def step() -> None:
+            fused_linear.IMPLEMENTATIONS[name](x, divergence, options).backward()
+
+        def reset() -> None:
+            x.student_hidden.grad = x.student_head.grad = None
+
+        work = loss_work(
+            options.rows, vocab, student_width, teacher_width, item=BFLOAT16, frozen_head=options.freeze_head
+        )
+        return bench.steady(budget, step, work, reset=reset)
+
+    return Row(f"{divergence}: {title}{about}", limit, run)
+
+
+@cache
+def loss_inputs(options: tuple[tuple[str, Any], ...]) -> fused_linear.Inputs:
+    return fused_linear.make_inputs(argparse.Namespace(**dict(options)))
+
+
+def losses(bench: Bench) -> list[Row]:
+    limits = {"ours": 30, "trl": 12, "dense": 8, "liger": 25}  # the first and the last compile
+    names = [(name, divergence) for name in limits for divergence in ("jensen_shannon", "forward_kl")]
+    return [ceiling_row(bench), *(loss_row(bench, name, divergence, limits[name]) for name, divergence in names)]
+
+
+# --------------------------------------------------------------------------------------------------------------- step
+
+KD_SIDES = ("student", "weights", None), ("teacher", "nothing", None)
+
+
+def kd_step(bench: Bench, budget: Budget) -> Cells:
+    trainer = bench.kd_trainer(bench.student(), bench.teacher)
+    return bench.training_step(budget, trainer, lambda _: bench.step_work(*KD_SIDES))
+
+
+def sft_step(bench: Bench, budget: Budget) -> Cells:
+    trainer = bench.sft_trainer(bench.student())
+    return bench.training_step(budget, trainer, lambda _: bench.step_work(KD_SIDES[0]))
+
+
+def limit_step(bench: Bench, budget: Budget) -> Cells:
+    """Both backbones and the products of both heads, and nothing else: no loss, no trainer, no mask."""
+    student, teacher = bench.student().train(), bench.teacher.eval()
+    ids = torch.tensor(bench.ids[: bench.sizes.batch[0]], device=bench.device)
+    head, teacher_head = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+
+    def step() -> None:
+        with torch.no_grad():
+            teacher_hidden = last_hidden_states(teacher, input_ids=ids)[:, :-1].flatten(0, 1)  # (N, Dt)
+        hidden = last_hidden_states(student, input_ids=ids)[:, :-1].flatten(0, 1)  # (N, Ds)
+        with torch.no_grad():
+            gradient, head_gradient = torch.empty_like(hidden), torch.zeros_like(head)
+            for start in range(0, len(hidden), PRODUCT_CHUNK):
+                chunk = slice(start, start + PRODUCT_CHUNK)
+                torch.mm(teacher_hidden[chunk], teacher_head.t())
+                logits = torch.mm(hidden[chunk], head.t())  # (n, V), which stand for their gradient
+                torch.mm(logits, head, out=gradient[chunk])
+                head_gradient.addmm_(logits.t(), hidden[chunk])
+        hidden.backward(gradient)
+
+    reset = partial(student.zero_grad, set_to_none=True)
+    cells = bench.steady(budget, step, bench.step_work(*KD_SIDES), reset=reset)
+    return {**cells, "tokens/s": ids.numel() / cells["seconds"]}
+
+
+def gkd_step(bench: Bench, budget: Budget) -> Cells:
+    """TRL's GKDTrainer on the data set's own text, with the collator of the same batches."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # or TRL warns that this trainer is experimental
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    def collate(rows: list[Cells]) -> dict[str, Tensor]:
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+    trainer = GKDTrainer(
+        model=bench.student(), teacher_model=bench.teacher, data_collator=collate, train_dataset=bench.rows,
+        args=GKDConfig(lmbda=0.0, beta=fused_linear.BETAS["jensen_shannon"], **bench.settings()),
+        processing_class=bench.tokenizer,
+    )  # fmt: skip
+    return bench.training_step(budget, trainer, lambda _: bench.step_work(*KD_SIDES))
+
+
+def steps(bench: Bench) -> list[Row]:
+    return [
+        ceiling_row(bench),
+        Row("KDTrainer", 40, partial(kd_step, bench)),
+        Row("limit: backbones and products alone", 15, partial(limit_step, bench)),
+        Row("SFTTrainer, no teacher", 15, partial(sft_step, bench)),
+        # The last, because it wraps the teacher's forward.
+        Row("TRL GKDTrainer, divergence alone", 20, partial(gkd_step, bench)),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def memory_by_component(bench: Bench, budget: Budget) -> list[Cells]:
+    """A step of KDTrainer in its parts: what each needs at its peak beyond what was there, and what it leaves."""
+    teacher, student = bench.teacher, bench.student()
+    trainer = bench.kd_trainer(student, teacher)
+    model, batch, num_items = first_batch(trainer)
+    parts: dict[str, Cells] = {}
+
+    def held() -> int:
+        return torch.cuda.memory_allocated() if bench.is_cuda else psutil.Process().memory_info().rss
+
+    @contextmanager
+    def part(name: str) -> Iterator[None]:
+        before = held()
+        with watched(bench.device) as found:
+            yield
+        parts[name] = {"memory": found["memory"], "kept": held() - before, "seconds": found["time"]}
+
+    def in_part(name: str, function: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with part(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    places = {
+        "teacher's forward": (trainer, "teacher_signal"),
+        "student's backbone": (trainer.student.base_model, "forward"),
+        "loss": (trainer, "distillation_terms"),
+        "backward": (trainer.accelerator, "backward"),
+    }
+    _train(trainer, model, batch, num_items)
+    model.zero_grad(set_to_none=True)
+    bench.clean_up()
+    with ExitStack() as stack:
+        for title, (place, name) in places.items():
+            stack.enter_context(patch.object(place, name, in_part(title, getattr(place, name))))
+        _train(trainer, model, batch, num_items)
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    model.zero_grad(set_to_none=True)
+    with watched(bench.device) as found:
+        _train(trainer, model, batch, num_items)
+    sizes = {"student's weights": student, "teacher's weights": teacher}
+    return [
+        *({"row": name, "kept": sum(p.nbytes for p in model.parameters())} for name, model in sizes.items()),
+        *({"row": name, **cells} for name, cells in parts.items()),
+        {"row": "gradients", "kept": gradients},
+        {"row": "the whole step", "memory": found["memory"], "seconds": found["time"]},
+    ]
+
+
+def memory(bench: Bench) -> list[Row]:
+    return [Row("components", 25, partial(memory_by_component, bench))]
+
+
+# ----------------------------------------------------------------------------------------------------------- rollouts
+
+TOP_K = 25
+DRAFT = 5
+COUNTED = DRAFT + 1  # new tokens a row while the profiler counts
+SEARCHED = 256  # positions that the acceptance is estimated from
+
+
+class Pair:
+    """A student, and a teacher of other widths that says the same, but for what its own layers add.
+
+    Student and teacher have one table of embeddings and one head, turned isometrically into the teacher's width. With
+    large embeddings next to what the layers add, both are the same function of the last token; the smaller the
+    teacher's embeddings, the more its random layers disturb it. So any rate of acceptance can be had without training,
+    at the cost of real forwards.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.student = bench.model(bench.config("student", tie_word_embeddings=False)).eval()
+        self.teacher = bench.model(bench.config("teacher")).eval()
+        vocab, narrow = bench.sizes.vocab, self.student.config.hidden_size
+        wide = self.teacher.config.hidden_size
+        options = {"device": bench.device, "generator": torch.Generator(bench.device).manual_seed(0)}
+        turn = torch.linalg.qr(torch.randn(wide, narrow, **options))[0].t()  # (Ds, Dt), orthonormal rows
+        # Logits of this deviation have nearly all of their probability on fewer than TOP_K tokens.
+        deviation = 2.5 * math.sqrt(2 * math.log(vocab))
+        tables = [torch.randn(vocab, narrow, **options) for _ in range(2)]
+        with torch.no_grad():
+            self.student.get_input_embeddings().weight.copy_(tables[0] * 1000)
+            self.student.get_output_embeddings().weight.copy_(tables[1] * deviation / narrow**0.5)
+            self.teacher_embeddings = (tables[0] @ turn).to(torch.bfloat16)
+            # Normed, the teacher's hidden states are longer by the root of the widths' ratio.
+            head = tables[1] @ turn * deviation / narrow**0.5 * (narrow / wide) ** 0.5
+            self.teacher.get_output_embeddings().weight.copy_(head)
+        for model in (self.student, self.teacher):
+            model.generation_config.eos_token_id = None
+
+    @torch.no_grad()
+    def acceptance(self, ids: Tensor, scale: float) -> float:
+        """How likely a token of the student's is among the teacher's `TOP_K`."""
+        self.teacher.get_input_embeddings().weight.copy_(self.teacher_embeddings * scale)
+        hidden = [last_hidden_states(model, input_ids=ids) for model in (self.student, self.teacher)]
+        student, teacher = (
+            model.get_output_embeddings()(states.flatten(0, 1)[:SEARCHED]).float()  # (n, V)
+            for model, states in zip((self.student, self.teacher), hidden, strict=True)
+        )
+        uniform = torch.rand(len(student), generator=torch.manual_seed(0)).to(ids.device)
+        tokens = sample(student, uniform, 1.0, 1.0)
+        return ((teacher > teacher.gather(1, tokens[:, None])).sum(1) < TOP_K).float().mean().item()
+
+    @cache  # noqa: B019 - one pair lives as long as its process
+    def scale(self, acceptance: float) -> float:
+        """The teacher's embeddings times this give that acceptance: halved intervals of its logarithm."""
+        ids = self.prompts(8)["student_prompt_ids"].to(self.bench.device)
+        low, high = -8.0, 12.0
+        for _ in range(8):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.acceptance(ids, 2**middle) < acceptance else (low, middle)
+        return 2 ** ((low + high) / 2)
+
+    def prompts(self, rows: int) -> dict[str, Tensor]:
+        """Left-padded prompts of different lengths."""
+        generator, longest = torch.Generator().manual_seed(1), self.bench.sizes.prompt
+        ids = torch.randint(2, self.bench.sizes.vocab, (rows, longest), generator=generator)
+        mask = torch.arange(longest) >= torch.arange(rows)[:, None] % (longest // 2)
+        names = [f"{side}_prompt_{part}" for side in ("student", "teacher") for part in ("ids", "mask")]
+        return dict(zip(names, (ids, mask) * 2, strict=True))
+
+    def work(self, stats: RolloutStats, rows: int) -> Work:
+        """Of the forwards that were made: weights and cache are read in each of them."""
+        context = self.bench.sizes.prompt + self.bench.sizes.new_tokens / 2
+        read = partial(reading_work, rows=rows, context=context, item=BFLOAT16)
+        student = read(self.student.config, new=1).times(stats.student_forwards)
+        return student + read(self.teacher.config, new=DRAFT).times(stats.teacher_forwards)
+
+
+def rollout_row(bench: Bench, pair: Callable[[], Pair], rows: int, acceptance: float, limit: float) -> Row:
+    def run(budget: Budget) -> Cells:
+        models, new_tokens = pair(), bench.sizes.new_tokens
+        models.acceptance(models.prompts(1)["student_prompt_ids"].to(bench.device), models.scale(acceptance))
+        stats: list[RolloutStats] = []
+
+        def write(tokens: int) -> float:
+            config = RolloutConfig(tokens, DRAFT, top_k=TOP_K)
+            stats.append(write_together(models.student, models.teacher, models.prompts(rows), config, 0))
+            return stats[-1].teacher_forwards
+
+        cells = bench.steady(
+            budget, partial(write, new_tokens), Work(), first=partial(write, new_tokens // 4), repeats=3,
+            counted=partial(write, COUNTED),
+        )  # fmt: skip
+        written, blocks = stats[-1], stats[-1].blocks
+        tested = int(blocks.accepted.sum() + (blocks.accepted < blocks.drafted).sum())
+        work = models.work(written, rows)
+        floor = bench.ceilings.floor(work)
+        return {
+            **cells, "flops": work.flops, "bytes": work.bytes, "floor": floor, "share": floor / cells["seconds"],
+            "tokens/s": rows * new_tokens / cells["seconds"], "blocks": written.teacher_forwards,
+            "student forwards": written.student_forwards, "acceptance": int(blocks.accepted.sum()) / tested,
+        }  # fmt: skip
+
+    return Row(f"{rows} rows, acceptance {acceptance:g}", limit, run)
+
+
+def generate_row(bench: Bench, pair: Callable[[], Pair], rows: int, side: str, limit: float) -> Row:
+    def run(budget: Budget) -> Cells:
+        models, new_tokens = pair(), bench.sizes.new_tokens
+        model, context = getattr(models, side), bench.sizes.prompt + new_tokens / 2
+
+        def write(tokens: int) -> float:
+            write_alone(model, models.prompts(rows), tokens, 0)
+            return float(tokens)
+
+        work = reading_work(model.config, rows, 1, context, item=BFLOAT16).times(new_tokens)
+        cells = bench.steady(
+            budget, partial(write, new_tokens), work, first=partial(write, new_tokens // 4), repeats=3,
+            counted=partial(write, COUNTED),
+        )  # fmt: skip
+        return {**cells, "tokens/s": rows * new_tokens / cells["seconds"]}
+
+    return Row(f"{rows} rows, {side}'s generate", limit, run)
+
+
+def rollouts(bench: Bench) -> list[Row]:
+    pair = cache(partial(Pair, bench))
+    few, many = bench.sizes.rollout_rows
+    return [
+        ceiling_row(bench),
+        *(rollout_row(bench, pair, rows, rate, 18) for rate in (0.85, 0.4) for rows in (few, many)),
+        *(generate_row(bench, pair, rows, side, 8) for side in ("student", "teacher") for rows in (few, many)),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- packed
+
+
+def packed_step(bench: Bench, budget: Budget, make: Callable[..., Any], sides: Sequence[Any], longest: int) -> Cells:
+    """One row of many texts, up to `longest` tokens each; the floor counts pairs of tokens of one text."""
+    generator, vocab, size = torch.Generator().manual_seed(0), bench.sizes.vocab, bench.sizes.packed
+    number = 4 * size // longest + 4  # enough for two rows
+    lengths = torch.randint(max(longest // 16, 2), longest + 1, (number,), generator=generator).tolist()
+    texts = [torch.randint(2, vocab, (length,), generator=generator).tolist() for length in lengths]
+    rows = Dataset.from_dict({"input_ids": texts, "labels": texts})
+    trainer = make(rows=rows, packing=True, max_length=size, per_device_train_batch_size=1)
+
+    def work(batch: Mapping[str, Tensor]) -> Work:
+        starts = (batch["position_ids"].flatten() == 0).nonzero().flatten().tolist()
+        ends = [*starts[1:], batch["position_ids"].numel()]
+        return bench.step_work(*sides, lengths=[end - start for start, end in zip(starts, ends, strict=True)])
+
+    return bench.training_step(budget, trainer, work)
+
+
+def one_text_step(bench: Bench, budget: Budget) -> Cells:
+    ids = torch.randint(2, bench.sizes.vocab, (2, bench.sizes.packed), generator=torch.manual_seed(0)).tolist()
+    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    trainer = bench.kd_trainer(bench.student(), bench.teacher, rows, per_device_train_batch_size=1)
+    work = bench.step_work(*KD_SIDES, lengths=[bench.sizes.packed])
+    return bench.training_step(budget, trainer, lambda _: work)
+
+
+def packed(bench: Bench) -> list[Row]:
+    kd = lambda **kw: bench.kd_trainer(bench.student(), bench.teacher, **kw)  # noqa: E731
+    sft = lambda **kw: bench.sft_trainer(bench.student(), **kw)  # noqa: E731
+    size, longest = bench.sizes.packed, bench.sizes.packed // 4
+    return [
+        ceiling_row(bench),
+        Row(f"KDTrainer, 1 x {size:,} packed", 20, lambda b: packed_step(bench, b, kd, KD_SIDES, longest)),
+        Row(f"KDTrainer, 1 x {size:,}, one text", 10, partial(one_text_step, bench)),
+        Row(f"SFTTrainer, 1 x {size:,} packed", 10, lambda b: packed_step(bench, b, sft, KD_SIDES[:1], longest)),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- quantised
+
+
+def to_nf4(model: PreTrainedModel) -> PreTrainedModel:
+    """Replaces the linear layers of the blocks by bitsandbytes' 4-bit ones, on the device, as loading would do it."""
+    if not is_bitsandbytes_available():
+        raise NotMeasured("bitsandbytes is not installed: pip install 'hf_distill[quantization]'")
+    import bitsandbytes as bnb
+
+    for block in model.base_model.layers:
+        for path, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                weight, bias, device = layer.weight.data, layer.bias, layer.weight.device
+                new = bnb.nn.Linear4bit(
+                    layer.in_features, layer.out_features, bias=bias is not None, compute_dtype=torch.bfloat16,
+                    quant_type="nf4", compress_statistics=True, device="meta",
+                )  # fmt: skip
+                new.weight = bnb.nn.Params4bit(
+                    weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new
+                ).to(device)
+                new.bias = bias
+                new.requires_grad_(False)
+                block.set_submodule(path, new)
+    model.is_loaded_in_4bit = True  # what PEFT and TRL ask for
+    return model
+
+
+def weight_bytes(model: PreTrainedModel) -> float:
+    return float(sum(p.nbytes for layer in model.base_model.layers for p in layer.parameters()))
+
+
+def nf4_teacher_step(bench: Bench, budget: Budget, teacher: Callable[[], PreTrainedModel]) -> Cells:
+    moved = weight_bytes(teacher())
+    trainer = bench.kd_trainer(bench.student(), teacher())
+    cells = bench.training_step(budget, trainer, lambda _: bench.step_work(KD_SIDES[0], ("teacher", "nothing", moved)))
+    return {**cells, "note": f"teacher's blocks {moved / 1e9:.2f} GB"}
+
+
+def qlora_step(bench: Bench, budget: Budget, teacher: Callable[[], PreTrainedModel]) -> Cells:
+    """A 4-bit student of the teacher's size with adapters on all linear layers, from that teacher."""
+    from peft import LoraConfig
+
+    moved = weight_bytes(teacher())
+    student = to_nf4(bench.model(bench.config("teacher")))
+    peft = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = bench.kd_trainer(student, teacher(), peft=peft)
+    sides = ("teacher", "adapters", moved), ("teacher", "nothing", moved)
+    return bench.training_step(budget, trainer, lambda _: bench.step_work(*sides))
+
+
+def quantised(bench: Bench) -> list[Row]:
+    teacher = cache(lambda: to_nf4(bench.model(bench.config("teacher"))))
+    return [
+        ceiling_row(bench),
+        Row("KDTrainer, NF4 teacher", 20, lambda budget: nf4_teacher_step(bench, budget, teacher)),
+        Row("KDTrainer, QLoRA student of the teacher's size, NF4 teacher", 20, lambda b: qlora_step(bench, b, teacher)),
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------- more
+
+
+def cross_tokenizer_row(bench: Bench, method: str, limit: float) -> Row:
+    rows, vocab, *widths = bench.sizes.loss
+    rows //= 4
+
+    def run(budget: Budget) -> Cells:
+        torch.manual_seed(0)
+        # Four fifths of the tokens are common; groups of one and of two tokens.
+        pieces = [[b"%06d" % i for i in range(vocab)], [b"%06d" % (i + vocab // 5) for i in range(vocab)]]
+        shared = shared_tokens(*pieces)
+        shared = shared._replace(**{name: tensor.to(bench.device) for name, tensor in shared._asdict().items()})
+        like = {"device": bench.device, "dtype": torch.bfloat16}
+        hidden = [torch.randn(rows, width, **like) for width in widths]
+        heads = [torch.randn(vocab, width, **like).mul_(2 / width**0.5) for width in widths]
+        tokens = [torch.randint(vocab, (rows,), device=bench.device) for _ in range(2)]
+        groups = torch.arange(rows, device=bench.device) * 2 // 3
+        hidden[0].requires_grad_()
+        heads[0].requires_grad_()
+        spans = Spans(tokens[0], groups, tokens[1], groups)
+
+        def step() -> None:
+            cross_tokenizer_loss(
+                hidden[0], Head(heads[0]), hidden[1], Head(heads[1]), tokens[0], spans, shared, method=method
+            ).loss.backward()
+
+        def reset() -> None:
+            hidden[0].grad = heads[0].grad = None
+
+        return bench.steady(budget, step, loss_work(rows, vocab, *widths, item=BFLOAT16), reset=reset)
+
+    return Row(f"cross-tokenizer loss, {method}, N={rows:,}", limit, run)
+
+
+def flash_attention_2_step(bench: Bench, budget: Budget) -> Cells:
+    if not is_flash_attn_2_available():
+        raise NotMeasured("flash_attn is not installed")
+    student, teacher = (bench.model(bench.config(side), "flash_attention_2") for side in ("student", "teacher"))
+    trainer = bench.kd_trainer(student, teacher)
+    return bench.training_step(budget, trainer, lambda _: bench.step_work(*KD_SIDES))
+
+
+def flash_kernel_step(bench: Bench, budget: Budget) -> Cells:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return kd_step(bench, budget)
+
+
+def more(bench: Bench) -> list[Row]:
+    few, pair = (2, 4) if bench.tiny else (1, 64), cache(partial(Pair, bench))
+    return [
+        ceiling_row(bench),
+        loss_row(bench, "ours", "jensen_shannon", 10, freeze_head=True),
+        loss_row(bench, "ours", "jensen_shannon", 10, rows=bench.sizes.loss[0] // 8),
+        cross_tokenizer_row(bench, "aligned", 10),
+        Row("KDTrainer, flash_attention_2", 12, partial(flash_attention_2_step, bench)),
+        Row("KDTrainer, sdpa with its flash kernel alone", 12, partial(flash_kernel_step, bench)),
+        *(rollout_row(bench, pair, rows, 0.85, 15) for rows in few),
+        cross_tokenizer_row(bench, "uld", 10),
+    ]
+
+
+GROUPS: dict[str, Callable[[Bench], list[Row]]] = {
+    "loss": losses,
+    "step": steps,
+    "memory": memory,
+    "rollout": rollouts,
+    "packed": packed,
+    "quantised": quantised,
+    "more": more,
+}
+
+
+def is_fatal(error: Exception) -> bool:
+    """After an error of the device itself nothing more can be measured in this process; lack of memory is none."""
+    is_of_device = any(words in str(error) for words in ("CUDA error", "[CUDA]", "CUBLAS_STATUS", "CUDNN_STATUS"))
+    return is_of_device and not isinstance(error, torch.OutOfMemoryError)
+
+
+def main() -> None:
+    parser = group_parser(__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    disable_progress_bars()
+    bench = Bench(options.device, options.tiny)
+    serve(
+        options, lambda: GROUPS[options.group](bench),
+        clean_up=bench.clean_up, is_fatal=is_fatal,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
