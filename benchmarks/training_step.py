@@ -64,7 +64,10 @@ class HardLabelsTrainer(KDTrainer):
 
     def distillation_terms(self, hidden, head, signal, labels, num_items):
         loss = HardLabels.apply(hidden, head.weight, labels, num_items)
-        return {"loss": loss, **dict.fromkeys(("kd", "ce", "agreement", "student_entropy"), loss.detach())}
+        return {
+            "loss": loss,
+            **dict.fromkeys(("kd", "ce", "agreement", "student_entropy", "num_paired"), loss.detach()),
+        }
 
 
 def load_rows(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, N label-bearing positions, n those of a chunk, V voca
 """
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
@@ -89,11 +90,11 @@ def evaluate_fidelity(
             )
     totals = _totals(means)
     return {
-        "student_perplexity": math.exp(totals["student_ce"]),
-        "teacher_perplexity": math.exp(totals["teacher_ce"]),
+        "student_perplexity": _exp(totals["student_ce"]),
+        "teacher_perplexity": _exp(totals["teacher_ce"]),
         "kl": totals["kl"],
         "agreement": totals["agreement"],
-        "expected_acceptance": 1 - totals["total_variation"],
+        "expected_acceptance": max(1 - totals["total_variation"], 0.0),  # 0 up to rounding
         "num_tokens": num_tokens,
     }
 
@@ -150,7 +151,7 @@ def perplexity(
             num_tokens += len(labels)
             means.add(len(labels), ce=_cross_entropy(log_probs, labels))
     nats = _totals(means)["ce"]
-    found = {"perplexity": math.exp(nats), "nats_per_token": nats, "num_tokens": num_tokens}
+    found = {"perplexity": _exp(nats), "nats_per_token": nats, "num_tokens": num_tokens}
     if None not in num_characters and (characters := sum(num_characters)):  # pyright: ignore
         found["bits_per_character"] = nats * num_tokens / math.log(2) / characters
     return found
@@ -191,6 +192,11 @@ def _measuring(*models: PreTrainedModel) -> Iterator[None]:
 def _cross_entropy(log_probs: Tensor, labels: Tensor) -> Tensor:
     """Nats, summed over labels (n,)."""
     return -log_probs.gather(-1, labels.to(log_probs.device).unsqueeze(-1)).sum()
+
+
+def _exp(nats: float) -> float:
+    """exp, infinite where a float ends."""
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf
 
 
 def _totals(means: TokenMeans) -> dict[str, float]:

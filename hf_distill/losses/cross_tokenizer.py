@@ -130,15 +130,16 @@ def cross_tokenizer_loss(
         spans ([`Spans`]): the tokens that follow the positions, and which of them cover the same text.
         shared ([`~hf_distill.token_alignment.SharedTokens`]): what both vocabularies have in common.
         kd_weight (`float`): weight of the groups' terms, in [0, 1]; hard labels get `1 - kd_weight`.
-        temperature (`float`): of both distributions, above 0.
+        temperature (`float`): of both distributions, in [1e-4, 1e5].
         method (`str`): "aligned" or "uld".
         divergence (`str`), divergence_params (`dict`, *optional*): of "aligned"; a name in `DIVERGENCES`.
         num_items (`int` or scalar tensor, *optional*): the divisor, N by default.
         chunk_size (`int`, *optional*): positions per chunk; by default as many as fit `CHUNK_BYTES`.
 
     Returns:
-        [`DistillationLoss`]. `kd` (without factors of the temperature) and `agreement` (both most likely tokens have
-        one name) are sums over groups.
+        [`DistillationLoss`]. `kd` (without factors of the temperature) is a sum over groups. `agreement` is the number
+        of groups with the same most likely token on both sides, counted among the `num_paired` in which one token
+        faces one token; only there do both say what comes next in the same pieces.
 
     Raises:
         `ValueError`: shapes that do not fit, an unknown method or divergence, a number out of its range.
@@ -168,6 +169,7 @@ def cross_tokenizer_loss(
     teacher_order, teacher_later_groups = _starts_first(spans.teacher_groups, numbers)  # (M,), (M - G,)
     student_hidden, teacher_hidden = student_hidden[order], teacher_hidden.detach()[teacher_order]
     tokens, teacher_tokens = spans.student_tokens[order], spans.teacher_tokens[teacher_order]
+    is_paired = _is_single(later_groups, numbers) & _is_single(teacher_later_groups, numbers)  # (G,)
     if method == "uld":
         # Only first tokens are compared.
         later_groups, teacher_later_groups = (torch.full_like(x, -1) for x in (later_groups, teacher_later_groups))
@@ -177,10 +179,10 @@ def cross_tokenizer_loss(
         teacher_starts = _group_starts(teacher_hidden, teacher_tokens, teacher_later_groups, teacher, *settings)
         loss, sums = _CrossTokenizer.apply(
             student_hidden, student_head.weight, student_head.bias, labels[order], tokens, later_groups, starts,
-            teacher_hidden, teacher_starts, student, teacher, objective, num_items, chunk_size, block,
+            teacher_hidden, teacher_starts, is_paired, student, teacher, objective, num_items, chunk_size, block,
             torch.is_grad_enabled(),
         )  # fmt: skip
-    return DistillationLoss(loss, *sums[1:].unbind())
+    return DistillationLoss(loss, *sums[1:].unbind(), num_paired=is_paired.sum())
 
 
 class _Objective(NamedTuple):
@@ -233,6 +235,11 @@ def _starts_first(groups: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([first, later]), index[later]
 
 
+def _is_single(later_groups: Tensor, groups: Tensor) -> Tensor:
+    """Which of the groups (G,) have no other token than their first, (G,)."""
+    return later_groups[later_groups >= 0].bincount(minlength=len(groups)) == 0
+
+
 def _group_starts(
     hidden: Tensor, tokens: Tensor, later_groups: Tensor, side: _Side, temperature: float, chunk_size: int, block: int
 ) -> _Starts:
@@ -248,7 +255,7 @@ def _group_starts(
             log_probs.append(part.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - part.logsumexp(-1))
     log_probs = torch.cat(log_probs)
     log_continuation = log_probs.new_zeros(num_groups).index_add(0, groups, log_probs)
-    is_single = groups.bincount(minlength=num_groups) == 0
+    is_single = _is_single(later_groups, tokens[:num_groups])
     text_names = torch.where(is_single, side.own[tokens[:num_groups]], len(side.ids))
     return _Starts(tokens[:num_groups], log_continuation, text_names)
 
@@ -266,6 +273,7 @@ def _outcomes(log_probs: Tensor, starts: _Starts, targets: Tensor, side: _Side) 
         targets (`torch.Tensor` of shape `(g,)`): the outcome that is the group's text, a name or K.
     """
     tiny = torch.finfo(log_probs.dtype).tiny
+    log_probs = log_probs.clamp(min=LOG_ZERO)
     tokens, targets = starts.tokens.unsqueeze(-1), targets.unsqueeze(-1)  # (g, 1)
     log_continuation = starts.log_continuation.unsqueeze(-1)
     log_first = log_probs.gather(-1, tokens)
@@ -276,8 +284,10 @@ def _outcomes(log_probs: Tensor, starts: _Starts, targets: Tensor, side: _Side) 
     named = log_probs.index_select(-1, side.ids)  # (g, K)
     if len(side.others):
         names = side.names[side.others].expand(len(named), -1)
-        others = torch.zeros_like(named).scatter_add(-1, names, log_probs.index_select(-1, side.others).exp())
-        named = torch.logaddexp(named, others.clamp(min=tiny).log())
+        others = log_probs.index_select(-1, side.others)
+        largest = named.detach().scatter_reduce(-1, names, others.detach(), "amax")  # (g, K)
+        shares = (named - largest).exp().scatter_add(-1, names, (others - largest.gather(-1, names)).exp())
+        named = shares.log() + largest
     outcomes = F.pad(named, (0, 1), value=LOG_ZERO)  # (g, K + 1)
     text = torch.logaddexp(outcomes.gather(-1, targets), torch.where(moves, log_text, LOG_ZERO))
     return outcomes.scatter(-1, targets, text), log_probs.index_select(-1, side.unnamed)
@@ -328,18 +338,20 @@ def _compare(
 
 def _group_terms(
     student_logits: Tensor, teacher_logits: Tensor, student_starts: _Starts, teacher_starts: _Starts,
-    student: _Side, teacher: _Side, objective: _Objective,
+    is_paired: Tensor, student: _Side, teacher: _Side, objective: _Objective,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The weighted loss of a block of groups, the sum of its terms, and in how many groups both would begin alike.
+    """The weighted loss of a block of groups, the sum of its terms, and how many paired ones both would begin alike.
 
     Args:
+        is_paired (`torch.Tensor` of shape `(g,)`, bool): where one token faces one token.
         student_logits (`torch.Tensor` of shape `(g, Vs)`), teacher_logits (`torch.Tensor` of shape `(g, Vt)`):
             Of the groups' first tokens.
     """
     student_logits = _tempered(student_logits, student, objective.temperature)
     teacher_logits = _tempered(teacher_logits, teacher, objective.temperature)
-    student_name, teacher_name = student.names[student_logits.argmax(-1)], teacher.names[teacher_logits.argmax(-1)]
-    agreement = ((student_name == teacher_name) & (student_name >= 0)).sum()
+    # Likeliest tokens that only begin with one name are two texts.
+    student_name, teacher_name = student.own[student_logits.argmax(-1)], teacher.own[teacher_logits.argmax(-1)]
+    agreement = (is_paired & (student_name == teacher_name) & (student_name < len(student.ids))).sum()
     divergence, distance = _compare(
         student_logits.log_softmax(-1), teacher_logits.log_softmax(-1),
         student_starts, teacher_starts, student, teacher, objective.divergence,
@@ -353,7 +365,7 @@ def _hard_terms(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of the hard-label losses and of the entropies of positions with `logits` (n, V)."""
     log_probs = logits.log_softmax(-1)
     ce = F.nll_loss(log_probs, labels, ignore_index=-100, reduction="sum")
-    log_probs = log_probs.detach()
+    log_probs = log_probs.detach().clamp(min=LOG_ZERO)
     return ce, -(log_probs.exp() * log_probs).sum()
 
 
@@ -367,8 +379,8 @@ class _CrossTokenizer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, hidden, weight, bias, labels, tokens, later_groups, starts: _Starts, teacher_hidden,
-        teacher_starts: _Starts, student: _Side, teacher: _Side, objective: _Objective, num_items, chunk_size: int,
-        block: int, grad_enabled: bool,
+        teacher_starts: _Starts, is_paired, student: _Side, teacher: _Side, objective: _Objective, num_items,
+        chunk_size: int, block: int, grad_enabled: bool,
     ):  # fmt: skip
         needs = [needed and grad_enabled for needed in ctx.needs_input_grad[:3]]
         gradients = HeadGradients(student.head, (hidden, weight, bias), needs)
@@ -400,7 +412,7 @@ class _CrossTokenizer(torch.autograd.Function):
                 loss, kd, agreement = _group_terms(
                     logits, teacher_logits[part.start - rows.start : part.stop - rows.start],
                     _Starts(*(x[part] for x in starts)), _Starts(*(x[part] for x in teacher_starts)),
-                    student, teacher, objective,
+                    is_paired[part], student, teacher, objective,
                 )  # fmt: skip
                 return loss + objective.ce_weight * ce, kd, ce, agreement, entropy
 
@@ -428,7 +440,7 @@ class _CrossTokenizer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *ctx.gradients.handed_out(grad_loss / ctx.num_items), *(None,) * 13
+        return *ctx.gradients.handed_out(grad_loss / ctx.num_items), *(None,) * 14
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:

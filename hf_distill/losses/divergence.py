@@ -6,6 +6,10 @@ divergence is ever needed, because the gradient with respect to the student's lo
 `(g - p_student * sum(g)) / temperature` for all of them. `DIVERGENCES` turns each into an ordinary differentiable
 function; the fused loss reads the same terms without building an autograd graph.
 
+A term of KL(p || q) is `p log(p/q) - p + q`. What is added sums to 0, as p and q sum to 1. But each term is then at
+least 0 and of second order in `log q - log p`, so that rounded logarithms of nearly equal probabilities (a student that
+has learned, a high temperature) give a nearly right divergence. Without it the first order cancels in the sum only.
+
 Shapes: `(..., V)` in, `(..., V)` for the term and its derivative, `(...)` for the divergence. Unit: nats.
 """
 
@@ -17,21 +21,24 @@ from torch import Tensor
 
 Terms = tuple[Tensor, Tensor]
 
-# Stands for log(0): exp() of it is exactly 0 in every dtype, and its products with 0 are finite.
-LOG_ZERO = -1e4
+# Stands for log(0): exp() of it is exactly 0 in every dtype, its products with 0 are finite, and no probability that
+# float32 logits can make, even at a temperature of 0.001, is below it.
+LOG_ZERO = -1e6
+# exp() of it is a finite number in float32, and 1 is next to nothing beside it.
+LARGE = 50.0
 
 
 def forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Terms:
     """KL(teacher || student), the soft-label loss of Hinton et al. (1503.02531). It covers all the teacher's modes."""
-    teacher_probs = teacher_log_probs.exp()
-    return teacher_probs * (teacher_log_probs - student_log_probs), -teacher_probs
+    teacher_probs, log_ratio, gap = _compared(teacher_log_probs, student_log_probs)
+    return torch.addcmul(gap, teacher_probs, log_ratio, value=-1), gap
 
 
 def reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Terms:
     """KL(student || teacher), the loss of MiniLLM (2306.08543). It keeps to the modes that the student can hold."""
-    student_probs = student_log_probs.exp()
-    log_ratio = student_log_probs - teacher_log_probs
-    return student_probs * log_ratio, student_probs * (log_ratio + 1)
+    student_probs, log_ratio, gap = _compared(student_log_probs, teacher_log_probs)
+    gradient = log_ratio.mul_(student_probs).neg_()
+    return gap.add_(gradient), gradient
 
 
 def jensen_shannon(student_log_probs: Tensor, teacher_log_probs: Tensor, beta: float = 0.5) -> Terms:
@@ -42,36 +49,38 @@ def jensen_shannon(student_log_probs: Tensor, teacher_log_probs: Tensor, beta: f
     `1 - beta`.
     """
     _require(0 < beta < 1, f"jensen_shannon needs beta in (0, 1), got {beta}; its limits are forward_kl and reverse_kl")
-    student_probs, teacher_probs = student_log_probs.exp(), teacher_log_probs.exp()
-    log_mixture = _log_mixture(teacher_log_probs, student_log_probs, beta)
-    student_term = (1 - beta) * student_probs * (student_log_probs - log_mixture)
-    return beta * teacher_probs * (teacher_log_probs - log_mixture) + student_term, student_term
+    teacher_ratio, student_ratio = _mixture_ratios(teacher_log_probs, student_log_probs, beta)
+    student_term = student_ratio.mul_(student_log_probs.exp()).mul_(beta - 1)
+    return torch.addcmul(student_term, teacher_log_probs.exp(), teacher_ratio, value=-beta), student_term
 
 
 def skew_forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, skew: float = 0.1) -> Terms:
     """KL(teacher || skew * p_teacher + (1 - skew) * p_student), `skew` in [0, 1): DistiLLM (2402.03898, 3.1)."""
     _require(0 <= skew < 1, f"skew_forward_kl needs skew in [0, 1), got {skew}")
-    teacher_probs = teacher_log_probs.exp()
-    log_mixture = _log_mixture(teacher_log_probs, student_log_probs, skew)
-    student_share = (math.log1p(-skew) + student_log_probs - log_mixture).exp()
-    return teacher_probs * (teacher_log_probs - log_mixture), -teacher_probs * student_share
+    teacher_ratio, student_ratio = _mixture_ratios(teacher_log_probs, student_log_probs, skew)
+    teacher_probs, _, gap = _compared(teacher_log_probs, student_log_probs)
+    gap.mul_(1 - skew)  # p_mixture - p_teacher
+    student_share = (math.log1p(-skew) - student_ratio).exp_()
+    return torch.addcmul(gap, teacher_probs, teacher_ratio, value=-1), student_share.mul_(gap)
 
 
 def skew_reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, skew: float = 0.1) -> Terms:
     """KL(student || skew * p_student + (1 - skew) * p_teacher), `skew` in [0, 1): DistiLLM (2402.03898, 3.1)."""
     _require(0 <= skew < 1, f"skew_reverse_kl needs skew in [0, 1), got {skew}")
-    student_probs = student_log_probs.exp()
-    log_mixture = _log_mixture(student_log_probs, teacher_log_probs, skew)
-    log_ratio = student_log_probs - log_mixture
-    student_share = skew * log_ratio.exp()
-    return student_probs * log_ratio, student_probs * (log_ratio + 1 - student_share)
+    if skew == 0:
+        return reverse_kl(student_log_probs, teacher_log_probs)
+    student_ratio, _ = _mixture_ratios(student_log_probs, teacher_log_probs, skew)
+    student_probs, _, gap = _compared(student_log_probs, teacher_log_probs)
+    gap.mul_(1 - skew)  # p_mixture - p_student
+    student_share = (math.log(skew) - student_ratio).exp_()
+    log_term = student_ratio.mul_(student_probs).neg_()
+    return log_term + gap, log_term.addcmul_(student_share, gap)
 
 
 def total_variation(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Terms:
     """`1/2 * sum |p_teacher - p_student|`, in [0, 1]: one minus the acceptance rate of the student as a draft."""
-    student_probs = student_log_probs.exp()
-    gap = student_probs - teacher_log_probs.exp()
-    return 0.5 * gap.abs(), 0.5 * gap.sign() * student_probs
+    student_probs, _, gap = _compared(student_log_probs, teacher_log_probs)
+    return _distance(student_probs, gap).mul_(0.5), gap.sign_().mul_(student_probs).mul_(-0.5)
 
 
 def alpha_beta(student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float = 0.5, beta: float = 0.5) -> Terms:
@@ -79,29 +88,30 @@ def alpha_beta(student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: floa
 
     `-1/(alpha beta) * sum(p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta))` with
     p the teacher and q the student: (1, 0) is `forward_kl`, (0, 1) `reverse_kl`, (0.5, 0.5) four times the squared
-    Hellinger distance `1/2 * sum (sqrt p - sqrt q)^2`.
+    Hellinger distance `1/2 * sum (sqrt p - sqrt q)^2`. Negative powers of small probabilities have no bound: what is
+    past about 1e32 (float32) counts as that much, so that value and gradient stay finite.
     """
     _require(math.isfinite(alpha) and math.isfinite(beta), f"alpha_beta needs finite numbers, got {alpha} and {beta}")
     total = alpha + beta
+    log_ratio = student_log_probs - teacher_log_probs
     if alpha == 0 and beta == 0:
-        log_ratio = student_log_probs - teacher_log_probs
         return 0.5 * log_ratio.square(), log_ratio
     if beta == 0:
-        student_power, teacher_power = (alpha * student_log_probs).exp(), (alpha * teacher_log_probs).exp()
-        log_ratio = alpha * (teacher_log_probs - student_log_probs)
-        term = (teacher_power * log_ratio - teacher_power + student_power) / alpha**2
-        return term, (student_power - teacher_power) / alpha
+        term, gap = _power_terms(alpha * teacher_log_probs, alpha * log_ratio)
+        return term / alpha**2, gap / alpha
     if alpha == 0:
-        student_power, teacher_power = (beta * student_log_probs).exp(), (beta * teacher_log_probs).exp()
-        log_ratio = beta * (student_log_probs - teacher_log_probs)
-        return (student_power * log_ratio - student_power + teacher_power) / beta**2, student_power * log_ratio / beta
-    if total == 0:
-        log_ratio = alpha * (student_log_probs - teacher_log_probs)
-        return (log_ratio + torch.expm1(-log_ratio)) / alpha**2, -torch.expm1(-log_ratio) / alpha
-    cross = (alpha * teacher_log_probs + beta * student_log_probs).exp()
-    student_power, teacher_power = (total * student_log_probs).exp(), (total * teacher_log_probs).exp()
-    term = (alpha * teacher_power + beta * student_power) / (alpha * beta * total) - cross / (alpha * beta)
-    return term, (student_power - cross) / alpha
+        term, _ = _power_terms(beta * student_log_probs, -beta * log_ratio)
+        return term / beta**2, _power(beta * student_log_probs) * log_ratio
+    if abs(total) < 1e-6:
+        term, gap = _power_terms(torch.zeros_like(log_ratio), -alpha * log_ratio)
+        return term / alpha**2, gap / -alpha
+    # All three powers are close where p and q are: their differences come from their logarithms.
+    cross = _power(torch.add(beta * student_log_probs, teacher_log_probs, alpha=alpha))
+    teacher_gap = _gap(cross, log_ratio * -beta, _power(total * teacher_log_probs))
+    student_gap = _gap(cross, log_ratio.mul_(alpha), _power(total * student_log_probs))
+    term = teacher_gap.div_(beta * total).add_(student_gap, alpha=1 / (alpha * total))
+    # Where powers are cut, the largest of them may be the negative one.
+    return term.clamp_(min=0) if min(alpha, beta, total) < 0 else term, student_gap.div_(alpha)
 
 
 def adaptive_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, head: float = 0.5) -> Terms:
@@ -116,13 +126,13 @@ def adaptive_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, head: floa
     sorted_probs, order = teacher_log_probs.exp().sort(dim=-1, descending=True)
     mass_before = sorted_probs.cumsum(-1) - sorted_probs
     in_head = torch.zeros_like(sorted_probs).scatter_(-1, order, (mass_before < head).to(sorted_probs.dtype))
-    gap = (teacher_log_probs.exp() - student_log_probs.exp()).abs()
-    head_gap, total_gap = (gap * in_head).sum(-1, keepdim=True), gap.sum(-1, keepdim=True)
+    forward, gap = forward_kl(student_log_probs, teacher_log_probs)
+    reverse, reverse_gradient = reverse_kl(student_log_probs, teacher_log_probs)
+    distance = _distance(student_log_probs.exp(), gap)
+    head_gap, total_gap = (distance * in_head).sum(-1, keepdim=True), distance.sum(-1, keepdim=True)
     # Equal distributions have no gap to divide; any weight is right, since both divergences are zero.
     weight = torch.where(total_gap > 0, head_gap / total_gap.clamp(min=torch.finfo(gap.dtype).tiny), 0.5)
-    forward, forward_gradient = forward_kl(student_log_probs, teacher_log_probs)
-    reverse, reverse_gradient = reverse_kl(student_log_probs, teacher_log_probs)
-    return torch.lerp(reverse, forward, weight), torch.lerp(reverse_gradient, forward_gradient, weight)
+    return torch.lerp(reverse, forward, weight), torch.lerp(reverse_gradient, gap, weight)
 
 
 def taid(student_log_probs: Tensor, teacher_log_probs: Tensor, t: float = 0.5) -> Terms:
@@ -155,6 +165,24 @@ def temperature_factor(divergence: str, temperature: float) -> float:
     Dividing logits by T shrinks the gradient of the others by T^2 (1503.02531, section 2), of total variation by T.
     """
     return temperature if divergence == "total_variation" else temperature**2
+
+
+# Outside of it float32 logits have nothing left to compare: all probabilities are 0 and 1, or 1 / V up to rounding.
+TEMPERATURES = (1e-4, 1e5)
+
+
+def check_temperature(temperature: float, name: str = "temperature") -> None:
+    """Raises `ValueError` for a temperature at which numbers have no digits left, 0, infinity and NaN among them."""
+    lowest, highest = TEMPERATURES
+    _require(
+        lowest <= temperature <= highest,
+        f"{name} has to be above 0 and finite, got {temperature}; take one in [{lowest:g}, {highest:g}]",
+    )
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities (..., V), with `LOG_ZERO` for ids that are masked by a logit of minus infinity."""
+    return logits.log_softmax(-1).clamp_(min=LOG_ZERO)
 
 
 def check_divergence(divergence: str, params: dict | None) -> dict:
@@ -212,11 +240,47 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _log_mixture(first_log_probs: Tensor, second_log_probs: Tensor, weight: float) -> Tensor:
-    """log(weight * p_first + (1 - weight) * p_second), exact at weight 0."""
+def _compared(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p, `log q - log p` and `q - p`, which is exact where the two are close: there it is not a difference of both."""
+    p, log_ratio = log_p.exp(), log_q - log_p
+    return p, log_ratio, _gap(p, log_ratio, log_q.exp())
+
+
+def _gap(p: Tensor, log_ratio: Tensor, q: Tensor) -> Tensor:
+    """`q - p`, from `log_ratio` alone as long as q is less than e p; q is overwritten."""
+    return log_ratio.clamp(max=1).expm1_().mul_(p).add_(q.sub_(p, alpha=math.e).relu_())
+
+
+def _distance(probs: Tensor, gap: Tensor) -> Tensor:
+    """|gap| of probabilities. Gaps sum to 0, which tells the one that is lost where both are 1 but for rounding."""
+    return torch.where(probs > 0.5, gap - gap.sum(-1, keepdim=True), gap).abs_()
+
+
+def _mixture_ratios(log_p: Tensor, log_q: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """`log m - log p` and `log m - log q` of the mixture `m = weight * p + (1 - weight) * q`."""
+    if weight > 0.5:
+        of_q, of_p = _mixture_ratios(log_q, log_p, 1 - weight)
+        return of_p, of_q
+    log_ratio = log_p - log_q
     if weight == 0:
-        return second_log_probs
-    return torch.logaddexp(first_log_probs + math.log(weight), second_log_probs + math.log1p(-weight))
+        return -log_ratio, torch.zeros_like(log_ratio)
+    bounded = log_ratio.clamp(max=LARGE)  # from there on, m is weight * p
+    of_q = bounded.expm1().mul_(weight).log1p_()
+    return of_q - bounded, of_q.add_(log_ratio.sub_(bounded))
+
+
+def _power_terms(log_p: Tensor, log_ratio: Tensor) -> Terms:
+    """`p * (expm1(x) - x)` and `p * expm1(x)`, x = log q - log p, for p and q that may be out of a number's range."""
+    growth, decay = log_ratio.expm1(), (-log_ratio).expm1()
+    is_less = log_ratio < 1
+    largest = _power(torch.where(is_less, log_p, log_p + log_ratio))
+    term = torch.where(is_less, growth - log_ratio, -decay - log_ratio * (decay + 1))
+    return largest * term, largest * torch.where(is_less, growth, -decay)
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """exp, no larger than what may still be multiplied and summed up."""
+    return exponent.clamp(max=0.85 * math.log(torch.finfo(exponent.dtype).max)).exp_()
 
 
 def _require(condition: bool, message: str) -> None:

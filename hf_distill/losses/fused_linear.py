@@ -16,7 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_distill.losses.divergence import DIVERGENCE_TERMS, Terms, check_divergence, temperature_factor
+from hf_distill.losses.divergence import (
+    DIVERGENCE_TERMS,
+    Terms,
+    check_divergence,
+    check_temperature,
+    log_softmax,
+    temperature_factor,
+)
 
 # Bytes of one chunk's logits in float32. Large enough for matrix products at full speed, small beside a model.
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
@@ -39,6 +46,7 @@ class DistillationLoss(NamedTuple):
     ce: Tensor  # sum of the hard-label losses
     agreement: Tensor  # number of positions at which student and teacher have the same most likely token
     student_entropy: Tensor  # sum of the student's entropies at temperature 1
+    num_paired: Tensor  # number of positions that `agreement` counts: N, less with another tokenizer
 
 
 class Head(NamedTuple):
@@ -154,7 +162,7 @@ def fused_linear_distillation_loss(
             The token that follows each position; -100 drops only the hard label there. To drop a position, do not
             pass it.
         kd_weight (`float`): weight of the divergence, in [0, 1]; hard labels get `1 - kd_weight`.
-        temperature (`float`): of the divergence, above 0.
+        temperature (`float`): of the divergence, in [1e-4, 1e5].
         divergence (`str`), divergence_params (`dict`, *optional*): a name in `DIVERGENCES`, and its parameters.
         token_weights (`torch.Tensor` of shape `(N,)`, *optional*): weights of the divergence term.
         num_items (`int` or scalar tensor, *optional*): the divisor, N by default.
@@ -243,7 +251,7 @@ def fused_distillation_loss(
         student_hidden, whole.weight, whole.bias, labels, token_weights.detach(), student,
         _passes(teachers, combination), objective, num_items, chunk_size, compiled, torch.is_grad_enabled(),
     )  # fmt: skip
-    return DistillationLoss(loss, *sums[1:].unbind())
+    return DistillationLoss(loss, *sums[1:].unbind(), num_paired=sums.new_full((), num_rows))
 
 
 def default_chunk_size(device: torch.device, vocab_size: int) -> int:
@@ -291,7 +299,7 @@ def _differentiate_(
     temperature = objective.temperature
     student_logits = student.finish_logits_(student_logits)  # (n, V)
     teacher_logits = teacher.finish_logits_(teacher_logits)  # (n, V)
-    log_probs = student_logits.log_softmax(-1)
+    log_probs = log_softmax(student_logits)
     probs = log_probs.exp()
     agreement = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
     student_entropy = -(probs * log_probs).sum()
@@ -300,11 +308,11 @@ def _differentiate_(
     target = labels.clamp(min=0).unsqueeze(-1)  # (n, 1)
     ce = -(log_probs.gather(-1, target).squeeze(-1) * has_label).sum()
 
-    teacher_log_probs = (teacher_logits / temperature).log_softmax(-1)
+    teacher_log_probs = log_softmax(teacher_logits.div_(temperature))
     if temperature == 1:
         tempered_log_probs, tempered_probs = log_probs, probs
     else:
-        tempered_log_probs = (student_logits / temperature).log_softmax(-1)
+        tempered_log_probs = log_softmax(student_logits / temperature)
         tempered_probs = tempered_log_probs.exp()
     term, gradient = objective.terms(tempered_log_probs, teacher_log_probs, **objective.params)
     kd = (term.sum(-1) * token_weights).sum()
@@ -312,10 +320,10 @@ def _differentiate_(
     # d loss / d logits = kd_factor * w * (g - p_T * sum(g)) / T + ce_weight * (p_1 - one_hot(label))
     kd_scale = (token_weights * (objective.kd_factor / temperature)).unsqueeze(-1)  # (n, 1)
     ce_scale = (has_label.to(probs.dtype) * objective.ce_weight).unsqueeze(-1)  # (n, 1)
-    gradient = gradient * kd_scale
-    gradient = torch.addcmul(gradient, tempered_probs, -gradient.sum(-1, keepdim=True))
-    gradient = torch.addcmul(gradient, probs, ce_scale)
-    gradient = gradient.scatter_add(-1, target, -ce_scale)
+    gradient = gradient.mul_(kd_scale)
+    gradient.addcmul_(tempered_probs, -gradient.sum(-1, keepdim=True))
+    gradient.addcmul_(probs, ce_scale)
+    gradient.scatter_add_(-1, target, -ce_scale)
     student_logits.copy_(student.products_gradient(gradient, student_logits))
     total = objective.kd_factor * kd + objective.ce_weight * ce
     return torch.stack([total, kd, ce, agreement.to(total.dtype), student_entropy])
@@ -492,7 +500,6 @@ def check_settings(kd_weight: float, temperature: float, chunk_size: int | None)
     """Raises `ValueError` for a number out of its range."""
     if not 0 <= kd_weight <= 1:
         raise ValueError(f"kd_weight has to lie in [0, 1], got {kd_weight}")
-    if not temperature > 0:
-        raise ValueError(f"temperature has to be above 0, got {temperature}")
+    check_temperature(temperature)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size has to be at least 1, got {chunk_size}")

@@ -355,6 +355,43 @@ def test_sums_are_those_of_all_positions_and_of_all_groups():
     assert result.kd.item() == pytest.approx(kd.item())
 
 
+@pytest.mark.parametrize("method", ["aligned", "uld"])
+@pytest.mark.parametrize("vocabularies", VOCABULARIES)
+def test_agreement_counts_equal_texts_where_one_token_faces_one(vocabularies, method):
+    """From texts, not names: a likeliest token that only begins with the other side's is another text."""
+    students, teachers = VOCABULARIES[vocabularies]
+    for seed in range(4):
+        case = Case((students, teachers), seed)
+        case.student_weight[students.index("abc" if "abc" in students else students[0])] *= 3
+        result, spans = case.loss(method=method), case.spans
+        q = log_probs(case.student_hidden, case.student_weight, case.student_bias, 1, 1, students, teachers)
+        p = log_probs(case.teacher_hidden, case.teacher_head.weight, None, 0.7, 1, teachers, students)
+        paired = agreed = 0
+        for number in set(spans.student_groups.tolist()) & set(spans.teacher_groups.tolist()) - {-1}:
+            mine, theirs = ((x == number).nonzero().flatten() for x in (spans.student_groups, spans.teacher_groups))
+            if len(mine) == len(theirs) == 1:
+                paired += 1
+                agreed += students[q[mine[0]].argmax()] == teachers[p[theirs[0]].argmax()]
+        assert (result.num_paired.item(), result.agreement.item()) == (paired, agreed)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1000.0])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_float32_keeps_its_digits_at_any_temperature(divergence, temperature):
+    """Against float64."""
+    settings = {"kd_weight": 1.0, "temperature": temperature, "divergence": divergence}
+    for vocabularies in list(VOCABULARIES.values())[:2]:
+        found, gradients = Case(vocabularies, dtype=torch.float32).gradients(**settings)
+        case = Case(vocabularies, dtype=torch.float32)
+        for name in ("student_hidden", "student_weight", "student_bias", "teacher_hidden"):
+            setattr(case, name, getattr(case, name).double())
+        case.teacher_head = case.teacher_head._replace(weight=case.teacher_head.weight.double())
+        expected, truths = case.gradients(**settings)
+        assert found.kd.item() == pytest.approx(expected.kd.item(), rel=2e-3)
+        for gradient, truth in zip(gradients, truths, strict=True):
+            assert (gradient.double() - truth).norm() < 5e-3 * truth.norm()
+
+
 # ------------------------------------------------------------------------------------------------------- invariances
 
 

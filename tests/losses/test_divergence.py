@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from hf_distill.losses.divergence import DIVERGENCES, check_divergence
+from hf_distill.losses.divergence import DIVERGENCES, check_divergence, check_temperature
 from tests.losses.oracle import ORACLE, alpha_beta, kl
 
 NAMES = sorted(DIVERGENCES)
@@ -164,3 +164,80 @@ def test_bounded_divergences_keep_their_bounds(divergence):
 def test_unknown_names_and_values_out_of_range_are_refused_in_words(name, params, message):
     with pytest.raises(ValueError, match=message):
         check_divergence(name, params)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 10.0, 1000.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_keeps_its_digits_at_any_temperature(name, temperature):
+    """At 1000 both distributions are nearly uniform: a sum of first-order terms would leave nothing of the value."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 6, 50) * 3
+    logits = student.double().requires_grad_()
+    expected = ORACLE[name]((teacher.double() / temperature).softmax(-1), (logits / temperature).softmax(-1))
+    (gradient,) = torch.autograd.grad(expected.sum(), logits)
+    leaf = student.clone().requires_grad_()
+    found = DIVERGENCES[name]((leaf / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1))
+    (found_gradient,) = torch.autograd.grad(found.sum(), leaf)
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=2e-3, atol=0)
+    # Where both are sure, at 0.1, gradients are differences of next to nothing.
+    assert (found_gradient.double() - gradient).norm() < 2e-3 * gradient.norm() + 1e-5 * (temperature < 1)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"taid"}))
+def test_nearly_equal_distributions_have_a_nearly_right_divergence(name):
+    """A student that has learned, in float32; the naive sum is off by as much as its value."""
+    torch.manual_seed(0)
+    teacher = torch.randn(6, 50) * 3
+    student = teacher + 1e-3 * torch.randn(6, 50)
+    expected = ORACLE[name](teacher.double().softmax(-1), student.double().softmax(-1))
+    found = DIVERGENCES[name](student.log_softmax(-1), teacher.log_softmax(-1))
+    torch.testing.assert_close(found.double(), expected, rtol=5e-3, atol=0)
+    assert found.min() >= 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_probabilities_far_below_any_number_are_no_zeros(dtype):
+    """Logits of 100 and -100 at a temperature of 0.01: the divergence is 20,000 nats, not what stands for log(0)."""
+    logits = torch.tensor([[100.0, -100.0]], dtype=dtype) / 0.01
+    found = DIVERGENCES["forward_kl"](logits.flip(-1).log_softmax(-1), logits.log_softmax(-1))
+    assert found.item() == pytest.approx(2e4, rel=1e-4)  # less the masses, which differ by 0
+
+
+def test_adaptive_kl_weighs_gaps_that_lie_beside_a_probability_of_one():
+    """Where both are sure of one token, its gap is that of all the others; in float32 it would be 0."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 20)
+    student[:, 0] += 25
+    teacher[:, 0] += 25
+    logits = student.double().requires_grad_()
+    probs, teacher_probs = logits.softmax(-1), teacher.double().softmax(-1)
+    (expected,) = torch.autograd.grad(ORACLE["adaptive_kl"](teacher_probs, probs).sum(), logits)
+    leaf = student.clone().requires_grad_()
+    value = DIVERGENCES["adaptive_kl"](leaf.log_softmax(-1), teacher.log_softmax(-1)).sum()
+    (found,) = torch.autograd.grad(value, leaf)
+    assert (found.double() - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta"), [(2.0, -0.5), (-0.5, 1.2), (0.7, -0.7), (0.3, -0.5), (2.0, -3.0), (-1.0, 0.0)]
+)
+def test_negative_powers_are_right_as_far_as_numbers_reach_and_finite_beyond(alpha, beta):
+    torch.manual_seed(0)
+    for scale in (0.1, 3.0, 200.0):
+        student, teacher = torch.randn(2, 6, 11) * scale
+        leaf = student.clone().requires_grad_()
+        value = DIVERGENCES["alpha_beta"](leaf.log_softmax(-1), teacher.log_softmax(-1), alpha=alpha, beta=beta)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        assert value.isfinite().all()
+        assert gradient.isfinite().all()
+        if scale < 200:
+            wide = DIVERGENCES["alpha_beta"](
+                student.double().log_softmax(-1), teacher.double().log_softmax(-1), alpha=alpha, beta=beta
+            )
+            torch.testing.assert_close(value.detach().double(), wide, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, 1e-30, 1e30, math.inf, math.nan])
+def test_a_temperature_at_which_nothing_is_left_is_refused(temperature):
+    with pytest.raises(ValueError, match="above 0 and finite"):
+        check_temperature(temperature)

@@ -287,6 +287,48 @@ def test_three_chunks_of_logits_are_alive_at_most(name):
     assert live.most_bytes < 3 * chunk_size * vocab * 4
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_high_temperature_leaves_the_digits_of_value_and_gradient(name):
+    inputs, labels = make_inputs(torch.float32)
+    settings = {**SETTINGS, "kd_weight": 1.0, "temperature": 1000.0, "divergence": name}
+    expected, gradients = oracle_and_gradients(inputs, labels, **settings)
+    leaves = [inputs["student_hidden"].requires_grad_(), inputs["student_head"].requires_grad_()]
+    result = fused_linear_distillation_loss(
+        *leaves, inputs["teacher_hidden"], inputs["teacher_head"], labels, vocab_size=VOCAB, **settings
+    )
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(expected, rel=2e-3)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        assert relative(leaf.grad, gradient) < 5e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.01])
+@pytest.mark.parametrize("masked", ["student", "teacher", "both"])
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_masked_by_a_bias_of_minus_infinity_leave_all_numbers_finite(name, masked, temperature):
+    torch.manual_seed(0)
+    bias = torch.zeros(20)
+    bias[[3, 7]] = -torch.inf
+    biases = {f"{side}_bias": bias for side in ("student", "teacher") if masked in (side, "both")}
+    leaves = [torch.randn(5, 4, requires_grad=True), torch.randn(20, 4, requires_grad=True)]
+    teacher = torch.randn(5, 3), torch.randn(20, 3)
+    labels = torch.arange(5).masked_fill(torch.arange(5) == 3, 0)
+    result = fused_linear_distillation_loss(
+        *leaves, *teacher, labels, divergence=name, temperature=temperature, **biases
+    )
+    result.loss.backward()
+    assert all(value.isfinite() for value in result)
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+    if masked == "both":
+        keep = [i for i in range(20) if i not in (3, 7)]
+        places = torch.tensor([keep.index(label) for label in labels.tolist()])
+        rest = fused_linear_distillation_loss(
+            leaves[0], leaves[1][keep], teacher[0], teacher[1][keep], places, divergence=name, temperature=temperature
+        )
+        assert result.kd.item() == pytest.approx(rest.kd.item(), rel=1e-5)
+        assert result.student_entropy.item() == pytest.approx(rest.student_entropy.item(), rel=1e-5)
+
+
 def test_a_second_backward_is_refused():
     inputs, labels = make_inputs(torch.float32)
     hidden = inputs.pop("student_hidden").requires_grad_()
