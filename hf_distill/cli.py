@@ -261,7 +261,7 @@ def run_skd(trainer: SpeculativeKDTrainer) -> None:
     _run_evaluated(trainer, "student against teacher, text written from held-out prompts", ROLLOUT_COLUMNS)
 
 
-def _run_evaluated(trainer: KDTrainer, title: str, columns: Mapping[str, tuple[str, str, bool]]) -> None:
+def _run_evaluated(trainer: KDTrainer, title: str, columns: Mapping[str, tuple[str, str]]) -> None:
     # The engines evaluate only what they have prepared for training.
     trainer.args.eval_on_start = trainer.eval_dataset is not None
     _train(trainer)
@@ -353,7 +353,7 @@ def _report(
     trainer: KDTrainer,
     results: Mapping[str, Mapping[str, float]],
     title: str,
-    columns: Mapping[str, tuple[str, str, bool]],
+    columns: Mapping[str, tuple[str, str]],
 ) -> None:
     folder = str(trainer.args.output_dir)
     if results["before"] and trainer.is_world_process_zero():

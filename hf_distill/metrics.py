@@ -1,10 +1,46 @@
-"""Running means over label-bearing tokens that cost no synchronisation until they are read."""
+"""The metrics and which way is better, and means of them that cost no synchronisation until they are read."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Every number about a student that is logged or reported, and whether more of it is better; None where nobody can say.
+MORE_IS_BETTER = {
+    **dict.fromkeys(("loss", "kd", "ce", "kl", "hidden", "aux_loss", "bits_per_character", "nats_per_token"), False),
+    **dict.fromkeys(("perplexity", "student_perplexity", "teacher_perplexity", "runtime"), False),
+    **dict.fromkeys(("agreement", "expected_acceptance", "samples_per_second", "steps_per_second"), True),
+    **dict.fromkeys(("kv/cosine", "kv/centered_cosine", "kv/cka"), True),
+    **dict.fromkeys((f"rollout/{n}" for n in ("acceptance_rate", "first_token_acceptance", "full_block_rate")), True),
+    "rollout/tokens_per_second": True,
+    **dict.fromkeys(f"rollout/draft_length_{name}" for name in ("mean", "min", "max", "std")),
+    **dict.fromkeys(f"rollout/tokens_{name}" for name in ("drafted", "accepted", "corrected")),
+    **dict.fromkeys(("rollout/value_of_privilege", "alignment/exact_fraction", "alignment/compared_fraction")),
+    **dict.fromkeys(("student_entropy", "kv/magnitude_ratio", "kv/target_effective_rank", "num_tokens", "epoch")),
+}
+
+
+def metric_name(logged: str, sets: Iterable[str] | None = None) -> str | None:
+    """The key in `MORE_IS_BETTER` of a metric as an evaluation logs it; None for one that is not ours.
+
+    Args:
+        logged (`str`): `kd`, `eval_kd`, or, of one of several data sets, `eval_<set>_kd`.
+        sets (iterable of `str`, *optional*): the names of the data sets, if they have any. By default any will do.
+    """
+    logged = logged.removeprefix("eval_")
+    # `kv/cosine_layer_3`, `perplexity/stories`
+    logged = re.sub(r"(kv/cosine)_\S*layer_\d+$", r"\1", re.sub(r"(perplexity)/.*", r"\1", logged))
+    found = [name for name in MORE_IS_BETTER if logged == name or logged.endswith(f"_{name}")]
+    name = max(found, key=len, default=None)
+    return name if name is None or sets is None or logged.removesuffix(name).removesuffix("_") in sets else None
+
+
+def more_is_better(logged: str) -> bool | None:
+    """Whether more of a metric is better; None where nobody can say. For one that is not ours, transformers' rule."""
+    name = metric_name(logged)
+    return not logged.endswith("loss") if name is None else MORE_IS_BETTER[name]
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

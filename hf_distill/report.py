@@ -13,25 +13,27 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-# What the results of evaluate_fidelity are called, how they are written, and whether more is better.
+from hf_distill.metrics import more_is_better
+
+# What the results of evaluate_fidelity are called, and how they are written.
 FIDELITY_COLUMNS = {
-    "student_perplexity": ("perplexity", "{:.3f}", False),
-    "teacher_perplexity": ("teacher's", "{:.3f}", False),
-    "kl": ("KL, nats", "{:.4f}", False),
-    "agreement": ("agreement", "{:.1%}", True),
-    "expected_acceptance": ("acceptance", "{:.1%}", True),
+    "student_perplexity": ("perplexity", "{:.3f}"),
+    "teacher_perplexity": ("teacher's", "{:.3f}"),
+    "kl": ("KL, nats", "{:.4f}"),
+    "agreement": ("agreement", "{:.1%}"),
+    "expected_acceptance": ("acceptance", "{:.1%}"),
 }
 # The same for what a trainer evaluates by itself: with several teachers, or one of another tokenizer.
 EVALUATION_COLUMNS = {
-    "eval_ce": ("hard labels, nats", "{:.4f}", False),
-    "eval_kd": ("divergence, nats", "{:.4f}", False),
-    "eval_agreement": ("agreement", "{:.1%}", True),
+    "eval_ce": ("hard labels, nats", "{:.4f}"),
+    "eval_kd": ("divergence, nats", "{:.4f}"),
+    "eval_agreement": ("agreement", "{:.1%}"),
 }
 # The same for `SpeculativeKDTrainer.evaluate`, whose rows are written by the models themselves.
 ROLLOUT_COLUMNS = {
-    "eval_kd": ("divergence, nats", "{:.4f}", False),
-    "eval_agreement": ("agreement", "{:.1%}", True),
-    "eval_rollout/acceptance_rate": ("accepted", "{:.1%}", True),
+    "eval_kd": ("divergence, nats", "{:.4f}"),
+    "eval_agreement": ("agreement", "{:.1%}"),
+    "eval_rollout/acceptance_rate": ("accepted", "{:.1%}"),
 }
 # What is compared between runs, which mostly have one teacher.
 COMPARED_COLUMNS = {key: FIDELITY_COLUMNS[key] for key in ("student_perplexity", "kl", "agreement")}
@@ -43,11 +45,11 @@ PLACES = {"output_dir", "run_name", "hub_model_id"}
 
 
 def result_rows(
-    results: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[str, str, bool]] = FIDELITY_COLUMNS
+    results: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[str, str]] = FIDELITY_COLUMNS
 ) -> list[dict[str, str]]:
     """One row of text per named result, by default of `evaluate_fidelity`, in the order given."""
     return [
-        {"": name, **{title: form.format(values[key]) for key, (title, form, _) in columns.items() if key in values}}
+        {"": name, **{title: form.format(values[key]) for key, (title, form) in columns.items() if key in values}}
         for name, values in results.items()
     ]
 
@@ -76,7 +78,7 @@ def save_report(
     results: Mapping[str, Mapping[str, float]],
     histories: Mapping[str, Sequence[Mapping[str, float]]],
     title: str = "student against teacher, held-out rows",
-    columns: Mapping[str, tuple[str, str, bool]] = FIDELITY_COLUMNS,
+    columns: Mapping[str, tuple[str, str]] = FIDELITY_COLUMNS,
 ) -> None:
     """Prints the table and writes it to `report.md`, the numbers to `report.json` and the picture to `report.png`."""
     folder = Path(folder)
@@ -92,7 +94,7 @@ def save_picture(
     path: str | PathLike[str],
     histories: Mapping[str, Sequence[Mapping[str, float]]],
     results: Mapping[str, Mapping[str, float]],
-    columns: Mapping[str, tuple[str, str, bool]] = FIDELITY_COLUMNS,
+    columns: Mapping[str, tuple[str, str]] = FIDELITY_COLUMNS,
     terms: Sequence[str] = LOSS_TERMS,
 ) -> None:
     """A PNG: the loss terms over the steps, and a bar per model for each measure of fidelity.
@@ -109,15 +111,15 @@ def save_picture(
     curves, *bars = figure.subplots(1, 1 + len(drawn_columns), width_ratios=[2.6, *[1] * len(drawn_columns)])
     colors = {name: f"C{i}" for i, name in enumerate([*results, *(run for run in histories if run not in results)])}
     _draw_terms(curves, histories, colors, terms)
-    for axes, (key, (title, form, more_is_better)) in zip(bars, drawn_columns.items(), strict=True):
+    for axes, (key, (title, form)) in zip(bars, drawn_columns.items(), strict=True):
         heights = [values[key] for values in results.values()]
         drawn = axes.bar(list(results), heights, color=[colors[name] for name in results])
         axes.bar_label(drawn, labels=[form.format(height) for height in heights], fontsize=7)
         positive = [height for height in heights if height > 0]
-        if not more_is_better and positive and max(positive) > 10 * min(positive):
+        if not more_is_better(key) and positive and max(positive) > 10 * min(positive):
             axes.set_yscale("log")  # an untrained model would leave nothing to see of the others
             axes.set_ylim(bottom=min(positive) / 3)
-        axes.set_title(f"{title}\n({'more' if more_is_better else 'less'} is better)", fontsize=9)
+        axes.set_title(f"{title}\n({'more' if more_is_better(key) else 'less'} is better)", fontsize=9)
         axes.tick_params(axis="x", rotation=35, labelsize=7)
         axes.margins(y=0.15)
     figure.savefig(path, dpi=130)
@@ -219,8 +221,7 @@ def save_comparison(folder: str | PathLike[str], folders: Sequence[str | PathLik
     """Prints the rows of `compare_runs`, and writes them to `comparison.md`, `.json` and, with curves, `.png`."""
     rows, runs = compare_runs(folders), _named_runs(folders)
     columns = _columns(runs)
-    forms = {key: (title, form) for key, (title, form, _) in columns.items()}
-    forms |= {"num_tokens": ("tokens", "{:,.0f}"), "seconds": ("seconds", "{:.0f}")}
+    forms = {**columns, "num_tokens": ("tokens", "{:,.0f}"), "seconds": ("seconds", "{:.0f}")}
 
     def written(row: dict[str, Any]) -> dict[str, str]:
         cells = {}
@@ -255,7 +256,7 @@ def _named_runs(folders: Sequence[str | PathLike[str]]) -> dict[str, Run]:
     return {path.resolve().name if is_unique else str(path): load_run(path) for path in paths}
 
 
-def _columns(runs: Mapping[str, Run]) -> Mapping[str, tuple[str, str, bool]]:
+def _columns(runs: Mapping[str, Run]) -> Mapping[str, tuple[str, str]]:
     """Columns of the measures that the runs have."""
     written = {name: "eval_kd" in run.measures for name, run in runs.items()}
     if len(set(written.values())) > 1:

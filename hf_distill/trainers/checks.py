@@ -15,6 +15,7 @@ from trl.data_utils import is_conversational_from_value
 
 from hf_distill.layer_mapping import Mapping as LayerMapping
 from hf_distill.layer_mapping import describe_mapping, layer_mapping
+from hf_distill.metrics import metric_name, more_is_better
 from hf_distill.modeling import causal_lm, num_token_ids, shared_parameters
 from hf_distill.teachers.local import BASE, public_name
 from hf_distill.trainers.config import KDConfig
@@ -36,6 +37,36 @@ def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, AnyDatase
         raise ValueError("train_dataset is missing")
     evaluation = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
     return {"train": train_dataset, **{name: data for name, data in evaluation.items() if data is not None}}
+
+
+def check_best_metric(args: KDConfig, eval_dataset: Any, metrics: Iterable[str], *, is_open: bool) -> None:
+    """Raises `ValueError` for a `metric_for_best_model` that no evaluation has; warns of a wrong direction.
+
+    Args:
+        metrics: how the metrics begin that this trainer evaluates.
+        is_open (`bool`): whether something else may add metrics of its own (a callback, a subclass).
+    """
+    logged = args.metric_for_best_model
+    if logged is None or args.eval_strategy == "no" or eval_dataset is None:
+        return
+    sets = list(eval_dataset) if isinstance(eval_dataset, dict) else [""]
+    name = metric_name(logged, sets)
+    if not is_open and (name is None or not name.startswith(tuple(metrics))):
+        prefixes = ", ".join(f"eval_{name}_" if name else "eval_" for name in sets)
+        raise ValueError(
+            f"metric_for_best_model={logged!r} is in no evaluation: its metrics are {prefixes} followed by "
+            f"{', '.join(metrics)}. Name one of them; a callback with metrics of its own has to be in `callbacks`"
+        )
+    if name is not None and args.greater_is_better == (not more_is_better(logged)):
+        logger.warning(
+            "greater_is_better=%s keeps the worst checkpoint by %s, of which %s is better: leave greater_is_better out",
+            args.greater_is_better, logged, "less" if args.greater_is_better else "more",
+        )  # fmt: skip
+
+
+def is_of_a_library(kind: type) -> bool:
+    """Whether a callback or trainer is known not to add metrics to an evaluation but those of these libraries."""
+    return kind.__module__.split(".")[0] in ("transformers", "trl", "hf_distill")
 
 
 def check_columns(dataset: AnyDataset, name: str, text_field: str, has_formatting: bool) -> None:

@@ -6,13 +6,15 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from transformers.trainer_utils import SchedulerType
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
 from hf_distill.kv_projector import PROJECTORS
 from hf_distill.layer_mapping import NAMES as LAYER_MAPPINGS
-from hf_distill.losses.divergence import DIVERGENCES, check_divergence
+from hf_distill.losses.divergence import DIVERGENCES, TEMPERATURES, check_divergence, check_temperature
 from hf_distill.losses.feature import FEATURE_LOSSES, HIDDEN_LOSSES
+from hf_distill.metrics import more_is_better
 from hf_distill.speculative import RolloutConfig
 from hf_distill.teachers.ensemble import COMBINATIONS
 from hf_distill.teachers.local import check_quantization
@@ -146,7 +148,18 @@ class KDConfig(SFTConfig):
                     json.loads(value)
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{name} has to be JSON, got {value!r}: {error}") from error
+        is_open = self.greater_is_better is None
         super().__post_init__()
+        metric = self.metric_for_best_model
+        if is_open and metric is not None:
+            self.greater_is_better = more_is_better(metric)
+            if self.greater_is_better is None:
+                raise ValueError(
+                    f"metric_for_best_model={metric!r} does not say by itself whether more of it is better: set "
+                    "greater_is_better"
+                )
+        if self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU and self.greater_is_better:
+            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}  # pyright: ignore
         inherited = {entry.name for entry in fields(SFTConfig)}
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -154,8 +167,7 @@ class KDConfig(SFTConfig):
                 setattr(self, entry.name, _number(entry.name, value))
         if not 0 <= self.kd_weight <= 1:
             raise ValueError(f"kd_weight has to lie in [0, 1], got {self.kd_weight}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature has to be above 0 and finite, got {self.temperature}")
+        check_temperature(self.temperature)
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise ValueError(f"loss_chunk_size has to be at least 1, got {self.loss_chunk_size}")
         if isinstance(self.divergence_params, str):
@@ -220,6 +232,7 @@ class KDConfig(SFTConfig):
                 raise ValueError("use_liger_kernel=True needs a GPU: its kernels do not run on the CPU. Remove it")
 
     def _check_schedule(self) -> None:
+        ranges = {"kd_weight": (0, 1), "temperature": TEMPERATURES}
         for name, values in (self.schedule or {}).items():  # pyright: ignore[reportAttributeAccessIssue]
             if (
                 not isinstance(values, list | tuple)
@@ -236,7 +249,7 @@ class KDConfig(SFTConfig):
                             f"schedule has {name!r}: {value}; it takes {', '.join(self._SCHEDULED)} and parameters of "
                             f"the divergence: {error}"
                         ) from error
-                elif not 0 <= value <= (1 if name == "kd_weight" else 1e9) or (name == "temperature" and value == 0):
+                elif not ranges.get(name, (0, 1e9))[0] <= value <= ranges.get(name, (0, 1e9))[1]:
                     raise ValueError(f"schedule[{name!r}] has {value}, which is out of the range of {name}")
 
     @property

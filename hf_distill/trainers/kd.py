@@ -58,9 +58,11 @@ from hf_distill.trainers.checkpoints import (
 from hf_distill.trainers.checks import (
     PEEKED_ROWS,
     AnyDataset,
+    check_best_metric,
     check_chat_template,
     check_columns,
     has_label,
+    is_of_a_library,
     named_datasets,
     named_teachers,
     refuse_frozen,
@@ -82,6 +84,11 @@ from hf_distill.trainers.teacher_set import TeacherSet
 logger = logging.getLogger(__name__)
 
 PROBE_ROWS = 16
+# How the metrics of an evaluation begin, beside those of subclasses.
+EVALUATED = (
+    "loss", "kd", "ce", "agreement", "student_entropy", "aux_loss", "alignment/", "runtime", "samples_per_second",
+    "steps_per_second",
+)  # fmt: skip
 OPTIONAL_SUMS = ("hidden", "alignment/exact_fraction", "alignment/compared_fraction")
 
 # So many halvings take the loss scaler's first scale, 2^16, below 1: what is not finite then never will be.
@@ -122,6 +129,7 @@ class KDTrainer(SFTTrainer):
     processing_class: PreTrainedTokenizerBase
 
     _crosses_tokenizers = True
+    _evaluated: tuple[str, ...] = ()  # how the metrics begin that only this trainer has
     _tag_names = ["hf_distill", "knowledge-distillation"]
     _name = "KD"
     _paper = {
@@ -156,6 +164,10 @@ class KDTrainer(SFTTrainer):
             raise ValueError(f"args has to be a KDConfig, got {type(args).__name__}; KDConfig takes the same fields")
         refuse_lost_processes(args)
         refuse_sharding(args, teacher_model)
+        check_best_metric(
+            args, eval_dataset, (*EVALUATED, *self._evaluated, *(["hidden"] if args.has_hidden else [])),
+            is_open=any(not is_of_a_library(type(part)) for part in (self, *(callbacks or ()))),
+        )  # fmt: skip
         teachers, tokenizers = named_teachers(teacher_model, teacher_processing_class, args)
         if any(model is teacher and not isinstance(model, str) for teacher in teachers.values()):
             raise ValueError("the teacher is the student object itself; load the model twice to distil it into itself")
@@ -212,6 +224,7 @@ class KDTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self._means: dict[str, TokenMeans] = {}
         self._hard_means: dict[str, TokenMeans] = {}
+        self._paired_means: dict[str, TokenMeans] = {}
         for mode in ("train", "eval"):
             self._reset_means(mode)
         self._update_loss, self._skipped_updates = 0.0, 0
@@ -395,7 +408,7 @@ class KDTrainer(SFTTrainer):
     def _record(self, loss: Tensor, terms: dict[str, Tensor], inputs: dict[str, Any], hard_labels: Tensor) -> None:
         num_labels = hard_labels.numel()
         mode = "train" if self.model.training else "eval"
-        sums = {name: terms[name] for name in ("kd", "agreement", "student_entropy")}
+        sums = {name: terms[name] for name in ("kd", "student_entropy")}
         sums |= {name: terms[name] for name in OPTIONAL_SUMS if name in terms}
         if self.aux_loss_enabled:
             sums["aux_loss"] = terms["aux_loss"] * num_labels
@@ -404,6 +417,7 @@ class KDTrainer(SFTTrainer):
             sums["loss"] = loss * num_labels
         self._means[mode].add(num_labels, **sums)
         self._hard_means[mode].add((hard_labels != -100).sum(), ce=terms["ce"])
+        self._paired_means[mode].add(terms["num_paired"], agreement=terms["agreement"])
         if mode == "train":
             mask = inputs.get("attention_mask")
             self._total_train_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
@@ -417,12 +431,12 @@ class KDTrainer(SFTTrainer):
 
     def _reset_means(self, mode: str) -> None:
         """A fresh start for what is logged of "train" or "eval"; trainers with more to log add theirs here."""
-        self._means[mode], self._hard_means[mode] = TokenMeans(), TokenMeans()
+        self._means[mode], self._hard_means[mode], self._paired_means[mode] = TokenMeans(), TokenMeans(), TokenMeans()
 
     def _pop_means(self, mode: str) -> dict[str, float]:
         """What is logged of "train" or "eval" since the last time; called by all processes."""
-        # Without any hard label there is no "ce".
-        means = (self._means[mode], self._hard_means[mode])
+        # Without any hard label there is no "ce", without any token that faces just one no "agreement".
+        means = (self._means[mode], self._hard_means[mode], self._paired_means[mode])
         return {name: value for part in means for name, value in part.pop(self._sum_over_processes).items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -51,6 +51,7 @@ class KVProjectionTrainer(KDTrainer):
 
     args: KVProjectionConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    _evaluated = ("kv/",)
     _crosses_tokenizers = False  # keys and values are compared token by token
     _tag_names = [*KDTrainer._tag_names, "kv-cache-distillation"]
     _name = "KV projection"

@@ -76,6 +76,7 @@ class SpeculativeKDTrainer(KDTrainer):
     args: SpeculativeKDConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     teacher: LocalTeacher  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    _evaluated = ("rollout/",)
     _crosses_tokenizers = False  # what one side writes, the other has to read token by token
     _tag_names = [*KDTrainer._tag_names, "speculative-knowledge-distillation"]
     _name = "Speculative KD"

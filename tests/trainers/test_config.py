@@ -114,3 +114,49 @@ def test_a_bad_choice_on_the_command_line_lists_the_allowed_ones(capsys):
     with pytest.raises(SystemExit):
         HfArgumentParser(KDConfig).parse_args_into_dataclasses(["--divergence", "wasserstein"])
     assert "total_variation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("metric", "more"),
+    [
+        ("kd", False), ("eval_kd", False), ("eval_stories_kd", False), ("eval_my_loss_ce", False), ("loss", False),
+        ("eval_hidden", False), ("aux_loss", False), ("eval_agreement", True), ("a_b_agreement", True),
+        ("eval_kv/cosine", True), ("eval_code_kv/cosine_layer_3", True), ("eval_kv/cosine_my_kd_layer_0", True),
+        ("eval_rollout/acceptance_rate", True), ("perplexity/stories", False), ("eval_perplexity", False),
+        ("eval_accuracy", True), ("eval_my_loss", False),
+    ],
+)  # fmt: skip
+def test_metrics_know_which_way_is_better(metric, more):
+    args = config(metric_for_best_model=metric)
+    assert args.greater_is_better is more
+    assert config(metric_for_best_model=metric, greater_is_better=not more).greater_is_better is not more
+    assert dataclasses.replace(args, seed=3).greater_is_better is more
+    saved = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}  # masked there
+    assert KDConfig(**saved).greater_is_better is more
+    (parsed,) = HfArgumentParser(KDConfig).parse_args_into_dataclasses(
+        [
+            "--output_dir",
+            "unused",
+            "--use_cpu",
+            "--bf16",
+            "False",
+            "--report_to",
+            "none",
+            "--metric_for_best_model",
+            metric,
+        ]
+    )
+    assert parsed.greater_is_better is more
+
+
+@pytest.mark.parametrize("metric", ["eval_student_entropy", "num_tokens", "eval_code_kv/magnitude_ratio"])
+def test_a_metric_without_a_direction_asks_for_one(metric):
+    with pytest.raises(ValueError, match="set greater_is_better"):
+        config(metric_for_best_model=metric)
+    assert config(metric_for_best_model=metric, greater_is_better=True).greater_is_better
+
+
+def test_a_plateau_of_a_metric_that_rises_is_one_from_above():
+    options = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1}
+    assert config(metric_for_best_model="agreement", **options).lr_scheduler_kwargs["mode"] == "max"
+    assert "mode" not in (config(metric_for_best_model="kd", **options).lr_scheduler_kwargs or {})

@@ -404,8 +404,8 @@ def sorted_distance(student, teacher):
 def group_terms(names, group, ids, log_probs, method, divergence):
     """The divergence of a group, the distance of what is sorted, whether both would begin alike."""
     firsts = [side[i[0] - 1] for side, i in zip(log_probs, group, strict=True)]  # (V,) of each side
-    best = [side[log_prob.argmax()] for side, log_prob in zip(names.names, firsts, strict=True)]
-    agree = best[0] == best[1] and best[0] is not None
+    best = [side[log_prob.argmax()] for side, log_prob in zip(names.own, firsts, strict=True)]
+    agree = best[0] == best[1] and best[0] is not None and len(group[0]) == len(group[1]) == 1
     if method == "uld":
         return 0.0, sorted_distance(*(x.exp() for x in firsts)), agree
     text, parts = len(names.shared), []
@@ -436,7 +436,7 @@ def by_hand(
         rows: for each teacher the rows as both read them.
     """
     model = copy.deepcopy(model).double()
-    sums = dict.fromkeys(("loss", "kd", "ce", "agreement", "exact", "items"), 0.0)
+    sums = dict.fromkeys(("loss", "kd", "ce", "agreement", "paired", "exact", "items"), 0.0)
     size = len(student.tokens)
     for (teacher, side, weight), its_rows in zip(teachers, rows, strict=True):
         teacher = copy.deepcopy(teacher).double()
@@ -450,6 +450,7 @@ def by_hand(
                 theirs = teacher(input_ids=torch.tensor([row.teacher_ids])).logits[0, :, : len(side.tokens)]  # (Tt, V)
             if side is student:
                 bears = labels != -100
+                sums["paired"] += weight * bears.sum().item()
                 mine, theirs = logits[:-1][bears], theirs[:-1][bears]
                 agreement = (mine.argmax(-1) == theirs.argmax(-1)).sum().item()
                 kd = ORACLE[divergence]((theirs / temperature).softmax(-1), (mine / temperature).softmax(-1)).sum()
@@ -463,12 +464,14 @@ def by_hand(
                     kd_loss = kd_loss + temperature**2 * value + temperature * distance
                     agreement += agree
                     sums["exact"] += len(group[0]) == len(group[1]) == 1
+                    sums["paired"] += weight * (len(group[0]) == len(group[1]) == 1)
             sums["loss"] = sums["loss"] + weight * (kd_weight * kd_loss + (1 - kd_weight) * ce)
             for name, value in {"kd": kd, "ce": ce, "agreement": agreement, "items": (labels != -100).sum()}.items():
                 sums[name] += weight * torch.as_tensor(value).item()
     loss = sums["loss"] / sums["items"]
     gradients = {name: gradient.float() for name, gradient in dense_gradients(loss, model).items()}
-    return {name: torch.as_tensor(value).item() / sums["items"] for name, value in sums.items()}, gradients
+    means = {name: torch.as_tensor(value).item() / sums["items"] for name, value in sums.items()}
+    return means | {"agreement": sums["agreement"] / sums["paired"]}, gradients
 
 
 def assert_is(log, expected, prefix=""):
@@ -623,3 +626,19 @@ def test_a_teacher_and_its_twins_of_both_kinds_share_its_weight_in_a_sum(
     mean = (1 + expected_log["alignment/exact_fraction"]) / 2  # over those with another tokenizer
     assert log["alignment/exact_fraction"] == pytest.approx(mean)
     assert_same_gradients(found, expected)
+
+
+def test_unrelated_models_agree_at_chance_level_and_a_permuted_copy_always(
+    tmp_path, tokenizer, teacher, permuted_teacher, permuted_tokenizer
+):
+    """A likeliest name that collects many tokens is no agreement."""
+    other = make_tokenizer(300, corpus=[text[::-1] for text in SENTENCES])
+    unrelated = make_model(seed=7, vocab_size=len(other))
+    found = {}
+    for name, model, its in (("unrelated", unrelated, other), ("copy", permuted_teacher, permuted_tokenizer)):
+        trainer, _ = make_trainer(
+            tmp_path, teacher, model, (tokenizer, its), DATASETS["text"], held_out=DATASETS["text"], kd_weight=1.0
+        )
+        found[name] = trainer.evaluate()["eval_agreement"]
+    assert found["copy"] == 1
+    assert found["unrelated"] < 0.1
