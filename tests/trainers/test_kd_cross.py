@@ -634,10 +634,11 @@ def test_unrelated_models_agree_at_chance_level_and_a_permuted_copy_always(
     """A likeliest name that collects many tokens is no agreement."""
     other = make_tokenizer(300, corpus=[text[::-1] for text in SENTENCES])
     unrelated = make_model(seed=7, vocab_size=len(other))
+    student = copy.deepcopy(teacher).requires_grad_(True)
     found = {}
     for name, model, its in (("unrelated", unrelated, other), ("copy", permuted_teacher, permuted_tokenizer)):
         trainer, _ = make_trainer(
-            tmp_path, teacher, model, (tokenizer, its), DATASETS["text"], held_out=DATASETS["text"], kd_weight=1.0
+            tmp_path, student, model, (tokenizer, its), DATASETS["text"], held_out=DATASETS["text"], kd_weight=1.0
         )
         found[name] = trainer.evaluate()["eval_agreement"]
     assert found["copy"] == 1
