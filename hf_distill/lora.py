@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hf_distill.modeling import causal_lm
 from hf_distill.report import table
+from hf_distill.saved_weights import lacking
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -379,10 +380,10 @@ def _with_adapter(model: PreTrainedModel, config: LoraConfig, folder: Path, base
     try:
         adapted = PeftModel(model, config)
         found = adapted.load_adapter(str(folder), "default")
-    except (RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:  # KeyError: of what is trained as a whole
         raise ValueError(f"the adapter in {folder} does not fit base {base!r}: {_short(error)}") from error
     # Where the base has more or fewer layers, PEFT loads what there is.
-    if differing := [*found.missing_keys, *found.unexpected_keys]:
+    if differing := [*found.missing_keys, *found.unexpected_keys] or lacking(adapted, folder):
         raise ValueError(
             f"the adapter in {folder} does not fit base {base!r}: {len(differing)} of its weights have no counterpart "
             f"({differing[0]}, ...). Name the very model that it was trained on, with as many layers, with base"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -537,6 +538,24 @@ def test_base_is_the_one_that_is_named(tmp_path, base):
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "moved"), tmp_path / "adapter")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [({"modules_to_save": ["lm_head"]}, "lm_head"), ({"bias": "lora_only"}, "bias"), ({"use_dora": True}, "magnitude")],
+)
+def test_an_adapter_that_lacks_any_weight_is_refused(tmp_path, tokenizer, settings, part):
+    """PEFT passes over biases that are not there."""
+    make_model("qwen2", tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    trained(model, lora(target_modules=["q_proj"], **settings)).save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    saved.pop(next(name for name in saved if part in name))
+    save_file(saved, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not fit base .*" + part):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("layers", [1, 3])
