@@ -21,7 +21,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from hf_distill.callbacks import CosinePhaseCallback, RolloutSamplesCallback
 from hf_distill.collators import LUPICollator
 from hf_distill.evaluation import evaluate_fidelity
-from hf_distill.lora import merge_adapter
+from hf_distill.lora import ADAPTER_CONFIG, merge_adapter
 from hf_distill.pruning import (
     drop_layers,
     missing_bundles,
@@ -43,12 +43,14 @@ from hf_distill.report import (
     table,
 )
 from hf_distill.rows import fill_templates, load_rows
+from hf_distill.saved_weights import other_adapters
 from hf_distill.teachers.local import LocalTeacher
-from hf_distill.trainers.checkpoints import find_checkpoint
+from hf_distill.trainers.checkpoints import find_checkpoint, problem_of
 from hf_distill.trainers.checks import student_tokenizer
 from hf_distill.trainers.config import KDConfig, KVProjectionConfig, SpeculativeKDConfig
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
+from hf_distill.trainers.resuming import no_state, other_trainer
 from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
 
 
@@ -400,7 +402,20 @@ def _groups(text: str) -> dict[str, list[int]]:
 def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
     if model_config.model_name_or_path is not None:
         raise ValueError("--model_name_or_path is not used here: the student is --model, the teacher --teacher_model")
-    find_checkpoint(_resume(args), str(args.output_dir))  # before anything is loaded
+    peft_config = get_peft_config(model_config)
+    # Before anything is loaded. A student that is a folder of adapters has some whatever the options say.
+    adapters = {} if peft_config is None else {"default": peft_config}
+    compares = not os.path.exists(os.path.join(arguments.model, ADAPTER_CONFIG))
+    find_checkpoint(
+        _resume(args),
+        str(args.output_dir),
+        lambda folder: (
+            problem_of(folder)
+            or no_state(folder)
+            or other_trainer(folder, type(args))
+            or (other_adapters(folder, adapters) if compares else None)
+        ),
+    )
     teachers = arguments.teacher_model  # a single one out of a YAML file is no list
     train_rows = load_rows(arguments.dataset, arguments.train_split, arguments.dataset_config)
     eval_rows = _load_eval_rows(arguments)
@@ -425,7 +440,7 @@ def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: Mod
         "args": args,
         "train_dataset": train_rows,
         "eval_dataset": eval_rows,
-        "peft_config": get_peft_config(model_config),
+        "peft_config": peft_config,
         "quantization_config": get_quantization_config(model_config),
     }
 

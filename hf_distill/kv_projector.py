@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -138,10 +139,13 @@ def save_projector(
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    kind = next(kind for kind, of in _KINDS.items() if type(projector) is of)
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / f"{name}.safetensors")
-    settings = {"projector": kind, **projector.settings}  # pyright: ignore[reportGeneralTypeIssues]
-    (folder / f"{name}.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(_settings(projector), indent=2), encoding="utf-8")
+
+
+def _settings(projector: nn.Module) -> dict[str, Any]:
+    kind = next(kind for kind, of in _KINDS.items() if type(projector) is of)
+    return {"projector": kind, **projector.settings}  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def load_projector(folder: str | PathLike[str], name: str = "projector") -> nn.Module:
@@ -196,6 +200,19 @@ class Projectors(nn.ModuleDict):
         """Writes each beside the student's files."""
         for name, projector in self.items():
             save_projector(projector, folder, name, is_writer=is_writer)
+
+    def misfit(self, folder: str | PathLike[str]) -> str | None:
+        """Why a folder's projectors are not these, as the end of a sentence that starts with its name."""
+        saved = {path.stem: path for path in Path(folder).glob("*projector*.json")}
+        if missing := [name for name in self if name not in saved]:
+            return f"has no {missing[0]}.safetensors and {missing[0]}.json: it is not of a run with this projector"
+        if strange := sorted(saved.keys() - set(self)):
+            return f"has a {strange[0]}.json: it is of a run with a projector, which this one has none for"
+        for name, projector in self.items():
+            found, mine = json.loads(saved[name].read_text(encoding="utf-8")), _settings(projector)
+            if found != mine:
+                return f"has another {name} ({found}) than this run ({mine}): resume with the settings of its run"
+        return None
 
     def load(self, folder: str | PathLike[str]) -> None:
         """Reads back what `save` wrote.

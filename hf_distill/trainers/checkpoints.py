@@ -26,7 +26,14 @@ MARK = "complete.json"
 
 # What a checkpoint without the mark (of another tool) has to have: one file or folder of each kind.
 PARTS = {
-    "weights": ("model.safetensors", "pytorch_model.bin", "*.index.json", "adapter_model.*", "pytorch_model_fsdp*"),
+    "weights": (
+        "model.safetensors",
+        "pytorch_model.bin",
+        "*.index.json",
+        "adapter_model.*",
+        "*/adapter_model.*",
+        "pytorch_model_fsdp*",
+    ),
     "optimizer": ("optimizer*", "global_step*"),  # DeepSpeed has a folder of its own for both
     "scheduler": ("scheduler.pt", "global_step*"),
     "random number state": ("rng_state*.pth",),
@@ -94,11 +101,16 @@ def find_checkpoint(
                 "resume_from_checkpoint=True for the newest whole one"
             )
         return str(resume)
+    reasons = []
     for checkpoint in reversed(checkpoints(Path(output_dir))):
         if (reason := problem(checkpoint)) is None:
             return str(checkpoint)
         logger.warning("%s %s: it is passed over", checkpoint, reason)
-    raise ValueError(f"there is no checkpoint to resume from in {os.fspath(output_dir)!r}: start without resuming")
+        reasons.append(f" ({checkpoint.name} {reason})")
+    raise ValueError(
+        f"there is no checkpoint to resume from in {os.fspath(output_dir)!r}{''.join(reasons[:1])}: start without "
+        "resuming"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

@@ -41,6 +41,7 @@ from hf_distill.modeling import (
     load_balancing_loss,
     select_positions,
 )
+from hf_distill.saved_weights import load_weights
 from hf_distill.teachers import Signal, Teacher
 from hf_distill.teachers.local import BASE
 from hf_distill.trainers.checkpoints import (
@@ -79,6 +80,7 @@ from hf_distill.trainers.checks import (
 )
 from hf_distill.trainers.config import KDConfig
 from hf_distill.trainers.hidden_layers import HiddenLayers
+from hf_distill.trainers.resuming import other_run, save_run, tell_differing_settings
 from hf_distill.trainers.teacher_set import TeacherSet
 
 logger = logging.getLogger(__name__)
@@ -517,6 +519,8 @@ class KDTrainer(SFTTrainer):
         if checkpoint is not None:
             self._first_update = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
             self.use_layer_mappings(load_mappings(Path(checkpoint)))
+            if self.is_world_process_zero():
+                tell_differing_settings(Path(checkpoint), self)
         self._tell(", ".join(f"{name}: {value}" for name, value in self.describe_run().items()))
         self._reset_means("train")  # nothing of an interrupted run
         self._update_loss, self._skipped_updates, self._has_agreed_to_stop = 0.0, 0, False
@@ -578,13 +582,7 @@ class KDTrainer(SFTTrainer):
     _staging = ""  # where a checkpoint is being written, below the output directory
 
     def _checkpoint_problem(self, checkpoint: Path) -> str | None:
-        # The engines' own checkpoints hold the projectors with the student.
-        apart = [] if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.projectors
-        if missing := [name for name in apart if not (checkpoint / f"{name}.json").exists()]:
-            return f"has no {missing[0]}.safetensors and {missing[0]}.json: it is not of a run with this projector"
-        if strange := {path.stem for path in checkpoint.glob("*projector*.json")} - set(self.projectors):
-            return f"has a {sorted(strange)[0]}.json: it is of a run with a projector, which this one has none for"
-        return problem_of(checkpoint)
+        return problem_of(checkpoint) or self.projectors.misfit(checkpoint) or other_run(checkpoint, self)
 
     def _get_output_dir(self, trial):
         return str(Path(super()._get_output_dir(trial), self._staging))
@@ -598,8 +596,10 @@ class KDTrainer(SFTTrainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = ""
-            if self.args.should_save and (mappings := self.layer_mappings()):
-                save_mappings(staged, mappings)
+            if self.args.should_save:
+                save_run(staged, self)
+                if mappings := self.layer_mappings():
+                    save_mappings(staged, mappings)
             # transformers has looked for the best checkpoint where this one is written.
             best = folder / f"checkpoint-{self.state.best_global_step}"
             if best == checkpoint or best.exists():
@@ -634,6 +634,8 @@ class KDTrainer(SFTTrainer):
             )
 
     def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is not None:
+            return super().create_optimizer(*args, **kwargs)
         optimizer = super().create_optimizer(*args, **kwargs)
         self.projectors.give_own_group(optimizer, self.args.projector_learning_rate)
         return optimizer
@@ -651,16 +653,19 @@ class KDTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self.is_fsdp_enabled:  # Its checkpoints, as DeepSpeed's, hold the student and what is attached to it.
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        with self.projectors.detached(self.student):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.projectors.load(resume_from_checkpoint)
+        self._load_student(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()
+        if not os.path.isdir(str(self.state.best_model_checkpoint)):
+            return logger.warning("%s is gone: the last weights stay", self.state.best_model_checkpoint)
+        self._load_student(str(self.state.best_model_checkpoint))
+
+    def _load_student(self, checkpoint: str) -> None:
         with self.projectors.detached(self.student):
-            super()._load_best_model()
-        self.projectors.load(str(self.state.best_model_checkpoint))
+            load_weights(self.model, checkpoint)
+        self.projectors.load(checkpoint)
 
     def _get_grad_norm(self, model, grad_norm=None):
         # transformers calls this once per update, right before the optimizer's step.
