@@ -3,7 +3,9 @@
 A cell is a trainer, and whether its student has adapters. Each is trained for two updates, saved, and resumed from the
 checkpoint after the first.
 
-Usage: torchrun --standalone --nproc_per_node 2 engine_runs.py ENGINE FOLDER
+A student of a family whose checkpoints have other names than its modules is trained apart, with the best model loaded.
+
+Usage: torchrun --standalone --nproc_per_node 2 engine_runs.py ENGINE FOLDER [cells|mixtures]
 """
 
 import copy
@@ -21,12 +23,12 @@ if __name__ == "__main__":
     engines.use(sys.argv[1])
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, MixtralConfig, TrainerCallback
 
 from hf_distill import KDTrainer
 from hf_distill.modeling import whole_state
@@ -39,6 +41,14 @@ TRAINERS = {
 CELLS = list(product(TRAINERS, ("full", "lora")))
 # Made before the first arguments are: from then on, ZeRO-3 splits every model that is made.
 STUDENTS, TEACHER = students(), make_model(seed=1, hidden_size=48)
+MIXTURE = AutoModelForCausalLM.from_config(
+    MixtralConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=3, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    ),
+    dtype=torch.float32,
+)  # fmt: skip
+MIXTURES = {"full": MIXTURE, "lora": get_peft_model(copy.deepcopy(MIXTURE), LoraConfig(target_modules=["q_proj"]))}
 OTHER_TOKENIZER = make_tokenizer(corpus=[sentence[::-1] for sentence in SENTENCES])
 MODELS = {
     "student": STUDENTS["full"], "one": TEACHER, "other": make_model(seed=4),
@@ -103,6 +113,31 @@ def resume_cell(cell: tuple[str, str], folder: Path, num_processes: int, **chang
     return weights_of(trainer)
 
 
+def run_mixture(student: str, folder: Path, num_processes: int, **changes) -> dict:
+    """The weights after each of two updates, those loaded as the best, which the first are, and a resumed run's."""
+
+    def made(**more) -> KDTrainer:
+        model, teacher = copy.deepcopy(MIXTURES[student]), copy.deepcopy(TEACHER)
+        return with_momentum(make_trainer(folder, num_processes, model, teacher, **changes | more))
+
+    trainer = made(
+        save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="kd", greater_is_better=False,
+    )  # fmt: skip
+    measure = trainer.evaluate
+    trainer.evaluate = lambda *args, **kwargs: measure(*args, **kwargs) | {"eval_kd": float(trainer.state.global_step)}
+    watch = AtStepEnd(lambda: weights_of(trainer))
+    trainer.add_callback(watch)
+    trainer.train()
+    results = {"engine": engines.engine_of(trainer), "steps": watch.found, "best": weights_of(trainer)}
+    resumed = made()
+    for parameter in resumed.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.01
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    return results | {"resumed": weights_of(resumed)}
+
+
 def difference(found: dict, expected: dict, before: dict) -> float:
     """How far two updates are apart, by the tensor where it is most, in units of what the expected one has changed.
 
@@ -116,11 +151,13 @@ def difference(found: dict, expected: dict, before: dict) -> float:
     return max(parts)
 
 
-def launch(engine: str, folder: Path) -> list[dict]:
+def launch(engine: str, folder: Path, what: str = "cells") -> list[dict]:
     """The results of both processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, engine, str(folder)], capture_output=True, text=True, timeout=500, env=environment)
+    done = subprocess.run(
+        [*command, engine, str(folder), what], capture_output=True, text=True, timeout=500, env=environment
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
@@ -225,8 +262,19 @@ def share_of(teacher: torch.nn.Module) -> float:
     return sum(part.numel() for part in parts) / sum(p.numel() or p.ds_numel for p in layers)
 
 
-def main(engine: str, folder: Path) -> None:
+def main(engine: str, folder: Path, what: str = "cells") -> None:
     changes = engines.settings(engine)
+    run = run_mixtures if what == "mixtures" else run_cells
+    torch.save(run(engine, folder, changes), folder / f"rank{torch.distributed.get_rank()}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def run_mixtures(engine: str, folder: Path, changes: dict) -> dict:
+    return {student: run_mixture(student, folder / student, 2, **changes) for student in MIXTURES}
+
+
+def run_cells(engine: str, folder: Path, changes: dict) -> dict:
     results = {}
     for cell in CELLS:
         own = folder / "-".join(cell)
@@ -236,10 +284,8 @@ def main(engine: str, folder: Path) -> None:
         results["bytes", *cell] = count_bytes(cell, folder / "bytes", **changes)
     for case in TAUGHT if engine in ("fsdp2", "zero3") else ():
         results[case] = run_taught(case, folder / "taught", 2, **changes)
-    torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

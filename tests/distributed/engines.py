@@ -5,6 +5,7 @@ This file is imported before transformers, which asks for its device when it is 
 
 import os
 import socket
+import sys
 
 # What `engine_of` finds under each: accelerate's name for it, DeepSpeed's stage, and whether the student is split.
 FOUND = {
@@ -37,7 +38,8 @@ def use(name: str) -> None:
         import deepspeed
 
         # It would compile an operator for processes that share memory, which takes gcc and more than a minute.
-        deepspeed.comm.torch.build_shm_op = lambda: None
+        # `deepspeed.comm.torch` itself is PyTorch.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
         deepspeed.init_distributed(dist_backend="gloo")  # ZeRO-3 needs it before the first model
 
 

@@ -77,6 +77,22 @@ def test_the_whole_student_and_its_projector_are_saved(two, cell):
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", *ENGINES])
+def test_a_mixture_of_experts_is_resumed_and_its_best_weights_loaded_bit_for_bit(tmp_path, engine):
+    """Its checkpoints have other names than its modules."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="pip install 'hf_distill[deepspeed]'")
+    for rank in launch(engine, tmp_path, "mixtures"):
+        for student, found in rank.items():
+            assert found["engine"] == FOUND[engine]
+            first, second = found["steps"]
+            assert any(not torch.equal(first[name], value) for name, value in second.items())
+            for name in second:
+                assert torch.equal(found["resumed"][name], second[name]), (student, name)
+                assert torch.equal(found["best"][name], first[name]), (student, name)
+
+
 @pytest.mark.parametrize("case", TAUGHT, ids=map("-".join, TAUGHT))
 def test_any_teachers_teach_two_processes_what_they_teach_one(taught, two, case):
     engine, _, results = two
