@@ -434,7 +434,8 @@ def encoded(collator: Any, row: Row, index: int) -> Row:
 
 def pad_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """Encoded rows as one batch: prompts padded on the left, completions, if all rows have one, on the right."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # Without any of them, 0: what the masks leave out is never read.
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     batch: dict[str, Tensor] = {}
     for name, side in {"student_prompt": "left", "teacher_prompt": "left", "completion": "right"}.items():
         if name != "completion" or all(row.get("completion_ids") for row in rows):

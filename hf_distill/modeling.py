@@ -97,9 +97,25 @@ def head_layer(model: PreTrainedModel) -> nn.Module:
     return next((part for part in layer.modules() if part._parameters.get("weight") is layer.weight), layer)
 
 
-def last_hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+def readable(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Token ids with 0 for those that the model has no embedding for: padding, whose hidden states nobody reads.
+
+    A pad token is often added without a row for it, and -1 pads, too. Everything that reads tokens comes through here.
+    """
+    return input_ids.masked_fill((input_ids < 0) | (input_ids >= num_token_ids(model)), 0)
+
+
+def drop_unreadable_padding(model: PreTrainedModel) -> None:
+    """Takes a pad token that has no embedding out of the configurations: a model saved with it would not load."""
+    for config in (model.config.get_text_config(), model.generation_config):
+        pad = getattr(config, "pad_token_id", None)
+        if pad is not None and not 0 <= pad < num_token_ids(model):
+            config.pad_token_id = None  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def last_hidden_states(model: PreTrainedModel, *, input_ids: Tensor, **inputs: Tensor) -> Tensor:
     """What the head is applied to, (B, T, D), without running the head."""
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
+    return model.base_model(input_ids=readable(model, input_ids), **inputs, use_cache=False).last_hidden_state
 
 
 def label_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,6 +159,8 @@ def expose_hidden_states(model: PreTrainedModel) -> None:
 
     @functools.wraps(original_forward)
     def forward(self, *args, with_hidden: Callable | None = None, **kwargs):
+        if isinstance(ids := kwargs.get("input_ids"), Tensor):
+            kwargs["input_ids"] = readable(self, ids)
         if with_hidden is None:
             return original_forward(*args, **kwargs)
         kwargs.pop("labels", None)
@@ -229,8 +247,7 @@ class CachedReader:
         slots = self._cache.get_seq_length() + tokens.shape[1]
         order = torch.arange(slots, device=self.device) - (slots - self.lengths[:, None])  # (R, slots); padding < 0
         outputs = self._model.base_model(
-            # The padding token may be one that the model has no embedding for.
-            input_ids=tokens.masked_fill(tokens >= num_token_ids(self._model), 0),
+            input_ids=readable(self._model, tokens),
             attention_mask=(order >= 0).long(),
             position_ids=order[:, -tokens.shape[1] :].clamp(min=0),
             past_key_values=self._cache,

@@ -29,7 +29,6 @@ from hf_distill.modeling import (
     input_device,
     keep_4bit_weights,
     last_hidden_states,
-    num_token_ids,
     select_positions,
 )
 from hf_distill.teachers.placement import LAYOUTS, teacher_devices
@@ -84,14 +83,12 @@ class LocalTeacher:
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> list[TeacherSignal]:
         self.model.eval()
-        device, size = input_device(self._causal_lm), num_token_ids(self._causal_lm)
+        device = input_device(self._causal_lm)
         inputs = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
             if not name.startswith("teacher_")  # what others read
         }
-        # The student's padding token may be one that the teacher has no embedding for.
-        inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] >= size, 0)
         return [signal_of(self._causal_lm, self.head, inputs, positions, self.layers)]
 
 

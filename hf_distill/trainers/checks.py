@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate import ParallelismConfig
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -220,6 +221,41 @@ def has_label(row: Mapping[str, Any], vocab_size: int, dataset_name: str) -> boo
         )
     labels = row["labels"] if "labels" in row else row["input_ids"]
     return any(label != -100 for label in labels[1:])
+
+
+def refuse_batch(
+    batch: Mapping[str, Any], prefix: str, num_ids: int, vocab_size: int, pad_token_id: int | None
+) -> None:
+    """Raises `ValueError` for a batch that would be trained on otherwise than it says.
+
+    Args:
+        batch: from a collator; `prefix` stands before the names of what one side reads.
+        num_ids (`int`): token ids that can be read; what the attention mask leaves out, and padding, may be any.
+        vocab_size (`int`): labels are -100 or below this.
+    """
+    names = [prefix + name for name in ("input_ids", "labels", "attention_mask")]
+    ids, labels, mask = (batch.get(name) for name in names)
+    if ids is None or labels is None:
+        raise ValueError(f"a batch has no {names[0 if ids is None else 1]!r}: the data collator has to make them")
+    if f"{prefix}shift_labels" in batch:
+        raise ValueError("a batch has 'shift_labels', but labels are shifted by the trainer: leave them out")
+    if labels.dim() != 2 or labels.shape != ids.shape:
+        raise ValueError(
+            f"a batch has {names[1]} of shape {tuple(labels.shape)} and {names[0]} of shape {tuple(ids.shape)}: both "
+            "have to be (B, T), a label for each token"
+        )
+    bad_labels = (labels != -100) & ((labels < 0) | (labels >= vocab_size))
+    bad_ids = (ids < 0) | (ids >= num_ids)
+    if pad_token_id is not None:
+        bad_ids = bad_ids & (ids != pad_token_id)
+    if mask is not None and mask.shape == ids.shape:
+        bad_ids = bad_ids & (mask != 0)
+    # One look at both: label_positions waits for the device anyway.
+    if len(strange := torch.stack([bad_labels, bad_ids]).nonzero()):
+        side, *place = strange[0].tolist()
+        value = (labels, ids)[side][tuple(place)].item()
+        limits = f"-100 and 0 to {vocab_size - 1} are" if side == 0 else f"0 to {num_ids - 1} are"
+        raise ValueError(f"a batch has the {prefix}{('label', 'token id')[side]} {value}; {limits} possible")
 
 
 def refuse_no_label(kept: AnyDataset, name: str, args: SFTConfig) -> None:

@@ -34,6 +34,7 @@ from hf_distill.metrics import TokenMeans, sum_dtype
 from hf_distill.modeling import (
     causal_lm,
     check_head,
+    drop_unreadable_padding,
     expose_hidden_states,
     gathered,
     keep_4bit_weights,
@@ -66,6 +67,7 @@ from hf_distill.trainers.checks import (
     is_of_a_library,
     named_datasets,
     named_teachers,
+    refuse_batch,
     refuse_frozen,
     refuse_layers,
     refuse_lost_processes,
@@ -269,6 +271,7 @@ class KDTrainer(SFTTrainer):
     ):
         """The loss of a micro-batch, a scalar: its share of the mean over the whole update's label-bearing tokens."""
         inputs = dict(inputs)
+        self._check_batch(inputs)
         positions, labels = label_positions(inputs.pop("labels"))  # (N,)
         hard_labels = inputs.pop("hard_labels", labels)  # (N,): a student's own samples are no hard labels
         signals = self.teacher_signal(inputs, positions)
@@ -395,6 +398,19 @@ class KDTrainer(SFTTrainer):
     def _setting_of(self, name: str, step: int) -> float:
         return self.args.scheduled(name, step / max(self.state.max_steps - 1, 1))
 
+    def _check_batch(self, inputs: Mapping[str, Any]) -> None:
+        # Rows have been checked when they were prepared. What a collator or a transform makes of them has not.
+        refuse_batch(inputs, "", self.vocab_size, self.vocab_size, self.processing_class.pad_token_id)
+        if "teacher_input_ids" in inputs:
+            refuse_batch(inputs, "teacher_", self.teacher_set.num_token_ids(), self.vocab_size, None)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        # The divisor counts what `label_positions` finds. transformers also counts first tokens, which nothing
+        # predicts, where a class has no loss type (GPT-2); what is called `shift_labels` it takes as it is.
+        labels = [batch["labels"] for batch in batch_samples if "labels" in batch]
+        shifted = [{"labels": each, "shift_labels": each[..., 1:]} for each in labels]
+        return super()._get_num_items_in_batch(shifted, device)
+
     def probe_batch(self) -> tuple[dict[str, Any], Tensor]:
         """A few training rows as a batch on the student's device, and its label-bearing positions."""
         names = ("input_ids", "labels", "seq_lengths", *self.teacher_set.columns())
@@ -402,6 +418,7 @@ class KDTrainer(SFTTrainer):
         batch = self.data_collator([{k: v for k, v in row.items() if k in names} for row in rows])
         device = self.student.device
         inputs = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
+        self._check_batch(inputs)
         positions, _ = label_positions(inputs.pop("labels"))
         return inputs, positions
 
@@ -646,6 +663,7 @@ class KDTrainer(SFTTrainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        drop_unreadable_padding(self.student)
         with self.projectors.detached(self.student):
             super()._save(output_dir, state_dict and self.projectors.without(state_dict))
         self.projectors.save(output_dir or str(self.args.output_dir), is_writer=self.args.should_save)

@@ -18,7 +18,7 @@ from hf_distill.collators import (
     with_own_tokens,
     with_teacher_prompt,
 )
-from hf_distill.modeling import num_positions, shared_vocabulary
+from hf_distill.modeling import causal_lm, num_positions, num_token_ids, shared_vocabulary
 from hf_distill.teachers import Teacher
 from hf_distill.teachers.across import AcrossTeacher
 from hf_distill.teachers.ensemble import EnsembleTeacher
@@ -147,6 +147,11 @@ class TeacherSet:
         """Those that are models of their own."""
         sides = {name: getattr(teacher, "teacher", teacher) for name, teacher in self.by_name.items()}
         return {name: teacher for name, teacher in sides.items() if isinstance(teacher, LocalTeacher)}
+
+    def num_token_ids(self) -> int:
+        """How many token ids all teachers can read, each in its own text."""
+        sides = [causal_lm(side.model) for side in self.local().values()]
+        return min((num_token_ids(side) for side in sides), default=self.vocab_size)
 
     def methods(self) -> dict[str, str]:
         """How those with another tokenizer are compared."""

@@ -1,0 +1,289 @@
+"""Batches as the trainers read them: what the divisor counts, and padding that no model has an embedding for."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertGenerationConfig,
+    BertGenerationDecoder,
+    CTRLConfig,
+    CTRLLMHeadModel,
+    TrainerCallback,
+)
+
+from hf_distill import KDConfig, KDTrainer, KVProjectionConfig, KVProjectionTrainer
+from hf_distill.evaluation import perplexity
+from hf_distill.modeling import CachedReader, label_positions, last_hidden_states
+from hf_distill.speculative import RolloutConfig, rollout
+from tests.conftest import SENTENCES, make_model, make_tokenizer
+from tests.trainers.test_kd import Gradients, assert_same_gradients, dense_gradients, dense_loss, settings
+from tests.trainers.test_speculative_kd import make_trainer as make_speculative
+
+VOCAB = 384
+KV = {"kv_weight": 0.0, "projector": "pca"}
+
+
+def make_trainer(folder, student, teacher, dataset, tokenizer, *, cls=KDTrainer, others=None, **changes):
+    config = KVProjectionConfig if cls is KVProjectionTrainer else KDConfig
+    return cls(
+        student, teacher, config(**settings(folder, **changes)), train_dataset=dataset, processing_class=tokenizer,
+        teacher_processing_class=tokenizer, **(others or {}),
+    )  # fmt: skip
+
+
+def first_update(folder, student, *args, **kwargs):
+    capture = Gradients()
+    callbacks = {"callbacks": [capture], **kwargs.pop("others", {})}
+    trainer = make_trainer(folder, copy.deepcopy(student), *args, others=callbacks, **kwargs)
+    trainer.train()
+    return capture.first, trainer.state.log_history[0]
+
+
+@pytest.fixture
+def teacher():
+    return make_model("llama", seed=1)
+
+
+@pytest.fixture
+def student():
+    return make_model("llama", seed=2)
+
+
+# ------------------------------------------------------------------------------------------------------ the divisor
+
+
+def without_loss_type(family: str) -> nn.Module:
+    """A model of a class whose name says no loss of transformers' own."""
+    if family == "gpt2":
+        return make_model("gpt2", seed=2)
+    torch.manual_seed(2)
+    if family == "ctrl":
+        config = CTRLConfig(
+            vocab_size=VOCAB, n_positions=64, n_embd=32, dff=48, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0
+        )
+        return CTRLLMHeadModel(config)
+    config = BertGenerationConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    return BertGenerationDecoder(config)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Dataset:
+    """Rows of two tokens that both bear a label; nothing predicts the first one."""
+    return Dataset.from_dict({"input_ids": [[20 + i, 90 + 3 * i] for i in range(8)]})
+
+
+def with_labels(dataset: Dataset) -> Dataset:
+    return dataset.add_column("labels", dataset["input_ids"][:])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "ctrl", "bert-generation"])
+def test_first_tokens_are_not_counted_whatever_the_students_class(tmp_path, tokenizer, pairs, teacher, family):
+    student = without_loss_type(family)
+    loss = dense_loss(student, teacher, with_labels(pairs))
+    expected = dense_gradients(loss, student)
+    found, log = first_update(tmp_path, student, teacher, pairs, tokenizer)
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_gradients(found, expected)
+
+
+def test_divisor_is_the_same_for_accumulated_packed_and_padding_free_rows(tmp_path, tokenizer, pairs, teacher):
+    student = without_loss_type("gpt2")
+    loss = dense_loss(student, teacher, with_labels(pairs)).item()
+    cuts = (
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"packing": True, "max_length": 16},
+        {"padding_free": True, "max_length": None},
+    )
+    for changes in cuts:
+        _, log = first_update(tmp_path, student, teacher, pairs, tokenizer, **changes)
+        assert log["loss"] == pytest.approx(loss, rel=1e-5), changes
+
+
+def test_divisor_of_keys_and_values_counts_no_first_tokens(tmp_path, tokenizer, pairs):
+    teacher, student = make_model("gpt2", seed=1), without_loss_type("gpt2")
+    loss = dense_loss(student, teacher, with_labels(pairs)).item()
+    _, log = first_update(tmp_path, student, teacher, pairs, tokenizer, cls=KVProjectionTrainer, **KV)
+    assert log["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_divisor_counts_what_label_positions_finds(tmp_path, tokenizer, pairs, teacher):
+    trainer = make_trainer(tmp_path, without_loss_type("gpt2"), teacher, pairs, tokenizer)
+    labels = [torch.tensor([[5, 6, -100, 7], [8, -100, -100, -100]]), torch.tensor([[-100, 9, 9]])]
+    expected = sum(len(label_positions(batch)[0]) for batch in labels)
+    found = trainer._get_num_items_in_batch([{"labels": batch} for batch in labels], torch.device("cpu"))
+    assert expected == 4
+    assert int(found) == expected
+
+
+class WithShifted:
+    """A collator of one's own that shifts the labels itself."""
+
+    def __call__(self, rows):
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        shifted = nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids), "shift_labels": shifted}
+
+
+class With:
+    """A collator of one's own with something in its batches changed."""
+
+    def __init__(self, **changes):
+        self.changes = changes
+
+    def __call__(self, rows):
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+        return {name: value for name, value in (batch | self.changes).items() if value is not None}
+
+
+STRANGE_BATCHES = {
+    "shifted labels": (WithShifted(), "'shift_labels'"),
+    "no labels": (With(labels=None), "no 'labels'"),
+    "flat labels": (With(labels=torch.zeros(8, dtype=torch.long)), r"labels of shape \(8,\)"),
+    "longer labels": (With(labels=torch.zeros(8, 3, dtype=torch.long)), r"labels of shape \(8, 3\)"),
+    "label -1": (With(labels=torch.full((8, 2), -1)), "label -1"),
+    "label 9999": (With(labels=torch.full((8, 2), 9999)), "label 9999.*0 to 383"),
+    "token 9999": (With(input_ids=torch.full((8, 2), 9999)), "token id 9999"),
+    "token -3": (With(input_ids=torch.full((8, 2), -3)), "token id -3"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE_BATCHES)
+def test_strange_batches_of_a_collator_of_ones_own_are_refused_in_words(
+    tmp_path, tokenizer, pairs, student, teacher, case
+):
+    collator, message = STRANGE_BATCHES[case]
+    trainer = make_trainer(tmp_path, student, teacher, pairs, tokenizer, others={"data_collator": collator})
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+# ------------------------------------------------------------------------------- padding that has no embedding
+
+
+@pytest.fixture(scope="module")
+def padding_tokenizer():
+    """The tokenizer with a pad token added at the end, id 384, for which no model has a row."""
+    extended = make_tokenizer(added_tokens=("<mypad>",))
+    extended.pad_token = "<mypad>"
+    assert extended.pad_token_id == VOCAB
+    return extended
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer) -> Dataset:
+    """Eight ragged rows."""
+    ids = [tokenizer(text)["input_ids"][: 6 + 3 * i] for i, text in enumerate(SENTENCES)]
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+@pytest.mark.parametrize("cls", [KDTrainer, KVProjectionTrainer])
+@pytest.mark.parametrize("changes", [{}, {"padding_free": True, "max_length": None, "pad_to_multiple_of": 16}])
+def test_padding_without_an_embedding_gives_the_update_of_any_other_padding(
+    tmp_path, tokenizer, padding_tokenizer, rows, student, teacher, cls, changes
+):
+    changes = {**changes, **({"projector": "pca"} if cls is KVProjectionTrainer else {})}
+    expected, log = first_update(tmp_path, student, teacher, rows, tokenizer, cls=cls, **changes)
+    found, again = first_update(tmp_path, student, teacher, rows, padding_tokenizer, cls=cls, **changes)
+    assert again["loss"] == pytest.approx(log["loss"], rel=1e-6)
+    assert_same_gradients(found, expected)
+
+
+@pytest.mark.parametrize("more", [{"hidden_weight": 1.0, "hidden_layers": "cka"}, {"kv_layers": "cka"}])
+def test_probes_read_padding_without_an_embedding(tmp_path, padding_tokenizer, rows, student, teacher, more):
+    cls = KVProjectionTrainer if "kv_layers" in more else KDTrainer
+    more = {**more, **({"projector": "pca"} if cls is KVProjectionTrainer else {})}
+    make_trainer(tmp_path, student, teacher, rows, padding_tokenizer, cls=cls, **more).train()
+
+
+def test_evaluation_and_prediction_read_padding_without_an_embedding(
+    tmp_path, tokenizer, padding_tokenizer, rows, student, teacher
+):
+    found = []
+    for chosen in (tokenizer, padding_tokenizer):
+        trainer = make_trainer(
+            tmp_path,
+            copy.deepcopy(student),
+            teacher,
+            rows,
+            chosen,
+            others={"eval_dataset": rows},
+            prediction_loss_only=False,
+        )
+        found.append((trainer.evaluate()["eval_loss"], trainer.predict(trainer.eval_dataset).predictions))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for row, (one, other) in zip(rows, zip(found[0][1], found[1][1], strict=True), strict=True):
+        length = len(row["input_ids"])
+        assert torch.allclose(torch.tensor(one[:length]), torch.tensor(other[:length]), atol=1e-5)
+
+
+def test_student_with_padding_without_an_embedding_is_saved_so_that_it_loads(
+    tmp_path, padding_tokenizer, rows, student, teacher
+):
+    trainer = make_trainer(tmp_path, student, teacher, rows, padding_tokenizer)
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
+    loaded.generate(**batch, max_new_tokens=4, do_sample=False)
+
+
+def test_rollouts_write_the_same_whatever_the_padding(tmp_path, tokenizer, padding_tokenizer, student, teacher):
+    prompts = [" ".join(text.split()[: 2 + i % 3]) for i, text in enumerate(SENTENCES)]
+    dataset = Dataset.from_dict({"prompt": prompts, "completion": [" Yes."] * 8})
+    mix = {"rollout_mix": {"speculative": 0.5, "dataset": 0.5}}
+    losses = []
+    for chosen in (tokenizer, padding_tokenizer):
+        trainer = make_speculative(
+            tmp_path, copy.deepcopy(student), teacher, dataset, chosen, eval_dataset=dataset, **mix
+        )
+        trainer.train()
+        losses.append((trainer.state.log_history[0]["loss"], trainer.evaluate()["eval_loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("pad", [-1, VOCAB, VOCAB + 5])
+def test_models_read_padding_of_any_id(student, teacher, pad):
+    ids, mask = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    padded = ids.masked_fill(mask == 0, pad)
+    expected = last_hidden_states(student, input_ids=ids, attention_mask=mask)
+    found = last_hidden_states(student, input_ids=padded, attention_mask=mask)
+    assert torch.equal(found, expected)
+    left, left_mask = ids.flip(1), mask.flip(1)
+    reader = [CachedReader(student, x, left_mask).read() for x in (left, left.masked_fill(left_mask == 0, pad))]
+    assert torch.equal(*reader)
+    config = RolloutConfig(max_new_tokens=3, student_temperature=0, teacher_temperature=0)
+    written = [
+        rollout(student, teacher, x, left_mask, x, left_mask, config, eos_token_id=1, pad_token_id=pad)
+        for x in (left, left.masked_fill(left_mask == 0, pad))
+    ]
+    assert torch.equal(written[0].completion_ids, written[1].completion_ids)
+
+
+def test_collator_may_pad_with_minus_one(tmp_path, tokenizer, rows, student, teacher):
+    def collate(batch, pad=-1):
+        tensors = [torch.tensor(row["input_ids"]) for row in batch]
+        pad_with = lambda value, x: nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=value)  # noqa: E731
+        mask = pad_with(0, [torch.ones_like(row) for row in tensors])
+        return {"input_ids": pad_with(pad, tensors), "labels": pad_with(-100, tensors), "attention_mask": mask}
+
+    expected, _ = first_update(tmp_path, student, teacher, rows, tokenizer)
+    found, _ = first_update(tmp_path, student, teacher, rows, tokenizer, others={"data_collator": collate})
+    assert_same_gradients(found, expected)
+
+
+def test_evaluation_functions_need_no_pad_token(student):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    rows = Dataset.from_dict({"text": SENTENCES})
+    assert perplexity(student, rows, tokenizer)["perplexity"] > 1
