@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template
 
+from hf_distill.rows import with_messages
 from hf_distill.token_alignment import Piece, align, group_numbers
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class PromptCollator:
         Raises:
             `ValueError`: no prompt, an empty one, or messages without a chat template.
         """
+        row = with_messages(row, name)
         if row.get("messages"):
             messages = row["messages"]
             answered = messages[-1]["role"] == "assistant"

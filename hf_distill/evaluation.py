@@ -30,6 +30,7 @@ from hf_distill.modeling import (
     select_positions,
 )
 from hf_distill.rows import tokenized_row
+from hf_distill.token_rows import Limits, check_row
 
 
 def evaluate_fidelity(
@@ -72,8 +73,8 @@ def evaluate_fidelity(
     num_tokens = 0
     documents = (
         {name: ids[:max_length] for name, ids in document.items()}
-        for row in _progress(dataset)
-        for document in _documents(tokenized_row(row, tokenizer))
+        for _, tokens in _tokenized(dataset, tokenizer, (student, teacher), vocab_size)
+        for document in _documents(tokens)
     )
     with _measuring(student, teacher):
         for labels, (student_log_probs, teacher_log_probs) in _log_probs(
@@ -140,8 +141,7 @@ def perplexity(
     num_characters: list[int | None] = []  # of each row
 
     def windows() -> Iterator[dict[str, list[int]]]:
-        for row in _progress(dataset):
-            tokens = tokenized_row(row, tokenizer)
+        for row, tokens in _tokenized(dataset, tokenizer, (model,), vocab_size):
             num_characters.append(_num_characters(row, tokens["labels"], tokenizer))
             for document in _documents(tokens):
                 yield from _windows(document, length, stride)
@@ -213,20 +213,14 @@ def _log_probs(
     vocab_size: int | None,
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Labels (n,) and each model's log-probabilities (n, V), in float32 on the first one's device, chunk by chunk."""
-    vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1
+    size = _vocab_size(tokenizer, models, vocab_size)
     for batch in _batches(documents, batch_size):
         positions, labels = label_positions(batch.pop("labels"))  # (N,)
         sides = []
         for model in map(causal_lm, models):
-            if (largest := int(batch["input_ids"].max())) >= num_token_ids(model):
-                raise ValueError(
-                    f"{type(model).__name__} has no embedding for token {largest} of the rows: the tokenizer has to be "
-                    "that of both models"
-                )
             inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
             hidden = select_positions(last_hidden_states(model, **inputs), positions)  # (N, D)
             sides.append((head_of(model), hidden))
-        size = min(vocab_size, *(len(head.weight) for head, _ in sides))
         device = sides[0][1].device
         chunk_size = default_chunk_size(device, size)
         for start in range(0, len(labels), chunk_size):
@@ -235,8 +229,25 @@ def _log_probs(
             yield labels[chunk], [tensor.log_softmax(-1).to(device) for tensor in logits]
 
 
-def _progress(dataset: Dataset | IterableDataset) -> Iterable[dict[str, Any]]:
-    return tqdm(dataset, desc="measuring", unit="row", leave=False)
+def _vocab_size(tokenizer: PreTrainedTokenizerBase, models: tuple[PreTrainedModel, ...], vocab_size: int | None) -> int:
+    """The true vocabulary: tokens that the tokenizer and all heads have."""
+    vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1
+    return min(vocab_size, *(len(head_of(causal_lm(model)).weight) for model in models))
+
+
+def _tokenized(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    models: tuple[PreTrainedModel, ...],
+    vocab_size: int | None,
+) -> Iterator[tuple[dict[str, Any], dict[str, list[int]]]]:
+    """Rows and their tokens, with a progress bar; `ValueError` for what the models cannot read or predict."""
+    num_ids = min(num_token_ids(causal_lm(model)) for model in models)
+    limits = Limits(_vocab_size(tokenizer, models, vocab_size), num_ids, known_to="the models have embeddings only for")
+    for index, row in enumerate(tqdm(dataset, desc="measuring", unit="row", leave=False)):
+        tokens = tokenized_row(row, tokenizer, f"row {index} of the dataset")
+        check_row(tokens, f"row {index} of the dataset", limits)
+        yield row, tokens
 
 
 def _batches(documents: Iterable[dict[str, list[int]]], batch_size: int) -> Iterator[dict[str, Tensor]]:

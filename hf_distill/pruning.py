@@ -31,8 +31,10 @@ from hf_distill.modeling import (
     evaluating,
     keep_4bit_weights,
     last_hidden_states,
+    num_token_ids,
 )
 from hf_distill.rows import tokenized_row
+from hf_distill.token_rows import Limits, check_row
 
 MANIFEST = "manifest.json"
 
@@ -89,7 +91,7 @@ def rank_layers(
     total, count = torch.zeros(len(blocks) - num_layers + 1, dtype=torch.float64), 0
     device = embedding_weight(model).device
     with torch.no_grad(), evaluating(model):
-        for ids, last in _batches(dataset, tokenizer, batch_size, max_length):
+        for ids, last in _batches(dataset, tokenizer, num_token_ids(model), batch_size, max_length):
             states: list[Tensor] = []
             with _watching(blocks, states, last):
                 last_hidden_states(model, input_ids=ids.to(device), attention_mask=_mask(ids, last).to(device))
@@ -550,7 +552,11 @@ def _watching(blocks: nn.ModuleList, states: list[Tensor], last: Tensor) -> Iter
 
 
 def _batches(
-    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    num_ids: int,
+    batch_size: int,
+    max_length: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Right-padded token ids (B, T), and where the last token of each row is (B,)."""
     rows: list[Tensor] = []
@@ -558,8 +564,12 @@ def _batches(
     def batch() -> tuple[Tensor, Tensor]:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) - 1 for row in rows])
 
-    for row in tqdm(dataset, desc="ranking layers", unit="row", leave=False):
-        if ids := tokenized_row(row, tokenizer)["input_ids"][:max_length]:
+    limits = Limits(num_ids, known_to="the model has embeddings only for")
+    for index, row in enumerate(tqdm(dataset, desc="ranking layers", unit="row", leave=False)):
+        name = f"row {index} of the dataset"
+        ids = tokenized_row(row, tokenizer, name)["input_ids"]
+        check_row({"input_ids": ids}, name, limits)
+        if ids := ids[:max_length]:
             rows.append(torch.tensor(ids))
         if len(rows) == batch_size:
             yield batch()

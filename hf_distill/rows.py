@@ -8,6 +8,18 @@ from typing import Any
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
+# Columns that may hold a conversation.
+CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion", "teacher_prompt")
+# The roles of templates under the names that they have where messages are called `from` and `value`.
+ROLES = {
+    "system": "system",
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "chatbot", "bot"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+}
+# Those that no template knows: they are renamed in messages with `role` and `content`, too.
+ALIASES = {"human", "gpt", "chatgpt", "bing", "bard"}
+
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -71,21 +83,57 @@ class _RowFormatter(string.Formatter):
         return super().format_field(value, format_spec)
 
 
-def tokenized_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+def is_chat(cell: Any) -> bool:
+    """Whether a cell is a list of messages, whatever their keys are called."""
+    return isinstance(cell, list | tuple) and len(cell) > 0 and isinstance(cell[0], dict)
+
+
+def chat(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Messages with `role` and `content`, made of `from` and `value` where they are called so, of a row called `name`.
+
+    Raises:
+        `ValueError`: a message without a role, or with one that no template knows.
+    """
+    found = []
+    for message in messages:
+        role, is_renamed = message.get("role"), message.get("role") is None
+        role = message.get("from") if is_renamed else role
+        if role is None or (is_renamed and role not in ROLES):
+            has = f"the role {role!r}" if role is not None else f"no role, but the keys {', '.join(message)}"
+            raise ValueError(
+                f"a message of {name} has {has}; messages need 'role' and 'content', or 'from', one of "
+                f"{', '.join(ROLES)}, and 'value'. Rename the role, or drop the row"
+            )
+        content = message.get("content") if message.get("value") is None else message["value"]
+        others = {key: value for key, value in message.items() if key not in ("role", "content", "from", "value")}
+        found.append({"role": ROLES[role] if is_renamed or role in ALIASES else role, "content": content, **others})
+    return found
+
+
+def with_messages(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """A row, called `name` in errors, whose conversations are messages with `role` and `content`."""
+    row = dict(row)
+    if is_chat(row.get("conversations")) and not row.get("messages"):
+        row["messages"] = row.pop("conversations")
+    return {**row, **{key: chat(row[key], name) for key in CHAT_COLUMNS if is_chat(row.get(key))}}
+
+
+def tokenized_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str = "a row") -> dict[str, list[int]]:
     """input_ids and labels of a row, and `seq_lengths` of a packed one; `ValueError` for one with unknown columns."""
-    if "input_ids" in row:
-        labels = row.get("labels") or row["input_ids"]
+    if row.get("input_ids") is not None:
+        labels = row["input_ids"] if row.get("labels") is None else row["labels"]
         return {"input_ids": row["input_ids"], "labels": labels, "seq_lengths": row.get("seq_lengths")}  # pyright: ignore
-    if "prompt" in row and "completion" in row:
+    row = with_messages(row, name)
+    if row.get("prompt") is not None and row.get("completion") is not None:
         prompt = _ids(row["prompt"], tokenizer, add_generation_prompt=True)
         ids = _ids(row["prompt"] + row["completion"], tokenizer)
         differing = (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b)
         start = next(differing, min(len(prompt), len(ids)))
         return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
-    content = row.get("text", row.get("messages"))
+    content = row["messages"] if row.get("messages") else row.get("text")
     if content is None:
         raise ValueError(
-            f"a row has the columns {', '.join(sorted(row))}; it needs 'text', 'messages', 'prompt' and 'completion', "
+            f"{name} has the columns {', '.join(sorted(row))}; it needs 'text', 'messages', 'prompt' and 'completion', "
             "or 'input_ids'"
         )
     ids = _ids(content, tokenizer)

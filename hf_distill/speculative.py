@@ -333,8 +333,9 @@ def _check_prompts(side: str, model: PreTrainedModel, ids: Tensor, mask: Tensor,
     if (real[:, :-1] & ~real[:, 1:]).any():
         raise ValueError(f"the {side}'s prompts have to be padded on the left: padding_side='left'")
     model = causal_lm(model)
-    if (largest := int(ids[real].max())) >= num_token_ids(model):
-        raise ValueError(f"the {side}'s prompts have token id {largest}, but it has {num_token_ids(model)} ids")
+    for strange in (int(ids[real].max()), int(ids[real].min())):
+        if not 0 <= strange < num_token_ids(model):
+            raise ValueError(f"the {side}'s prompts have token id {strange}, but it has {num_token_ids(model)} ids")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and (needed := int(real.sum(1).max()) + max_new_tokens) > positions:
         raise ValueError(

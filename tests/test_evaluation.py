@@ -124,7 +124,10 @@ def test_leaves_the_models_in_the_mode_they_were_in(tokenizer, text_dataset):
 def test_tokens_that_a_model_does_not_know_are_refused(tokenizer, text_dataset):
     models = make_model(seed=1), make_model(seed=2, vocab_size=100)
     for student, teacher in (models, models[::-1]):
-        with pytest.raises(ValueError, match=r"LlamaForCausalLM has no embedding for token \d+ of the rows"):
+        with pytest.raises(
+            ValueError,
+            match=r"row 0 of the dataset has token id \d+ at place \d+, but the models have embeddings only for",
+        ):
             evaluate_fidelity(student, teacher, text_dataset, tokenizer)
 
 

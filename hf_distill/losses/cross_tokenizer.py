@@ -53,6 +53,7 @@ from hf_distill.losses.fused_linear import (
     HeadGradients,
     block_rows,
     check_settings,
+    check_tokens,
     default_chunk_size,
 )
 from hf_distill.token_alignment import OUTSIDE, UNNAMED, SharedTokens
@@ -114,6 +115,7 @@ def cross_tokenizer_loss(
     divergence_params: dict | None = None,
     num_items: int | float | Tensor | None = None,
     chunk_size: int | None = None,
+    checked: bool = False,
 ) -> DistillationLoss:
     """`(kd_weight * T^2 * sum over groups + (1 - kd_weight) * sum_i CE_1(i)) / num_items` without [N x V] logits.
 
@@ -135,6 +137,7 @@ def cross_tokenizer_loss(
         divergence (`str`), divergence_params (`dict`, *optional*): of "aligned"; a name in `DIVERGENCES`.
         num_items (`int` or scalar tensor, *optional*): the divisor, N by default.
         chunk_size (`int`, *optional*): positions per chunk; by default as many as fit `CHUNK_BYTES`.
+        checked (`bool`): as in [`~hf_distill.losses.fused_linear.fused_distillation_loss`].
 
     Returns:
         [`DistillationLoss`]. `kd` (without factors of the temperature) is a sum over groups. `agreement` is the number
@@ -149,6 +152,11 @@ def cross_tokenizer_loss(
         student_hidden, student_head, teacher_hidden, teacher_head, labels, spans, shared,
         kd_weight, temperature, method, chunk_size,
     )  # fmt: skip
+    if not checked:
+        sizes = len(shared.student_names), len(shared.teacher_names)
+        check_tokens("labels", labels, sizes[0], allowed=-100)
+        check_tokens("student_tokens", spans.student_tokens, sizes[0])
+        check_tokens("teacher_tokens", spans.teacher_tokens, sizes[1])
     student_ids, teacher_ids, student_names, teacher_names = (x.to(student_hidden.device) for x in shared)
     student = _side(student_head.with_product_dtype(student_hidden), student_ids, student_names)
     teacher = _side(teacher_head.with_product_dtype(teacher_hidden), teacher_ids, teacher_names)

@@ -159,8 +159,8 @@ def fused_linear_distillation_loss(
         teacher_hidden (`torch.Tensor` of shape `(N, Dt)`), teacher_head (`torch.Tensor` of shape `(Vt, Dt)`):
             The same of the teacher, on the student's device. Never gets a gradient.
         labels (`torch.Tensor` of shape `(N,)`, int64):
-            The token that follows each position; -100 drops only the hard label there. To drop a position, do not
-            pass it.
+            The token that follows each position, below `vocab_size`; -100 drops only the hard label there. To drop a
+            position, do not pass it.
         kd_weight (`float`): weight of the divergence, in [0, 1]; hard labels get `1 - kd_weight`.
         temperature (`float`): of the divergence, in [1e-4, 1e5].
         divergence (`str`), divergence_params (`dict`, *optional*): a name in `DIVERGENCES`, and its parameters.
@@ -174,7 +174,8 @@ def fused_linear_distillation_loss(
         chunk_size (`int`, *optional*): positions per chunk; by default as many as fit `CHUNK_BYTES`.
 
     Raises:
-        `ValueError`: shapes that do not fit, an unknown divergence or parameter, a number out of its range.
+        `ValueError`: shapes that do not fit, an unknown divergence or parameter, a number out of its range, a label
+            that is no token.
     """
     student = Head(student_head, student_bias, student_logit_scale, student_softcap)
     teacher = Head(teacher_head, teacher_bias, teacher_logit_scale, teacher_softcap)
@@ -206,6 +207,7 @@ def fused_distillation_loss(
     vocab_size: int | None = None,
     chunk_size: int | None = None,
     compiled: bool = True,
+    checked: bool = False,
 ) -> DistillationLoss:
     """[`fused_linear_distillation_loss`] for whole heads and any number of teachers; never holds the logits of two.
 
@@ -219,6 +221,7 @@ def fused_distillation_loss(
             both have the same gradient, because they differ by a constant.
         vocab_size (`int`, *optional*): by default the rows of the smallest head.
         compiled (`bool`): on CUDA, whether to compile the element-wise part; anew whenever a number below changes.
+        checked (`bool`): whether labels are known to be allowed; to look at them, the host waits for the device.
         labels, kd_weight, temperature, divergence, divergence_params, token_weights, num_items, chunk_size:
             As in [`fused_linear_distillation_loss`].
 
@@ -234,6 +237,8 @@ def fused_distillation_loss(
     _check_arguments(
         student_hidden, student, teachers, labels, token_weights, kd_weight, temperature, vocab_size, chunk_size
     )
+    if not checked:
+        check_tokens("labels", labels, vocab_size, allowed=-100)
     if chunk_size is None:
         chunk_size = default_chunk_size(student_hidden.device, vocab_size)
     if num_items is None:
@@ -494,6 +499,16 @@ def _check_arguments(
         if tensor is not None and tensor.shape[0] != num_rows:
             raise ValueError(f"{name} has {tensor.shape[0]} rows, student_hidden has {num_rows}")
     check_settings(kd_weight, temperature, chunk_size)
+
+
+def check_tokens(name: str, tokens: Tensor, vocab_size: int, allowed: int | None = None) -> None:
+    """Raises `ValueError` for ids (N,) that are neither `allowed` nor from 0 to `vocab_size - 1`."""
+    strange = (tokens < 0) | (tokens >= vocab_size)
+    strange = strange if allowed is None else strange & (tokens != allowed)
+    if strange.any():
+        row = int(strange.nonzero()[0])
+        besides = "" if allowed is None else f"{allowed} and "
+        raise ValueError(f"{name}[{row}] is {int(tokens[row])}; {besides}0 to {vocab_size - 1} are possible")
 
 
 def check_settings(kd_weight: float, temperature: float, chunk_size: int | None) -> None:

@@ -11,13 +11,12 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
-from trl import SFTConfig, is_conversational
-from trl.data_utils import is_conversational_from_value
 
 from hf_distill.layer_mapping import Mapping as LayerMapping
 from hf_distill.layer_mapping import describe_mapping, layer_mapping
 from hf_distill.metrics import metric_name, more_is_better
 from hf_distill.modeling import causal_lm, num_token_ids, shared_parameters
+from hf_distill.rows import CHAT_COLUMNS, is_chat
 from hf_distill.teachers.local import BASE, public_name
 from hf_distill.trainers.config import KDConfig
 
@@ -68,22 +67,6 @@ def check_best_metric(args: KDConfig, eval_dataset: Any, metrics: Iterable[str],
 def is_of_a_library(kind: type) -> bool:
     """Whether a callback or trainer is known not to add metrics to an evaluation but those of these libraries."""
     return kind.__module__.split(".")[0] in ("transformers", "trl", "hf_distill")
-
-
-def check_columns(dataset: AnyDataset, name: str, text_field: str, has_formatting: bool) -> None:
-    """Raises `ValueError` for a dataset without rows, without text, or with images."""
-    row = next(iter(dataset), None)
-    if row is None:
-        raise ValueError(f"the {name} dataset is empty")
-    columns = set(row)
-    if columns & {"image", "images"}:
-        raise ValueError(f"the {name} dataset has images; hf_distill trains language models on text only")
-    known = [{"input_ids"}, {text_field}, {"messages"}, {"conversations"}, {"prompt", "completion"}]
-    if not has_formatting and not any(wanted <= columns for wanted in known):
-        raise ValueError(
-            f"the {name} dataset has the columns {', '.join(sorted(columns))}; it needs {text_field!r}, 'messages', "
-            "'prompt' and 'completion', or 'input_ids'. Rename a column, set dataset_text_field or pass formatting_func"
-        )
 
 
 def named_teachers(
@@ -177,7 +160,7 @@ def check_chat_template(
 ) -> None:
     """Raises `ValueError` for conversations that the tokenizer cannot turn into text; `setting` gives it a template."""
     row = next(iter(dataset))
-    chats = "input_ids" not in row and (is_conversational(row) or is_conversational_from_value(row))
+    chats = "input_ids" not in row and any(is_chat(row.get(column)) for column in CHAT_COLUMNS)
     if chats and tokenizer.chat_template is None:
         raise ValueError(
             f"the {name} dataset has conversations, but {whose} tokenizer has no chat template: use one of an "
@@ -208,19 +191,6 @@ def refuse_layers(
     for config in theirs:
         if layers != "cka":
             layer_mapping(layers, mine.num_hidden_layers, config.num_hidden_layers)
-
-
-def has_label(row: Mapping[str, Any], vocab_size: int, dataset_name: str) -> bool:
-    """Whether a tokenised row has anything to train on; `ValueError` for a token that the teacher does not know."""
-    if "input_ids" not in row:
-        return True  # Of a dataset that is prepared by its own collator.
-    if (largest := int(max(row["input_ids"], default=0))) >= vocab_size:
-        raise ValueError(
-            f"a row of the {dataset_name} dataset has token id {largest}, but student and teacher share only the ids "
-            f"below {vocab_size}: one of them cannot read it. Use tokens (eos_token, chat template) that both know"
-        )
-    labels = row["labels"] if "labels" in row else row["input_ids"]
-    return any(label != -100 for label in labels[1:])
 
 
 def refuse_batch(
@@ -256,16 +226,6 @@ def refuse_batch(
         value = (labels, ids)[side][tuple(place)].item()
         limits = f"-100 and 0 to {vocab_size - 1} are" if side == 0 else f"0 to {num_ids - 1} are"
         raise ValueError(f"a batch has the {prefix}{('label', 'token id')[side]} {value}; {limits} possible")
-
-
-def refuse_no_label(kept: AnyDataset, name: str, args: SFTConfig) -> None:
-    """Raises `ValueError` if no row has been kept, of a stream none of the first `PEEKED_ROWS`."""
-    if next(iter(kept), None) is None:
-        which = "no row" if isinstance(kept, Dataset) else f"none of the first {PEEKED_ROWS:,} rows"
-        raise ValueError(
-            f"{which} of the {name} dataset has a label left to train on; check max_length ({args.max_length}), "
-            "completion_only_loss, assistant_only_loss and the chat template"
-        )
 
 
 def refuse_vision(model: str | PreTrainedModel, processing_class: Any) -> None:

@@ -22,7 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names
 
 from hf_distill.kv_projector import Projectors
 from hf_distill.layer_mapping import Mapping as LayerMapping
@@ -45,6 +46,7 @@ from hf_distill.modeling import (
 from hf_distill.saved_weights import load_weights
 from hf_distill.teachers import Signal, Teacher
 from hf_distill.teachers.local import BASE
+from hf_distill.token_rows import Limits
 from hf_distill.trainers.checkpoints import (
     CheckpointTiming,
     checkpoints,
@@ -62,8 +64,6 @@ from hf_distill.trainers.checks import (
     AnyDataset,
     check_best_metric,
     check_chat_template,
-    check_columns,
-    has_label,
     is_of_a_library,
     named_datasets,
     named_teachers,
@@ -71,7 +71,6 @@ from hf_distill.trainers.checks import (
     refuse_frozen,
     refuse_layers,
     refuse_lost_processes,
-    refuse_no_label,
     refuse_other_layers,
     refuse_prompt_learning,
     refuse_row_columns,
@@ -81,6 +80,16 @@ from hf_distill.trainers.checks import (
     student_tokenizer,
 )
 from hf_distill.trainers.config import KDConfig
+from hf_distill.trainers.data import (
+    check_columns,
+    checked,
+    formatted,
+    one_format,
+    over_datasets,
+    refuse_no_label,
+    tell_columns,
+    with_label,
+)
 from hf_distill.trainers.hidden_layers import HiddenLayers
 from hf_distill.trainers.resuming import other_run, save_run, tell_differing_settings
 from hf_distill.trainers.teacher_set import TeacherSet
@@ -179,7 +188,8 @@ class KDTrainer(SFTTrainer):
         refuse_vision(model, processing_class)
         refuse_split(model)
         for name, dataset in named_datasets(train_dataset, eval_dataset).items():
-            self.check_columns(dataset, name, args.dataset_text_field, formatting_func is not None)
+            self.check_columns(dataset, name, args, formatting_func is not None)
+            tell_columns(dataset, name, args)
             refuse_row_columns(dataset, name, args)
 
         # The teacher comes first: what is wrong with it is told before the student is loaded and the data tokenised.
@@ -200,10 +210,18 @@ class KDTrainer(SFTTrainer):
         self.teachers, self.vocab_size = self.teacher_set.by_name, self.teacher_set.vocab_size
 
         if skip_prepare:
-            # Such rows are trained on as they are; a token that the teacher lacks would fail in the middle of training.
+            # Such rows are trained on as they are; what no model can read would fail in the middle of training.
+            limits = self._limits(None)
             for name, dataset in named_datasets(train_dataset, eval_dataset).items():
                 dataset = dataset if isinstance(dataset, Dataset) else dataset.take(PEEKED_ROWS)
-                refuse_no_label(self._with_label(dataset, args, name), name, args)
+                refuse_no_label(with_label(dataset, name, limits, args), name, args)
+            one_by_one = lambda rows, name: rows if isinstance(rows, Dataset) else checked(rows, name, limits, args)  # noqa: E731
+            train_dataset, eval_dataset = over_datasets(one_by_one, train_dataset, eval_dataset)
+        elif formatting_func is None:
+            # Before SFTTrainer looks at a row to see what it is.
+            train_dataset, eval_dataset = over_datasets(
+                partial(self._one_format, args=args), train_dataset, eval_dataset
+            )
 
         if isinstance(model, str) and args.device.type == "cuda" and args.world_size == 1:
             # TRL would spread the student over all GPUs, the teacher's too.
@@ -351,6 +369,7 @@ class KDTrainer(SFTTrainer):
             "divergence_params": params,
             "num_items": torch.as_tensor(num_items, device=device).clamp(min=1),
             "chunk_size": self.args.loss_chunk_size,
+            "checked": True,
         }
         hidden, labels = hidden.to(device), labels.to(device)
         signals = [signal._replace(hidden=signal.hidden.to(device)) for signal in signals]
@@ -718,17 +737,32 @@ class KDTrainer(SFTTrainer):
     # ------------------------------------------------------------------------------------------------------ data
 
     check_columns = staticmethod(check_columns)
+    _one_format = staticmethod(one_format)
+
+    def _limits(self, max_length: int | None) -> Limits:
+        return Limits(self.vocab_size, teacher_ids=self.teacher_set.num_token_ids(), max_length=max_length)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        self.check_columns(dataset, dataset_name, args, formatting_func is not None)  # an evaluation brings its own
+        columns = get_dataset_column_names(dataset)
+        is_tokenized, is_packed = "input_ids" in columns, "seq_lengths" in columns
+        if not is_tokenized:
+            if formatting_func is not None:
+                dataset, formatting_func = formatted(dataset, dataset_name, args, formatting_func), None
+            dataset = one_format(dataset, dataset_name, args)
+        packing = packing and not is_packed
         if packing:
             # Rows are dropped and counted before they are joined. Of the strategies, only "bfd" cuts at max_length.
             alone = copy.copy(args)
             alone.shuffle_dataset, alone.truncation_mode = False, "keep_start"
             alone.max_length = args.max_length if args.packing_strategy == "bfd" else None
             dataset = self._prepare_dataset(dataset, processing_class, alone, False, formatting_func, dataset_name)
-            formatting_func = None
+            formatting_func, is_tokenized = None, True
+        elif is_tokenized:  # by the numbers that its rows have for the caller
+            dataset = checked(dataset, dataset_name, self._limits(args.max_length), args)
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        kept = self._with_label(prepared, args, dataset_name)
+        limits = self._limits(None)
+        kept = with_label(prepared, dataset_name, None if is_tokenized else limits, args)
         if isinstance(dataset, Dataset):
             refuse_no_label(kept, dataset_name, args)
             if not packing and (dropped := len(dataset) - len(kept)):
@@ -736,18 +770,12 @@ class KDTrainer(SFTTrainer):
         elif not packing:
             first = dataset.take(PEEKED_ROWS)
             first = super()._prepare_dataset(first, processing_class, args, False, formatting_func, dataset_name)
-            refuse_no_label(self._with_label(first, args, dataset_name), dataset_name, args)
+            refuse_no_label(with_label(first, dataset_name, limits, args), dataset_name, args)
         return self.teacher_set.prepared(kept, dataset_name)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, *self.teacher_set.columns()})
-
-    def _with_label(self, dataset: AnyDataset, args: SFTConfig, dataset_name: str) -> AnyDataset:
-        keep = partial(has_label, vocab_size=self.vocab_size, dataset_name=dataset_name)
-        if not isinstance(dataset, Dataset):
-            return dataset.filter(keep)
-        return dataset.filter(keep, num_proc=args.dataset_num_proc, desc=f"Checking labels of {dataset_name} dataset")
 
     # ------------------------------------------------------------------------------------------------ model card
 

@@ -23,6 +23,7 @@ from hf_distill.teachers import Signal
 from hf_distill.teachers.local import BASE, LocalTeacher, is_split
 from hf_distill.trainers.checks import AnyDataset, text_config
 from hf_distill.trainers.config import HARD_SOURCES, ROLLOUT_SOURCES, SpeculativeKDConfig
+from hf_distill.trainers.data import refuse_unread
 from hf_distill.trainers.kd import KDTrainer
 
 logger = logging.getLogger(__name__)
@@ -153,10 +154,13 @@ class SpeculativeKDTrainer(KDTrainer):
 
     # ------------------------------------------------------------------------------------------------------ data
 
-    @staticmethod
-    def check_columns(dataset: AnyDataset, name: str, *_: Any) -> None:
-        if next(iter(dataset), None) is None:
+    def check_columns(self, dataset: AnyDataset, name: str, *_: Any) -> None:  # pyright: ignore
+        if (row := next(iter(dataset), None)) is None:
             raise ValueError(f"the {name} dataset is empty")
+        if self._prompts is None:  # whose columns may have any name
+            refuse_unread(set(row), name, {"teacher_prompt", "teacher_prompt_ids"})
+
+    _one_format = staticmethod(lambda rows, *_, **__: rows)  # collators read more formats, row by row
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         collator = self._prompts or PromptCollator(processing_class)
@@ -353,9 +357,9 @@ def _encode(
         ids = row[f"{side}_prompt_ids"]
         if not ids:
             raise ValueError(f"the {side}'s prompt of {name} is empty; it needs at least one token")
-        if max(*ids, *completion, 0) >= vocab_size:
+        if strange := [token for token in (*ids, *completion) if not 0 <= token < vocab_size]:
             raise ValueError(
-                f"{name} has token id {max(*ids, *completion)}, but student and teacher share only the ids below "
+                f"{name} has token id {strange[0]}, but student and teacher share only the ids below "
                 f"{vocab_size}: one of them cannot read it. Use tokens (eos_token, chat template) that both know"
             )
         if limit is not None and len(ids) + max_new_tokens > limit:

@@ -12,7 +12,6 @@ from transformers import (
     BertGenerationDecoder,
     CTRLConfig,
     CTRLLMHeadModel,
-    TrainerCallback,
 )
 
 from hf_distill import KDConfig, KDTrainer, KVProjectionConfig, KVProjectionTrainer

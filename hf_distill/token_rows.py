@@ -1,0 +1,280 @@
+"""Rows of token ids and labels, many at a time: what no model could read or learn, and which rows have a label.
+
+A column of lists is its values, one after the other, and where each row of them starts: Arrow keeps it so, and a
+comparison of all values takes less time than a loop over one row.
+
+Shapes: R rows, n values of all rows.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from datasets.utils import tqdm
+
+ROWS_PER_BLOCK = 4096
+MAX_THREADS = 8
+# Columns that speak of each token of `input_ids`, beside those that do so for the teacher's own text.
+PER_TOKEN = ("labels", "attention_mask", "completion_mask", "assistant_masks")
+COLUMNS = ("input_ids", *PER_TOKEN, "seq_lengths", "position_ids", "teacher_input_ids", "teacher_labels")
+
+
+class Limits(NamedTuple):
+    """What rows may hold."""
+
+    vocab_size: int  # labels are -100 or below this
+    num_ids: int | None = None  # token ids that can be read, by default the same
+    teacher_ids: int | None = None  # those that the teacher reads in a text of its own, by default the same
+    max_length: int | None = None  # where rows are cut
+    known_to: str = "student and teacher share only"  # for messages: the ids below `num_ids`
+
+
+class Ragged(NamedTuple):
+    """A column of lists."""
+
+    values: np.ndarray  # (n,)
+    starts: np.ndarray  # (R + 1,)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(R,)"""
+        return np.diff(self.starts)
+
+    def first(self, wrong: np.ndarray) -> tuple[int, int]:
+        """Row and place in it of the first value that is `wrong` (n,)."""
+        index = int(wrong.argmax())
+        row = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return row, index - int(self.starts[row])
+
+    def places(self) -> np.ndarray:
+        """The place of each value in its row, (n,)."""
+        return np.arange(len(self.values)) - np.repeat(self.starts[:-1], self.lengths)
+
+    def bears_label(self) -> np.ndarray:
+        """Of labels: which are to be predicted, (n,). Nothing predicts the first token of a row."""
+        bears = self.values != -100
+        bears[self.starts[:-1][self.lengths > 0]] = False
+        return bears
+
+    def count(self, which: np.ndarray) -> np.ndarray:
+        """How many of each row's values are among `which` (n,), as (R,)."""
+        return np.diff(np.concatenate([[0], np.cumsum(which)])[self.starts])
+
+
+class RowProblem(Exception):
+    """What is wrong with a row of a block, and which row it is."""
+
+    def __init__(self, row: int, problem: str) -> None:
+        super().__init__(problem)
+        self.row = row
+
+
+def check_row(row: Mapping[str, Any], name: str, limits: Limits) -> None:
+    """Raises `ValueError` for a row, called `name`, that is not what [`Limits`] allow."""
+    _check({column: [row[column]] for column in COLUMNS if row.get(column) is not None}, lambda _: name, limits)
+
+
+def has_label(row: Mapping[str, Any]) -> bool:
+    """Whether a tokenised row has anything to train on."""
+    labels = row["labels"] if row.get("labels") is not None else row["input_ids"]
+    return any(label != -100 for label in labels[1:])
+
+
+def check_rows(dataset: Dataset, name: str, limits: Limits, num_threads: int | None = None) -> None:
+    """Raises `ValueError` for the first row of a data set called `name` that is not what [`Limits`] allow."""
+
+    def check(columns: Mapping[str, Any], start: int) -> None:
+        _check(columns, lambda row: f"row {start + row} of the {name} dataset", limits)
+
+    _over_blocks(dataset, COLUMNS, check, f"Checking {name} dataset", num_threads)
+
+
+def rows_with_label(
+    dataset: Dataset, name: str, limits: Limits | None = None, num_threads: int | None = None
+) -> np.ndarray:
+    """Which rows have anything to train on, (R,) bool. With `limits`, also what [`check_rows`] does, on the way."""
+
+    def find(columns: Mapping[str, Any], start: int) -> np.ndarray:
+        if limits is not None:
+            _check(columns, lambda row: f"row {start + row} of the {name} dataset", limits)
+        if "input_ids" not in columns:  # of a data set that is prepared by its own collator
+            return np.ones(min(ROWS_PER_BLOCK, len(dataset) - start), dtype=bool)
+        labels = _ragged(columns.get("labels", columns["input_ids"]), "labels")
+        return labels.count(labels.bears_label()) > 0
+
+    if "input_ids" not in dataset.column_names and dataset.format["type"] != "custom":
+        return np.ones(len(dataset), dtype=bool)
+    columns = COLUMNS if limits is not None else ("input_ids", "labels")
+    found = _over_blocks(dataset, columns, find, f"Checking labels of {name} dataset", num_threads)
+    return np.concatenate([np.zeros(0, dtype=bool), *found])
+
+
+def _over_blocks(
+    dataset: Dataset, names: Iterable[str], function: Callable[..., Any], what: str, num_threads: int | None
+) -> list[Any]:
+    """`function(columns, first row)` of all blocks in order; in threads, which numpy and Arrow let run."""
+    if dataset.format["type"] == "custom":
+        num_threads = 1  # a transform makes the rows, and may not be made to be called twice at once
+    else:
+        present = [name for name in names if name in dataset.column_names]
+        dataset = dataset.select_columns(present).with_format("arrow")
+    threads = max(1, num_threads or min(os.cpu_count() or 1, MAX_THREADS))
+
+    def run(start: int) -> Any:
+        block: Any = dataset[start : start + ROWS_PER_BLOCK]
+        found = block.column_names if isinstance(block, pa.Table) else block
+        return function({name: block[name] for name in found if name in names}, start)
+
+    results = []
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(dataset), desc=what, unit=" rows") as bar:
+        for start, result in zip(starts := range(0, len(dataset), ROWS_PER_BLOCK), pool.map(run, starts), strict=True):
+            results.append(result)
+            bar.update(min(ROWS_PER_BLOCK, len(dataset) - start))
+    return results
+
+
+def _check(columns: Mapping[str, Any], name_of: Callable[[int], str], limits: Limits) -> None:
+    try:
+        found = {name: _ragged(cells, name) for name, cells in columns.items()}
+        if "input_ids" in found:
+            _check_values(found, "", limits.num_ids or limits.vocab_size, limits)
+            _check_places(found, limits)
+        if "teacher_input_ids" in found and "teacher_labels" in found:
+            _check_values(found, "teacher_", limits.teacher_ids or limits.vocab_size, limits)
+            if "input_ids" in found:
+                _check_same_completion(found, limits)
+    except RowProblem as problem:
+        raise ValueError(f"{name_of(problem.row)} {problem}") from None
+
+
+def _check_values(found: Mapping[str, Ragged], side: str, num_ids: int, limits: Limits) -> None:
+    ids = found[f"{side}input_ids"]
+    for column in (f"{side}{name}" for name in PER_TOKEN):
+        if column in found and (differs := found[column].lengths != ids.lengths).any():
+            row = int(differs.argmax())
+            lengths = f"{ids.lengths[row]} {side}input_ids and {found[column].lengths[row]} {column}"
+            raise RowProblem(row, f"has {lengths}: there has to be one for each token")
+    strange = (ids.values < 0) | (ids.values >= num_ids)
+    if strange.any():
+        row, place = ids.first(strange)
+        value = ids.values[ids.starts[row] + place]
+        known_to = "the teacher has only" if side else limits.known_to
+        raise RowProblem(
+            row,
+            f"has {side.replace('_', ' ')}token id {value} at place {place}, but {known_to} the ids below {num_ids}: "
+            "it cannot be read by all. Use tokens (eos_token, chat template) that both know",
+        )
+    if f"{side}labels" in found:
+        labels = found[f"{side}labels"]
+        strange = ((labels.values < 0) & (labels.values != -100)) | (labels.values >= limits.vocab_size)
+        if strange.any():
+            row, place = labels.first(strange)
+            value = labels.values[labels.starts[row] + place]
+            raise RowProblem(
+                row,
+                f"has the {side.replace('_', ' ')}label {value} at place {place}; a label is -100, which masks its "
+                f"token, or a token id from 0 to {limits.vocab_size - 1}",
+            )
+
+
+def _check_places(found: Mapping[str, Ragged], limits: Limits) -> None:
+    """Columns that say where in a text a token stands, of which the trainers read `seq_lengths` alone."""
+    ids = found["input_ids"]
+    if "attention_mask" in found:
+        mask = found["attention_mask"]
+        masked = mask.values == 0
+        labels = found.get("labels", ids)
+        before = masked & np.append(~masked[1:], False)  # a token that is read comes behind
+        before[mask.starts[1:][mask.lengths > 0] - 1] = False
+        if (wrong := before | (masked & (labels.values != -100))).any():
+            row, place = mask.first(wrong)
+            raise RowProblem(
+                row,
+                f"has padding (attention_mask 0 at place {place}) that would be read or trained on: rows are padded "
+                "when batches are made, leave padding out",
+            )
+    if "seq_lengths" in found:
+        lengths = found["seq_lengths"]
+        sums = np.diff(np.concatenate([[0], np.cumsum(lengths.values)])[lengths.starts])
+        wrong = (sums != ids.lengths) | (lengths.count(lengths.values < 1) > 0)
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise RowProblem(
+                row, f"has {ids.lengths[row]} input_ids, but seq_lengths of {sums[row]} tokens: cut both or neither"
+            )
+    elif "position_ids" in found:
+        positions = found["position_ids"]
+        if (wrong := positions.values != positions.places()).any():
+            raise RowProblem(
+                positions.first(wrong)[0],
+                "has position_ids that do not count from 0, and they are not read: give the lengths of the documents "
+                "of a packed row as 'seq_lengths'",
+            )
+    cut = [name for name in ("seq_lengths", "teacher_input_ids") if name in found]
+    if cut and limits.max_length is not None and (longer := ids.lengths > limits.max_length).any():
+        row = int(longer.argmax())
+        raise RowProblem(
+            row,
+            f"has {ids.lengths[row]} tokens, and max_length={limits.max_length} would cut them, but not its {cut[0]}: "
+            "raise max_length, or shorten the row",
+        )
+
+
+def _check_same_completion(found: Mapping[str, Ragged], limits: Limits) -> None:
+    labels = [found.get("labels", found["input_ids"]), found["teacher_labels"]]
+    bearing = [side.bears_label() for side in labels]
+    counts = [side.count(bears) for side, bears in zip(labels, bearing, strict=True)]
+    if (differs := counts[0] != counts[1]).any():
+        row = int(differs.argmax())
+    else:
+        student, teacher = (side.values[bears] for side, bears in zip(labels, bearing, strict=True))
+        if not (differs := student != teacher).any():
+            return
+        row = int(np.searchsorted(np.cumsum(counts[0]), int(differs.argmax()), side="right"))
+    raise RowProblem(
+        row,
+        f"has {counts[0][row]} label-bearing tokens for the student and {counts[1][row]} for the teacher, or others: "
+        "both have to end with the same completion",
+    )
+
+
+def _ragged(cells: Any, name: str) -> Ragged:
+    """A column of Arrow, or a list of lists, arrays or tensors. Raises [`RowProblem`] for what are no integers."""
+    if isinstance(cells, pa.ChunkedArray):
+        array: Any = cells.combine_chunks()
+    else:
+        parts = [None if cell is None else np.asarray(cell) for cell in cells]
+        if flat := [row for row, part in enumerate(parts) if part is not None and part.ndim != 1]:
+            raise RowProblem(flat[0], f"has {name} of another form than a list")
+        if objects := [
+            row for row, part in enumerate(parts) if part is not None and len(part) and part.dtype == object
+        ]:
+            raise RowProblem(objects[0], f"has None among its {name}, or what is no integer")
+        present = [part for part in parts if part is not None and len(part)]
+        values = np.concatenate(present) if present else np.zeros(0, dtype=np.int64)
+        starts = np.cumsum([0, *(0 if part is None else len(part) for part in parts)])
+        if None in cells if isinstance(cells, list) else False:
+            raise RowProblem(cells.index(None), f"has no {name} (None)")
+        return Ragged(_integers(values, name), starts)
+    if not pa.types.is_list(array.type) and not pa.types.is_large_list(array.type):
+        if not pa.types.is_fixed_size_list(array.type):
+            raise RowProblem(0, f"has {name} of another form than a list ({array.type})")
+        array = array.cast(pa.list_(array.type.value_type))
+    if array.null_count:
+        raise RowProblem(int(np.asarray(array.is_null()).argmax()), f"has no {name} (None)")
+    flat, starts = array.flatten(), np.asarray(array.offsets)
+    starts = starts - starts[0]
+    if flat.null_count:
+        row = int(np.searchsorted(starts, int(np.asarray(flat.is_null()).argmax()), side="right")) - 1
+        raise RowProblem(row, f"has None among its {name}")
+    return Ragged(_integers(flat.to_numpy(zero_copy_only=False), name), starts)
+
+
+def _integers(values: np.ndarray, name: str) -> np.ndarray:
+    if values.dtype.kind not in "iub" and len(values):
+        raise RowProblem(0, f"has {name} that are no integers ({values.dtype})")
+    return values.astype(np.int8) if values.dtype.kind == "b" else values

@@ -1,0 +1,226 @@
+"""Data sets on their way into a trainer: which of their columns are read, in which format, and which rows count."""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from trl import SFTConfig
+from trl.data_utils import get_dataset_column_names
+
+from hf_distill.collators import OWN_COLUMNS
+from hf_distill.rows import ALIASES, CHAT_COLUMNS, is_chat, with_messages
+from hf_distill.token_rows import Limits, check_row, check_rows, has_label, rows_with_label
+from hf_distill.trainers.checks import PEEKED_ROWS, AnyDataset
+from hf_distill.trainers.config import KDConfig
+
+logger = logging.getLogger(__name__)
+
+# Columns that are a format of TRL's, or a part of one. Of several, one is used, and the rest would disturb it.
+FORMAT_COLUMNS = {"prompt", "completion", "messages", "conversations", "chosen", "rejected"}
+# What is read beside a format.
+READ_BESIDE = {
+    "input_ids": {"labels", "completion_mask", "assistant_masks", "seq_lengths"},
+    "text": {"tools", "chat_template_kwargs"},
+}
+TEACHER_COLUMNS = {"teacher_prompt", "teacher_index", "teacher_input_ids", "teacher_labels"}
+# Who has these expects that they change the training.
+EXPECTED_TO_COUNT = {"teacher", "teacher_index", "weight", "weights", "sample_weight", "loss_mask", "loss_weight"}
+
+
+def over_datasets(function: Callable[[AnyDataset, str], AnyDataset], train: Any, evaluation: Any) -> tuple[Any, Any]:
+    """`function(data set, name)` of the training rows and of all held-out ones."""
+    if isinstance(evaluation, dict):
+        return function(train, "train"), {name: function(rows, name) for name, rows in evaluation.items()}
+    return function(train, "train"), evaluation if evaluation is None else function(evaluation, "eval")
+
+
+def used_format(columns: set[str], text_field: str) -> tuple[str, ...]:
+    """The columns that are the text of a data set's rows: the first of the formats that it has; empty for none."""
+    formats = [("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",), (text_field,)]
+    return next((wanted for wanted in formats if columns.issuperset(wanted)), ())
+
+
+def check_columns(dataset: AnyDataset, name: str, args: KDConfig, has_formatting: bool) -> None:
+    """Raises `ValueError` for a dataset without rows or text, with images, or with columns that nobody would follow."""
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(f"the {name} dataset is empty")
+    columns = set(row)
+    if columns & {"image", "images"}:
+        raise ValueError(f"the {name} dataset has images; hf_distill trains language models on text only")
+    text_field = args.dataset_text_field
+    if not has_formatting and not used_format(columns, text_field):
+        raise ValueError(
+            f"the {name} dataset has the columns {', '.join(sorted(columns))}; it needs {text_field!r}, 'messages', "
+            "'prompt' and 'completion', or 'input_ids'. Rename a column, set dataset_text_field or pass formatting_func"
+        )
+    refuse_unread(columns, name, TEACHER_COLUMNS)
+    for_tokens = columns & {"labels", "completion_mask", "assistant_masks"}
+    if for_tokens and "input_ids" not in columns:
+        raise ValueError(
+            f"the {name} dataset has {sorted(for_tokens)[0]!r}, which speaks of tokens, but no 'input_ids': remove or "
+            "rename it, or give the tokens"
+        )
+    if "completion_mask" in columns and "labels" not in columns and not args.completion_only_loss:
+        raise ValueError(
+            f"the completion_mask of the {name} dataset is read with completion_only_loss=True alone: set it, or "
+            "remove the column"
+        )
+    is_free = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
+    if "seq_lengths" in columns and not is_free:
+        raise ValueError(
+            f"the rows of the {name} dataset are packed (seq_lengths), and their documents would see each other: set "
+            "packing=True, or padding_free=True with max_length=None"
+        )
+
+
+def refuse_unread(columns: set[str], name: str, read: set[str]) -> None:
+    """Raises `ValueError` for a column that is called as if it were the teacher's, and that nothing reads."""
+    made = re.compile(rf"teacher_\d+_({'|'.join(OWN_COLUMNS)})")
+    if unread := [c for c in sorted(columns - read) if c.startswith("teacher_") and not made.fullmatch(c)]:
+        raise ValueError(
+            f"the {name} dataset has a column {unread[0]!r}, which nothing reads: what the teacher says is computed. "
+            f"Remove or rename it; of the teacher's columns there are {', '.join(sorted(read))}"
+        )
+
+
+def tell_columns(dataset: AnyDataset, name: str, args: KDConfig) -> None:
+    """Says in one line which columns are read and which are not; a warning if one looks as if it should count."""
+    columns = set(next(iter(dataset)))
+    used = set(used_format(columns, args.dataset_text_field))
+    read = used | READ_BESIDE["input_ids" if "input_ids" in used else "text"] | TEACHER_COLUMNS
+    read = (read | {"teacher"}) if args.teacher_combination == "route" else read - {"teacher_index"}
+    if left := sorted(c for c in columns - read if not re.match(r"teacher_\d+_", c)):
+        level = logging.WARNING if EXPECTED_TO_COUNT & set(left) else logging.INFO
+        logger.log(level, "of the %s dataset %s is read; not read: %s", name, ", ".join(sorted(used)), ", ".join(left))
+
+
+def one_format(dataset: AnyDataset, name: str, args: KDConfig) -> AnyDataset:
+    """A data set with the columns of one format, whose conversations are messages with `role` and `content`.
+
+    TRL takes columns of several formats for what comes first, and appends the end of text to another one.
+
+    Raises:
+        `ValueError`: a row without a text in these columns, or with a role that no template knows.
+    """
+    columns = set(get_dataset_column_names(dataset))
+    used = used_format(columns, args.dataset_text_field)
+    if used in ((), ("input_ids",)):
+        return dataset
+    if others := sorted(columns & (FORMAT_COLUMNS | {args.dataset_text_field}) - set(used)):
+        logger.warning(
+            "the rows of the %s dataset are read from %s; left out: %s", name, ", ".join(used), ", ".join(others)
+        )
+        dataset = dataset.remove_columns(others)
+    all_columns = ", ".join(sorted(columns))
+    function = partial(_one_format, used=used, name=name, all_columns=all_columns)
+    gone = ["conversations"] if used == ("conversations",) else None
+    if not isinstance(dataset, Dataset):
+        return dataset.map(function, with_indices=True, remove_columns=gone)
+    if dataset.format["type"] == "custom":
+        return dataset  # TRL refuses it in words
+    _refuse_missing(dataset, used, name, all_columns)
+    if not gone and not any(_has_other_roles(dataset, column) for column in CHAT_COLUMNS):
+        return dataset
+    what = f"Converting {name} dataset to messages"
+    with args.main_process_first(desc=what):
+        return dataset.map(function, with_indices=True, remove_columns=gone, num_proc=args.dataset_num_proc, desc=what)
+
+
+def formatted(dataset: AnyDataset, name: str, args: KDConfig, formatting_func: Callable[..., str]) -> AnyDataset:
+    """A data set with the text that `formatting_func` makes of each row, in the place of columns that are a format."""
+    columns = set(get_dataset_column_names(dataset))
+    # TRL would leave these, and read them rather than the text.
+    gone = sorted(columns & (FORMAT_COLUMNS - {args.dataset_text_field}))
+    function = partial(_formatted, formatting_func=formatting_func, text_field=args.dataset_text_field)
+    if not isinstance(dataset, Dataset):
+        return dataset.map(function, remove_columns=gone)
+    what = f"Applying formatting function to {name} dataset"
+    with args.main_process_first(desc=what):
+        return dataset.map(function, remove_columns=gone, num_proc=args.dataset_num_proc, desc=what)
+
+
+def checked(dataset: AnyDataset, name: str, limits: Limits, args: SFTConfig) -> AnyDataset:
+    """The same rows; `ValueError` for one that is not what [`Limits`] allow, of a stream when it comes to it."""
+    if isinstance(dataset, Dataset):
+        check_rows(dataset, name, limits, args.dataset_num_proc)
+        return dataset
+    return dataset.filter(partial(_is_allowed, name=name, limits=limits), with_indices=True)
+
+
+def with_label(dataset: AnyDataset, name: str, limits: Limits | None, args: SFTConfig) -> AnyDataset:
+    """The rows that have a label; with `limits`, also [`checked`]."""
+    if not isinstance(dataset, Dataset):
+        return dataset.filter(partial(_is_trained, name=name, limits=limits), with_indices=True)
+    found = rows_with_label(dataset, name, limits, args.dataset_num_proc)
+    return dataset if found.all() else dataset.select(np.flatnonzero(found))
+
+
+def refuse_no_label(kept: AnyDataset, name: str, args: SFTConfig) -> None:
+    """Raises `ValueError` if no row has been kept, of a stream none of the first `PEEKED_ROWS`."""
+    if next(iter(kept), None) is None:
+        which = "no row" if isinstance(kept, Dataset) else f"none of the first {PEEKED_ROWS:,} rows"
+        raise ValueError(
+            f"{which} of the {name} dataset has a label left to train on; check max_length ({args.max_length}), "
+            "completion_only_loss, assistant_only_loss and the chat template"
+        )
+
+
+def _is_allowed(row: Mapping[str, Any], index: int, name: str, limits: Limits) -> bool:
+    check_row(row, f"row {index} of the {name} dataset", limits)
+    return True
+
+
+def _is_trained(row: Mapping[str, Any], index: int, name: str, limits: Limits | None) -> bool:
+    if row.get("input_ids") is None:
+        return True  # of a data set that is prepared by its own collator
+    if limits is not None:
+        _is_allowed(row, index, name, limits)
+    return has_label(row)
+
+
+def _formatted(row: dict[str, Any], formatting_func: Callable[..., str], text_field: str) -> dict[str, str]:
+    return {text_field: formatting_func(row)}
+
+
+def _one_format(row: dict[str, Any], index: int, used: tuple[str, ...], name: str, all_columns: str) -> dict[str, Any]:
+    for column in used:
+        _refuse_missing_cell(row[column], column, index, name, all_columns)
+    return with_messages(row, f"row {index} of the {name} dataset")
+
+
+def _refuse_missing(dataset: Dataset, used: tuple[str, ...], name: str, all_columns: str) -> None:
+    for column in used:
+        cells = dataset.data.column(column)  # of all rows that are kept, chosen or not
+        is_list = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
+        if cells.null_count or (is_list and pc.any(pc.equal(pc.list_value_length(cells), 0)).as_py()):
+            for index, row in enumerate(dataset.select_columns([column])):
+                _refuse_missing_cell(row[column], column, index, name, all_columns)  # pyright: ignore
+
+
+def _refuse_missing_cell(cell: Any, column: str, index: int, name: str, all_columns: str) -> None:
+    if cell is None or (isinstance(cell, list) and not cell):
+        raise ValueError(
+            f"row {index} of the {name} dataset has no {column!r}, from which the rows of this data set are read (it "
+            f"has the columns {all_columns}): bring rows of several formats to one before they are joined, or drop "
+            "this one"
+        )
+
+
+def _has_other_roles(dataset: Dataset, column: str) -> bool:
+    """Whether messages are called `from` and `value`, or have roles under names that templates do not know."""
+    if column not in dataset.column_names or not is_chat(dataset[0][column]):
+        return False
+    roles = set()
+    for chunk in dataset.data.column(column).chunks:
+        messages = chunk.flatten()
+        if "role" not in (names := {field.name for field in messages.type}) or "from" in names:
+            return True
+        roles |= set(pc.unique(messages.field("role")).to_pylist())
+    return bool(roles & ALIASES)

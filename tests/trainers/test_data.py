@@ -1,0 +1,319 @@
+"""Data sets on their way into a trainer: what TRL would train on without a word, and what is trained on here."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset, concatenate_datasets
+
+from hf_distill import KDConfig, LUPICollator
+from hf_distill.collators import PromptCollator
+from hf_distill.evaluation import evaluate_fidelity, perplexity
+from hf_distill.losses.cross_tokenizer import Spans, cross_tokenizer_loss
+from hf_distill.losses.fused_linear import Head, fused_linear_distillation_loss
+from hf_distill.pruning import rank_layers
+from hf_distill.rows import tokenized_row
+from hf_distill.speculative import RolloutConfig, rollout
+from hf_distill.token_alignment import SharedTokens
+from hf_distill.trainers.data import check_columns, one_format, tell_columns
+from tests.conftest import SENTENCES, make_model
+from tests.trainers.test_kd import make_trainer, settings
+from tests.trainers.test_speculative_kd import make_trainer as make_speculative
+
+VOCAB = 384
+SHAREGPT = [{"from": "human", "value": "The small dog"}, {"from": "gpt", "value": "ran to the river."}]
+CHAT = [{"role": "user", "content": "The small dog"}, {"role": "assistant", "content": "ran to the river."}]
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return make_model("llama", seed=1)
+
+
+@pytest.fixture
+def student():
+    return make_model("llama", seed=2)
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory):
+    return KDConfig(**settings(tmp_path_factory.mktemp("data")))
+
+
+# ------------------------------------------------------------------------------------------------------ conversations
+
+CONVERSATIONS = {
+    "conversations": {"conversations": SHAREGPT},
+    "conversations with roles": {"conversations": CHAT},
+    "messages": {"messages": SHAREGPT},
+    "messages with human": {"messages": [{"role": "human", **CHAT[0]} | {"role": "human"}, CHAT[1] | {"role": "gpt"}]},
+    "prompt and completion": {"prompt": SHAREGPT[:1], "completion": SHAREGPT[1:]},
+    "chat": {"messages": CHAT},
+}
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_conversations_have_the_roles_of_templates_whatever_they_are_called(args, case, is_stream):
+    dataset = Dataset.from_list([CONVERSATIONS[case]] * 2)
+    found = next(iter(one_format(dataset.to_iterable_dataset() if is_stream else dataset, "train", args)))
+    assert found.get("messages") or found["prompt"] + found["completion"] == CHAT
+    assert found in ({"messages": CHAT}, {"prompt": CHAT[:1], "completion": CHAT[1:]})
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_collators_and_measurements_read_conversations_under_all_names(tokenizer, case):
+    row, collator = CONVERSATIONS[case], PromptCollator(tokenizer)
+    assert collator.encode(row) == collator.encode({"messages": CHAT})
+    expected = CONVERSATIONS["chat"] if "prompt" not in row else {"prompt": CHAT[:1], "completion": CHAT[1:]}
+    assert tokenized_row(row, tokenizer) == tokenized_row(expected, tokenizer)
+    teacher_prompt = collator.encode({"prompt": CHAT[:1], "teacher_prompt": SHAREGPT[:1]})
+    assert teacher_prompt["teacher_prompt_ids"] == teacher_prompt["student_prompt_ids"]
+
+
+ROLES = {"human": "user", "gpt": "assistant", "system": "system", "bing": "assistant", "function": "tool"}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_role_of_from_and_value_has_its_name_in_templates(args, role):
+    rows = Dataset.from_list([{"conversations": [*SHAREGPT, {"from": role, "value": "Yes."}]}])
+    assert one_format(rows, "train", args)[0]["messages"][2] == {"role": ROLES[role], "content": "Yes."}
+
+
+def test_unknown_role_is_refused_with_row_and_role(args, tokenizer):
+    strange = [{"from": "narrator", "value": "Once."}]
+    rows = Dataset.from_list([{"conversations": SHAREGPT}, {"conversations": strange}])
+    for read in (rows, rows.to_iterable_dataset()):
+        with pytest.raises(ValueError, match="row 1 of the train dataset has the role 'narrator'"):
+            list(one_format(read, "train", args))
+    with pytest.raises(ValueError, match="a row has the role 'narrator'"):
+        tokenized_row({"conversations": strange}, tokenizer)
+
+
+def test_templates_keep_roles_of_their_own(args):
+    messages = [{"role": "developer", "content": "Be short."}, *CHAT]
+    assert one_format(Dataset.from_list([{"messages": messages}]), "train", args)[0]["messages"] == messages
+
+
+def test_trainers_read_from_and_value_as_role_and_content(tmp_path, tokenizer, student, teacher):
+    expected = tokenizer.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
+    labels = [t if m else -100 for t, m in zip(expected["input_ids"], expected["assistant_masks"], strict=True)]
+    trainer = make_trainer(
+        tmp_path, student, teacher, Dataset.from_list([{"conversations": SHAREGPT}] * 2), tokenizer,
+        assistant_only_loss=True, trainer_settings={"eval_dataset": {"a": Dataset.from_list([{"messages": SHAREGPT}])}},
+    )  # fmt: skip
+    for dataset in (trainer.train_dataset, trainer.eval_dataset["a"]):
+        assert (dataset[0]["input_ids"], dataset[0]["labels"]) == (expected["input_ids"], labels)
+
+
+# ------------------------------------------------------------------------------------------------ columns and formats
+
+REFUSED = {
+    "teacher's log-probabilities": (
+        {"text": "A", "teacher_logprobs": [0.1]},
+        "column 'teacher_logprobs', which nothing",
+    ),
+    "labels without ids": ({"text": "A", "labels": [1]}, "has 'labels', which speaks of tokens"),
+    "mask without ids": ({"prompt": "A", "completion": "B", "completion_mask": [1]}, "has 'completion_mask'"),
+    "mask that is not read": ({"input_ids": [5], "completion_mask": [1]}, "completion_only_loss=True alone"),
+    "packed rows": ({"input_ids": [5, 6], "seq_lengths": [1, 1]}, "would see each other: set packing=True"),
+    "no text": ({"question": "A"}, "has the columns question; it needs 'text'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_columns_that_nobody_would_follow_are_refused(args, case):
+    row, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        check_columns(Dataset.from_list([row]), "train", args, False)
+
+
+ONE_OF_SEVERAL = {
+    "text beside prompt and completion": ({"text": "A", "prompt": "B", "completion": "C"}, {"prompt", "completion"}),
+    "text beside messages": ({"text": "A", "messages": CHAT}, {"messages"}),
+    "prompt beside messages": ({"prompt": "A", "messages": CHAT}, {"messages"}),
+    "prompt beside text": ({"prompt": "A", "text": "B"}, {"text"}),
+    "pairs beside messages": ({"chosen": CHAT, "rejected": CHAT, "messages": CHAT}, {"messages"}),
+    "messages beside prompt and completion": (
+        {"messages": CHAT, "prompt": "A", "completion": "B"}, {"prompt", "completion"}
+    ),
+    "conversations beside messages": ({"conversations": SHAREGPT, "messages": CHAT}, {"messages"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ONE_OF_SEVERAL)
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_one_format_of_several_is_read_and_the_others_are_told(args, case, is_stream, caplog):
+    row, used = ONE_OF_SEVERAL[case]
+    dataset = Dataset.from_list([row])
+    with caplog.at_level(logging.WARNING, "hf_distill"):
+        found = one_format(dataset.to_iterable_dataset() if is_stream else dataset, "train", args)
+    assert set(next(iter(found))) == used
+    (record,) = caplog.records
+    assert all(name in record.getMessage() for name in row)
+
+
+def test_end_of_text_goes_to_the_completion_though_there_is_a_text(tmp_path, tokenizer, student, teacher):
+    rows = Dataset.from_list([{"text": "A dog", "prompt": "The small", "completion": " dog ran."}] * 2)
+    trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer)
+    ids, prompt = (tokenizer(text)["input_ids"] for text in ("The small dog ran.<eos>", "The small"))
+    assert trainer.train_dataset[0]["input_ids"] == ids
+    assert trainer.train_dataset[0]["labels"] == [-100] * len(prompt) + ids[len(prompt) :]
+
+
+def test_text_of_a_formatting_func_is_what_is_trained_on(tmp_path, tokenizer, student, teacher):
+    rows = Dataset.from_list([{"messages": CHAT}] * 2)
+    trainer = make_trainer(
+        tmp_path, student, teacher, rows, tokenizer,
+        trainer_settings={"formatting_func": lambda row: row["messages"][1]["content"]},
+    )  # fmt: skip
+    assert trainer.train_dataset[0]["input_ids"] == tokenizer("ran to the river.<eos>")["input_ids"]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_rows_of_several_formats_that_were_joined_are_refused_with_the_row(args, is_stream):
+    texts, chats = Dataset.from_list([{"text": "A dog."}]), Dataset.from_list([{"messages": CHAT}] * 2)
+    joined = concatenate_datasets([chats, texts])
+    with pytest.raises(ValueError, match=r"row 2 of the train dataset has no 'messages'.*messages, text"):
+        list(one_format(joined.to_iterable_dataset() if is_stream else joined, "train", args))
+    chosen = joined.select([0, 1])
+    assert len(one_format(chosen, "train", args)) == 2
+    with pytest.raises(ValueError, match="row 1 of the train dataset has no 'text'"):
+        one_format(Dataset.from_dict({"text": ["A", None]}), "train", args)
+    with pytest.raises(ValueError, match="row 1 of the train dataset has no 'messages'"):
+        one_format(Dataset.from_dict({"messages": [CHAT, []]}), "train", args)
+
+
+def test_columns_that_are_not_read_are_told_in_one_line(args, caplog):
+    with caplog.at_level(logging.INFO, "hf_distill"):
+        tell_columns(Dataset.from_list([{"text": "A", "id": 1, "source": "web"}]), "train", args)
+        tell_columns(Dataset.from_list([{"text": "A", "weight": 2.0}]), "train", args)
+        tell_columns(Dataset.from_list([{"text": "A"}]), "train", args)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "of the train dataset text is read; not read: id, source"),
+        ("WARNING", "of the train dataset text is read; not read: weight"),
+    ]
+
+
+# ------------------------------------------------------------------------------------- ids and labels that are no token
+
+
+def bad_rows(column: str, value: int) -> Dataset:
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]} for _ in range(3)]
+    rows[1][column] = [5, value, 7]
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize(
+    ("way", "column", "value"),
+    [
+        ("prepared", "labels", -1), ("prepared", "labels", 9999), ("prepared", "input_ids", -1),
+        ("skipped", "labels", -1), ("stream", "labels", -1), ("skipped stream", "labels", -1),
+        ("held out", "labels", -1), ("transform", "labels", 9999),
+    ],
+)  # fmt: skip
+def test_row_with_what_is_no_token_is_named_whichever_way_it_comes(
+    tmp_path, tokenizer, student, teacher, column, value, way
+):
+    rows, good = bad_rows(column, value), bad_rows("labels", 6)
+    skip = (
+        {"dataset_kwargs": {"skip_prepare_dataset": True}} if way in ("skipped", "skipped stream", "transform") else {}
+    )
+    rows = rows.to_iterable_dataset() if "stream" in way else rows
+    rows = rows.with_transform(lambda batch: batch) if way == "transform" else rows
+    name = "eval" if way == "held out" else "train"
+    with pytest.raises(ValueError, match=rf"row 1 of the {name} dataset has (the label|token id) {value} at place 1"):  # noqa: PT012
+        train, evaluation = (good, rows) if way == "held out" else (rows, None)
+        trainer = make_trainer(
+            tmp_path, student, teacher, train, tokenizer, max_steps=2, per_device_train_batch_size=1,
+            trainer_settings={"eval_dataset": evaluation}, **skip,
+        )  # fmt: skip
+        assert "stream" in way  # which is read when it comes to it
+        trainer.train()
+
+
+def test_rows_that_were_packed_once_are_not_packed_again(tmp_path, tokenizer, student, teacher):
+    rows = Dataset.from_dict({"text": SENTENCES})
+    trainer = make_trainer(
+        tmp_path,
+        student,
+        teacher,
+        rows,
+        tokenizer,
+        packing=True,
+        max_length=32,
+        trainer_settings={"eval_dataset": rows},
+    )
+    expected = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"student_prompt_ids": [5, -1], "teacher_prompt_ids": [5]},
+        {"student_prompt_ids": [5], "teacher_prompt_ids": [5, VOCAB]},
+        {"student_prompt_ids": [5], "teacher_prompt_ids": [5], "completion_ids": [6, -100]},
+    ],
+)
+def test_prompts_and_completions_are_tokens(tmp_path, tokenizer, student, teacher, row):
+    good = {"student_prompt_ids": [5], "teacher_prompt_ids": [5], "completion_ids": [6]}
+    with pytest.raises(ValueError, match=r"row 1 of the train dataset has token id (-1|384|-100)"):
+        make_speculative(tmp_path, student, teacher, Dataset.from_list([good, good | row]), tokenizer)
+
+
+def test_measurements_name_a_row_with_what_is_no_token(tokenizer, student, teacher):
+    for column, value in (("labels", -1), ("labels", VOCAB), ("input_ids", -1), ("input_ids", VOCAB)):
+        rows, message = bad_rows(column, value), rf"row 1 of the dataset has (the label|token id) {value} at place 1"
+        with pytest.raises(ValueError, match=message):
+            evaluate_fidelity(student, teacher, rows, tokenizer)
+        with pytest.raises(ValueError, match=message):
+            perplexity(student, rows, tokenizer)
+        if column == "input_ids":
+            with pytest.raises(ValueError, match=message):
+                rank_layers(student, rows, tokenizer, 1)
+    with pytest.raises(ValueError, match="3 input_ids and 2 labels"):
+        perplexity(student, Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[6, 7]]}), tokenizer)
+    with pytest.raises(ValueError, match="3 input_ids and 0 labels"):
+        perplexity(student, Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[]]}), tokenizer)
+
+
+def test_rollouts_refuse_prompts_that_are_no_tokens(student, teacher):
+    prompts = torch.tensor([[5, -1, 7]]), torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="student's prompts have token id -1"):
+        rollout(student, teacher, *prompts, *prompts, RolloutConfig(4), eos_token_id=1, pad_token_id=0)
+
+
+@pytest.mark.parametrize(("label", "is_fine"), [(-100, True), (9, True), (-1, False), (10, False), (9999, False)])
+def test_losses_take_tokens_and_masked_labels_alone(label, is_fine):
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(3, 4), torch.randn(12, 4), torch.tensor([1, label, 2])
+    names = torch.arange(10)
+    shared = SharedTokens(names, names, names, names)
+    groups, tokens = torch.arange(3), torch.tensor([1, 2, 3])
+    calls = [
+        lambda: fused_linear_distillation_loss(hidden, weight, hidden, weight, labels, vocab_size=10),
+        lambda: cross_tokenizer_loss(
+            hidden, Head(weight), hidden, Head(weight), labels, Spans(tokens, groups, tokens, groups), shared
+        ),
+    ]
+    for call in calls:
+        if is_fine:
+            assert call().loss.isfinite()
+            continue
+        with pytest.raises(ValueError, match=rf"labels\[1\] is {label}; -100 and 0 to 9 are possible"):
+            call()
+    strange = Spans(tokens, groups, torch.tensor([1, -1, 3]), groups)
+    with pytest.raises(ValueError, match=r"teacher_tokens\[1\] is -1"):
+        cross_tokenizer_loss(hidden, Head(weight), hidden, Head(weight), tokens, strange, shared)
+
+
+def test_privileged_knowledge_may_have_any_column(tmp_path, tokenizer, student, teacher):
+    rows = Dataset.from_list([{"query": "Where?", "teacher_notes": "There is a river."}] * 2)
+    collator = LUPICollator(tokenizer, knowledge_column="teacher_notes")
+    trainer = make_speculative(tmp_path, student, teacher, rows, tokenizer, others={"data_collator": collator})
+    assert len(trainer.train_dataset) == 2
+    with pytest.raises(ValueError, match="'teacher_logprobs', which nothing reads"):
+        make_speculative(
+            tmp_path, student, teacher, Dataset.from_list([{"prompt": "A", "teacher_logprobs": [0.1]}]), tokenizer
+        )
