@@ -141,6 +141,8 @@ def formatted(dataset: AnyDataset, name: str, args: KDConfig, formatting_func: C
     function = partial(_formatted, formatting_func=formatting_func, text_field=args.dataset_text_field)
     if not isinstance(dataset, Dataset):
         return dataset.map(function, remove_columns=gone)
+    if dataset.format["type"] == "custom":
+        return dataset  # TRL refuses it in words
     what = f"Applying formatting function to {name} dataset"
     with args.main_process_first(desc=what):
         return dataset.map(function, remove_columns=gone, num_proc=args.dataset_num_proc, desc=what)
@@ -160,6 +162,13 @@ def with_label(dataset: AnyDataset, name: str, limits: Limits | None, args: SFTC
         return dataset.filter(partial(_is_trained, name=name, limits=limits), with_indices=True)
     found = rows_with_label(dataset, name, limits, args.dataset_num_proc)
     return dataset if found.all() else dataset.select(np.flatnonzero(found))
+
+
+def as_they_are(dataset: AnyDataset, name: str, limits: Limits, args: SFTConfig) -> AnyDataset:
+    """Rows that are trained on unprepared; `ValueError` for what [`checked`] and [`refuse_no_label`] refuse."""
+    first = dataset if isinstance(dataset, Dataset) else dataset.take(PEEKED_ROWS)
+    refuse_no_label(with_label(first, name, limits, args), name, args)
+    return dataset if isinstance(dataset, Dataset) else checked(dataset, name, limits, args)
 
 
 def refuse_no_label(kept: AnyDataset, name: str, args: SFTConfig) -> None:

@@ -81,6 +81,7 @@ from hf_distill.trainers.checks import (
 )
 from hf_distill.trainers.config import KDConfig
 from hf_distill.trainers.data import (
+    as_they_are,
     check_columns,
     checked,
     formatted,
@@ -210,18 +211,13 @@ class KDTrainer(SFTTrainer):
         self.teachers, self.vocab_size = self.teacher_set.by_name, self.teacher_set.vocab_size
 
         if skip_prepare:
-            # Such rows are trained on as they are; what no model can read would fail in the middle of training.
-            limits = self._limits(None)
-            for name, dataset in named_datasets(train_dataset, eval_dataset).items():
-                dataset = dataset if isinstance(dataset, Dataset) else dataset.take(PEEKED_ROWS)
-                refuse_no_label(with_label(dataset, name, limits, args), name, args)
-            one_by_one = lambda rows, name: rows if isinstance(rows, Dataset) else checked(rows, name, limits, args)  # noqa: E731
-            train_dataset, eval_dataset = over_datasets(one_by_one, train_dataset, eval_dataset)
+            # What no model can read would fail in the middle of training.
+            brought = partial(as_they_are, limits=self._limits(None), args=args)
+            train_dataset, eval_dataset = over_datasets(brought, train_dataset, eval_dataset)
         elif formatting_func is None:
             # Before SFTTrainer looks at a row to see what it is.
-            train_dataset, eval_dataset = over_datasets(
-                partial(self._one_format, args=args), train_dataset, eval_dataset
-            )
+            brought = partial(self._one_format, args=args)
+            train_dataset, eval_dataset = over_datasets(brought, train_dataset, eval_dataset)
 
         if isinstance(model, str) and args.device.type == "cuda" and args.world_size == 1:
             # TRL would spread the student over all GPUs, the teacher's too.

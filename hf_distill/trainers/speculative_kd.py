@@ -159,6 +159,8 @@ class SpeculativeKDTrainer(KDTrainer):
             raise ValueError(f"the {name} dataset is empty")
         if self._prompts is None:  # whose columns may have any name
             refuse_unread(set(row), name, {"teacher_prompt", "teacher_prompt_ids"})
+            if (row.get("messages") or row.get("conversations")) and row.get("prompt"):
+                logger.warning("the rows of the %s dataset are read from their messages; left out: prompt", name)
 
     _one_format = staticmethod(lambda rows, *_, **__: rows)  # collators read more formats, row by row
 
