@@ -62,7 +62,8 @@ def check_columns(dataset: AnyDataset, name: str, args: KDConfig, has_formatting
         )
     refuse_unread(columns, name, TEACHER_COLUMNS)
     for_tokens = columns & {"labels", "completion_mask", "assistant_masks"}
-    if for_tokens and "input_ids" not in columns:
+    is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset")  # pyright: ignore[reportAttributeAccessIssue]
+    if for_tokens and not is_prepared and "input_ids" not in columns:
         raise ValueError(
             f"the {name} dataset has {sorted(for_tokens)[0]!r}, which speaks of tokens, but no 'input_ids': remove or "
             "rename it, or give the tokens"
@@ -99,6 +100,12 @@ def tell_columns(dataset: AnyDataset, name: str, args: KDConfig) -> None:
     if left := sorted(c for c in columns - read if not re.match(r"teacher_\d+_", c)):
         level = logging.WARNING if EXPECTED_TO_COUNT & set(left) else logging.INFO
         logger.log(level, "of the %s dataset %s is read; not read: %s", name, ", ".join(sorted(used)), ", ".join(left))
+
+
+def brought(dataset: AnyDataset, name: str, args: KDConfig) -> AnyDataset:
+    """[`one_format`] of what the caller brings; says once which columns are read."""
+    tell_columns(dataset, name, args)
+    return one_format(dataset, name, args)
 
 
 def one_format(dataset: AnyDataset, name: str, args: KDConfig) -> AnyDataset:

@@ -82,13 +82,13 @@ from hf_distill.trainers.checks import (
 from hf_distill.trainers.config import KDConfig
 from hf_distill.trainers.data import (
     as_they_are,
+    brought,
     check_columns,
     checked,
     formatted,
     one_format,
     over_datasets,
     refuse_no_label,
-    tell_columns,
     with_label,
 )
 from hf_distill.trainers.hidden_layers import HiddenLayers
@@ -190,7 +190,6 @@ class KDTrainer(SFTTrainer):
         refuse_split(model)
         for name, dataset in named_datasets(train_dataset, eval_dataset).items():
             self.check_columns(dataset, name, args, formatting_func is not None)
-            tell_columns(dataset, name, args)
             refuse_row_columns(dataset, name, args)
 
         # The teacher comes first: what is wrong with it is told before the student is loaded and the data tokenised.
@@ -212,12 +211,12 @@ class KDTrainer(SFTTrainer):
 
         if skip_prepare:
             # What no model can read would fail in the middle of training.
-            brought = partial(as_they_are, limits=self._limits(None), args=args)
-            train_dataset, eval_dataset = over_datasets(brought, train_dataset, eval_dataset)
+            function = partial(as_they_are, limits=self._limits(None), args=args)
+            train_dataset, eval_dataset = over_datasets(function, train_dataset, eval_dataset)
         elif formatting_func is None:
             # Before SFTTrainer looks at a row to see what it is.
-            brought = partial(self._one_format, args=args)
-            train_dataset, eval_dataset = over_datasets(brought, train_dataset, eval_dataset)
+            function = partial(self._brought, args=args)
+            train_dataset, eval_dataset = over_datasets(function, train_dataset, eval_dataset)
 
         if isinstance(model, str) and args.device.type == "cuda" and args.world_size == 1:
             # TRL would spread the student over all GPUs, the teacher's too.
@@ -733,7 +732,7 @@ class KDTrainer(SFTTrainer):
     # ------------------------------------------------------------------------------------------------------ data
 
     check_columns = staticmethod(check_columns)
-    _one_format = staticmethod(one_format)
+    _brought = staticmethod(brought)
 
     def _limits(self, max_length: int | None) -> Limits:
         return Limits(self.vocab_size, teacher_ids=self.teacher_set.num_token_ids(), max_length=max_length)

@@ -162,7 +162,7 @@ class SpeculativeKDTrainer(KDTrainer):
             if (row.get("messages") or row.get("conversations")) and row.get("prompt"):
                 logger.warning("the rows of the %s dataset are read from their messages; left out: prompt", name)
 
-    _one_format = staticmethod(lambda rows, *_, **__: rows)  # collators read more formats, row by row
+    _brought = staticmethod(lambda rows, *_, **__: rows)  # collators read more formats, row by row
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         collator = self._prompts or PromptCollator(processing_class)
