@@ -135,7 +135,11 @@ def refuse_row_columns(dataset: AnyDataset, name: str, args: KDConfig) -> None:
     found = columns & {"teacher_prompt", "teacher_input_ids"} or (args.teacher_combination == "route" and {"teacher"})
     if found and (args.packing or args.eval_packing or args.padding_free):
         raise ValueError(f"packing and padding_free join rows, and would lose {sorted(found)[0]!r}: set both to False")
-    if args.eval_packing and not (args.packing or args.padding_free or args.packing_strategy == "wrapped"):
+    if (
+        name != "train"
+        and args.eval_packing
+        and not (args.packing or args.padding_free or args.packing_strategy == "wrapped")
+    ):
         raise ValueError(
             "eval_packing without packing: TRL's batches would let held-out rows of one sequence see each other; set "
             "packing=True, too, or eval_packing=False"

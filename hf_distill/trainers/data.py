@@ -17,7 +17,6 @@ from hf_distill.collators import OWN_COLUMNS
 from hf_distill.rows import ALIASES, CHAT_COLUMNS, is_chat, with_messages
 from hf_distill.token_rows import Limits, check_row, check_rows, has_label, rows_with_label
 from hf_distill.trainers.checks import PEEKED_ROWS, AnyDataset
-from hf_distill.trainers.config import KDConfig
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ def used_format(columns: set[str], text_field: str) -> tuple[str, ...]:
     return next((wanted for wanted in formats if columns.issuperset(wanted)), ())
 
 
-def check_columns(dataset: AnyDataset, name: str, args: KDConfig, has_formatting: bool) -> None:
+def check_columns(dataset: AnyDataset, name: str, args: Any, has_formatting: bool) -> None:
     """Raises `ValueError` for a dataset without rows or text, with images, or with columns that nobody would follow."""
     row = next(iter(dataset), None)
     if row is None:
@@ -91,7 +90,7 @@ def refuse_unread(columns: set[str], name: str, read: set[str]) -> None:
         )
 
 
-def tell_columns(dataset: AnyDataset, name: str, args: KDConfig) -> None:
+def tell_columns(dataset: AnyDataset, name: str, args: Any) -> None:
     """Says in one line which columns are read and which are not; a warning if one looks as if it should count."""
     columns = set(next(iter(dataset)))
     used = set(used_format(columns, args.dataset_text_field))
@@ -102,13 +101,13 @@ def tell_columns(dataset: AnyDataset, name: str, args: KDConfig) -> None:
         logger.log(level, "of the %s dataset %s is read; not read: %s", name, ", ".join(sorted(used)), ", ".join(left))
 
 
-def brought(dataset: AnyDataset, name: str, args: KDConfig) -> AnyDataset:
+def brought(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
     """[`one_format`] of what the caller brings; says once which columns are read."""
     tell_columns(dataset, name, args)
     return one_format(dataset, name, args)
 
 
-def one_format(dataset: AnyDataset, name: str, args: KDConfig) -> AnyDataset:
+def one_format(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
     """A data set with the columns of one format, whose conversations are messages with `role` and `content`.
 
     TRL takes columns of several formats for what comes first, and appends the end of text to another one.
@@ -140,7 +139,7 @@ def one_format(dataset: AnyDataset, name: str, args: KDConfig) -> AnyDataset:
         return dataset.map(function, with_indices=True, remove_columns=gone, num_proc=args.dataset_num_proc, desc=what)
 
 
-def formatted(dataset: AnyDataset, name: str, args: KDConfig, formatting_func: Callable[..., str]) -> AnyDataset:
+def formatted(dataset: AnyDataset, name: str, args: Any, formatting_func: Callable[..., str]) -> AnyDataset:
     """A data set with the text that `formatting_func` makes of each row, in the place of columns that are a format."""
     columns = set(get_dataset_column_names(dataset))
     # TRL would leave these, and read them rather than the text.

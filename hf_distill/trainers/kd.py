@@ -414,7 +414,7 @@ class KDTrainer(SFTTrainer):
 
     def _check_batch(self, inputs: Mapping[str, Any]) -> None:
         # Rows have been checked when they were prepared. What a collator or a transform makes of them has not.
-        refuse_batch(inputs, "", self.vocab_size, self.vocab_size, self.processing_class.pad_token_id)
+        refuse_batch(inputs, "", self.vocab_size, self.vocab_size, self.processing_class.pad_token_id)  # pyright: ignore
         if "teacher_input_ids" in inputs:
             refuse_batch(inputs, "teacher_", self.teacher_set.num_token_ids(), self.vocab_size, None)
 

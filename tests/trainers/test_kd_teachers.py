@@ -465,9 +465,8 @@ def test_prepared_rows_of_other_completions_are_refused(tmp_path, tokenizer, stu
     row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "teacher_input_ids": [9, 5, 6, 7]}
     for labels, number in (([-100, -100, -100, 7], 1), ([-100, -100, 6, 8], 2)):
         dataset = Dataset.from_list([{**row, "teacher_labels": labels}])
-        trainer = make_trainer(tmp_path, student, teachers["a"], dataset, tokenizer)
         with pytest.raises(ValueError, match=rf"2 label-bearing tokens for the student and {number} for the teacher"):
-            trainer.train()
+            make_trainer(tmp_path, student, teachers["a"], dataset, tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
