@@ -10,7 +10,7 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
@@ -43,9 +43,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def _trying(action: str) -> Iterator[None]:
+    """Within it a model is tried out; an error becomes a `ValueError` that begins with what the model cannot do."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{action}: {type(error).__name__}: {error}") from error
+
+
 def embedding_weight(model: PreTrainedModel) -> Tensor:
     """The input embeddings, (V, D)."""
-    return model.get_input_embeddings().weight  # pyright: ignore[reportReturnType]
+    with _trying(f"{type(model).__name__} has no table of token embeddings and cannot read texts"):
+        return model.get_input_embeddings().weight  # pyright: ignore[reportReturnType]
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -113,9 +125,30 @@ def drop_unreadable_padding(model: PreTrainedModel) -> None:
             config.pad_token_id = None  # pyright: ignore[reportOptionalMemberAccess]
 
 
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The module whose output the head is applied to.
+
+    Where `base_model` is the model itself, because its class gives that part another name (Llama 4, Mllama), it is the
+    part with the input embeddings.
+
+    Raises:
+        `ValueError`: there is no such part.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    embeddings = model.get_input_embeddings()
+    for part in model.children():
+        if part is not embeddings and any(module is embeddings for module in part.modules()):
+            return part
+    raise ValueError(
+        f"{type(model).__name__} has no module of its own before its output layer, whose hidden states could be taken; "
+        "this architecture is not supported"
+    )
+
+
 def last_hidden_states(model: PreTrainedModel, *, input_ids: Tensor, **inputs: Tensor) -> Tensor:
     """What the head is applied to, (B, T, D), without running the head."""
-    return model.base_model(input_ids=readable(model, input_ids), **inputs, use_cache=False).last_hidden_state
+    return backbone(model)(input_ids=readable(model, input_ids), **inputs, use_cache=False).last_hidden_state
 
 
 def label_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +197,7 @@ def expose_hidden_states(model: PreTrainedModel) -> None:
         if with_hidden is None:
             return original_forward(*args, **kwargs)
         kwargs.pop("labels", None)
-        outputs = self.base_model(*args, **kwargs, use_cache=False)
+        outputs = backbone(self)(*args, **kwargs, use_cache=False)
         layer = head_layer(self)
 
         def in_place_of_logits(hidden: Tensor):
@@ -246,7 +279,7 @@ class CachedReader:
         self._unread = tokens[:, :0]
         slots = self._cache.get_seq_length() + tokens.shape[1]
         order = torch.arange(slots, device=self.device) - (slots - self.lengths[:, None])  # (R, slots); padding < 0
-        outputs = self._model.base_model(
+        outputs = backbone(self._model)(
             input_ids=readable(self._model, tokens),
             attention_mask=(order >= 0).long(),
             position_ids=order[:, -tokens.shape[1] :].clamp(min=0),
@@ -403,23 +436,35 @@ def check_head(model: PreTrainedModel, name: str) -> None:
     """Compares `head_of(model)` with the logits that the model itself returns for a few tokens.
 
     Raises:
-        `ValueError`: the model computes its logits in a way that `head_of` does not know. Every loss would be wrong.
+        `ValueError`: the model computes its logits in a way that `head_of` does not know, so that every loss would be
+            wrong; it reads ahead; or it does not read plain token ids at all.
     """
-    head = head_of(model)
+    called = f"the {name} ({type(model).__name__})"
+    ids = torch.tensor([[8, 9, 10, 11], [8, 9, 10, 12]], device=input_device(model)) % num_token_ids(model)
+    unfit = f"{called} cannot be read as a backbone and an output layer"
+    with _trying(unfit):
+        head = head_of(model)
     if not head.weight.is_floating_point():
         raise ValueError(f"the {name}'s output layer is quantised; load it with the output layer left out (lm_head)")
-    ids = torch.arange(4, device=input_device(model)).unsqueeze(0) % num_token_ids(model)
-    with torch.no_grad(), evaluating(model):
-        expected = model(input_ids=ids, use_cache=False).logits.float()
-        found = head.logits(last_hidden_states(model, input_ids=ids).to(head.weight.device)).float()
+    with torch.no_grad(), evaluating(model), _trying(unfit):
+        hidden = last_hidden_states(model, input_ids=ids)
+        # A head of another dtype than the body's is no hindrance to the losses, but to the model by itself.
+        lower = min(hidden.dtype, head.weight.dtype, key=lambda dtype: dtype.itemsize)
+        is_mixed = hidden.dtype != head.weight.dtype
+        with torch.autocast(hidden.device.type, dtype=lower) if is_mixed else nullcontext():
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+            found = head.logits(hidden.to(head.weight.device)).float()
     if not expected.isfinite().all():
         raise ValueError(f"the {name}'s logits are not finite: its weights are damaged, or its dtype cannot hold them")
     scale = expected.abs().max().clamp(min=1.0)
     if expected.shape != found.shape or not (expected.to(found.device) - found).abs().max() <= 0.05 * scale:
         raise ValueError(
-            f"the {name} ({type(model).__name__}) does not compute its logits as its output layer, bias, logit scale "
-            "and soft-cap say, so losses on hidden states would be wrong; this architecture is not supported"
+            f"{called} does not compute its logits as its output layer, bias, logit scale and soft-cap say, so losses "
+            "on hidden states would be wrong; this architecture is not supported"
         )
+    # Nothing but the last token differs; where it cannot be seen, the difference is 0.
+    if (hidden[0, :3] - hidden[1, :3]).abs().max() > 5e-3 * hidden.abs().max():
+        raise ValueError(f"{called} reads ahead: it knows the tokens that it is to predict. It is no causal language model")
 
 
 def check_cache(model: PreTrainedModel, name: str) -> None:

@@ -19,6 +19,7 @@ from trl.models import prepare_deepspeed
 
 from hf_distill.losses.fused_linear import Head, TeacherSignal
 from hf_distill.modeling import (
+    backbone,
     causal_lm,
     check_head,
     decoder_layers,
@@ -74,11 +75,11 @@ class LocalTeacher:
     def shard(self, accelerator: Accelerator) -> None:
         """Splits the model over all processes, with the student's engine. The copy of its head stays whole."""
         self.sharded = True
-        backbone = self._causal_lm.base_model
+        part = backbone(self._causal_lm)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self._engine = prepare_deepspeed(backbone, accelerator)
+            self._engine = prepare_deepspeed(part, accelerator)
         else:
-            fsdp2_prepare_model(accelerator, backbone)  # pyright: ignore[reportArgumentType]
+            fsdp2_prepare_model(accelerator, part)  # pyright: ignore[reportArgumentType]
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> list[TeacherSignal]:
