@@ -44,7 +44,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _trying(action: str) -> Iterator[None]:
+def trying(action: str) -> Iterator[None]:
     """Within it a model is tried out; an error becomes a `ValueError` that begins with what the model cannot do."""
     try:
         yield
@@ -56,7 +56,7 @@ def _trying(action: str) -> Iterator[None]:
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:
     """The input embeddings, (V, D)."""
-    with _trying(f"{type(model).__name__} has no table of token embeddings and cannot read texts"):
+    with trying(f"{type(model).__name__} has no table of token embeddings and cannot read texts"):
         return model.get_input_embeddings().weight  # pyright: ignore[reportReturnType]
 
 
@@ -442,11 +442,11 @@ def check_head(model: PreTrainedModel, name: str) -> None:
     called = f"the {name} ({type(model).__name__})"
     ids = torch.tensor([[8, 9, 10, 11], [8, 9, 10, 12]], device=input_device(model)) % num_token_ids(model)
     unfit = f"{called} cannot be read as a backbone and an output layer"
-    with _trying(unfit):
+    with trying(unfit):
         head = head_of(model)
     if not head.weight.is_floating_point():
         raise ValueError(f"the {name}'s output layer is quantised; load it with the output layer left out (lm_head)")
-    with torch.no_grad(), evaluating(model), _trying(unfit):
+    with torch.no_grad(), evaluating(model), trying(unfit):
         hidden = last_hidden_states(model, input_ids=ids)
         # A head of another dtype than the body's is no hindrance to the losses, but to the model by itself.
         lower = min(hidden.dtype, head.weight.dtype, key=lambda dtype: dtype.itemsize)
@@ -464,7 +464,9 @@ def check_head(model: PreTrainedModel, name: str) -> None:
         )
     # Nothing but the last token differs; where it cannot be seen, the difference is 0.
     if (hidden[0, :3] - hidden[1, :3]).abs().max() > 5e-3 * hidden.abs().max():
-        raise ValueError(f"{called} reads ahead: it knows the tokens that it is to predict. It is no causal language model")
+        raise ValueError(
+            f"{called} reads ahead: it knows the tokens that it is to predict. It is no causal language model"
+        )
 
 
 def check_cache(model: PreTrainedModel, name: str) -> None:

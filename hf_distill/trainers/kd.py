@@ -3,8 +3,8 @@
 import copy
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -92,6 +92,7 @@ from hf_distill.trainers.data import (
     with_label,
 )
 from hf_distill.trainers.hidden_layers import HiddenLayers
+from hf_distill.trainers.packing import check_packing
 from hf_distill.trainers.resuming import other_run, save_run, tell_differing_settings
 from hf_distill.trainers.teacher_set import TeacherSet
 
@@ -248,11 +249,12 @@ class KDTrainer(SFTTrainer):
         self._has_told_tokens = False
         self._first_update = 0  # of this call of train(), which counts tokens from there
         self._sigterm: list[int] = []
+        self.tried_packings: set[bool] = set()  # which ways of joining rows the models have been tried with
         self.student = student = causal_lm(self.model)
         refuse_vision(student, None)
         refuse_frozen(self.model)
         keep_4bit_weights(student)
-        with gathered(student):
+        with self.trying_out():
             check_head(student, "student")
         expose_hidden_states(student)
         self.teacher: Teacher = self.teacher_set.combined(self.model, self.accelerator)
@@ -263,8 +265,16 @@ class KDTrainer(SFTTrainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
         for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
             self.data_collator = self.teacher_set.collator(self.data_collator, dataset)
+            check_packing(self, dataset)
         self.projectors = Projectors()
         self.hidden_layers = HiddenLayers(self) if args.has_hidden else None
+
+    @contextmanager
+    def trying_out(self) -> Iterator[None]:
+        """Within it the student is whole, and in the precision that it is trained in; all processes come here."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        with gathered(self.student), torch.autocast(self.args.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
 
     @staticmethod
     def _layer_settings(args: KDConfig, teachers: Mapping[str, Any]) -> list[Any]:
@@ -503,6 +513,7 @@ class KDTrainer(SFTTrainer):
     def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
         if description == "Evaluation":
             self.data_collator = self.teacher_set.collator(self.data_collator, dataset)
+            check_packing(self, dataset)  # of an evaluation's own rows
             dataset = self._fill_up(dataset, batch_size) if isinstance(dataset, Dataset) else dataset
         loader = super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)  # pyright: ignore
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's are wrapped around the one that works

@@ -8,15 +8,24 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, MllamaForCausalLM, MllamaTextConfig
+from peft import LoraConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    MllamaForCausalLM,
+    MllamaTextConfig,
+)
 
-from tests.conftest import SENTENCES, make_model
+from hf_distill import KDConfig, KDTrainer, KVProjectionConfig, KVProjectionTrainer
+from tests.conftest import FAMILIES, SENTENCES, make_model
 from tests.trainers.test_kd import (
     assert_same_gradients,
     dense_gradients,
     dense_loss,
     gradients_of,
     make_trainer,
+    settings,
 )
 
 SIZES = {
@@ -88,3 +97,135 @@ def test_what_is_no_backbone_with_a_head_is_refused_in_words(tmp_path, tokenizer
         make_trainer(tmp_path, plain, copy.deepcopy(odd), rows, tokenizer)
     with pytest.raises(ValueError, match=rf"the student \(\w+\) {message}"):
         make_trainer(tmp_path, odd, plain, rows, tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------ rows that are joined
+
+QUICK = ("bloom", "mamba", "mpt", "bamba")  # one of each kind; the others are slow tests
+# Their attention, or their recurrence, does not follow position_ids, or does not take them.
+MIXING = {
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "mamba": {"state_size": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
+    "rwkv": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "falcon": {"alibi": True, "new_decoder_architecture": False},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
+    "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["attention", "attention", "recurrent"]},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "attn_layer_indices": [0]},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    },
+}  # fmt: skip
+PACKED = {"packing": True, "max_length": 64}
+JOINED = {"padding_free": True, "max_length": None}
+APART = r"(lets texts that share a row see each other|cannot read several texts in one row).*packing"
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MIXING]
+)
+def test_a_family_whose_texts_see_each_other_in_a_row_is_refused(tmp_path, tokenizer, rows, family):
+    odd, plain = odd_model(family, **MIXING[family]), make_model()
+    with pytest.raises(ValueError, match=rf"the teacher \(\w+\) {APART}"):
+        make_trainer(tmp_path, plain, copy.deepcopy(odd), rows, tokenizer, **PACKED)
+    with pytest.raises(ValueError, match=rf"the student \(\w+\) {APART}"):
+        make_trainer(tmp_path, odd, plain, rows, tokenizer, **JOINED)
+    make_trainer(tmp_path, odd, copy.deepcopy(odd), rows, tokenizer)  # each text in a row of its own
+
+
+@pytest.mark.parametrize("trainer_class", [KDTrainer, KVProjectionTrainer])
+def test_each_of_several_teachers_is_tried_by_both_trainers(tmp_path, tokenizer, rows, trainer_class):
+    config = KDConfig if trainer_class is KDTrainer else KVProjectionConfig
+    teachers = {"one": make_model(seed=1), "two": odd_model("bloom", **MIXING["bloom"])}
+    args = config(**settings(tmp_path, **PACKED))
+    with pytest.raises(ValueError, match=r"the teacher two .*share a row"):
+        trainer_class(make_model(seed=2), teachers, args, train_dataset=rows, processing_class=tokenizer)
+
+
+def test_the_students_base_is_tried_as_its_teacher(tmp_path, tokenizer, rows):
+    student = odd_model("bloom", **MIXING["bloom"])
+    with pytest.raises(ValueError, match="share a row"):
+        make_trainer(
+            tmp_path, student, "base", rows, tokenizer, **JOINED,
+            trainer_settings={"peft_config": LoraConfig(target_modules=["query_key_value"])},
+        )  # fmt: skip
+
+
+def test_rows_that_are_packed_for_the_evaluation_alone_are_tried_too(tmp_path, tokenizer, rows):
+    """The collator then gives them an attention mask and no positions: no model keeps the texts apart."""
+    student, teacher = make_model(seed=2), make_model(seed=1)
+    ready = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    packed = Dataset.from_list([{**rows[0], "seq_lengths": [2, 4]}])
+    with pytest.raises(ValueError, match=r"the student .*see each other"):
+        make_trainer(
+            tmp_path, student, teacher, rows, tokenizer, eval_packing=True, max_length=64,
+            trainer_settings={"eval_dataset": rows},
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"the student .*see each other"):
+        make_trainer(tmp_path, student, teacher, packed, tokenizer, **ready)
+    trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer, **ready)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"the student .*see each other"):
+            trainer.evaluate(packed)
+
+
+def test_rows_that_a_collator_of_ones_own_joins_are_tried(tmp_path, tokenizer, rows):
+    student, teacher = odd_model("bloom", **MIXING["bloom"]), make_model(seed=1)
+    own = {"trainer_settings": {"data_collator": DataCollatorWithFlattening()}}
+    with pytest.raises(ValueError, match=r"the student .*see each other"):
+        make_trainer(tmp_path, student, teacher, rows, tokenizer, **own)
+    make_trainer(tmp_path, make_model(seed=2), teacher, rows, tokenizer, **own)
+
+
+JOINABLE = {
+    "learned positions": ("gpt2", {}),
+    "sliding windows of 8": ("gemma3_text", {}),
+    "chunks of 6": ("llama4_text", {**WITHOUT_A_NAME["llama4_text"], "attention_chunk_size": 6}),
+}
+
+
+@pytest.mark.parametrize(
+    "what", ["learned positions", *(pytest.param(n, marks=pytest.mark.slow) for n in sorted(JOINABLE)[::2])]
+)
+def test_joined_rows_of_other_families_give_the_update_of_rows_alone(tmp_path, tokenizer, rows, what):
+    family, sizes = JOINABLE[what]
+    make = make_model if family in FAMILIES else odd_model
+    student, teacher = (make(family, seed=seed, **sizes) for seed in (2, 1))
+    plain = {"router_aux_loss_coef": 0.0}
+    alone, _ = gradients_of(tmp_path, student, teacher, rows, tokenizer, **plain)
+    joined, _ = gradients_of(tmp_path, student, teacher, rows, tokenizer, **plain, **PACKED)
+    assert_same_gradients(joined, alone, rtol=1e-4)
+
+
+def test_a_single_layer_that_goes_across_is_noticed(tmp_path, tokenizer, rows):
+    student = make_model(seed=2, attn_implementation="eager")
+    layer, forward = student.model.layers[1], student.model.layers[1].forward
+
+    def across(hidden, attention_mask=None, **kwargs):
+        length = hidden.shape[1]
+        return forward(hidden, attention_mask=torch.full((length, length), -1e9).triu(1)[None, None], **kwargs)
+
+    layer.forward = across
+    with pytest.raises(ValueError, match=r"the student .*see each other"):
+        make_trainer(tmp_path, student, make_model(seed=1), rows, tokenizer, **JOINED)
+
+
+def test_positions_that_go_on_from_text_to_text_are_noticed(tmp_path, tokenizer, rows):
+    teacher = make_model("gpt2", seed=1)
+    table, forward = teacher.transformer.wpe, teacher.transformer.wpe.forward
+    table.forward = lambda ids: forward(torch.arange(ids.shape[-1]).expand_as(ids))
+    with pytest.raises(ValueError, match=r"the teacher .*does not begin anew to count positions"):
+        make_trainer(tmp_path, make_model(seed=2), teacher, rows, tokenizer, **JOINED)
+
+
+def test_quantised_and_half_precision_models_are_taken(tmp_path, tokenizer, rows):
+    pytest.importorskip("bitsandbytes")
+    make_model(seed=1, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "teacher")
+    student = make_model("qwen2", seed=2).to(torch.bfloat16)
+    trainer = make_trainer(
+        tmp_path, student, str(tmp_path / "teacher"), rows, tokenizer, bf16=True, teacher_quantization="4bit", **PACKED
+    )
+    assert trainer.tried_packings == {True}
