@@ -441,7 +441,9 @@ def check_head(model: PreTrainedModel, name: str) -> None:
     """
     called = f"the {name} ({type(model).__name__})"
     ids = torch.tensor([[8, 9, 10, 11], [8, 9, 10, 12]], device=input_device(model)) % num_token_ids(model)
-    unfit = f"{called} cannot be read as a backbone and an output layer"
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
+    mixed = f" (its weights are {' and '.join(sorted(dtypes))}: load it in one dtype)" if len(dtypes) > 1 else ""
+    unfit = f"{called} cannot be read as a backbone and an output layer{mixed}"
     with trying(unfit):
         head = head_of(model)
     if not head.weight.is_floating_point():

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -115,6 +116,8 @@ class BaseTeacher:
         self.model = student
         self.name = f"{public_name(causal_lm(student))} without adapters"
         self.layers: tuple[int, ...] = ()
+        with self._without_adapters() as base:
+            check_head(base, "teacher")  # without the student's mixed precision
 
     @property
     def head(self) -> Head:
@@ -122,10 +125,15 @@ class BaseTeacher:
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> list[TeacherSignal]:
+        with self._without_adapters() as base:
+            return [signal_of(base, self.head, inputs, positions, self.layers)]
+
+    @contextmanager
+    def _without_adapters(self) -> Iterator[PreTrainedModel]:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         try:
             with evaluating(self.model), self.model.disable_adapter():
-                return [signal_of(causal_lm(self.model), self.head, inputs, positions, self.layers)]
+                yield causal_lm(self.model)
         finally:
             # PEFT switches all of the adapters' gradients on again, those of frozen parts (LoRA-FA), too.
             self.model.requires_grad_(False)

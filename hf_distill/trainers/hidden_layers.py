@@ -13,7 +13,7 @@ from hf_distill.kv_projector import HiddenProjector
 from hf_distill.layer_mapping import Mapping, cka_mapping, describe_mapping, layer_mapping, teacher_layers
 from hf_distill.losses.feature import HIDDEN_LOSSES
 from hf_distill.losses.fused_linear import TeacherSignal
-from hf_distill.modeling import causal_lm, evaluating, gathered, head_of, select_positions
+from hf_distill.modeling import causal_lm, evaluating, head_of, select_positions
 from hf_distill.teachers.local import BaseTeacher, LocalTeacher, signal_of
 
 PROJECTOR = "hidden_projector"
@@ -47,7 +47,7 @@ class HiddenLayers:
             inputs, positions = trainer.probe_batch()
             view = trainer.teacher_view(inputs, positions)
             teacher.layers = tuple(range(depths[1]))
-            with torch.no_grad(), evaluating(student), gathered(student):
+            with torch.no_grad(), evaluating(student), trainer.trying_out():
                 mine = signal_of(student, head_of(student), inputs, positions, range(depths[0]))
             (found,) = teacher(*view)
             sides = ([layer.cpu() for layer in side.layers.values()] for side in (mine, found))  # pyright: ignore

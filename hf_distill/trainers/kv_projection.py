@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from hf_distill.layer_mapping import cka_mapping, describe_mapping, layer_mappin
 from hf_distill.losses.feature import FEATURE_LOSSES, centered_cosine, effective_rank
 from hf_distill.losses.fused_linear import Head
 from hf_distill.metrics import TokenMeans
-from hf_distill.modeling import KVCapture, causal_lm, evaluating, gathered, kv_widths, last_hidden_states
+from hf_distill.modeling import KVCapture, causal_lm, evaluating, kv_widths, last_hidden_states
 from hf_distill.teachers import Signal
 from hf_distill.trainers.checks import refuse_other_layers
 from hf_distill.trainers.config import KVProjectionConfig
@@ -83,8 +83,7 @@ class KVProjectionTrainer(KDTrainer):
             )
         weights = getattr(self.teacher, "weights", [1.0])  # one of weight 0 is never asked
         weighted = {name: weight for name, weight in zip(self.teachers, weights, strict=True) if weight}
-        with gathered(self.student):
-            self.sources = {name: self._make_source(name, weight) for name, weight in weighted.items()}
+        self.sources = {name: self._make_source(name, weight) for name, weight in weighted.items()}
         layers = {layer for source in self.sources.values() for layer in source.mapping}
         self._capture = KVCapture(self.student, layers, args.kv_positions)
         self._first: dict[str, dict[str, float]] = {}  # the first evaluation of each set
@@ -176,7 +175,8 @@ class KVProjectionTrainer(KDTrainer):
         layers = teacher_layers(mapping)
         widths = []
         for side, wanted, called in ((model, layers, "teacher"), (self.student, mapping, "student")):
-            found = set(kv_widths(side, wanted, called, self.args.kv_positions).values())
+            with self.trying_out() if called == "student" else nullcontext():
+                found = set(kv_widths(side, wanted, called, self.args.kv_positions).values())
             if len(found) > 1:
                 raise ValueError(
                     f"the {called}'s mapped layers have keys of widths {sorted(found)}: choose with kv_layers"
@@ -210,7 +210,7 @@ class KVProjectionTrainer(KDTrainer):
         inputs, positions = self.probe_batch()
         view, teacher_positions = self.teacher_view(inputs, positions)
         student = KVCapture(self.student, student_layers, self.args.kv_positions)
-        with torch.no_grad(), evaluating(self.student), student(positions):
+        with torch.no_grad(), evaluating(self.student), self.trying_out(), student(positions):
             last_hidden_states(self.student, **inputs)
         teacher = KVCapture(causal_lm(self.teachers[name].model), teacher_layers, self.args.kv_positions)
         with teacher(teacher_positions):

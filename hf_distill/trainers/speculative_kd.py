@@ -17,7 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from hf_distill.collators import PromptCollator, pad_prompts, warn_of_truncation
 from hf_distill.losses.fused_linear import TeacherSignal, fused_distillation_loss
 from hf_distill.metrics import RolloutMeans
-from hf_distill.modeling import WholeCopy, causal_lm, check_cache, gathered
+from hf_distill.modeling import WholeCopy, causal_lm, check_cache
 from hf_distill.speculative import Block, completion_hidden, rollout
 from hf_distill.teachers import Signal
 from hf_distill.teachers.local import BASE, LocalTeacher, is_split
@@ -136,9 +136,9 @@ class SpeculativeKDTrainer(KDTrainer):
         self.data_collator = self._prompts or PromptCollator(self.processing_class)
         self.eos_token_ids = _eos_token_ids(self.processing_class, self.student, self.teacher.model)
         self.pad_token_id: int = self.processing_class.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
-        with gathered(self.student):
-            for name, side in {"student": self.student, "teacher": causal_lm(self.teacher.model)}.items():
-                check_cache(side, name)
+        with self.trying_out():
+            check_cache(self.student, "student")
+        check_cache(causal_lm(self.teacher.model), "teacher")
         # A process that writes longer texts makes more forwards: nobody would gather their layers with it.
         splits = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
         self._whole_student = WholeCopy(self.model) if splits else None

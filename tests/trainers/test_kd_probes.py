@@ -12,14 +12,24 @@ from peft import LoraConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     DataCollatorWithFlattening,
     MllamaForCausalLM,
     MllamaTextConfig,
 )
+from trl import SFTConfig, SFTTrainer
 
-from hf_distill import KDConfig, KDTrainer, KVProjectionConfig, KVProjectionTrainer
-from tests.conftest import FAMILIES, SENTENCES, make_model
+from hf_distill import (
+    KDConfig,
+    KDTrainer,
+    KVProjectionConfig,
+    KVProjectionTrainer,
+    SpeculativeKDConfig,
+    SpeculativeKDTrainer,
+)
+from tests.conftest import SENTENCES, make_model
 from tests.trainers.test_kd import (
+    Gradients,
     assert_same_gradients,
     dense_gradients,
     dense_loss,
@@ -57,6 +67,11 @@ def rows(tokenizer) -> Dataset:
     ids = [tokenizer(text)["input_ids"][: 6 + 3 * i] for i, text in enumerate(SENTENCES)]
     labels = [[-100] * (1 + i % 3) + row[1 + i % 3 :] for i, row in enumerate(ids)]
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+
+@pytest.fixture
+def teacher():
+    return make_model("llama", seed=1)
 
 
 # ----------------------------------------------------------------------------------------- where the hidden states are
@@ -115,8 +130,8 @@ MIXING = {
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "attn_layer_indices": [0]},
     "qwen3_next": {
         "layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+        "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
     },
 }  # fmt: skip
 PACKED = {"packing": True, "max_length": 64}
@@ -180,20 +195,10 @@ def test_rows_that_a_collator_of_ones_own_joins_are_tried(tmp_path, tokenizer, r
     make_trainer(tmp_path, make_model(seed=2), teacher, rows, tokenizer, **own)
 
 
-JOINABLE = {
-    "learned positions": ("gpt2", {}),
-    "sliding windows of 8": ("gemma3_text", {}),
-    "chunks of 6": ("llama4_text", {**WITHOUT_A_NAME["llama4_text"], "attention_chunk_size": 6}),
-}
-
-
-@pytest.mark.parametrize(
-    "what", ["learned positions", *(pytest.param(n, marks=pytest.mark.slow) for n in sorted(JOINABLE)[::2])]
-)
-def test_joined_rows_of_other_families_give_the_update_of_rows_alone(tmp_path, tokenizer, rows, what):
-    family, sizes = JOINABLE[what]
-    make = make_model if family in FAMILIES else odd_model
-    student, teacher = (make(family, seed=seed, **sizes) for seed in (2, 1))
+@pytest.mark.slow
+def test_chunks_of_attention_are_counted_from_the_start_of_each_text(tmp_path, tokenizer, rows):
+    sizes = {**WITHOUT_A_NAME["llama4_text"], "attention_chunk_size": 6}
+    student, teacher = (odd_model("llama4_text", seed, **sizes) for seed in (2, 1))
     plain = {"router_aux_loss_coef": 0.0}
     alone, _ = gradients_of(tmp_path, student, teacher, rows, tokenizer, **plain)
     joined, _ = gradients_of(tmp_path, student, teacher, rows, tokenizer, **plain, **PACKED)
@@ -229,3 +234,76 @@ def test_quantised_and_half_precision_models_are_taken(tmp_path, tokenizer, rows
         tmp_path, student, str(tmp_path / "teacher"), rows, tokenizer, bf16=True, teacher_quantization="4bit", **PACKED
     )
     assert trainer.tried_packings == {True}
+
+
+# ------------------------------------------------------------------------------------------------ weights of two dtypes
+
+LORA = {"target_modules": ["q_proj", "v_proj"], "r": 4, "init_lora_weights": False}
+
+
+def of_two_dtypes(part: str, folder):
+    """A float32 student with a part in bf16; or one in 4 bits."""
+    model = make_model("llama", seed=2, hidden_size=64, intermediate_size=128)
+    if part == "4-bit body":
+        pytest.importorskip("bitsandbytes")
+        model.save_pretrained(folder)
+        how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.bfloat16)
+        model.lm_head.float()
+    else:
+        model.get_submodule(part).to(torch.bfloat16)
+    return model
+
+
+@pytest.mark.parametrize("part", ["lm_head", "4-bit body", pytest.param("model.layers.0", marks=pytest.mark.slow)])
+def test_student_of_two_dtypes_is_trained_as_sfttrainer_trains_it(tmp_path, tokenizer, rows, teacher, part):
+    """SFTTrainer rounds its logits to bf16, the losses here do not: 1e-2 is that rounding."""
+    found = {}
+    for trainer_class, config in ((SFTTrainer, SFTConfig), (KDTrainer, KDConfig)):
+        torch.manual_seed(0)  # of adapters
+        capture, is_ours = Gradients(), trainer_class is KDTrainer
+        trainer = trainer_class(
+            of_two_dtypes(part, tmp_path / "student"),
+            **({"teacher_model": teacher, "teacher_processing_class": tokenizer} if is_ours else {}),
+            args=config(**settings(tmp_path, bf16=True, **({"kd_weight": 0.0} if is_ours else {}))),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(**LORA, modules_to_save=["lm_head"]),
+            callbacks=[capture],
+        )
+        trainer.train()
+        found[trainer_class] = capture.first, trainer.state.log_history[0]["loss"]
+    (ours, loss), (theirs, expected) = found[KDTrainer], found[SFTTrainer]
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert ours.keys() == theirs.keys()
+    assert any("lm_head" in name for name in ours)
+    assert_same_gradients(ours, theirs, rtol=5e-2)
+
+
+@pytest.mark.parametrize("what", ["hidden states", "keys and values", "rollouts"])
+def test_students_that_need_mixed_precision_are_probed_with_it(tmp_path, tokenizer, rows, teacher, what):
+    trainer_class, config, options = {
+        "hidden states": (KDTrainer, KDConfig, {"hidden_weight": 1.0, "hidden_layers": "cka"}),
+        "keys and values": (KVProjectionTrainer, KVProjectionConfig, {"kv_layers": "cka"}),
+        "rollouts": (SpeculativeKDTrainer, SpeculativeKDConfig, {"max_new_tokens": 4}),
+    }[what]
+    if what == "rollouts":
+        rows = Dataset.from_dict({"prompt": [text[:12] for text in SENTENCES]})
+    make = lambda **more: trainer_class(  # noqa: E731
+        of_two_dtypes("model.layers.0", tmp_path), teacher, config(**settings(tmp_path / "out", **options, **more)),
+        train_dataset=rows, processing_class=tokenizer,
+    )  # fmt: skip
+    trainer = make(bf16=True)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    with pytest.raises(
+        ValueError, match=r"the student .* \(its weights are bfloat16 and float32: load it in one dtype"
+    ):
+        make()
+
+
+def test_a_base_that_needs_the_students_mixed_precision_is_no_teacher(tmp_path, tokenizer, rows):
+    student = of_two_dtypes("model.layers.0", tmp_path)
+    lora = {"trainer_settings": {"peft_config": LoraConfig(**LORA)}}
+    with pytest.raises(ValueError, match=r"the teacher .* load it in one dtype"):
+        make_trainer(tmp_path, student, "base", rows, tokenizer, bf16=True, **lora)
