@@ -11,7 +11,9 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,9 @@ from hf_distill.losses.fused_linear import Head
 # Where a configuration keeps the factor of its logits, and whether the logits are divided by it.
 LOGIT_SCALES = {"logit_scale": False, "output_multiplier": False, "lm_head_multiplier": False, "logits_scaling": True}
 MULTIPLIES_BY_LOGITS_SCALING = {"hyperclovax"}
+
+# The checks that a model has passed when something was called with it that needs them.
+_PASSED: WeakKeyDictionary[nn.Module, set[Callable]] = WeakKeyDictionary()
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -50,7 +55,7 @@ def trying(action: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{action}: {type(error).__name__}: {error}") from error
 
 
@@ -179,6 +184,48 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if len(outermost) != 1 or model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} has not one list of {number} layers: only decoder-only models have")
     return outermost[0]
+
+
+def hidden_widths(model: PreTrainedModel, layers: Iterable[int], name: str) -> dict[int, int]:
+    """The width of the hidden states after each layer, found with a few tokens.
+
+    Raises:
+        `ValueError`: what comes out of a layer is no vector per token, or not what transformers returns as the hidden
+            states after that layer (after the last one: after the final norm).
+    """
+    called = f"the {name} ({type(model).__name__})"
+    blocks = decoder_layers(model)[1]
+    ids = torch.arange(8, 13, device=input_device(model)).unsqueeze(0) % num_token_ids(model)
+    found: dict[int, list[Any]] = {index: [] for index in range(len(blocks))}
+    with torch.no_grad(), evaluating(model), ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            stack.enter_context(
+                block.register_forward_hook(
+                    lambda _, __, output, index=index: found[index].append(layer_output(output))
+                )
+            )
+        with trying(f"{called} does not return its hidden states, which hidden_weight compares"):
+            outputs = backbone(model)(input_ids=ids, use_cache=False, output_hidden_states=True)
+            states = outputs.hidden_states
+            found[len(blocks) - 1][-1:] = [outputs.last_hidden_state]
+            right = {
+                index: outputs[0].shape[:2] == ids.shape
+                and len(outputs) == 1
+                and len(states) == len(blocks) + 1
+                and torch.equal(states[index + 1].to(outputs[0].device), outputs[0])
+                for index, outputs in found.items()
+            }
+    if strange := [layer for layer in layers if not right[layer]]:
+        raise ValueError(
+            f"what comes out of layer {strange[0]} of {called} is not the hidden states that it returns for it, "
+            "one vector per token: choose other layers with hidden_layers, or set hidden_weight to 0"
+        )
+    return {layer: found[layer][0].shape[-1] for layer in layers}
+
+
+def layer_output(output: Any) -> Tensor:
+    """The hidden states in what a layer returns."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def expose_hidden_states(model: PreTrainedModel) -> None:
@@ -398,14 +445,11 @@ def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str, kv_posit
         )
     ids = torch.arange(5, device=input_device(model)).unsqueeze(0) % num_token_ids(model)
     capture = KVCapture(model, layers, kv_positions)
-    try:
-        with torch.no_grad(), evaluating(model), capture():
-            last_hidden_states(model, input_ids=ids)
-    except (IndexError, RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"the keys and values of the {name} ({type(model).__name__}) cannot be captured {kv_positions} rotary "
-            f"embedding: {error}"
-        ) from error
+    refusal = (
+        f"the keys and values of the {name} ({type(model).__name__}) cannot be captured {kv_positions} rotary embedding"
+    )
+    with torch.no_grad(), evaluating(model), capture(), trying(refusal):
+        last_hidden_states(model, input_ids=ids)
     missing = [layer for layer in layers if layer not in capture.heads]
     found = {layer: capture.features(layer) for layer in capture.heads}
     strange = [
@@ -430,6 +474,14 @@ def load_balancing_loss(model: PreTrainedModel, outputs, attention_mask: Tensor 
     config = model.config.get_text_config()
     num_experts = getattr(config, "num_experts", None) or config.num_local_experts
     return load_balancing_loss_func(outputs.router_logits, num_experts, config.num_experts_per_tok, attention_mask)  # pyright: ignore
+
+
+def ensure(check: Callable[[PreTrainedModel, str], None], model: PreTrainedModel, name: str) -> None:
+    """Runs `check(model, name)`, unless this model has passed it: what is called in a loop checks a model once."""
+    passed = _PASSED.setdefault(model, set())
+    if check not in passed:
+        check(model, name)
+        passed.add(check)
 
 
 def check_head(model: PreTrainedModel, name: str) -> None:
@@ -479,25 +531,18 @@ def check_cache(model: PreTrainedModel, name: str) -> None:
     """
     device = input_device(model)
     texts = torch.arange(14, device=device).view(2, 7) % num_token_ids(model)
-    problem = ""
-    try:
-        with torch.no_grad(), evaluating(model):
-            mask = torch.tensor([[1, 1, 1], [0, 0, 1]], device=device)
-            reader = CachedReader(model, texts[:, :3], mask)
-            reader.read(texts[:, 3:6])
-            reader.rewind(torch.tensor([1, 0]), torch.tensor([1, 2]), texts[[1, 0], [5, 4]])
-            found = reader.read(texts[[1, 0], [6, 5]].unsqueeze(1))[:, -1]
-            rows = texts[1:, 2:7], texts[:1, :6]
-            expected = torch.cat([last_hidden_states(model, input_ids=row)[:, -1] for row in rows])
-            if not (found - expected).abs().max() <= 0.05 * expected.abs().max():
-                problem = "its hidden states are others than those of the whole text"
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    if problem:
-        raise ValueError(
-            f"the {name} ({type(model).__name__}) cannot take back what it has read, which rollouts need ({problem}); "
-            "only models whose cache is keys and values can be used"
-        )
+    refusal = f"the {name} ({type(model).__name__}) cannot take back what it has read, which rollouts need"
+    remedy = "only models whose cache is keys and values can be used"
+    with torch.no_grad(), evaluating(model), trying(f"{refusal} ({remedy})"):
+        mask = torch.tensor([[1, 1, 1], [0, 0, 1]], device=device)
+        reader = CachedReader(model, texts[:, :3], mask)
+        reader.read(texts[:, 3:6])
+        reader.rewind(torch.tensor([1, 0]), torch.tensor([1, 2]), texts[[1, 0], [5, 4]])
+        found = reader.read(texts[[1, 0], [6, 5]].unsqueeze(1))[:, -1]
+        rows = texts[1:, 2:7], texts[:1, :6]
+        expected = torch.cat([last_hidden_states(model, input_ids=row)[:, -1] for row in rows])
+    if not (found - expected).abs().max() <= 0.05 * expected.abs().max():
+        raise ValueError(f"{refusal}: its hidden states are others than those of the whole text; {remedy}")
 
 
 def keep_4bit_weights(model: nn.Module) -> None:

@@ -31,6 +31,7 @@ from hf_distill.modeling import (
     input_device,
     keep_4bit_weights,
     last_hidden_states,
+    layer_output,
     select_positions,
 )
 from hf_distill.teachers.placement import LAYOUTS, teacher_devices
@@ -156,8 +157,7 @@ def signal_of(
     inner: dict[int, Tensor] = {}
 
     def keep(layer: int, module: Any, args: Any, output: Any) -> None:
-        hidden = output if isinstance(output, Tensor) else output[0]  # (B, T, D)
-        inner[layer] = select_positions(hidden, positions)
+        inner[layer] = select_positions(layer_output(output), positions)
 
     blocks = decoder_layers(model)[1] if layers else []
     hooks = [blocks[layer].register_forward_hook(partial(keep, layer)) for layer in layers]

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, N label-bearing positions, Ds and Dt hidden widths.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,10 @@ from hf_distill.kv_projector import HiddenProjector
 from hf_distill.layer_mapping import Mapping, cka_mapping, describe_mapping, layer_mapping, teacher_layers
 from hf_distill.losses.feature import HIDDEN_LOSSES
 from hf_distill.losses.fused_linear import TeacherSignal
-from hf_distill.modeling import causal_lm, evaluating, head_of, select_positions
+from hf_distill.modeling import causal_lm, evaluating, head_of, hidden_widths, select_positions
 from hf_distill.teachers.local import BaseTeacher, LocalTeacher, signal_of
 
 PROJECTOR = "hidden_projector"
-# Families whose `hidden_states[i + 1]` is not the output of layer i.
-COUNTED_OTHERWISE = ("cpmant", "falcon_mamba", "mamba", "mamba2", "rwkv")
 
 
 class HiddenLayers:
@@ -30,20 +28,16 @@ class HiddenLayers:
         trainer ([`KDTrainer`]): with student and teacher; it gets a projector where their widths differ.
 
     Raises:
-        `ValueError`: layers that do not exist, a family that counts them otherwise, or an optimizer that would leave
-            the projector out.
+        `ValueError`: layers that do not exist, that do not give one vector per token or vectors of several widths, and
+            an optimizer that would leave the projector out.
     """
 
     def __init__(self, trainer: Any) -> None:
         args, student, teacher = trainer.args, trainer.student, trainer.teacher
         configs = [causal_lm(side).config.get_text_config() for side in (student, teacher.model)]
-        if strange := [config.model_type for config in configs if config.model_type in COUNTED_OTHERWISE]:
-            raise ValueError(
-                f"hidden_weight is not possible with {strange[0]}, whose hidden states are not what comes out of its "
-                "layers: set it to 0"
-            )
         depths = [config.num_hidden_layers for config in configs]
         if args.hidden_layers == "cka":
+            self._widths(trainer, range(depths[0]), range(depths[1]))
             inputs, positions = trainer.probe_batch()
             view = trainer.teacher_view(inputs, positions)
             teacher.layers = tuple(range(depths[1]))
@@ -58,7 +52,14 @@ class HiddenLayers:
         trainer._tell(f"hidden states, student's layer <- teacher's: {describe_mapping(mapping)}")
         self.distance = HIDDEN_LOSSES[args.hidden_loss]
         self.projector = None
-        widths = [config.hidden_size for config in configs]
+        widths = self._widths(trainer, mapping, teacher_layers(mapping))
+        for name, found in zip(("student", "teacher"), widths, strict=True):
+            if len(found) > 1:
+                raise ValueError(
+                    f"the {name}'s mapped layers have hidden states of widths {sorted(found)}: choose others with "
+                    "hidden_layers"
+                )
+        widths = [found.pop() for found in widths]
         if widths[0] != widths[1]:
             if trainer.optimizer is not None:
                 raise ValueError(
@@ -67,6 +68,14 @@ class HiddenLayers:
                 )
             self.projector = HiddenProjector(widths[0], widths[1], len(self.mapping)).to(args.device)
             trainer.projectors[PROJECTOR] = self.projector
+
+    @staticmethod
+    def _widths(trainer: Any, layers: Iterable[int], teacher_layers: Iterable[int]) -> list[set[int]]:
+        """The hidden widths after some layers of student and teacher."""
+        with trainer.trying_out():
+            student = hidden_widths(trainer.student, layers, "student")
+        teacher = hidden_widths(causal_lm(trainer.teacher.model), teacher_layers, "teacher")
+        return [set(student.values()), set(teacher.values())]
 
     def use(self, mapping: Mapping, teacher: LocalTeacher | BaseTeacher) -> None:
         """Learns from these layers of the teacher, which then are part of its signal."""

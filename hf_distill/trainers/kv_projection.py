@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -166,6 +166,7 @@ class KVProjectionTrainer(KDTrainer):
         model = causal_lm(self.teachers[name].model)
         depths = [side.config.get_text_config().num_hidden_layers for side in (self.student, model)]
         if self.args.kv_layers == "cka":
+            self._widths(model, *map(range, depths))  # layers without keys would shift the others' numbers
             student, teacher = (
                 [torch.cat(pair, 1) for pair in side.values()] for side in self._probe(name, *map(range, depths))
             )
@@ -174,20 +175,27 @@ class KVProjectionTrainer(KDTrainer):
             mapping = layer_mapping(self.args.kv_layers, *depths)
         layers = teacher_layers(mapping)
         widths = []
-        for side, wanted, called in ((model, layers, "teacher"), (self.student, mapping, "student")):
-            with self.trying_out() if called == "student" else nullcontext():
-                found = set(kv_widths(side, wanted, called, self.args.kv_positions).values())
+        for called, found in zip(("student", "teacher"), self._widths(model, mapping, layers), strict=True):
             if len(found) > 1:
                 raise ValueError(
                     f"the {called}'s mapped layers have keys of widths {sorted(found)}: choose with kv_layers"
                 )
-            widths += found
+            widths = [*found, *widths]  # from the teacher's to the student's
         projector = self._make_projector(name, mapping, layers, widths).to(self.args.device)
         # With one teacher the files are projector.safetensors and projector.json.
         key = "projector" if len(self.teachers) == 1 else f"projector_{re.sub(r'[^A-Za-z0-9-]+', '_', name)}"
         key = key if key not in self.projectors else f"{key}_{len(self.projectors)}"
         self.projectors[key] = projector
         return KVSource(mapping, projector, KVCapture(model, layers, self.args.kv_positions), weight)
+
+    def _widths(
+        self, teacher: PreTrainedModel, student_layers: Iterable[int], teacher_layers: Iterable[int]
+    ) -> list[set[int]]:
+        """The widths of the keys of some layers of student and teacher."""
+        with self.trying_out():
+            mine = kv_widths(self.student, student_layers, "student", self.args.kv_positions)
+        theirs = kv_widths(teacher, teacher_layers, "teacher", self.args.kv_positions)
+        return [set(mine.values()), set(theirs.values())]
 
     def layer_mappings(self) -> dict[str, LayerMapping]:
         own = {f"keys and values of {name}": source.mapping for name, source in self.sources.items()}

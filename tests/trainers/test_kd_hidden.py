@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_distill import KDConfig, KDTrainer, KVProjectionConfig, KVProjectionTrainer, SpeculativeKDConfig
 from hf_distill.kv_projector import load_projector
@@ -428,10 +428,50 @@ def test_settings_that_are_not_used_are_told(tmp_path, tokenizer, rows, student,
     assert "hidden_loss is not used: hidden_weight is 0" in caplog.text
 
 
-def test_families_that_count_hidden_states_otherwise_are_refused(tmp_path, tokenizer, rows, student):
-    config = MambaConfig(vocab_size=384, hidden_size=32, num_hidden_layers=2, state_size=4)
-    with pytest.raises(ValueError, match="hidden_weight is not possible with mamba"):
-        make_trainer(tmp_path, student, AutoModelForCausalLM.from_config(config), rows, tokenizer, hidden_weight=1.0)
+SMALL = {
+    "vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
+OTHERWISE = {
+    "mamba": {"state_size": 4},  # counts without the embeddings
+    "gemma3n_text": {  # several vectors per token
+        "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "layer_types": ["full_attention"] * 2,
+        "num_kv_shared_layers": 0, "laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": None,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 384,
+    },
+}  # fmt: skip
+
+
+def from_config(family, **sizes):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SMALL, **sizes})).eval()
+
+
+@pytest.mark.parametrize("family", sorted(OTHERWISE))
+@pytest.mark.parametrize("hidden_layers", ["last", "cka"])
+def test_layers_whose_output_is_not_the_hidden_states_are_refused(
+    tmp_path, tokenizer, rows, student, family, hidden_layers
+):
+    odd, options = from_config(family, **OTHERWISE[family]), {"hidden_weight": 1.0, "hidden_layers": [[0, 0]]}
+    with pytest.raises(ValueError, match=r"layer 0 of the student \(\w+\) is not the hidden states"):
+        make_trainer(tmp_path, odd, copy.deepcopy(student), rows, tokenizer, **options)
+    options["hidden_layers"] = hidden_layers if hidden_layers == "cka" else [[0, 0]]
+    with pytest.raises(ValueError, match=r"layer 0 of the teacher \(\w+\) is not the hidden states"):
+        make_trainer(tmp_path, student, odd, rows, tokenizer, **options)
+
+
+def test_a_projector_has_the_width_of_the_layers_and_not_of_the_configuration(tmp_path, tokenizer, rows, teacher):
+    """This OPT's hidden states have 32 numbers, and 16 after its last layer."""
+    student = from_config("opt", ffn_dim=48, word_embed_proj_dim=16, max_position_embeddings=256, dropout=0.0)
+    with pytest.raises(ValueError, match=r"the student's mapped layers have hidden states of widths \[16, 32\]"):
+        make_trainer(tmp_path, student, teacher, rows, tokenizer, hidden_weight=1.0)
+    options = {"hidden_layers": [[-1, 1]], "kd_weight": 1.0}
+    found, log, projector, _ = first_update(tmp_path, student, teacher, rows, tokenizer, **options)
+    assert projector is not None
+    hidden = hidden_by_hand(student, teacher, rows, {1: {1: 1.0}}, projector=projector)
+    assert log["hidden"] == pytest.approx(hidden.item(), rel=1e-5)
+    loss = by_hand(student, rows, [(teacher, 1.0)], kd_weight=1.0) + hidden
+    assert_same_gradients(found, gradients_by_hand(loss, student, projector))
 
 
 def test_numbers_of_any_kind_are_taken(tmp_path):
