@@ -21,6 +21,8 @@ from hf_distill.losses.fused_linear import default_chunk_size
 from hf_distill.metrics import TokenMeans
 from hf_distill.modeling import (
     causal_lm,
+    check_head,
+    ensure,
     evaluating,
     head_of,
     keep_4bit_weights,
@@ -67,7 +69,7 @@ def evaluate_fidelity(
 
     Raises:
         `ValueError`: no row has a label-bearing token, or a row has none of the columns above, or tokens that a model
-            does not know.
+            does not know; a model whose output layer is not as `head_of` knows it.
     """
     means = TokenMeans()
     num_tokens = 0
@@ -76,7 +78,7 @@ def evaluate_fidelity(
         for _, tokens in _tokenized(dataset, tokenizer, (student, teacher), vocab_size)
         for document in _documents(tokens)
     )
-    with _measuring(student, teacher):
+    with _measuring(student=student, teacher=teacher):
         for labels, (student_log_probs, teacher_log_probs) in _log_probs(
             (student, teacher), documents, tokenizer, batch_size, vocab_size
         ):
@@ -146,7 +148,7 @@ def perplexity(
             for document in _documents(tokens):
                 yield from _windows(document, length, stride)
 
-    with _measuring(model):
+    with _measuring(model=model):
         for labels, (log_probs,) in _log_probs((model,), windows(), tokenizer, batch_size, vocab_size):
             num_tokens += len(labels)
             means.add(len(labels), ce=_cross_entropy(log_probs, labels))
@@ -179,12 +181,17 @@ def window_length(model: PreTrainedModel, max_length: int | None, stride: int | 
 
 
 @contextmanager
-def _measuring(*models: PreTrainedModel) -> Iterator[None]:
-    """No gradient, no dropout, 4-bit weights as they are; afterwards each model is in the mode it was in."""
+def _measuring(**models: PreTrainedModel) -> Iterator[None]:
+    """No gradient, no dropout, 4-bit weights as they are; afterwards each model is in the mode it was in.
+
+    Raises:
+        `ValueError`: the logits of a model are not what its hidden states and its head make of them.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        for model in models:
+        for name, model in models.items():
             keep_4bit_weights(model)
+            ensure(check_head, causal_lm(model), name)
             stack.enter_context(evaluating(model))
         yield
 

@@ -31,7 +31,9 @@ from hf_distill.modeling import (
     evaluating,
     keep_4bit_weights,
     last_hidden_states,
+    layer_output,
     num_token_ids,
+    trying,
 )
 from hf_distill.rows import tokenized_row
 from hf_distill.token_rows import Limits, check_row
@@ -81,7 +83,8 @@ def rank_layers(
         max_length (`int`): tokens at which rows are cut.
 
     Raises:
-        `ValueError`: too many layers or none, no row, or a row without any of the columns above.
+        `ValueError`: too many layers or none, no row, or a row without any of the columns above; layers that do not
+            hand on one vector per token, once each.
     """
     model = causal_lm(model)
     keep_4bit_weights(model)
@@ -90,11 +93,14 @@ def rank_layers(
         raise ValueError(f"num_layers has to be at least 1 and below {len(blocks)}, all layers; got {num_layers}")
     total, count = torch.zeros(len(blocks) - num_layers + 1, dtype=torch.float64), 0
     device = embedding_weight(model).device
+    refusal = f"the layers of a {type(model).__name__} cannot be ranked by how they turn the hidden states"
     with torch.no_grad(), evaluating(model):
         for ids, last in _batches(dataset, tokenizer, num_token_ids(model), batch_size, max_length):
             states: list[Tensor] = []
-            with _watching(blocks, states, last):
+            with _watching(blocks, states, last, ids.shape[1]), trying(refusal):
                 last_hidden_states(model, input_ids=ids.to(device), attention_mask=_mask(ids, last).to(device))
+            if len(states) != len(blocks) + 1:
+                raise ValueError(f"{refusal}: they do not run once each")
             hidden = nn.functional.normalize(torch.stack(states).double(), dim=-1)  # (L + 1, B, D)
             cosine = (hidden[:-num_layers] * hidden[num_layers:]).sum(-1)  # (spans, B)
             total += cosine.clamp(-1, 1).arccos().sum(1) / torch.pi
@@ -529,10 +535,15 @@ def _public_name(model: PreTrainedModel) -> str:
 
 
 @contextmanager
-def _watching(blocks: nn.ModuleList, states: list[Tensor], last: Tensor) -> Iterator[None]:
-    """Within it, a forward appends what goes into each layer, and what comes out of the last, at `last` (B,)."""
+def _watching(blocks: nn.ModuleList, states: list[Tensor], last: Tensor, length: int) -> Iterator[None]:
+    """Within it, a forward of (B, `length`) tokens appends what goes into each layer, and comes out of the last.
+
+    Of both, what is at `last` (B,) of each row.
+    """
 
     def keep(hidden: Tensor) -> None:
+        if hidden.dim() != 3 or hidden.shape[:2] != (len(last), length):
+            raise ValueError(f"{tuple(hidden.shape)} is not one vector per token")
         rows = torch.arange(len(last), device=hidden.device)
         states.append(hidden[rows, last.to(hidden.device)].cpu())  # (B, D)
 
@@ -540,7 +551,7 @@ def _watching(blocks: nn.ModuleList, states: list[Tensor], last: Tensor) -> Iter
         keep(args[0] if args else kwargs["hidden_states"])
 
     def after(layer: nn.Module, args: tuple, output: Any) -> None:
-        keep(output[0] if isinstance(output, tuple) else output)
+        keep(layer_output(output))
 
     hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     hooks.append(blocks[-1].register_forward_hook(after))

@@ -18,7 +18,16 @@ from transformers import PreTrainedModel
 
 from hf_distill.losses.fused_linear import Head
 from hf_distill.metrics import sum_dtype
-from hf_distill.modeling import CachedReader, causal_lm, evaluating, head_of, num_token_ids
+from hf_distill.modeling import (
+    CachedReader,
+    causal_lm,
+    check_cache,
+    check_head,
+    ensure,
+    evaluating,
+    head_of,
+    num_token_ids,
+)
 
 # Logits of a draft that exist at one time, in bytes.
 CHUNK_BYTES = 256 * 2**20
@@ -143,7 +152,8 @@ def rollout(
         watch (`Callable`, *optional*): called with every [`Block`].
 
     Raises:
-        `ValueError`: empty, right-padded or too long prompts, ids or `top_k` outside of the vocabulary, no eos.
+        `ValueError`: empty, right-padded or too long prompts, ids or `top_k` outside of the vocabulary, no eos, and a
+            model that cannot take back what it has read or computes its logits in an unknown way.
     """
     start = time.perf_counter()
     smaller = min(len(head_of(causal_lm(model)).weight) for model in (student, teacher))
@@ -160,6 +170,10 @@ def rollout(
     if len(student_prompt_ids) != len(teacher_prompt_ids):
         raise ValueError(f"{len(student_prompt_ids)} student prompts, but {len(teacher_prompt_ids)} teacher prompts")
 
+    if config.draft_length:
+        with student_context():
+            _check_model(student, "student")
+    _check_model(teacher, "teacher")
     drafter = CachedReader(student, student_prompt_ids, student_prompt_mask)
     checker = CachedReader(teacher, teacher_prompt_ids, teacher_prompt_mask)
     readers = (drafter, checker) if config.draft_length else (checker,)
@@ -242,7 +256,12 @@ class _Texts:
 def completion_hidden(
     model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor
 ) -> Tensor:
-    """What predicts each token of given completions (B, C), right-padded, after left-padded prompts: (B, C, D)."""
+    """What predicts each token of given completions (B, C), right-padded, after left-padded prompts: (B, C, D).
+
+    Raises:
+        `ValueError`: the model has no cache of keys and values alone, which left padding needs.
+    """
+    ensure(check_cache, causal_lm(model), "model")
     with evaluating(model):
         hidden = CachedReader(model, prompt_ids, prompt_mask).read(completion_ids[:, :-1])
     return hidden[:, -completion_ids.shape[1] :]
@@ -319,6 +338,11 @@ def _from_place(table: Tensor, place: Tensor) -> Tensor:
     """Each row of (R, C) from its own place (R,) on, with anything behind its end."""
     columns = place[:, None] + torch.arange(table.shape[1], device=table.device)
     return table.gather(1, columns.clamp(max=table.shape[1] - 1))
+
+
+def _check_model(model: PreTrainedModel, side: str) -> None:
+    for check in (check_head, check_cache):
+        ensure(check, causal_lm(model), side)
 
 
 def _check_prompts(side: str, model: PreTrainedModel, ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:

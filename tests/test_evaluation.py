@@ -292,3 +292,15 @@ def test_rows_without_anything_to_predict_are_refused(tokenizer):
     for ids in ([[5]], [[]]):
         with pytest.raises(ValueError, match="no label-bearing token"):
             perplexity(make_model(), Dataset.from_dict({"input_ids": ids}), tokenizer)
+
+
+def test_a_model_whose_head_is_not_known_is_refused_before_it_is_measured(tokenizer, text_dataset):
+    model, other = make_model(seed=1), make_model(seed=2)
+    perplexity(model, text_dataset, tokenizer)
+    odd = make_model(seed=1)
+    odd.lm_head.register_forward_hook(lambda *args: 2 * args[2])
+    with pytest.raises(ValueError, match=r"the model \(LlamaForCausalLM\) does not compute its logits as"):
+        perplexity(odd, text_dataset, tokenizer)
+    for name, pair in {"student": (odd, other), "teacher": (other, odd)}.items():
+        with pytest.raises(ValueError, match=rf"the {name} \(LlamaForCausalLM\) does not compute its logits as"):
+            evaluate_fidelity(*pair, text_dataset, tokenizer)

@@ -564,3 +564,21 @@ def test_ranking_reads_models_with_adapters(tokenizer):
 def test_what_cannot_be_ranked_is_refused_in_words(tokenizer, rows, num_layers, message):
     with pytest.raises(ValueError, match=message):
         rank_layers(make_model(num_hidden_layers=3), Dataset.from_list(rows), tokenizer, num_layers)
+
+
+def test_layers_that_do_not_hand_on_one_vector_per_token_are_not_ranked(tokenizer):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "gemma3n_text", vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, layer_types=["full_attention"] * 2, num_kv_shared_layers=0,
+        laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=None, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=384, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows = Dataset.from_dict({"text": SENTENCES})
+    with pytest.raises(ValueError, match=r"cannot be ranked .* is not one vector per token"):
+        rank_layers(model, rows, tokenizer, 1)
+    shared = make_model(num_hidden_layers=3)
+    shared.model.layers[2].forward = lambda hidden, **kwargs: shared.model.layers[1](hidden, **kwargs)
+    with pytest.raises(ValueError, match="they do not run once each"):
+        rank_layers(shared, rows, tokenizer, 1)

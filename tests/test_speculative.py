@@ -4,12 +4,16 @@ Shapes: B rows, P prompt tokens, C completion tokens, V vocabulary.
 """
 
 import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MambaConfig
 
+from hf_distill import speculative
 from hf_distill.speculative import Block, RolloutConfig, completion_hidden, rollout, sample
 from tests.conftest import FAMILIES, make_model
 from tests.speculative_oracle import NARROW, Oracle, softmax
@@ -486,6 +490,7 @@ def test_padding_beyond_the_embedding_is_never_read(pair):
 
 
 def test_rows_that_are_finished_are_not_read_any_more(pair, monkeypatch):
+    run(pair)  # models are tried out the first time
     seen = {"student": [], "teacher": []}
     for side, model in zip(seen, pair, strict=True):
         forward = model.base_model.forward
@@ -748,3 +753,46 @@ def test_malformed_prompts_are_refused_in_words(pair, side):
 def test_oracle_softmax_is_torchs():
     logits = torch.tensor([1.0, 1000.0, 998.5], dtype=torch.float64)
     assert torch.allclose(torch.from_numpy(softmax(logits.numpy())), logits.softmax(0))
+
+
+# ----------------------------------------------------------------------------------------------- models that do not fit
+
+
+def recurrent():
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_recurrent_model_is_refused_before_it_writes_without_history(pair, side):
+    models = {"student": pair[0], "teacher": pair[1], side: recurrent()}
+    with pytest.raises(ValueError, match=rf"the {side} \(MambaForCausalLM\) cannot take back what it has read"):
+        run(tuple(models.values()))
+    if side == "student":
+        run(tuple(models.values()), make_config(draft_length=0))  # it is not read
+    ids, mask = padded(PROMPTS)
+    with pytest.raises(ValueError, match="cannot take back what it has read"):
+        completion_hidden(recurrent(), ids, mask, ids)
+
+
+def test_a_head_that_is_not_known_is_refused(pair):
+    student = copy.deepcopy(pair[0])
+    student.lm_head.register_forward_hook(lambda *args: 2 * args[2])
+    with pytest.raises(ValueError, match=r"the student \(\w+\) does not compute its logits as"):
+        run((student, pair[1]))
+
+
+def test_a_model_is_tried_out_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(speculative, "check_head", lambda model, name: calls.append(("head", model)))
+    monkeypatch.setattr(speculative, "check_cache", lambda model, name: calls.append(("cache", model)))
+    models = make_pair()
+    for _ in range(2):
+        run(models)
+    student, teacher = models
+    assert calls == [("head", student), ("cache", student), ("head", teacher), ("cache", teacher)]
+    dead = weakref.ref(student)
+    del models, student, calls[:]
+    gc.collect()
+    assert dead() is None  # nothing remembers a model that nobody uses
