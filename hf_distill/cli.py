@@ -44,6 +44,7 @@ from hf_distill.report import (
 )
 from hf_distill.rows import fill_templates, load_rows
 from hf_distill.saved_weights import other_adapters
+from hf_distill.saving import adapters_on, refuse_folder, save_tokenizer, set_aside, try_saving
 from hf_distill.teachers.local import LocalTeacher
 from hf_distill.trainers.checkpoints import find_checkpoint, problem_of
 from hf_distill.trainers.checks import student_tokenizer
@@ -284,6 +285,7 @@ def run_prune(arguments: PruneArguments) -> None:
         raise ValueError("--num_layers needs --dataset to choose layers on; --groups names layers: it needs --layers")
     bundle_dir = os.path.join(arguments.output_dir, "bundles")
     refuse_bundles(bundle_dir)
+    refuse_folder(arguments.output_dir, {"the model": arguments.model})
     groups = None if arguments.groups is None else _groups(arguments.groups)
     rows = None
     if arguments.dataset is not None:
@@ -294,6 +296,7 @@ def run_prune(arguments: PruneArguments) -> None:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model {arguments.model!r} cannot be loaded with its tokenizer: {reason}") from error
+    try_saving(model, tokenizer, arguments.output_dir)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
     reading = {"batch_size": arguments.batch_size, "max_length": arguments.max_length}
 
@@ -305,8 +308,9 @@ def run_prune(arguments: PruneArguments) -> None:
             {"layers": _numbers(span.layers), "distance": f"{span.distance:.4f}"} for span in spans
         ]
     student = drop_layers(model, layers, bundle_dir, groups, share_weights=True)
+    set_aside(arguments.output_dir)
     student.save_pretrained(arguments.output_dir)
-    tokenizer.save_pretrained(arguments.output_dir)
+    save_tokenizer(tokenizer, arguments.output_dir)
     if rows is not None:
         fidelity = {"pruned": evaluate_fidelity(student, model, rows, tokenizer, **reading)}
         tables[f"Against the whole model, {len(rows)} rows"] = result_rows(fidelity)
@@ -377,13 +381,21 @@ def _restore(arguments: StagedArguments, args: KDConfig) -> tuple[str, list[int]
 
     It is written to `restored` in the output directory: an adapter is of no use without the model it was trained on.
     """
-    folder, tokenizer = os.path.join(str(args.output_dir), "restored"), student_tokenizer(arguments.model, args)
+    folder, tokenizer = (
+        os.path.abspath(os.path.join(str(args.output_dir), "restored")),
+        student_tokenizer(arguments.model, args),
+    )
+    if not _resume(args) and (adapters := adapters_on(folder, str(args.output_dir))):
+        raise ValueError(
+            f"{folder} is the model that the adapter in {adapters[0]} belongs to: take another output_dir, or delete "
+            "both"
+        )
     with args.main_process_first(local=False, desc="restoring layers"):
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
         model = restore_layers(model, str(arguments.bundle_dir), [str(arguments.stage)], share_weights=True)
         if args.process_index == 0:
             model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
     restored = read_manifest(str(arguments.bundle_dir))["bundles"][arguments.stage]["layers"]
     return folder, [i for i, layer in enumerate(original_layers(model)) if layer in restored]
 

@@ -124,13 +124,15 @@ class HiddenProjector(nn.Module):
 
 
 PROJECTORS = {"mlp": KVProjector, "pca": PCAProjector}  # of keys and values
+# Beside a student's weights, servers would take a projector's for a part of them.
+FOLDER = "projectors"
 _KINDS = {**PROJECTORS, "linear": HiddenProjector}
 
 
 def save_projector(
     projector: nn.Module, folder: str | PathLike[str], name: str = "projector", *, is_writer: bool = True
 ) -> None:
-    """Writes `<name>.safetensors` and `<name>.json` beside the student's files.
+    """Writes `<name>.safetensors` and `<name>.json` into a folder.
 
     Where an engine has split it, all processes have to come here, and one of them writes.
     """
@@ -149,18 +151,27 @@ def _settings(projector: nn.Module) -> dict[str, Any]:
 
 
 def load_projector(folder: str | PathLike[str], name: str = "projector") -> nn.Module:
-    """The projector that `save_projector` wrote.
+    """The projector that `save_projector` wrote, or that was saved with the student in this folder.
 
     Raises:
         `ValueError`: the folder has none of this name.
     """
-    weights, config = (Path(folder) / f"{name}.{extension}" for extension in ("safetensors", "json"))
+    config = Path(folder, f"{name}.json")
+    config = config if config.exists() else saved_projectors(folder).get(name, config)
+    weights = config.with_suffix(".safetensors")
     if not config.exists() or not weights.exists():
         raise ValueError(f"{folder} has no {weights.name} and {config.name}: it is not of a run with this projector")
     settings = json.loads(config.read_text(encoding="utf-8"))
     projector = _KINDS[settings.pop("projector")](**settings)
     projector.load_state_dict(load_file(weights))
     return projector
+
+
+def saved_projectors(folder: str | PathLike[str]) -> dict[str, Path]:
+    """The JSON files of the projectors that were saved with the student in a folder, by name."""
+    # Earlier versions wrote them beside the student's own files.
+    paths = [*Path(folder).glob("*projector*.json"), *Path(folder, FOLDER).glob("*.json")]
+    return {path.stem: path for path in paths}
 
 
 class Projectors(nn.ModuleDict):
@@ -197,13 +208,13 @@ class Projectors(nn.ModuleDict):
         return {key: tensor for key, tensor in state_dict.items() if "projectors." not in key}
 
     def save(self, folder: str | PathLike[str], *, is_writer: bool = True) -> None:
-        """Writes each beside the student's files."""
+        """Writes each into a folder of their own in the student's."""
         for name, projector in self.items():
-            save_projector(projector, folder, name, is_writer=is_writer)
+            save_projector(projector, Path(folder, FOLDER), name, is_writer=is_writer)
 
     def misfit(self, folder: str | PathLike[str]) -> str | None:
         """Why a folder's projectors are not these, as the end of a sentence that starts with its name."""
-        saved = {path.stem: path for path in Path(folder).glob("*projector*.json")}
+        saved = saved_projectors(folder)
         if missing := [name for name in self if name not in saved]:
             return f"has no {missing[0]}.safetensors and {missing[0]}.json: it is not of a run with this projector"
         if strange := sorted(saved.keys() - set(self)):

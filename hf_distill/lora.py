@@ -30,8 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from hf_distill.modeling import causal_lm
 from hf_distill.report import table
 from hf_distill.saved_weights import lacking
+from hf_distill.saving import ADAPTER_CONFIG, base_of, refuse_folder, save_tokenizer, set_aside, try_saving
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 # What part of a module's path says about it, from its own name outwards.
@@ -330,7 +330,7 @@ def merge_adapter(
     """Adds a saved LoRA adapter to its unquantised base model and saves model and tokenizer.
 
     An adapter that was trained over 4-bit weights is merged into the weights that those were made from: merged into the
-    4-bit ones, it would be rounded with them.
+    4-bit ones, it would be rounded with them. What an earlier run left in the output folder is moved aside.
 
     Args:
         adapter_folder: what `trainer.save_model()` or a checkpoint wrote.
@@ -340,7 +340,8 @@ def merge_adapter(
 
     Raises:
         `ValueError`: no adapter, no base, a base that is quantised, that the adapter does not fit, or has no tokenizer;
-            an output folder with an adapter, which loading would add again.
+            an output folder with an adapter, which loading would add again, or that is the base's own, or that cannot
+            be written to.
     """
     adapter_folder, output_folder = Path(adapter_folder), Path(output_folder)
     weights = [adapter_folder / name for name in ADAPTER_WEIGHTS]
@@ -355,9 +356,10 @@ def merge_adapter(
     config = PeftConfig.from_pretrained(str(adapter_folder))
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{adapter_folder} has a {config.peft_type} adapter; only LoRA can be merged here")
-    base = str(base or config.base_model_name_or_path or "")
+    base = str(base or base_of(adapter_folder, config.base_model_name_or_path or ""))
     if not base:
         raise ValueError(f"{adapter_folder} does not say which model it was trained on: name it with base")
+    refuse_folder(output_folder, {"the base model": base})
     try:
         if getattr(AutoConfig.from_pretrained(base), "quantization_config", None) is not None:
             raise ValueError(f"base {base!r} is quantised: name the model that it was made from with base")
@@ -369,10 +371,13 @@ def merge_adapter(
         raise ValueError(f"neither {adapter_folder} nor base {base!r} has a tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(str((folders or [base])[0]))
 
+    try_saving(model, tokenizer, output_folder)
     adapted = _with_adapter(model, config, adapter_folder, base)
     _untie(adapted)
-    adapted.merge_and_unload().save_pretrained(output_folder)
-    tokenizer.save_pretrained(output_folder)
+    merged = adapted.merge_and_unload()
+    set_aside(output_folder)
+    merged.save_pretrained(output_folder)
+    save_tokenizer(tokenizer, output_folder)
 
 
 def _with_adapter(model: PreTrainedModel, config: LoraConfig, folder: Path, base: str) -> PeftModel:

@@ -1,5 +1,6 @@
 """The metrics and which way is better, and means of them that cost no synchronisation until they are read."""
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -46,6 +47,16 @@ def more_is_better(logged: str) -> bool | None:
 def sum_dtype(device: torch.device) -> torch.dtype:
     """The dtype of long sums: float64, which MPS does not have."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def as_json(value: Any) -> Any:
+    """A value that is logged, as JSON knows it: what does not would fail when a checkpoint is saved."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # tensors, and numbers and arrays of numpy
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return value
 
 
 class TokenMeans:

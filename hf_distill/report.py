@@ -1,5 +1,6 @@
 """Numbers as a person wants them: a table in the terminal, Markdown, a picture."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ LOSS_TERMS = ("loss", "kd", "ce")
 # What a run of the command line leaves: what it was told, what it logged, how close the student came.
 RUN_FILES = ("settings.json", "trainer_state.json", "report.json")
 # Where a run writes, and what it is called there, tells nothing about it.
-PLACES = {"output_dir", "run_name", "hub_model_id"}
+PLACES = {"output_dir", "run_name", "hub_model_id", "run_files"}
 
 
 def result_rows(
@@ -172,7 +173,8 @@ def load_run(folder: str | PathLike[str]) -> Run:
     """Reads the folder of a finished run.
 
     Raises:
-        `ValueError`: a file is missing: the folder holds no run, or one that has not ended or measured nothing.
+        `ValueError`: a file is missing: the folder holds no run, or one that has not ended or measured nothing; or one
+            is of another run.
     """
     if missing := [name for name in RUN_FILES if not (Path(folder) / name).is_file()]:
         raise ValueError(
@@ -180,12 +182,28 @@ def load_run(folder: str | PathLike[str]) -> Run:
             "kv or skd with held-out rows (--eval_dataset)"
         )
     settings, state, report = (json.loads((Path(folder) / name).read_text("utf-8")) for name in RUN_FILES)
+    written = settings.pop("run_files", {})  # of an older version, there is no telling
+    if other := [name for name, digest in _digests(folder).items() if written.get(name, digest) != digest]:
+        raise ValueError(
+            f"run folder {str(folder)!r} holds files of different runs: {' and '.join(other)} changed after "
+            "settings.json was written. Compare runs that have a folder of their own"
+        )
     return Run(settings, state["log_history"], report["after"])
 
 
 def save_settings(folder: str | PathLike[str], settings: Mapping[str, Any]) -> None:
-    """Writes `settings.json`, for people and for `compare_runs`; what JSON does not know as text."""
+    """Writes `settings.json`, for people and for `compare_runs`; what JSON does not know as text.
+
+    It comes last, and says which other files belong to the run.
+    """
+    settings = {**settings, "run_files": _digests(folder)}
     Path(folder, "settings.json").write_text(json.dumps(settings, indent=2, default=str), encoding="utf-8")
+
+
+def _digests(folder: str | PathLike[str]) -> dict[str, str]:
+    """SHA-256 of what a run leaves beside its settings."""
+    paths = [Path(folder, name) for name in RUN_FILES if name != "settings.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.exists()}
 
 
 def compare_runs(folders: Sequence[str | PathLike[str]]) -> list[dict[str, Any]]:

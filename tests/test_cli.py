@@ -78,7 +78,7 @@ def test_kv_shows_the_phase_and_saves_the_projector_beside_the_student(folder, t
     for expected in ("[Step 0002] loss", "[Step 0004] loss", "| cosine", "before"):
         assert expected in printed, expected
     assert "student's layer <- teacher's: 0 <- 0 (100%); 1 <- " in caplog.text
-    for name in ("projector.safetensors", "cosine.png", "report.png"):
+    for name in ("projectors/projector.safetensors", "cosine.png", "report.png"):
         assert (tmp_path / name).exists(), name
     card = (tmp_path / "README.md").read_text()
     assert "mercator, weight 1, projector pca" in card

@@ -223,4 +223,4 @@ def test_questions_and_answers_reach_a_pair_of_28_and_24_layers(tmp_path):
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     cosines = {key for log in state["log_history"] for key in log if key.startswith("kv/cosine_layer_")}
     assert len(cosines) == 24
-    assert (tmp_path / "out" / "projector.safetensors").exists()
+    assert (tmp_path / "out" / "projectors" / "projector.safetensors").exists()

@@ -105,7 +105,7 @@ def test_kv_projection_compares_settings(folder, tmp_path):
     arguments = [part for k, v in options.items() for part in (f"--{k}", str(v))]
     table = load_example("kv_projection").main([*arguments, "--use_cpu", "--only", "pure direction", "low capacity"])
     assert [row[""] for row in table] == ["pure direction", "low capacity"]
-    assert (tmp_path / "low_capacity" / "projector.safetensors").exists()
+    assert (tmp_path / "low_capacity" / "projectors" / "projector.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_distill.demo.text import stories
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.report import save_report
+from hf_distill.saving import set_aside
 from hf_distill.trainers.config import KDConfig
 from hf_distill.trainers.kd import KDTrainer
 
@@ -68,7 +70,7 @@ def run_demo(output_dir: str) -> dict[str, dict[str, float]]:
     """Trains the same student on hard labels and on the teacher, over three seeds, and returns the mean results.
 
     Writes the distilled student of the first seed into `output_dir/student`, and `report.md`, `report.json`,
-    `report.png` beside it.
+    `report.png` beside it; what is there of an earlier demo is moved aside.
     """
     console = Console()
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
@@ -83,12 +85,14 @@ def run_demo(output_dir: str) -> dict[str, dict[str, float]]:
         TextColumn("{task.percentage:.0f}%"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    for folder in (output_dir, f"{output_dir}/student"):
+        set_aside(folder)
+    with Progress(*columns, console=console) as progress, TemporaryDirectory() as nowhere:
         task = progress.add_task("", total=len(SEEDS) * len(RUNS) * STEPS)
         for seed in SEEDS:
             for name in RUNS:
                 progress.update(task, description=f"seed {seed}: {name}")
-                trainer = make_trainer(name, f"{output_dir}/student", seed, teacher, tokenizer)
+                trainer = make_trainer(name, nowhere, seed, teacher, tokenizer)
                 trainer.remove_callback(PrinterCallback)  # one bar over all runs instead
                 trainer.add_callback(_Advance(progress, task))
                 if name == RUNS[0]:
@@ -98,7 +102,8 @@ def run_demo(output_dir: str) -> dict[str, dict[str, float]]:
                 results[name].append(measure(trainer, trainer.model, teacher))
                 if seed == SEEDS[0]:
                     histories[name] = trainer.state.log_history
-                    trainer.save_model()  # the distilled student comes last and stays
+                    if name == RUNS[1]:
+                        trainer.save_model(f"{output_dir}/student")
 
     means = {name: {key: mean(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()}
     save_report(output_dir, means, histories, title=f"{NUM_HELD_OUT} held-out stories, means over {len(SEEDS)} seeds")

@@ -34,6 +34,7 @@ from hf_distill.modeling import (
     layer_output,
     select_positions,
 )
+from hf_distill.saving import base_and_adapter
 from hf_distill.teachers.placement import LAYOUTS, teacher_devices
 
 logger = logging.getLogger(__name__)
@@ -256,13 +257,16 @@ def _from_pretrained(
     kwargs |= init_kwargs or {}
     if quantization is not None:
         kwargs["quantization_config"] = _quantization_config(quantization, torch.device(devices[0]))
+    base, adapter = base_and_adapter(name)
     try:
         if sharded and deepspeed_integration.is_deepspeed_zero3_enabled():
             del kwargs["device_map"]  # Each process keeps its part only.
             return AutoModelForCausalLM.from_pretrained(name, **kwargs)
         # ZeRO-3 would split it.
         with patch.object(deepspeed_integration, "_hf_deepspeed_config_weak_ref", None):
-            model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+            model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        if adapter is not None:
+            model.load_adapter(adapter)
     except OSError as error:
         raise ValueError(f"teacher_model={name!r} cannot be loaded: {error}") from error
     if quantization is not None:

@@ -1,5 +1,6 @@
 """Checkpoints that a kill cannot break: written beside their place, marked when whole, renamed; and the way back."""
 
+import copy
 import json
 import logging
 import multiprocessing
@@ -14,8 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
+
+from hf_distill.saving import try_saving
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +150,38 @@ def replacing(final: Path, is_writer: bool = True, wait: Callable[[], Any] = lam
             _settle(staging)
 
 
+def try_saving_run(trainer: Any, with_card: bool = False) -> None:
+    """Raises `ValueError` for what could not be saved of a run, or of what it has become until its end."""
+    if not trainer.args.should_save or trainer.is_distributed_loading_by_transformers:
+        return
+
+    def state(folder: str) -> None:
+        stateful = [
+            callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ExportableState)
+        ]
+        json.dumps([callback.state() for callback in stateful])
+        trainer.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
+
+    def card(folder: str) -> None:
+        args = trainer.args
+        trainer.args = copy.copy(args)
+        trainer.args.output_dir = folder
+        try:
+            trainer.create_model_card(model_name=Path(str(args.output_dir)).name)
+        finally:
+            trainer.args = args
+
+    try_saving(
+        trainer.model, trainer.processing_class, str(trainer.args.output_dir),
+        save=lambda folder, weights: trainer._save(folder, weights),
+        others={
+            "args": lambda folder: torch.save(trainer.args, os.path.join(folder, TRAINING_ARGS_NAME)),
+            "the state of the callbacks": state,
+            **({"the model card": card} if with_card else {}),
+        },
+    )  # fmt: skip
+
+
 @contextmanager
 def naming(folder: Path, more: str = "") -> Iterator[None]:
     """Within it, an error of writing names the folder and what is free on its disk, as an `OSError`."""
@@ -262,11 +300,19 @@ class CheckpointTiming(TrainerCallback):
     An evaluation at the end of an epoch draws random numbers: a checkpoint of the epoch's last update waits for it.
     """
 
-    def __init__(self, is_told_to_stop: Callable[[], bool]) -> None:
+    def __init__(self, is_told_to_stop: Callable[[], bool], make_room: Callable[[], Any]) -> None:
         self.is_told_to_stop = is_told_to_stop
+        self.make_room = make_room
         self.waits = False
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A resumed run may be in another working directory, or its folder in another place.
+        best = Path(str(args.output_dir), f"checkpoint-{state.best_global_step}")
+        if state.best_model_checkpoint is not None and best.exists():
+            state.best_model_checkpoint = str(best)
+
     def on_step_end(self, args, state, control, **kwargs):
+        self.make_room()  # not before: a run that fails to start leaves the folder as it was
         control.should_save |= self.is_told_to_stop()
         self.waits = control.should_save and state.epoch == int(state.epoch)
         control.should_save &= not self.waits

@@ -9,7 +9,14 @@ import torch
 from accelerate import ParallelismConfig
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 
 from hf_distill.layer_mapping import Mapping as LayerMapping
@@ -17,6 +24,7 @@ from hf_distill.layer_mapping import describe_mapping, layer_mapping
 from hf_distill.metrics import metric_name, more_is_better
 from hf_distill.modeling import causal_lm, num_token_ids, shared_parameters
 from hf_distill.rows import CHAT_COLUMNS, is_chat
+from hf_distill.saving import AsItCame, refuse_folder
 from hf_distill.teachers.local import BASE, public_name
 from hf_distill.trainers.config import KDConfig
 
@@ -248,6 +256,13 @@ def refuse_vision(model: str | PreTrainedModel, processing_class: Any) -> None:
         raise ValueError(f"{type(model).__name__} is a vision model; hf_distill trains language models on text only")
 
 
+def refuse_output_dir(student: str | PreTrainedModel, teachers: Mapping[str, Any], args: KDConfig) -> None:
+    """Raises `ValueError` for an output directory that cannot be written to, or that a model of the run lies in."""
+    in_use = {"the student": _name(student)}
+    in_use |= {f"the teacher {name}": _name(teacher) for name, teacher in teachers.items() if teacher != BASE}
+    refuse_folder(str(args.output_dir), in_use)
+
+
 def refuse_prompt_learning(peft_config: Any, *models: Any) -> None:
     """Raises `ValueError` for prompt tuning and its kin, whose virtual tokens shift every position of a row."""
     for config in (peft_config, *(getattr(model, "active_peft_config", None) for model in models)):
@@ -368,6 +383,21 @@ def student_rows(model: str | PreTrainedModel, args: KDConfig) -> int:
     if not isinstance(model, str):
         return num_token_ids(causal_lm(model))
     return text_config(model, args).vocab_size
+
+
+def as_it_came(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: KDConfig) -> AsItCame:
+    """A student's own settings, before it is loaded; a padding token that is asked for is one of them."""
+    config = text_config(model, args)
+    if isinstance(model, str):
+        try:
+            revision = (args.model_init_kwargs or {}).get("revision") or "main"  # pyright: ignore
+            generation_config = GenerationConfig.from_pretrained(model, revision=revision)
+        except OSError:  # it has none: transformers makes one of the model's configuration
+            generation_config = None
+    else:
+        generation_config = getattr(causal_lm(model), "generation_config", None)
+    asked = args.pad_token is not None or args.chat_template_path is not None
+    return AsItCame(config, generation_config, tokenizer, ["pad_token_id"] if asked else [])
 
 
 def text_config(model: str | PreTrainedModel, args: KDConfig, *, is_teacher: bool = False) -> PreTrainedConfig:

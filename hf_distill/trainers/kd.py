@@ -31,7 +31,7 @@ from hf_distill.layer_mapping import describe_mapping, load_mappings, save_mappi
 from hf_distill.losses.cross_tokenizer import AlignedSignal, cross_tokenizer_loss
 from hf_distill.losses.divergence import check_divergence
 from hf_distill.losses.fused_linear import DistillationLoss, Head, TeacherSignal, fused_distillation_loss
-from hf_distill.metrics import TokenMeans, sum_dtype
+from hf_distill.metrics import TokenMeans, as_json, sum_dtype
 from hf_distill.modeling import (
     causal_lm,
     check_head,
@@ -44,6 +44,13 @@ from hf_distill.modeling import (
     select_positions,
 )
 from hf_distill.saved_weights import load_weights
+from hf_distill.saving import (
+    keep_paths_off_the_card,
+    mend_generation_config,
+    name_bases_absolutely,
+    portable,
+    set_aside,
+)
 from hf_distill.teachers import Signal, Teacher
 from hf_distill.teachers.local import BASE
 from hf_distill.token_rows import Limits
@@ -58,10 +65,12 @@ from hf_distill.trainers.checkpoints import (
     replacing,
     rotate,
     settle_leftovers,
+    try_saving_run,
 )
 from hf_distill.trainers.checks import (
     PEEKED_ROWS,
     AnyDataset,
+    as_it_came,
     check_best_metric,
     check_chat_template,
     is_of_a_library,
@@ -72,6 +81,7 @@ from hf_distill.trainers.checks import (
     refuse_layers,
     refuse_lost_processes,
     refuse_other_layers,
+    refuse_output_dir,
     refuse_prompt_learning,
     refuse_row_columns,
     refuse_sharding,
@@ -189,6 +199,7 @@ class KDTrainer(SFTTrainer):
         refuse_prompt_learning(peft_config, model, *teachers.values())
         refuse_vision(model, processing_class)
         refuse_split(model)
+        refuse_output_dir(model, teachers, args)
         for name, dataset in named_datasets(train_dataset, eval_dataset).items():
             self.check_columns(dataset, name, args, formatting_func is not None)
             refuse_row_columns(dataset, name, args)
@@ -209,6 +220,7 @@ class KDTrainer(SFTTrainer):
             has_adapters=peft_config is not None, datasets=unprepared,
         )  # fmt: skip
         self.teachers, self.vocab_size = self.teacher_set.by_name, self.teacher_set.vocab_size
+        self._as_it_came = as_it_came(model, processing_class, args)
 
         if skip_prepare:
             # What no model can read would fail in the middle of training.
@@ -268,6 +280,9 @@ class KDTrainer(SFTTrainer):
             check_packing(self, dataset)
         self.projectors = Projectors()
         self.hidden_layers = HiddenLayers(self) if args.has_hidden else None
+        name_bases_absolutely(self.model)
+        self._own_folders: set[Path] = set()
+        try_saving_run(self)
 
     @contextmanager
     def trying_out(self) -> Iterator[None]:
@@ -483,6 +498,7 @@ class KDTrainer(SFTTrainer):
         return {name: value for part in means for name, value in part.pop(self._sum_over_processes).items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs.update({name: as_json(value) for name, value in logs.items()})
         # "loss" is in the record of a logging step, which every process makes at the same step.
         if "loss" in logs:
             logs.update(self._pop_means("train"))
@@ -555,14 +571,17 @@ class KDTrainer(SFTTrainer):
         self._first_update = 0
         if checkpoint is None and self.args.should_save and (others := checkpoints(Path(str(self.args.output_dir)))):
             logger.warning(
-                "%s holds checkpoints of another run, up to %s: a run that is resumed there goes on from the newest. "
-                "Take another output_dir, or remove them", self.args.output_dir, others[-1].name,
+                "%s holds checkpoints of another run, up to %s: after the first update all of its files are moved "
+                "aside. To go on with it, pass resume_from_checkpoint=True", self.args.output_dir, others[-1].name,
             )  # fmt: skip
         if checkpoint is not None:
             self._first_update = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
+            self._own_folders.add(Path(checkpoint).absolute().parent)
             self.use_layer_mappings(load_mappings(Path(checkpoint)))
             if self.is_world_process_zero():
                 tell_differing_settings(Path(checkpoint), self)
+        # Also what has been changed since the construction.
+        try_saving_run(self, with_card=self.args.save_strategy != "no")
         self._tell(", ".join(f"{name}: {value}" for name, value in self.describe_run().items()))
         self._reset_means("train")  # nothing of an interrupted run
         self._update_loss, self._skipped_updates, self._has_agreed_to_stop = 0.0, 0, False
@@ -572,7 +591,8 @@ class KDTrainer(SFTTrainer):
             self.model._is_accelerate_prepared = False  # pyright: ignore
             self.accelerator._models.clear()
         self.remove_callback(CheckpointTiming)
-        self.add_callback(CheckpointTiming(self._is_told_to_stop))  # after those that may want a checkpoint
+        # After those that may want a checkpoint.
+        self.add_callback(CheckpointTiming(self._is_told_to_stop, lambda: self.make_own(str(self.args.output_dir))))
         with self.projectors.attached(self.student), noticing_sigterm() as self._sigterm:
             try:
                 return super().train(checkpoint, *args, **kwargs)
@@ -585,6 +605,8 @@ class KDTrainer(SFTTrainer):
                         "one has none)"
                     )
                 raise
+            finally:
+                self._as_it_came.restore(self.model)
 
     def describe_run(self) -> dict[str, str]:
         """What really runs, which is not always what was asked for."""
@@ -688,10 +710,26 @@ class KDTrainer(SFTTrainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        drop_unreadable_padding(self.student)
-        with self.projectors.detached(self.student):
-            super()._save(output_dir, state_dict and self.projectors.without(state_dict))
-        self.projectors.save(output_dir or str(self.args.output_dir), is_writer=self.args.should_save)
+        folder = output_dir or str(self.args.output_dir)
+        self.make_own(folder)
+        with (
+            self.projectors.detached(self.student),
+            self._as_it_came.restored(self.model, self.processing_class),
+            portable(self.processing_class),
+        ):
+            drop_unreadable_padding(self.student)
+            mend_generation_config(self.student)
+            super()._save(folder, state_dict and self.projectors.without(state_dict))
+        self.projectors.save(folder, is_writer=self.args.should_save)
+        if self.args.should_save:
+            keep_paths_off_the_card(folder)
+
+    def make_own(self, folder: str) -> None:
+        """Moves aside what another run has left in a folder, before this one writes to it."""
+        place = Path(folder).absolute()
+        if self.args.should_save and place not in self._own_folders:
+            set_aside(place)
+        self._own_folders.add(place)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self.is_fsdp_enabled:  # Its checkpoints, as DeepSpeed's, hold the student and what is attached to it.
@@ -786,6 +824,7 @@ class KDTrainer(SFTTrainer):
     # ------------------------------------------------------------------------------------------------ model card
 
     def create_model_card(self, *args, **kwargs) -> None:
+        self.make_own(str(self.args.output_dir))
         super().create_model_card(*args, **kwargs)
         path = f"{self.args.output_dir}/README.md"
         if self.is_world_process_zero() and os.path.exists(path):

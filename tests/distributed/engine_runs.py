@@ -170,7 +170,7 @@ def saved_weights(cell: tuple[str, str], folder: Path) -> dict[str, torch.Tensor
         model = AutoModelForCausalLM.from_pretrained(folder / "saved", dtype="auto")
     found = {f"0.{name}": tensor for name, tensor in model.state_dict().items()}
     if cell[0] == "KVProjectionTrainer":
-        projector = load_file(folder / "saved" / "projector.safetensors")
+        projector = load_file(folder / "saved" / "projectors" / "projector.safetensors")
         found |= {f"1.projector.{name}": tensor for name, tensor in projector.items()}
     return found
 

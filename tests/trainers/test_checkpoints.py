@@ -188,7 +188,7 @@ def test_a_checkpoint_without_projector_is_passed_over_by_the_trainer_that_needs
 
     make(2).train()
     expected = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
-    for name in ("projector.json", "projector.safetensors", MARK):
+    for name in ("projectors/projector.json", "projectors/projector.safetensors", MARK):
         (tmp_path / "checkpoint-2" / name).unlink()
     assert problem_of(tmp_path / "checkpoint-2") is None  # whole, but KDTrainer's
     trainer, steps = make(9), []

@@ -379,7 +379,7 @@ def test_checkpoints_hold_the_student_and_the_projector_beside_it(
     states.append(states[1])
     for folder, state in zip(("checkpoint-1", "checkpoint-2", "final"), states, strict=True):
         files = {path.name for path in (tmp_path / folder).iterdir()}
-        assert {"projector.safetensors", "projector.json"} <= files
+        assert not any("projector." in name for name in files)  # servers read every file of weights
         weights = load_file(tmp_path / folder / ("adapter_model.safetensors" if with_lora else "model.safetensors"))
         assert weights
         assert not any("projectors" in name for name in weights)
@@ -425,7 +425,7 @@ def test_resuming_from_another_trainers_checkpoint_is_refused_in_words(tmp_path,
         tmp_path, student, teacher, rows, tokenizer, max_steps=2, save_strategy="steps", save_steps=1
     )
     trainer.train()
-    (tmp_path / "checkpoint-1" / "projector.json").unlink()
+    (tmp_path / "checkpoint-1" / "projectors" / "projector.json").unlink()
     trainer = make_trainer(tmp_path, make_model(seed=2), teacher, rows, tokenizer, max_steps=2)
     with pytest.raises(
         ValueError, match=r"has no projector.safetensors and projector.json: it is not of a run with this projector"
