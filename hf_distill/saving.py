@@ -140,14 +140,15 @@ def try_saving(
 ) -> None:
     """Saves everything but the weights to a folder beside the others in `folder`, and removes it again.
 
-    What fails only when it is saved would fail after the work. A generation configuration that cannot be saved is
-    replaced by one that can; the model is otherwise left as it is.
+    What fails only when it is saved would fail after the work. The model is left as it is.
 
     Args:
         model: with what it is saved from, except for weights.
         tokenizer: saved beside it.
         folder: where the model is to go.
-        save (*optional*): saves model and tokenizer, given a folder and a state; by default their `save_pretrained`.
+        save (*optional*):
+            Saves model and tokenizer, given a folder and a state; by default their `save_pretrained`, for which a
+            generation configuration that cannot be saved is replaced by one that can.
         others (*optional*): what else is saved there, by what it is called.
 
     Raises:
@@ -155,7 +156,8 @@ def try_saving(
     """
     refuse_folder(folder)
     student = causal_lm(model)
-    mend_generation_config(student)
+    if save is None:
+        mend_generation_config(student)
     refuse_undeclared_ties(model)
     state = {name: tensor.flatten()[:1] for name, tensor in _adapter_state(model).items()}
     parts: dict[str, Callable[[str], Any]] = {

@@ -603,7 +603,7 @@ def test_projectors_of_several_teachers_are_saved_and_resumed(tmp_path, tokenize
         return student.state_dict() | trainer.projectors.state_dict(prefix="projectors."), losses
 
     whole, losses = run(tmp_path / "whole", seed=2)
-    files = {path.name for path in (tmp_path / "whole" / "checkpoint-2").iterdir()}
+    files = {path.name for path in (tmp_path / "whole" / "checkpoint-2" / "projectors").iterdir()}
     names = ("projector_a", "projector_b_2", "projector_b_2_2")
     assert {f"{name}.{kind}" for name in names for kind in ("safetensors", "json")} <= files
     assert "projector.json" not in files
