@@ -156,8 +156,7 @@ def load_projector(folder: str | PathLike[str], name: str = "projector") -> nn.M
     Raises:
         `ValueError`: the folder has none of this name.
     """
-    config = Path(folder, f"{name}.json")
-    config = config if config.exists() else saved_projectors(folder).get(name, config)
+    config = saved_projectors(folder).get(name, Path(folder, f"{name}.json"))
     weights = config.with_suffix(".safetensors")
     if not config.exists() or not weights.exists():
         raise ValueError(f"{folder} has no {weights.name} and {config.name}: it is not of a run with this projector")

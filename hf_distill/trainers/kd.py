@@ -580,8 +580,9 @@ class KDTrainer(SFTTrainer):
             self.use_layer_mappings(load_mappings(Path(checkpoint)))
             if self.is_world_process_zero():
                 tell_differing_settings(Path(checkpoint), self)
-        # Also what has been changed since the construction.
-        try_saving_run(self, with_card=self.args.save_strategy != "no")
+        if not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):  # which one process cannot look into, once split
+            # Again, for what has been changed since the construction.
+            try_saving_run(self, with_card=self.args.save_strategy != "no")
         self._tell(", ".join(f"{name}: {value}" for name, value in self.describe_run().items()))
         self._reset_means("train")  # nothing of an interrupted run
         self._update_loss, self._skipped_updates, self._has_agreed_to_stop = 0.0, 0, False
