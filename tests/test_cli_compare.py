@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hf_distill import cli
-from hf_distill.report import COMPARED_COLUMNS, RUN_FILES, compare_runs, save_comparison
+from hf_distill.report import COMPARED_COLUMNS, RUN_FILES, compare_runs, save_comparison, save_settings
 from tests.test_cli import options
 
 MEASURES = {
@@ -43,6 +43,19 @@ def test_settings_that_differ_and_the_measures_are_there_and_nothing_else(tmp_pa
         {"run": "b", "learning_rate": 2e-3, **measures, "kl": 0.25, **logged},
         {"run": "a", "learning_rate": 1e-3, **measures, **logged},
     ]
+
+
+def test_a_report_of_another_run_is_not_shown_as_this_ones(tmp_path):
+    a, b = make_run(tmp_path / "a", {"seed": 0}), make_run(tmp_path / "b", {"seed": 1})
+    save_settings(a, {"seed": 0})
+    assert [row["run"] for row in compare_runs([a, b])] == ["a", "b"]
+    assert set(compare_runs([a, b])[0]) == {"run", "seed", *COMPARED_COLUMNS, "num_tokens", "seconds"}
+    for name in ("report.json", "trainer_state.json"):
+        before = (a / name).read_text()
+        (a / name).write_text(before.replace("2", "3"))
+        with pytest.raises(ValueError, match=f"holds files of different runs: {name} changed after settings.json"):
+            compare_runs([a, b])
+        (a / name).write_text(before)
 
 
 def test_runs_that_know_different_settings_and_log_different_things_have_the_same_columns(tmp_path):

@@ -110,6 +110,32 @@ def test_recovery_in_stages_ends_with_the_whole_model(folder, tmp_path):
     assert all(torch.equal(value, found[name]) for name, value in teacher.state_dict().items() if "v_proj" in name)
 
 
+def test_a_stage_is_merged_from_another_working_directory_and_keeps_its_model(folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = {"stage": "B", "bundle_dir": folder / "pruned" / "bundles", "output_dir": "out", "eval_dataset": None}
+    cli.main(["kd", *kd_options(folder, **options)])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cli.main(["merge", "--adapter", "../out", "--output_dir", "merged"])
+    assert original_layers(load("merged")) == [0, 1, 2, 4, 5]
+    monkeypatch.chdir(tmp_path)
+    assert "restored is the model that the adapter in out belongs to" in error_of(
+        capsys, ["kd", *kd_options(folder, **options)]
+    )
+
+
+def test_pruning_moves_an_earlier_run_aside_and_never_writes_over_the_model(folder, tmp_path, capsys):
+    for name in ("adapter_config.json", "report.md", "model-00001-of-00002.safetensors", "rows.jsonl"):
+        (tmp_path / name).write_text("{}")
+    cli.main(["prune", "--model", str(folder / "teacher"), "--output_dir", str(tmp_path), "--layers", "1"])
+    assert {path.name for path in (tmp_path / "_earlier-1").iterdir()} == {
+        "adapter_config.json", "report.md", "model-00001-of-00002.safetensors"
+    }  # fmt: skip
+    assert original_layers(load(tmp_path)) == [0, 2, 3, 4, 5]
+    command = ["prune", "--model", str(folder / "teacher"), "--output_dir", str(folder / "teacher"), "--layers", "1"]
+    assert "is the folder of the model" in error_of(capsys, command)
+
+
 def test_every_model_of_a_stage_is_measured_as_what_it_is(folder, tmp_path, tokenizer):
     bundles = folder / "pruned" / "bundles"
     options = {"stage": "B", "bundle_dir": bundles, "output_dir": tmp_path, "lora_target_modules": "all-linear"}
