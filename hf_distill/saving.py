@@ -100,6 +100,8 @@ def base_of(adapter_folder: str | os.PathLike[str], name: str) -> str:
     The end of an absolute one still leads there when both have been moved together.
     """
     folders = [folder := Path(adapter_folder).absolute(), *folder.parents]
+    if not name:
+        return name
     if not os.path.isabs(name):
         places = [folder / name for folder in folders]
     else:

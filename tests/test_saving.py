@@ -398,6 +398,7 @@ def test_a_base_is_found_from_its_adapter(tmp_path, monkeypatch):
     assert base_of(adapter, "student") == str(beside)  # not the one of the working directory
     assert base_of(adapter, str(beside)) == str(beside)
     assert base_of(adapter, "org/model") == "org/model"
+    assert base_of(inside, "") == ""
     shutil.move(tmp_path / "work", tmp_path / "moved")
     assert base_of(tmp_path / "moved" / "out", str(inside)) == str(tmp_path / "moved" / "out" / "restored")
     assert base_of(tmp_path / "moved" / "out", str(tmp_path / "no")) == str(tmp_path / "no")
@@ -423,6 +424,15 @@ def test_an_adapter_is_loaded_and_merged_from_every_working_directory(tmp_path, 
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained("merged")(ids).logits, expected)
     found = load_teacher(os.path.relpath(out), device=None)
     torch.testing.assert_close(found(ids).logits, expected)
+
+
+def test_an_adapter_saved_beside_its_base_leaves_it_there(tmp_path, base, teacher):
+    shutil.copytree(base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    config = lora(init_lora_weights=False)
+    trainer = make_trainer(tmp_path / "out", str(tmp_path / "base"), teacher, tokenizer, peft_config=config)
+    trainer.save_model(str(tmp_path / "base"))
+    assert_loads_as(tmp_path / "base", trainer)
 
 
 def test_merging_over_the_base_is_refused(tmp_path, base, teacher):

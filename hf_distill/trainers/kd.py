@@ -727,8 +727,8 @@ class KDTrainer(SFTTrainer):
 
     def make_own(self, folder: str) -> None:
         """Moves aside what another run has left in a folder, before this one writes to it."""
-        place = Path(folder).absolute()
-        if self.args.should_save and place not in self._own_folders:
+        place, source = Path(folder).absolute(), self.student.config.name_or_path
+        if self.args.should_save and place not in self._own_folders and place != Path(source or os.devnull).absolute():
             set_aside(place)
         self._own_folders.add(place)
 
