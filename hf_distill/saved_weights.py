@@ -239,7 +239,7 @@ def _converted(model: nn.Module, tensors: Mapping[str, Tensor], saved: Any, fold
         raise ValueError(f"{problem} ({examples})")
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     try:
-        loaded, found = type(model).from_pretrained(
+        loaded, found = type(model).from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder, config=copy.deepcopy(model.config), dtype=reduce(torch.promote_types, dtypes),
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip

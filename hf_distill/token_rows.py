@@ -60,7 +60,7 @@ class Ragged(NamedTuple):
         bears[self.starts[:-1][self.lengths > 0]] = False
         return bears
 
-    def count(self, which: np.ndarray) -> np.ndarray:
+    def counts(self, which: np.ndarray) -> np.ndarray:
         """How many of each row's values are among `which` (n,), as (R,)."""
         return np.diff(np.concatenate([[0], np.cumsum(which)])[self.starts])
 
@@ -104,7 +104,7 @@ def rows_with_label(
         if "input_ids" not in columns:  # of a data set that is prepared by its own collator
             return np.ones(min(ROWS_PER_BLOCK, len(dataset) - start), dtype=bool)
         labels = _ragged(columns.get("labels", columns["input_ids"]), "labels")
-        return labels.count(labels.bears_label()) > 0
+        return labels.counts(labels.bears_label()) > 0
 
     if "input_ids" not in dataset.column_names and dataset.format["type"] != "custom":
         return np.ones(len(dataset), dtype=bool)
@@ -200,7 +200,7 @@ def _check_places(found: Mapping[str, Ragged], limits: Limits) -> None:
     if "seq_lengths" in found:
         lengths = found["seq_lengths"]
         sums = np.diff(np.concatenate([[0], np.cumsum(lengths.values)])[lengths.starts])
-        wrong = (sums != ids.lengths) | (lengths.count(lengths.values < 1) > 0)
+        wrong = (sums != ids.lengths) | (lengths.counts(lengths.values < 1) > 0)
         if wrong.any():
             row = int(wrong.argmax())
             raise RowProblem(
@@ -227,7 +227,7 @@ def _check_places(found: Mapping[str, Ragged], limits: Limits) -> None:
 def _check_same_completion(found: Mapping[str, Ragged], limits: Limits) -> None:
     labels = [found.get("labels", found["input_ids"]), found["teacher_labels"]]
     bearing = [side.bears_label() for side in labels]
-    counts = [side.count(bears) for side, bears in zip(labels, bearing, strict=True)]
+    counts = [side.counts(bears) for side, bears in zip(labels, bearing, strict=True)]
     if (differs := counts[0] != counts[1]).any():
         row = int(differs.argmax())
     else:

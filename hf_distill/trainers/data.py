@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
@@ -214,7 +213,7 @@ def _refuse_missing(dataset: Dataset, used: tuple[str, ...], name: str, all_colu
     for column in used:
         cells = dataset.data.column(column)  # of all rows that are kept, chosen or not
         is_list = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
-        if cells.null_count or (is_list and pc.any(pc.equal(pc.list_value_length(cells), 0)).as_py()):
+        if cells.null_count or (is_list and any(0 in chunk.value_lengths().to_pylist() for chunk in cells.chunks)):
             for index, row in enumerate(dataset.select_columns([column])):
                 _refuse_missing_cell(row[column], column, index, name, all_columns)  # pyright: ignore
 
@@ -237,5 +236,5 @@ def _has_other_roles(dataset: Dataset, column: str) -> bool:
         messages = chunk.flatten()
         if "role" not in (names := {field.name for field in messages.type}) or "from" in names:
             return True
-        roles |= set(pc.unique(messages.field("role")).to_pylist())
+        roles |= set(messages.field("role").unique().to_pylist())
     return bool(roles & ALIASES)
