@@ -28,7 +28,7 @@ LOGIT_SCALES = {"logit_scale": False, "output_multiplier": False, "lm_head_multi
 MULTIPLIES_BY_LOGITS_SCALING = {"hyperclovax"}
 
 # The checks that a model has passed when something was called with it that needs them.
-_PASSED: WeakKeyDictionary[nn.Module, set[Callable]] = WeakKeyDictionary()
+_PASSED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -114,12 +114,12 @@ def head_layer(model: PreTrainedModel) -> nn.Module:
     return next((part for part in layer.modules() if part._parameters.get("weight") is layer.weight), layer)
 
 
-def readable(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Token ids with 0 for those that the model has no embedding for: padding, whose hidden states nobody reads.
+def readable(input_ids: Tensor, num_ids: int) -> Tensor:
+    """Token ids with 0 for those that a model of `num_ids` embeddings has none for: padding, which nobody reads.
 
     A pad token is often added without a row for it, and -1 pads, too. Everything that reads tokens comes through here.
     """
-    return input_ids.masked_fill((input_ids < 0) | (input_ids >= num_token_ids(model)), 0)
+    return input_ids.masked_fill((input_ids < 0) | (input_ids >= num_ids), 0)
 
 
 def drop_unreadable_padding(model: PreTrainedModel) -> None:
@@ -153,7 +153,9 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 def last_hidden_states(model: PreTrainedModel, *, input_ids: Tensor, **inputs: Tensor) -> Tensor:
     """What the head is applied to, (B, T, D), without running the head."""
-    return backbone(model)(input_ids=readable(model, input_ids), **inputs, use_cache=False).last_hidden_state
+    return backbone(model)(
+        input_ids=readable(input_ids, num_token_ids(model)), **inputs, use_cache=False
+    ).last_hidden_state
 
 
 def label_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,11 +238,12 @@ def expose_hidden_states(model: PreTrainedModel) -> None:
     forward is the one it was.
     """
     original_forward = model.forward
+    num_ids = num_token_ids(model)  # here: in a forward, ZeRO-3 would gather the embeddings to look at their shape
 
     @functools.wraps(original_forward)
     def forward(self, *args, with_hidden: Callable | None = None, **kwargs):
         if isinstance(ids := kwargs.get("input_ids"), Tensor):
-            kwargs["input_ids"] = readable(self, ids)
+            kwargs["input_ids"] = readable(ids, num_ids)
         if with_hidden is None:
             return original_forward(*args, **kwargs)
         kwargs.pop("labels", None)
@@ -294,7 +297,10 @@ class WholeCopy:
                         whole[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
                     slot[0]._parameters[slot[1]] = whole[id(parameter)]
                 self._copy.to(next(iter(whole.values())).device)  # buffers
-                yield causal_lm(self._copy)
+                copy_ = causal_lm(self._copy)
+                # The copy of a checked model need not be checked, and could not be: its `forward` is the original's.
+                _PASSED[copy_] = _PASSED.get(causal_lm(self._model), set())
+                yield copy_
         finally:
             for module, name in self._slots.values():
                 module._parameters[name] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
@@ -327,7 +333,7 @@ class CachedReader:
         slots = self._cache.get_seq_length() + tokens.shape[1]
         order = torch.arange(slots, device=self.device) - (slots - self.lengths[:, None])  # (R, slots); padding < 0
         outputs = backbone(self._model)(
-            input_ids=readable(self._model, tokens),
+            input_ids=readable(tokens, num_token_ids(self._model)),
             attention_mask=(order >= 0).long(),
             position_ids=order[:, -tokens.shape[1] :].clamp(min=0),
             past_key_values=self._cache,
@@ -476,14 +482,24 @@ def load_balancing_loss(model: PreTrainedModel, outputs, attention_mask: Tensor 
     return load_balancing_loss_func(outputs.router_logits, num_experts, config.num_experts_per_tok, attention_mask)  # pyright: ignore
 
 
-def ensure(check: Callable[[PreTrainedModel, str], None], model: PreTrainedModel, name: str) -> None:
-    """Runs `check(model, name)`, unless this model has passed it: what is called in a loop checks a model once."""
-    passed = _PASSED.setdefault(model, set())
-    if check not in passed:
+def _remembered(check: Callable[[PreTrainedModel, str], None]) -> Callable[[PreTrainedModel, str], None]:
+    """A check that notes which models have passed it."""
+
+    @functools.wraps(check)
+    def checked(model: PreTrainedModel, name: str) -> None:
         check(model, name)
-        passed.add(check)
+        _PASSED.setdefault(model, set()).add(check.__name__)
+
+    return checked
 
 
+def ensure(check: Callable[[PreTrainedModel, str], None], model: PreTrainedModel, name: str) -> None:
+    """Runs `check(model, name)` unless this model has passed it: what is called in a loop checks a model once."""
+    if check.__name__ not in _PASSED.get(model, ()):
+        check(model, name)
+
+
+@_remembered
 def check_head(model: PreTrainedModel, name: str) -> None:
     """Compares `head_of(model)` with the logits that the model itself returns for a few tokens.
 
@@ -523,6 +539,7 @@ def check_head(model: PreTrainedModel, name: str) -> None:
         )
 
 
+@_remembered
 def check_cache(model: PreTrainedModel, name: str) -> None:
     """Reads two short texts in pieces, takes some of it back, and compares with reading them at once.
 

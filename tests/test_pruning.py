@@ -558,7 +558,7 @@ def test_ranking_reads_models_with_adapters(tokenizer):
         ([{"text": "a"}], 0, "num_layers has to be at least 1 and below 3"),
         ([{"text": "a"}], 3, "num_layers has to be at least 1 and below 3"),
         ([{"text": ""}], 1, "no row with a token"),
-        ([{"story": "a"}], 1, "a row has the columns story; it needs 'text'"),
+        ([{"story": "a"}], 1, "row 0 of the dataset has the columns story; it needs 'text'"),
     ],
 )
 def test_what_cannot_be_ranked_is_refused_in_words(tokenizer, rows, num_layers, message):

@@ -37,6 +37,7 @@ OVERRIDDEN = {
     "_clip_grad_norm": "model",
     "_get_dataloader": "dataset description batch_size sampler_fn is_training dataloader_key",
     "_get_grad_norm": "model grad_norm",
+    "_get_num_items_in_batch": "batch_samples device",
     "_get_output_dir": "trial",
     "_load_best_model": "",
     "_load_from_checkpoint": "resume_from_checkpoint model",
@@ -62,7 +63,6 @@ SETTINGS = {"_name", "_paper", "_tag_names"}  # class attributes that TRL reads
 # Private names that are used and not overridden.
 USED = {
     "_from_config": (PreTrainedModel, "config"),
-    "_get_num_items_in_batch": (SFTTrainer, "batch_samples device"),
     "_hf_deepspeed_config_weak_ref": (deepspeed_integration, None),
     "_no_split_modules": (PreTrainedModel, None),
 }
