@@ -19,6 +19,7 @@ from benchmarks.measure import print_table
 from benchmarks.stories import FIDELITY, describe_all, load_rows, load_teacher, make_parser, some_layers
 from hf_distill import cli
 from hf_distill.report import compare_runs, save_comparison
+from hf_distill.rows import first_rows
 
 NAMES = "learning_rate num_train_epochs lora_r lora_alpha kd_weight temperature".split()
 TITLES = "lr epochs rank alpha kd_weight T".split()
@@ -98,8 +99,8 @@ def main() -> None:
     tokenizer.save_pretrained(folder / "student")
     (folder / "rows").mkdir(exist_ok=True)
     train, test = load_rows(options, tokenizer)
-    train.take(options.train_rows).to_json(folder / "rows" / "train.jsonl")
-    test.take(options.eval_rows).to_json(folder / "rows" / "test.jsonl")
+    first_rows(train, options.train_rows).to_json(folder / "rows" / "train.jsonl")
+    first_rows(test, options.eval_rows).to_json(folder / "rows" / "test.jsonl")
     with redirect_stdout(sys.stderr):  # the table alone goes to stdout
         runs = [run(name, seed, folder, options) for seed in options.seeds for name in options.only]
         save_comparison(folder / "compare_out", runs)

@@ -31,6 +31,7 @@ from benchmarks.stories import (
 )
 from benchmarks.tinystories import OBJECTIVES
 from hf_distill.pruning import drop_layers, original_layers, rank_layers, restore_layers
+from hf_distill.rows import first_rows
 
 TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 
@@ -88,7 +89,7 @@ def main() -> None:
     def without(layers: list[int]) -> Callable[[int], PreTrainedModel]:
         return lambda seed: drop_layers(teacher, layers)
 
-    spans = rank_layers(teacher, rows.take(options.probe_rows), tokenizer, 2, batch_size=32)
+    spans = rank_layers(teacher, first_rows(rows, options.probe_rows), tokenizer, 2, batch_size=32)
     ranks = [
         {
             "dropped": _numbers(span.layers),

@@ -126,7 +126,7 @@ def make_trainer(
     """A trainer that prints and saves nothing; `settings` on top of those of all benchmarks."""
     common = {
         "output_dir": "out/benchmarks", "lr_scheduler_type": "cosine", "max_grad_norm": 1.0, "bf16": False,
-        "activation_checkpointing": False, "use_cpu": not torch.cuda.is_available(), "logging_strategy": "no",
+        "gradient_checkpointing": False, "use_cpu": not torch.cuda.is_available(), "logging_strategy": "no",
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
     kwargs = {"processing_class": tokenizer, "teacher_processing_class": tokenizer, **kwargs}

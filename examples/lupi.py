@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         for name, rows in {"student after": facts, "control student": bare}.items():
             args = SpeculativeKDConfig(
                 max_new_tokens=6, adaptive=True, top_k=5, student_temperature=0.7, teacher_temperature=0.7,
-                per_device_train_batch_size=16, max_steps=options.steps, activation_checkpointing=False, **settings,
+                per_device_train_batch_size=16, max_steps=options.steps, gradient_checkpointing=False, **settings,
             )  # fmt: skip
             learner, rows = copy.deepcopy(student), Dataset.from_list(rows)
             SpeculativeKDTrainer(learner, teacher, args, rows, None, tokenizer, **tools).train()

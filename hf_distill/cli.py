@@ -42,7 +42,7 @@ from hf_distill.report import (
     save_settings,
     table,
 )
-from hf_distill.rows import fill_templates, load_rows
+from hf_distill.rows import fill_templates, first_rows, load_rows
 from hf_distill.saved_weights import other_adapters
 from hf_distill.saving import adapters_on, refuse_folder, save_tokenizer, set_aside, try_saving
 from hf_distill.teachers.local import LocalTeacher
@@ -289,7 +289,8 @@ def run_prune(arguments: PruneArguments) -> None:
     groups = None if arguments.groups is None else _groups(arguments.groups)
     rows = None
     if arguments.dataset is not None:
-        rows = load_rows(arguments.dataset, arguments.split, arguments.dataset_config).take(arguments.max_rows)
+        rows = load_rows(arguments.dataset, arguments.split, arguments.dataset_config)
+        rows = first_rows(rows, arguments.max_rows)
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
@@ -520,7 +521,7 @@ def _load_eval_rows(arguments: KDArguments) -> Dataset | None:
             rows = load_rows(arguments.dataset, "test", arguments.dataset_config)
         except ValueError:
             return None  # a dataset without a test split, and none was asked for
-    return rows.take(arguments.max_eval_rows)
+    return first_rows(rows, arguments.max_eval_rows)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -158,6 +158,11 @@ def last_hidden_states(model: PreTrainedModel, *, input_ids: Tensor, **inputs: T
     ).last_hidden_state
 
 
+def cache_keyword(model: nn.Module) -> str:
+    """The keyword by which a model's forward takes a cache: `cache` since transformers 5.24, not so in remote code."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def label_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Positions that predict a label-bearing token, and those tokens.
 
@@ -324,6 +329,7 @@ class CachedReader:
         self.lengths = mask.sum(1).to(self.device)  # (R,) tokens of each text, those not read yet included
         self._unread = ids.to(self.device)
         self._cache = DynamicCache()
+        self._cache_keyword = cache_keyword(self._model.base_model)
 
     def read(self, ids: Tensor | None = None) -> Tensor:
         """Reads what is not read yet, then `ids` (R, q), which every text gets; the last hidden states (R, n, D)."""
@@ -336,9 +342,11 @@ class CachedReader:
             input_ids=readable(tokens, num_token_ids(self._model)),
             attention_mask=(order >= 0).long(),
             position_ids=order[:, -tokens.shape[1] :].clamp(min=0),
-            past_key_values=self._cache,
             use_cache=True,
+            **{self._cache_keyword: self._cache},
         )
+        if self._cache.get_seq_length() != slots:
+            raise RuntimeError(f"its forward does not fill the cache that it is given as {self._cache_keyword}")
         return outputs.last_hidden_state
 
     def rewind(self, rows: Tensor, counts: Tensor, following: Tensor) -> None:

@@ -51,6 +51,11 @@ def load_rows(name: str, split: str, config: str | None = None) -> Dataset:
     return concatenate_datasets([loaded[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
+def first_rows(rows: Dataset, number: int) -> Dataset:
+    """The first rows, all of them where there are fewer: `Dataset.take` of datasets 4 fails past the end."""
+    return rows.select(range(min(number, len(rows))))
+
+
 def fill_templates(rows: Dataset, prompt_template: str, completion_template: str) -> Dataset:
     """Rows of `prompt` and `completion`, made of other columns by `str.format`; a backslash and an n are a new line.
 

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, N label-bearing positions, D hidden width, V vocabula
 """
 
 import copy
+import functools
 import sys
 
 import numpy as np
@@ -25,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_distill.modeling import (
     CachedReader,
     KVCapture,
+    cache_keyword,
     causal_lm,
     check_cache,
     check_head,
@@ -367,10 +369,11 @@ def test_check_cache_refuses_models_that_remember_more_than_keys_and_values(fami
 @pytest.mark.parametrize("what", ["values", "mask", "positions"])
 def test_check_cache_notices_a_cache_that_does_not_work(what, monkeypatch):
     model = make_model("gpt2")
-    forward = model.base_model.forward
+    forward, keyword = model.base_model.forward, cache_keyword(model.base_model)
 
+    @functools.wraps(forward)
     def broken(**kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(keyword)
         if cache is not None and what == "mask":
             kwargs["attention_mask"] = torch.ones_like(kwargs["attention_mask"])
         elif cache is not None and what == "positions":
@@ -385,6 +388,38 @@ def test_check_cache_notices_a_cache_that_does_not_work(what, monkeypatch):
         check_cache(model, "teacher")
 
 
+@pytest.mark.parametrize("keyword", ["cache", "past_key_values"])
+def test_the_cache_goes_by_the_name_in_the_forward(keyword, monkeypatch):
+    """Remote code keeps the old name whatever transformers calls it, and the other way round."""
+    model = make_model("llama")
+    forward, its_own = model.model.forward, cache_keyword(model.model)
+
+    def with_cache(input_ids, attention_mask=None, position_ids=None, cache=None, **kwargs):
+        return forward(input_ids, attention_mask, position_ids, **{its_own: cache}, use_cache=kwargs["use_cache"])
+
+    def with_past(input_ids, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        return with_cache(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", with_cache if keyword == "cache" else with_past)
+    assert cache_keyword(model.model) == keyword
+    check_cache(model, "student")
+
+
+def test_a_model_whose_forward_swallows_the_cache_is_refused(monkeypatch):
+    """A keyword that is no longer known ends up in `**kwargs` without a word, and every step is read without history."""
+    model = make_model("llama")
+    for parameter in model.model.layers.parameters():
+        parameter.data *= 0.1  # hidden states that hardly depend on the history: comparing them shows nothing
+    forward = model.model.forward
+
+    def swallowing(input_ids, attention_mask=None, position_ids=None, use_cache=None, **kwargs):
+        return forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+
+    monkeypatch.setattr(model.model, "forward", swallowing)
+    with pytest.raises(ValueError, match="its forward does not fill the cache that it is given as past_key_values"):
+        check_cache(model, "teacher")
+
+
 # ------------------------------------------------------------------------------------------------------ keys and values
 
 
@@ -396,7 +431,7 @@ def flat(heads):
 def cached(model, inputs):
     """Keys, rotated, and values of each layer, as rows, from the model's own cache."""
     cache = DynamicCache()  # without a configuration it keeps what a sliding window has left behind
-    model(**inputs, past_key_values=cache, use_cache=True)
+    model(**inputs, **{cache_keyword(model): cache}, use_cache=True)
     return [(flat(layer.keys), flat(layer.values)) for layer in cache.layers]
 
 
@@ -541,7 +576,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, kv_positions, inputs
         return weigh({layer: capture.features(layer) for layer in capture.heads}) + logits.square().mean()
 
     expected = gradients(model, loss())
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     found = gradients(model, loss())
     assert any(layer.gradient_checkpointing for layer in model.modules() if hasattr(layer, "gradient_checkpointing"))
     assert_same_gradients(found, expected)
@@ -556,7 +591,7 @@ def test_adapters_are_in_the_keys_and_values_and_get_their_gradient(family, with
     by_hand = projected_keys(model.get_base_model(), inputs)
     expected = gradients(model, weigh({layer: (keys,) for layer, keys in by_hand.items()}))
     if with_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     found = captured(model, inputs, kv_positions="pre")
     assert not torch.allclose(found[0][0], captured(plain, inputs, kv_positions="pre")[0][0], atol=1e-2)

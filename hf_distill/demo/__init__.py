@@ -31,7 +31,7 @@ from hf_distill.demo.text import stories
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.report import save_report
 from hf_distill.saving import set_aside
-from hf_distill.trainers.config import KDConfig
+from hf_distill.trainers.config import KDConfig, checkpointing
 from hf_distill.trainers.kd import KDTrainer
 
 TEACHER = str(files("hf_distill.demo") / "teacher")
@@ -136,7 +136,7 @@ def make_trainer(
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "activation_checkpointing": False,
+        **checkpointing(False),
         "bf16": False,
         "use_cpu": True,
     }

@@ -22,6 +22,12 @@ from hf_distill.teachers.local import check_quantization
 logger = logging.getLogger(__name__)
 
 
+def checkpointing(enabled: bool) -> dict[str, bool]:
+    """The setting of gradient checkpointing by its name, which newer transformers change and warn of the old one."""
+    names = {field.name for field in fields(SFTConfig)}
+    return {"activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing": enabled}
+
+
 @dataclass
 class KDConfig(SFTConfig):
     """Settings of `KDTrainer`: every field of `trl.SFTConfig`, and those of the teacher and the distillation loss.

@@ -20,13 +20,15 @@ from hf_distill import KDConfig, KDTrainer
 from hf_distill.kv_projector import load_projector
 from hf_distill.layer_mapping import linear_cka
 from hf_distill.losses.feature import centered_cosine, effective_rank
-from hf_distill.trainers.config import KVProjectionConfig
+from hf_distill.modeling import cache_keyword
+from hf_distill.trainers.config import KVProjectionConfig, checkpointing
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.losses.oracle import ORACLE
 from tests.trainers.test_kd_teachers import by_hand as kd_by_hand
 
 VOCAB = 384
+(CHECKPOINTING,) = checkpointing(True)
 DIAGNOSTICS = ("kv/centered_cosine", "kv/cka", "kv/magnitude_ratio", "kv/target_effective_rank")
 
 
@@ -125,7 +127,7 @@ def keys_and_values(model, batch, chosen, kv_positions):
                 )
             )
     cache = DynamicCache()
-    logits = model(**batch, past_key_values=cache, use_cache=True).logits
+    logits = model(**batch, **{cache_keyword(model): cache}, use_cache=True).logits
     for hook in hooks:
         hook.remove()
     found = []
@@ -263,7 +265,7 @@ def test_packing_and_gradient_checkpointing_change_no_gradient(
     options = {"kv_positions": kv_positions}
     expected, plain, *_ = first_update(tmp_path, student, teacher, rows, tokenizer, **options)
     for changes in (
-        {"activation_checkpointing": True},
+        {"gradient_checkpointing": True},
         {"packing": True, "max_length": 64},
         {"padding_free": True, "max_length": None},
     ):
@@ -285,7 +287,7 @@ def with_adapters(model):
 def test_gradient_checkpointing_with_adapters(tmp_path, tokenizer, rows, student, teacher):
     student = with_adapters(student)
     expected, *_ = first_update(tmp_path, student, teacher, rows, tokenizer)
-    found, *_ = first_update(tmp_path, student, teacher, rows, tokenizer, activation_checkpointing=True)
+    found, *_ = first_update(tmp_path, student, teacher, rows, tokenizer, gradient_checkpointing=True)
     assert_same_gradients(found, expected)
 
 
@@ -626,7 +628,7 @@ def test_a_teacher_without_weight_has_no_keys_and_values(tmp_path, tokenizer, ro
 def test_keys_and_values_of_the_students_own_base(tmp_path, tokenizer, rows, student):
     base = copy.deepcopy(student)
     student = with_adapters(student)
-    for options in ({}, {"activation_checkpointing": True}):
+    for options in ({}, {"gradient_checkpointing": True}):
         found, log, projector, trainer = first_update(tmp_path, student, "base", rows, tokenizer, **options)
         loss, means = by_hand(student, base, projector, rows, mapping_of(trainer))
         assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -839,7 +841,7 @@ CONFIGS = [
     ("projector_learning_rate has to be above 0.*nan", {"projector_learning_rate": math.nan}),
     ("projector_freeze_after has to be at least 0", {"projector_freeze_after": -1}),
     ("reentrant gradient checkpointing", {"gradient_checkpointing_kwargs": {"use_reentrant": True}}),
-    ("reentrant gradient checkpointing", {"activation_checkpointing_kwargs": {"use_reentrant": True}}),
+    ("reentrant gradient checkpointing", {f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}),
     ("the student has 2 layers, there is no layer 2", {"kv_layers": [[2, 0]]}),
     ("the teacher has 3 layers, there is no layer -4", {"kv_layers": "[[0, -4]]"}),
     ("layers have to be pairs", {"kv_layers": [[0, 1, 2]]}),
