@@ -1,7 +1,7 @@
 # Each target sets up what it needs: `make test` on a fresh clone is enough.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-oldest test-newest lint format clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -13,6 +13,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 help:
 	@echo "make demo     distil the packaged teacher on CPU, offline; results in demo_out/"
 	@echo "make test     run the fast tests in WORKERS=2 processes; ARGS='-m slow' or ARGS='-k kl' go to pytest"
+	@echo "make test-oldest, make test-newest     the same with the oldest and newest libraries that setup.py allows"
 	@echo "make lint     ruff, codespell, import-linter, pyright"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make clean    remove outputs and caches, keep .venv"
@@ -22,6 +23,10 @@ demo: .venv/.installed-core
 
 test: .venv/.installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+# The ends of the version range, by hand: they take a while and, where pip finds no CPU build, 3 GB of CUDA.
+test-oldest test-newest: test-%: .venv-%/.installed
+	HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: .venv/.installed-lint
 	$(BIN)/ruff check
@@ -50,6 +55,19 @@ $(BIN)/python:
 .venv/.installed-test: setup.py constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[test]"
 	@touch $@ .venv/.installed-core
+
+.venv-oldest/.installed: setup.py constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
+	@touch $@
+
+# Everything anew each time, for there may be newer versions; but torch stays the tested one.
+.PHONY: .venv-newest/.installed
+.venv-newest/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv --clear .venv-newest
+	grep '^torch==' constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-newest/constraints.txt -e ".[test]"
+	.venv-newest/bin/python -m pip list
 
 # pyright reads the types of the packages themselves, the optional ones that the tests use included.
 .venv/.installed-lint: setup.py constraints.txt | $(BIN)/python

@@ -1,24 +1,35 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+REPOSITORY = "https://github.com/hf-distill/hf_distill"
+
+
+def version() -> str:
+    """`hf_distill.__version__`, without importing what the package imports."""
+    (found,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "hf_distill" / "__init__.py").read_text(), re.MULTILINE)
+    return found
+
 
 def long_description() -> str:
-    readme = Path(__file__).parent / "README.md"
-    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+    """README.md for a package index, where a link to a file of the repository needs its address."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"\]\((?!https?:|#)", f"]({REPOSITORY}/blob/main/", readme)
 
 
-# The tested versions of all of these are pinned in constraints.txt.
+# `make test-oldest` takes the lower bounds, `make test-newest` the newest there are, `make test` constraints.txt.
 REQUIREMENTS = [
     "torch>=2.9",
-    "transformers>=5.23,<6",
-    "trl>=1.15,<2",  # SFTTrainer's internals were rewritten in 1.15
+    "transformers>=5.17,<6",
+    "trl>=1.16,<2",  # SFTTrainer of 1.15 fails on CPU builds of torch
     "peft>=0.20",
     "accelerate>=1.12",
     "datasets>=4.7",
     "safetensors>=0.8",
     "rich>=13",
-    "matplotlib>=3.8",
+    "matplotlib>=3.9",  # 3.8 asks for NumPy 1, which datasets' pyarrow refuses
     "pyyaml>=6.0",
 ]
 
@@ -32,7 +43,15 @@ EXTRAS = {
     "eval": ["evaluate>=0.4.6", "rouge_score", "sacrebleu"],
     "benchmarks": ["liger-kernel>=0.8.2"],
     # The 4-bit tests and those of ZeRO run on CPU.
-    "test": ["pytest>=8", "pytest-xdist>=3.5", "tensorboard", "evaluate>=0.4.6", *QUANTIZATION, *DEEPSPEED],
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3.5",
+        "setuptools>=64",  # the tests build the package
+        "tensorboard",
+        "evaluate>=0.4.6",
+        *QUANTIZATION,
+        *DEEPSPEED,
+    ],
     "lint": [
         "ruff",
         "codespell",
@@ -46,15 +65,31 @@ EXTRAS = {
 
 setup(
     name="hf_distill",
-    version="0.1.0",
+    version=version(),
     description="Distillation of causal language models on transformers and TRL",
     long_description=long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    url=REPOSITORY,
+    project_urls={
+        "Documentation": f"{REPOSITORY}/blob/main/docs/index.md",
+        "Source": REPOSITORY,
+        "Issues": f"{REPOSITORY}/issues",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["hf_distill", "hf_distill.*"]),
     # The demo ships its teacher: weights, config, tokenizer and chat template.
-    package_data={"hf_distill": ["demo/teacher/**/*"]},
+    package_data={"hf_distill": ["py.typed", "demo/teacher/**/*"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hf-distill = hf_distill.cli:main"]},

@@ -11,6 +11,8 @@ from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
 from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CosinePhaseCallback",
     "KDConfig",

@@ -10,7 +10,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 from hf_distill import cli
-from hf_distill.cli import fill_templates, load_rows
+from hf_distill.cli import fill_templates, first_rows, load_rows
 from hf_distill.evaluate_metrics import Squad
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.test_cli import error_of, options
@@ -60,6 +60,13 @@ def files(tmp_path_factory):
 )
 def test_parts_of_a_split_are_taken_from_every_kind_of_place(files, place, split, expected):
     assert load_rows(str(files / place), split)["n"] == list(expected)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(0, 0), (2, 2), (3, 3), (500, 3)])
+def test_the_first_rows_are_all_where_there_are_fewer(number, expected):
+    """`Dataset.take` of datasets 4.7 fails past the end."""
+    rows = first_rows(Dataset.from_dict({"text": ["a", "b", "c"]}), number)
+    assert rows["text"][:] == ["a", "b", "c"][:expected]
 
 
 def test_splits_add_up_and_a_missing_or_broken_one_names_those_there_are(files):

@@ -986,6 +986,7 @@ def test_rows_that_are_not_prepared_and_have_no_labels_train_on_every_token(tmp_
 def test_caller_keeps_dataset_args_and_configs_as_they_were(tmp_path, tokenizer, student, teacher):
     dataset = Dataset.from_dict({"text": SENTENCES})
     params, kwargs = {"alpha": 0.3}, {"attn_implementation": "eager"}
+    student.config.bos_token_id = None  # as the tokenizer says: older transformers copy it
     teacher.save_pretrained(tmp_path / "teacher")
     args = KDConfig(
         **settings(tmp_path, divergence="alpha_beta", divergence_params=params, teacher_model_init_kwargs=kwargs)
