@@ -329,7 +329,7 @@ class CachedReader:
         self.lengths = mask.sum(1).to(self.device)  # (R,) tokens of each text, those not read yet included
         self._unread = ids.to(self.device)
         self._cache = DynamicCache()
-        self._cache_keyword = cache_keyword(self._model.base_model)
+        self._cache_keyword = cache_keyword(backbone(self._model))
 
     def read(self, ids: Tensor | None = None) -> Tensor:
         """Reads what is not read yet, then `ids` (R, q), which every text gets; the last hidden states (R, n, D)."""

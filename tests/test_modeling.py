@@ -406,7 +406,7 @@ def test_the_cache_goes_by_the_name_in_the_forward(keyword, monkeypatch):
 
 
 def test_a_model_whose_forward_swallows_the_cache_is_refused(monkeypatch):
-    """A keyword that is no longer known ends up in `**kwargs` without a word, and every step is read without history."""
+    """An unknown keyword ends up in `**kwargs` without a word; then every step is read without history."""
     model = make_model("llama")
     for parameter in model.model.layers.parameters():
         parameter.data *= 0.1  # hidden states that hardly depend on the history: comparing them shows nothing
