@@ -47,11 +47,10 @@ from hf_distill.losses.fused_linear import Head
 from hf_distill.modeling import last_hidden_states
 from hf_distill.speculative import RolloutConfig, RolloutStats, sample
 from hf_distill.token_alignment import shared_tokens
+from hf_distill.trainers.config import checkpointing
 
 Cells = dict[str, Any]
 
-# transformers has renamed it.
-CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(SFTConfig, n))
 BFLOAT16 = 2  # bytes
 PRODUCT_CHUNK = 1024  # positions whose logits exist at a time where only products are measured
 
@@ -179,8 +178,8 @@ class Bench:
     def settings(self, **changes: Any) -> Cells:
         return {
             "output_dir": self.folder.name, "per_device_train_batch_size": self.sizes.batch[0], "max_length": None,
-            "bf16": True, CHECKPOINTING: False, "use_cpu": not self.is_cuda, "report_to": "none", "disable_tqdm": True,
-            "logging_steps": 1000, "save_strategy": "no", "seed": 0, **changes,
+            "bf16": True, "use_cpu": not self.is_cuda, "report_to": "none", "disable_tqdm": True,
+            "logging_steps": 1000, "save_strategy": "no", "seed": 0, **checkpointing(False), **changes,
         }  # fmt: skip
 
     @cached_property

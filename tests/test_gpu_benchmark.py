@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import ceilings, fused_linear, gpu, gpu_rows
 from benchmarks.ceilings import Ceilings, Work, backbone_work, count_events, loss_work, reading_work
 from benchmarks.timed_rows import JSON, MARKDOWN, Budget, NotMeasured
+from hf_distill.modeling import cache_keyword
 from tests.conftest import make_model
 
 ROWS, LENGTH, VOCAB = 2, 6, 384
@@ -71,8 +72,9 @@ def test_work_of_reading_a_token_over_a_cache_is_what_torch_counts():
     model, context = make_qwen(), 5
     ids = torch.randint(2, VOCAB, (ROWS, context + 1))
     with torch.no_grad():
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
-        found = counted_flops(lambda: model(ids[:, -1:], past_key_values=cache))
+        keyword = cache_keyword(model)
+        cache = getattr(model(ids[:, :-1], use_cache=True), keyword)
+        found = counted_flops(lambda: model(ids[:, -1:], **{keyword: cache}))
     work = reading_work(model.config, ROWS, 1, context + 1, item=4)
     assert found == pytest.approx(work.flops, rel=1e-12)
 

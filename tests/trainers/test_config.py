@@ -10,6 +10,7 @@ from trl import SFTConfig
 
 from hf_distill import KDConfig
 from hf_distill.losses.divergence import DIVERGENCES
+from hf_distill.trainers.config import checkpointing
 
 
 def config(**changes) -> KDConfig:
@@ -160,3 +161,10 @@ def test_a_plateau_of_a_metric_that_rises_is_one_from_above():
     options = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1}
     assert config(metric_for_best_model="agreement", **options).lr_scheduler_kwargs["mode"] == "max"
     assert "mode" not in (config(metric_for_best_model="kd", **options).lr_scheduler_kwargs or {})
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_checkpointing_is_set_by_the_name_that_warns_of_nothing(tmp_path, enabled, recwarn):
+    args = KDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **checkpointing(enabled))
+    assert args.gradient_checkpointing is enabled
+    assert [warning for warning in recwarn if "checkpointing" in str(warning.message)] == []
