@@ -7,7 +7,6 @@ tensor per expert, say). transformers' way back into a live model passes over wh
 import copy
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from os import PathLike
@@ -111,7 +110,7 @@ def lacking(model: PeftModel, folder: str | PathLike[str]) -> list[str]:
 def _other_adapter_tensors(model: PeftModel, folder: Path, dtypes: bool) -> str | None:
     held: set[int] = set()
     for name in model.peft_config:
-        saved = _read(_adapter_file(folder, name))
+        saved = _read(_adapter_file(folder, name), values=False)
         tensors = _adapter_tensors(model, name, saved)
         if problem := _other_tensors(model, tensors, saved) or (dtypes and _other_dtypes(tensors.values(), saved)):
             return problem
@@ -185,11 +184,8 @@ def _other_tensors(model: nn.Module, tensors: Mapping[str, Tensor], saved: Mappi
 
 
 def _other_dtypes(tensors: Iterable[Tensor], saved: Mapping[str, Tensor]) -> str | None:
-    found, expected = (
-        Counter({dtype: sum(_shape(t).numel() for t in side if t.dtype == dtype) for dtype in {t.dtype for t in side}})
-        for side in ([t for t in side if t.is_floating_point()] for side in (list(saved.values()), _once(tensors)))
-    )
-    if found.keys() != expected.keys():
+    found, expected = ({t.dtype for t in side if t.is_floating_point()} for side in (saved.values(), tensors))
+    if found != expected:
         theirs, mine = (" and ".join(sorted(str(d).removeprefix("torch.") for d in side)) for side in (found, expected))
         return f"is in {theirs}, and this student in {mine}"
     return None
@@ -200,7 +196,7 @@ def _untied(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> str |
     first: dict[int, str] = {}
     for name in tensors.keys() & saved.keys():
         other = first.setdefault(id(tensors[name]), name)
-        if not torch.equal(saved[other], saved[name]):
+        if other != name and not torch.equal(saved[other], saved[name]):
             return f"has other weights for {name} than for {other}, which are tied in this student"
     return None
 

@@ -153,6 +153,14 @@ def test_tied_weights_stay_tied_and_two_values_for_them_are_refused(tmp_path):
     assert_same(bits(target), bits(source))
 
 
+def test_weights_that_are_no_numbers_come_back(tmp_path):
+    source, target = make_model(seed=1), make_model(seed=2)
+    source.model.norm.weight.data[0] = float("nan")
+    source.save_pretrained(tmp_path)
+    load_weights(target, tmp_path)
+    assert target.model.norm.weight[0].isnan()
+
+
 @pytest.mark.parametrize("family", ["mixtral", "llama"])
 @pytest.mark.parametrize(
     ("change", "message"),
