@@ -66,7 +66,7 @@ def other_trainer(checkpoint: Path, args: type[TrainingArguments]) -> str | None
     The arguments are pickled there; their class is read without unpickling them.
     """
     found = _pickled_class(checkpoint / "training_args.bin")
-    mine = next(cls for cls in args.__mro__ if cls.__module__.partition(".")[0] == "hf_distill")
+    mine = _own_config(args)
     module, _, name = found.rpartition(".")
     if module.partition(".")[0] in ("hf_distill", "trl", "transformers") and name != mine.__name__:
         theirs, ours = (config.removesuffix("Config") + "Trainer" for config in (name, mine.__name__))
@@ -77,12 +77,17 @@ def other_trainer(checkpoint: Path, args: type[TrainingArguments]) -> str | None
     return None
 
 
+def _own_config(args: type[TrainingArguments]) -> type[TrainingArguments]:
+    """The configuration of hf_distill's that the user's own, if it is one, is made of."""
+    return next(cls for cls in args.__mro__ if cls.__module__.partition(".")[0] == "hf_distill")
+
+
 def describe_run(trainer: Any) -> dict[str, Any]:
     """What a checkpoint says about its run in `run.json`."""
     args = trainer.args
-    own = sorted({field.name for field in fields(args)} - {field.name for field in fields(SFTConfig)})
+    own = {field.name for field in fields(_own_config(type(args)))} - {field.name for field in fields(SFTConfig)}
     # Arguments for loading may hold a password.
-    values = {name: getattr(args, name) for name in (*SETTINGS, *own) if not name.endswith("_kwargs")}
+    values = {name: getattr(args, name) for name in (*SETTINGS, *sorted(own)) if not name.endswith("_kwargs")}
     settings = {
         **values,
         "processes": trainer.accelerator.num_processes,

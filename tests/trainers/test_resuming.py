@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -323,6 +324,25 @@ def test_settings_that_change_the_updates_are_told_in_one_line(tmp_path, make, m
     caplog.clear()
     make(tmp_path, max_steps=1).train(resume_from_checkpoint=str(made("full")))
     assert "differs" not in caplog.text
+
+
+@dataclass
+class OwnConfig(KDConfig):
+    mixture: dict = field(default_factory=lambda: {("web", "en"): 0.5})
+    reward: object = field(default_factory=object)
+
+
+def test_settings_of_a_configuration_of_ones_own_are_its_own_business(tmp_path, make, teacher, rows, tokenizer, caplog):
+    for checkpoint in (None, str(tmp_path / "checkpoint-1")):
+        args = OwnConfig(
+            str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=1, save_steps=1, optim="adamw_torch"
+        )
+        trainer = KDTrainer(
+            make_model("llama", seed=2), teacher, args, rows, None, tokenizer, teacher_processing_class=tokenizer
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+    assert "differs" not in caplog.text
+    make(tmp_path, max_steps=1).train(resume_from_checkpoint=True)
 
 
 def test_checkpoints_of_save_only_model_are_still_rotated(tmp_path, made):
