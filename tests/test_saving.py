@@ -183,6 +183,30 @@ def test_a_trial_leaves_no_file_and_the_model_as_it_was(tmp_path, teacher, token
     assert vars(student.config)["dtype"] == before["dtype"]
 
 
+def test_a_trial_takes_nothing_of_what_a_trainer_of_ones_own_saves_beside(tmp_path, teacher, tokenizer):
+    """It may copy the model, send it away, or need what is only there after the construction."""
+
+    class Own(KDTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.sent = []
+
+        def _save(self, output_dir=None, state_dict=None):
+            super()._save(output_dir, state_dict)
+            self.sent.append(str(output_dir))
+
+        def create_model_card(self, *args, **kwargs):
+            super().create_model_card(*args, **kwargs)
+            self.sent.append(f"card after {self.state.log_history[-1]['step']}")
+
+    args = KDConfig(
+        str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=1, save_steps=1, logging_steps=1
+    )  # fmt: skip
+    trainer = Own(make_model(seed=2), teacher, args, ROWS, None, tokenizer, teacher_processing_class=tokenizer)
+    trainer.train()
+    assert trainer.sent == ["card after 1", str(tmp_path / "_tmp-checkpoint-1" / "checkpoint-1")]
+
+
 def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_loaded(tmp_path):
     (tmp_path / "file").touch()
     for out in ("file", "file/below"):

@@ -150,8 +150,16 @@ def replacing(final: Path, is_writer: bool = True, wait: Callable[[], Any] = lam
             _settle(staging)
 
 
-def try_saving_run(trainer: Any, with_card: bool = False) -> None:
-    """Raises `ValueError` for what could not be saved of a run, or of what it has become until its end."""
+def try_saving_run(
+    trainer: Any, save: Callable[[str, dict[str, torch.Tensor]], Any], create_card: Callable[..., Any] | None = None
+) -> None:
+    """Raises `ValueError` for what could not be saved of a run, as [`try_saving`] does.
+
+    Args:
+        trainer: whose run it is.
+        save: saves model and tokenizer, given a folder and a state.
+        create_card (*optional*): writes the model card to `trainer.args.output_dir`.
+    """
     if not trainer.args.should_save or trainer.is_distributed_loading_by_transformers:
         return
 
@@ -167,17 +175,17 @@ def try_saving_run(trainer: Any, with_card: bool = False) -> None:
         trainer.args = copy.copy(args)
         trainer.args.output_dir = folder
         try:
-            trainer.create_model_card(model_name=Path(str(args.output_dir)).name)
+            create_card(model_name=Path(str(args.output_dir)).name)
         finally:
             trainer.args = args
 
     try_saving(
         trainer.model, trainer.processing_class, str(trainer.args.output_dir),
-        save=lambda folder, weights: trainer._save(folder, weights),
+        save=save,
         others={
             "args": lambda folder: torch.save(trainer.args, os.path.join(folder, TRAINING_ARGS_NAME)),
             "the state of the callbacks": state,
-            **({"the model card": card} if with_card else {}),
+            **({"the model card": card} if create_card else {}),
         },
     )  # fmt: skip
 

@@ -282,7 +282,7 @@ class KDTrainer(SFTTrainer):
         self.hidden_layers = HiddenLayers(self) if args.has_hidden else None
         name_bases_absolutely(self.model)
         self._own_folders: set[Path] = set()
-        try_saving_run(self)
+        self._try_saving()
 
     @contextmanager
     def trying_out(self) -> Iterator[None]:
@@ -576,13 +576,13 @@ class KDTrainer(SFTTrainer):
             )  # fmt: skip
         if checkpoint is not None:
             self._first_update = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
-            self._own_folders.add(Path(checkpoint).absolute().parent)
+            self._own_folders.add(Path(checkpoint).absolute().parent.resolve())
             self.use_layer_mappings(load_mappings(Path(checkpoint)))
             if self.is_world_process_zero():
                 tell_differing_settings(Path(checkpoint), self)
         if not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):  # which one process cannot look into, once split
             # Again, for what has been changed since the construction.
-            try_saving_run(self, with_card=self.args.save_strategy != "no")
+            self._try_saving(with_card=self.args.save_strategy != "no")
         self._tell(", ".join(f"{name}: {value}" for name, value in self.describe_run().items()))
         self._reset_means("train")  # nothing of an interrupted run
         self._update_loss, self._skipped_updates, self._has_agreed_to_stop = 0.0, 0, False
@@ -709,6 +709,11 @@ class KDTrainer(SFTTrainer):
         # Checkpoints name themselves.
         with nullcontext() if _internal_call else naming(Path(output_dir or str(self.args.output_dir))):
             super().save_model(output_dir, _internal_call)
+
+    def _try_saving(self, with_card: bool = False) -> None:
+        # Not what a subclass adds: it may copy the model, upload it, or need what is not there yet.
+        card = partial(KDTrainer.create_model_card, self) if with_card else None
+        try_saving_run(self, partial(KDTrainer._save, self), card)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or str(self.args.output_dir)
