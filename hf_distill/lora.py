@@ -30,7 +30,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from hf_distill.modeling import causal_lm
 from hf_distill.report import table
 from hf_distill.saved_weights import lacking
-from hf_distill.saving import ADAPTER_CONFIG, base_of, refuse_folder, save_tokenizer, set_aside, try_saving
+from hf_distill.saving import (
+    ADAPTER_CONFIG,
+    base_of,
+    refuse_folder,
+    refuse_moving,
+    save_tokenizer,
+    set_aside,
+    try_saving,
+)
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -341,7 +349,7 @@ def merge_adapter(
     Raises:
         `ValueError`: no adapter, no base, a base that is quantised, that the adapter does not fit, or has no tokenizer;
             an output folder with an adapter, which loading would add again, or that is the base's own, or that cannot
-            be written to.
+            be written to, or from which base or adapter would be moved aside.
     """
     adapter_folder, output_folder = Path(adapter_folder), Path(output_folder)
     weights = [adapter_folder / name for name in ADAPTER_WEIGHTS]
@@ -360,6 +368,7 @@ def merge_adapter(
     if not base:
         raise ValueError(f"{adapter_folder} does not say which model it was trained on: name it with base")
     refuse_folder(output_folder, {"the base model": base})
+    refuse_moving(output_folder, {"the base model": base, "the adapter": adapter_folder})
     try:
         if getattr(AutoConfig.from_pretrained(base), "quantization_config", None) is not None:
             raise ValueError(f"base {base!r} is quantised: name the model that it was made from with base")

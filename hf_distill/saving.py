@@ -29,10 +29,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 LEFT_BY_A_RUN = (
     "config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json", "pytorch_model*",
     ADAPTER_CONFIG, "adapter_model.*", "projectors", "*projector*.safetensors", "*projector*.json", "training_args.bin",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "*tekken.json",
-    "spiece.model", "sentencepiece*", "chat_template*", "additional_chat_templates", "README.md", "trainer_state.json",
-    "settings.json", "report.*", "comparison.*", "cosine.png", "pruning.md", "complete.json", "all_results.json",
-    "train_results.json", "eval_results.json", "checkpoint-*", "emergency",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "*tekken.json", "spiece.model", "sentencepiece*.model",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates", "README.md", "trainer_state.json",
+    "settings.json", "report.md", "report.json", "report.png", "comparison.md", "comparison.json", "comparison.png",
+    "cosine.png", "pruning.md", "complete.json", "all_results.json", "train_results.json", "eval_results.json",
+    "checkpoint-*", "emergency",
 )  # fmt: skip
 
 # Settings of a configuration that a training changes for itself.
@@ -50,8 +52,7 @@ def set_aside(folder: str | os.PathLike[str]) -> None:
     Whatever else is there stays: rows, settings, bundles, the restored model that a stage's adapters belong to.
     """
     folder = Path(folder)
-    left = sorted({path for pattern in LEFT_BY_A_RUN for path in folder.glob(pattern)})
-    if not left:
+    if not (left := _left_in(folder)):
         return
     number = next(i for i in range(1, 10**9) if not (folder / f"{ASIDE}{i}").exists())
     aside = folder / f"{ASIDE}{number}"
@@ -60,6 +61,21 @@ def set_aside(folder: str | os.PathLike[str]) -> None:
         path.rename(aside / path.name)
     names = ", ".join(path.name for path in left[:3]) + (", ..." if len(left) > 3 else "")
     logger.warning("%s holds files of an earlier run (%s): they are moved to %s", folder, names, aside)
+
+
+def _left_in(folder: Path) -> list[Path]:
+    return sorted({path for pattern in LEFT_BY_A_RUN for path in folder.glob(pattern)})
+
+
+def refuse_moving(folder: str | os.PathLike[str], needed: Mapping[str, str | os.PathLike[str]]) -> None:
+    """Raises `ValueError` for a model, by its role, that [`set_aside`] would move and that is `needed` in its place."""
+    moved = [path.resolve() for path in _left_in(Path(folder))]
+    for role, name in needed.items():
+        if os.path.isdir(name) and any(Path(name).resolve().is_relative_to(path) for path in moved):
+            raise ValueError(
+                f"{role} {os.fspath(name)!r} lies in what an earlier run left in {os.fspath(folder)!r}, which is moved "
+                "aside: choose another folder for what is made"
+            )
 
 
 def refuse_folder(folder: str | os.PathLike[str], in_use: Mapping[str, Any] | None = None) -> None:

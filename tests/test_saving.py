@@ -351,7 +351,10 @@ def test_nothing_of_an_earlier_run_is_taken_for_the_next_ones(tmp_path, teacher,
         "pytorch_model.bin", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "added_tokens.json",
         "additional_chat_templates/tools.jinja", "all_results.json", "generation_config.json",
     ]  # fmt: skip
-    kept = ["rows.jsonl", "run.yaml", "bundles/manifest.json", "restored/config.json"]
+    kept = [
+        "rows.jsonl", "run.yaml", "bundles/manifest.json", "restored/config.json", "tokenizer_training.py",
+        "tokenizer/tokenizer.json", "tokenizers.csv", "report.tex", "comparison.csv", "vocab.py", "chat_templates.md",
+    ]  # fmt: skip
     for name in names + kept:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
@@ -392,6 +395,35 @@ def test_a_resumed_run_keeps_its_files(tmp_path, teacher, tokenizer):
     assert not list(tmp_path.glob("_earlier-*"))
     run()
     assert {"report.md", "checkpoint-2", "model.safetensors"} <= contents(tmp_path / "_earlier-1")
+
+
+def test_a_resumed_run_keeps_its_files_under_every_name_of_its_folder(tmp_path, teacher, tokenizer):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    out, link = tmp_path / "out", tmp_path / "link"
+    make_trainer(out, make_model(seed=2), teacher, tokenizer, **options | {"max_steps": 1}).train()
+    link.symlink_to(out)
+    for name in (f"{tmp_path}/else/../out", link):
+        trainer = make_trainer(name, make_model(seed=2), teacher, tokenizer, **options)
+        trainer.train(resume_from_checkpoint=str(out / "checkpoint-1"))
+        assert {"checkpoint-1", "checkpoint-2"} <= contents(out)
+        assert not list(out.glob("_earlier-*"))
+
+
+@pytest.mark.parametrize("place", ["checkpoint-9", "emergency"])
+def test_a_model_that_adapters_need_is_not_moved_aside(tmp_path, base, teacher, place):
+    out, tokenizer = tmp_path / "out", AutoTokenizer.from_pretrained(base)
+    shutil.copytree(base, out / place)
+    with pytest.raises(ValueError, match=f"the student .*{place}.*moved aside.*choose another"):
+        make_trainer(out, str(out / place), teacher, tokenizer, peft_config=lora())
+    make_trainer(tmp_path / "adapted", str(out / place), teacher, tokenizer, peft_config=lora()).save_model()
+    with pytest.raises(ValueError, match=f"the base model .*{place}.*moved aside"):
+        merge_adapter(tmp_path / "adapted", out)
+    shutil.move(tmp_path / "adapted", tmp_path / "other" / "checkpoint-9")
+    with pytest.raises(ValueError, match=r"the adapter .*moved aside"):
+        merge_adapter(tmp_path / "other" / "checkpoint-9", tmp_path / "other")
+    trainer = make_trainer(out, str(out / place), teacher, tokenizer)  # a whole student needs nothing of it
+    trainer.train()
+    assert (out / "_earlier-1" / place).exists()
 
 
 def test_earlier_runs_are_set_aside_one_by_one(tmp_path):

@@ -24,7 +24,7 @@ from hf_distill.layer_mapping import describe_mapping, layer_mapping
 from hf_distill.metrics import metric_name, more_is_better
 from hf_distill.modeling import causal_lm, num_token_ids, shared_parameters
 from hf_distill.rows import CHAT_COLUMNS, is_chat
-from hf_distill.saving import AsItCame, refuse_folder
+from hf_distill.saving import AsItCame, refuse_folder, refuse_moving
 from hf_distill.teachers.local import BASE, public_name
 from hf_distill.trainers.config import KDConfig
 
@@ -256,11 +256,15 @@ def refuse_vision(model: str | PreTrainedModel, processing_class: Any) -> None:
         raise ValueError(f"{type(model).__name__} is a vision model; hf_distill trains language models on text only")
 
 
-def refuse_output_dir(student: str | PreTrainedModel, teachers: Mapping[str, Any], args: KDConfig) -> None:
+def refuse_output_dir(
+    student: str | PreTrainedModel, teachers: Mapping[str, Any], args: KDConfig, *, has_adapters: bool
+) -> None:
     """Raises `ValueError` for an output directory that cannot be written to, or that a model of the run lies in."""
     in_use = {"the student": _name(student)}
     in_use |= {f"the teacher {name}": _name(teacher) for name, teacher in teachers.items() if teacher != BASE}
     refuse_folder(str(args.output_dir), in_use)
+    if has_adapters:  # which are of no use without it
+        refuse_moving(str(args.output_dir), {"the student": _name(student) or ""})
 
 
 def refuse_prompt_learning(peft_config: Any, *models: Any) -> None:

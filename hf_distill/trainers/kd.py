@@ -199,7 +199,8 @@ class KDTrainer(SFTTrainer):
         refuse_prompt_learning(peft_config, model, *teachers.values())
         refuse_vision(model, processing_class)
         refuse_split(model)
-        refuse_output_dir(model, teachers, args)
+        has_adapters = peft_config is not None or isinstance(model, PeftModel)
+        refuse_output_dir(model, teachers, args, has_adapters=has_adapters)
         for name, dataset in named_datasets(train_dataset, eval_dataset).items():
             self.check_columns(dataset, name, args, formatting_func is not None)
             refuse_row_columns(dataset, name, args)
@@ -213,7 +214,7 @@ class KDTrainer(SFTTrainer):
                 check_chat_template(dataset, name, processing_class, "the student's", "chat_template_path")
         for layers in self._layer_settings(args, teachers):
             refuse_layers(layers, model, teachers, args)
-        if BASE in teachers.values() and peft_config is None and not isinstance(model, PeftModel):
+        if BASE in teachers.values() and not has_adapters:
             raise ValueError("teacher_model='base' needs a student with adapters: pass a peft_config (--use_peft)")
         self.teacher_set = TeacherSet(
             teachers, tokenizers, model, processing_class, args, crosses=self._crosses_tokenizers,
@@ -732,8 +733,8 @@ class KDTrainer(SFTTrainer):
 
     def make_own(self, folder: str) -> None:
         """Moves aside what another run has left in a folder, before this one writes to it."""
-        place, source = Path(folder).absolute(), self.student.config.name_or_path
-        if self.args.should_save and place not in self._own_folders and place != Path(source or os.devnull).absolute():
+        place, source = Path(folder).resolve(), self.student.config.name_or_path
+        if self.args.should_save and place not in self._own_folders and place != Path(source or os.devnull).resolve():
             set_aside(place)
         self._own_folders.add(place)
 
