@@ -499,12 +499,15 @@ def test_merging_over_the_base_is_refused(tmp_path, base, teacher):
         merge_adapter(tmp_path / "out", tmp_path / "base")
 
 
-def test_the_best_checkpoint_of_a_moved_run_is_where_the_run_is(tmp_path):
-    (tmp_path / "checkpoint-4").mkdir()
-    args = type("Args", (), {"output_dir": str(tmp_path)})
+def test_the_best_checkpoint_of_a_moved_run_is_beside_the_one_that_it_goes_on_from(tmp_path):
+    args = type("Args", (), {"output_dir": str(tmp_path / "new")})
     state = TrainerState(best_global_step=4, best_model_checkpoint="old/checkpoint-4")
-    CheckpointTiming(lambda: False, lambda: None).on_train_begin(args, state, None)
-    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    for folder in ("new", "moved"):  # the one in the new folder is another run's
+        (tmp_path / folder / "checkpoint-4").mkdir(parents=True)
+        timing = CheckpointTiming(lambda: False, lambda: None, {tmp_path / "moved", tmp_path / "nowhere"})
+        timing.on_train_begin(args, state, None)
+        assert (state.best_model_checkpoint == "old/checkpoint-4") == (folder == "new")
+    assert state.best_model_checkpoint == str(tmp_path / "moved" / "checkpoint-4")
 
 
 # ----------------------------------------------------------------------------------------------------------- projectors

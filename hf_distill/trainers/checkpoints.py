@@ -308,16 +308,19 @@ class CheckpointTiming(TrainerCallback):
     An evaluation at the end of an epoch draws random numbers: a checkpoint of the epoch's last update waits for it.
     """
 
-    def __init__(self, is_told_to_stop: Callable[[], bool], make_room: Callable[[], Any]) -> None:
+    def __init__(
+        self, is_told_to_stop: Callable[[], bool], make_room: Callable[[], Any], own_folders: Collection[Path]
+    ) -> None:
         self.is_told_to_stop = is_told_to_stop
         self.make_room = make_room
+        self.own_folders = own_folders
         self.waits = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A resumed run may be in another working directory, or its folder in another place.
-        best = Path(str(args.output_dir), f"checkpoint-{state.best_global_step}")
-        if state.best_model_checkpoint is not None and best.exists():
-            state.best_model_checkpoint = str(best)
+        for folder in self.own_folders if state.best_model_checkpoint is not None else ():
+            if (best := folder / f"checkpoint-{state.best_global_step}").exists():
+                state.best_model_checkpoint = str(best)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.make_room()  # not before: a run that fails to start leaves the folder as it was

@@ -594,7 +594,8 @@ class KDTrainer(SFTTrainer):
             self.accelerator._models.clear()
         self.remove_callback(CheckpointTiming)
         # After those that may want a checkpoint.
-        self.add_callback(CheckpointTiming(self._is_told_to_stop, lambda: self.make_own(str(self.args.output_dir))))
+        make_room = partial(self.make_own, str(self.args.output_dir))
+        self.add_callback(CheckpointTiming(self._is_told_to_stop, make_room, self._own_folders))
         with self.projectors.attached(self.student), noticing_sigterm() as self._sigterm:
             try:
                 return super().train(checkpoint, *args, **kwargs)

@@ -312,13 +312,13 @@ def test_the_newest_checkpoint_of_the_same_kind_is_taken(tmp_path, make, made, c
 
 def test_settings_that_change_the_updates_are_told_in_one_line(tmp_path, make, made, caplog):
     caplog.set_level(logging.WARNING)
-    make(tmp_path, max_steps=2, seed=3, temperature=3.0, learning_rate=1.0).train(
-        resume_from_checkpoint=str(made("full"))
-    )
+    trainer = make(tmp_path, max_steps=2, seed=3, temperature=3.0, learning_rate=1.0)
+    trainer.teacher.name = "another"
+    trainer.train(resume_from_checkpoint=str(made("full")))
     (line,) = [
         record.getMessage() for record in caplog.records if "differs from the checkpoint's" in record.getMessage()
     ]
-    for setting in ("temperature 3.0 (1.0)", "max_steps 2 (1)", "learning_rate 1.0 (0.01)"):
+    for setting in ("temperature 3.0 (1.0)", "max_steps 2 (1)", "learning_rate 1.0 (0.01)", "teacher another ("):
         assert setting in line
     assert "kd_weight" not in line
     caplog.clear()
