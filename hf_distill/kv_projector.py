@@ -212,7 +212,10 @@ class Projectors(nn.ModuleDict):
             save_projector(projector, Path(folder, FOLDER), name, is_writer=is_writer)
 
     def misfit(self, folder: str | PathLike[str]) -> str | None:
-        """Why a folder's projectors are not these, as the end of a sentence that starts with its name."""
+        """Compares a folder's projectors with these.
+
+        Returns the difference as the end of a sentence that starts with the folder's name, or None.
+        """
         saved = saved_projectors(folder)
         if missing := [name for name in self if name not in saved]:
             return f"has no {missing[0]}.safetensors and {missing[0]}.json: it is not of a run with this projector"

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hf_distill.modeling import causal_lm
 from hf_distill.report import table
-from hf_distill.saved_weights import lacking
+from hf_distill.saved_weights import ADAPTER_FILES, lacking
 from hf_distill.saving import (
     ADAPTER_CONFIG,
     base_of,
@@ -39,8 +39,6 @@ from hf_distill.saving import (
     set_aside,
     try_saving,
 )
-
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 # What part of a module's path says about it, from its own name outwards.
 KINDS = {"attention": r"attn|attention", "mlp": r"mlp|ffn|feed_forward|moe|expert|^fc\d"}
@@ -352,11 +350,11 @@ def merge_adapter(
             be written to, or from which base or adapter would be moved aside.
     """
     adapter_folder, output_folder = Path(adapter_folder), Path(output_folder)
-    weights = [adapter_folder / name for name in ADAPTER_WEIGHTS]
+    weights = [adapter_folder / name for name in ADAPTER_FILES]
     if not (adapter_folder / ADAPTER_CONFIG).exists() or not any(path.exists() for path in weights):
         inside = sorted(path.parent.name for path in adapter_folder.glob(f"*/{ADAPTER_CONFIG}"))
         raise ValueError(
-            f"{adapter_folder} has no adapter: there is no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS[0]}"
+            f"{adapter_folder} has no adapter: there is no {ADAPTER_CONFIG} with {ADAPTER_FILES[0]}"
             + (f"; there is one in {', '.join(inside)}" if inside else "")
         )
     if (output_folder / ADAPTER_CONFIG).exists():

@@ -62,9 +62,9 @@ def load_weights(model: nn.Module, folder: str | PathLike[str]) -> None:
 
 
 def misfit(model: nn.Module, folder: str | PathLike[str], *, dtypes: bool = True) -> str | None:
-    """Why the weights in a folder are not this model's, as the end of a sentence that starts with the folder's name.
+    """Compares a folder's weights with a model's by names, shapes and configurations; no weight is read.
 
-    It looks at names, shapes and configurations and reads no weight; None where it finds nothing.
+    Returns the difference as the end of a sentence that starts with the folder's name, or None.
 
     Args:
         dtypes (`bool`): whether another dtype counts. An engine that splits a model may save it in one of its own.
@@ -78,7 +78,7 @@ def misfit(model: nn.Module, folder: str | PathLike[str], *, dtypes: bool = True
 
 
 def other_adapters(folder: str | PathLike[str], configs: Mapping[str, PeftConfig]) -> str | None:
-    """As [`misfit`], by the configurations of a student's adapters alone; of a full student there are none."""
+    """Compares the configurations of adapters alone, as [`misfit`] does; a full student has none."""
     folder = Path(folder)
     saved = {name: _settings(path.parent) for name, path in _adapter_files(folder).items()}
     if not saved and configs:
@@ -97,7 +97,7 @@ def other_adapters(folder: str | PathLike[str], configs: Mapping[str, PeftConfig
 
 
 def lacking(model: PeftModel, folder: str | PathLike[str]) -> list[str]:
-    """What PEFT saves of the model's adapter "default" and a folder does not have, be it a weight of the base."""
+    """Names of weights that a folder lacks of the model's adapter "default", with those of the base that PEFT saves."""
     saved = _read(_adapter_file(Path(folder), "default"), values=False)
     tensors = _adapter_tensors(model, "default", saved)
     # Strange names may be those of another version, which PEFT translates.
@@ -135,7 +135,7 @@ def _other_model_tensors(model: nn.Module, folder: Path, dtypes: bool) -> str | 
 
 
 def _other_config(model: nn.Module, folder: Path) -> str | None:
-    """Whole numbers of a configuration are sizes and counts; in these the two have to agree, ids of tokens aside."""
+    """Compares the whole numbers of two configurations, which are sizes and counts; ids of tokens may differ."""
     if not isinstance(model, PreTrainedModel) or not (folder / "config.json").exists():
         return None
 
@@ -192,7 +192,7 @@ def _other_dtypes(tensors: Iterable[Tensor], saved: Mapping[str, Tensor]) -> str
 
 
 def _untied(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> str | None:
-    """Two values for what is one tensor of the model."""
+    """Compares what was saved under the names of one tied tensor."""
     first: dict[int, str] = {}
     for name in tensors.keys() & saved.keys():
         other = first.setdefault(id(tensors[name]), name)

@@ -1,4 +1,4 @@
-"""Saving a model: tried before the work, as its base model has it, beside nothing of an earlier run."""
+"""Saving a model: tried before the work, with its base model's settings, in a folder without an earlier run's files."""
 
 import copy
 import json
@@ -47,9 +47,9 @@ FOUND_BY = ("is_local", "local_files_only")
 
 
 def set_aside(folder: str | os.PathLike[str]) -> None:
-    """Moves what an earlier run left in a folder to a folder in it, and says where.
+    """Moves the files of an earlier run to a new folder `_earlier-<number>` beside them, and logs where.
 
-    Whatever else is there stays: rows, settings, bundles, the restored model that a stage's adapters belong to.
+    Everything else stays: rows, bundles, the restored model that a stage's adapters belong to.
     """
     folder = Path(folder)
     if not (left := _left_in(folder)):
@@ -110,10 +110,10 @@ def name_bases_absolutely(model: nn.Module) -> None:
 
 
 def base_of(adapter_folder: str | os.PathLike[str], name: str) -> str:
-    """Where the base model of an adapter is that names it so.
+    """The place of an adapter's base model, for the `name` that the adapter has for it.
 
-    A relative path once meant the training's working directory, which mostly is one of the folders above the adapter.
-    The end of an absolute one still leads there when both have been moved together.
+    Earlier versions saved paths relative to the training's working directory, which mostly is above the adapter. Of an
+    absolute path, the end is looked for above the adapter, because both may have been moved together.
     """
     folders = [folder := Path(adapter_folder).absolute(), *folder.parents]
     if not name:
@@ -128,7 +128,7 @@ def base_of(adapter_folder: str | os.PathLike[str], name: str) -> str:
 
 
 def base_and_adapter(name: str) -> tuple[str, str | None]:
-    """The model to load and the adapter to put on it, for a name that may be that of a folder with an adapter alone."""
+    """The model to load and the adapter to put on it, if the name is that of a folder with an adapter alone."""
     path = Path(name, ADAPTER_CONFIG)
     if not path.is_file() or Path(name, "config.json").is_file():
         return name, None
@@ -177,7 +177,9 @@ def try_saving(
     if save is None:
         mend_generation_config(student)
     refuse_undeclared_ties(model)
-    state = {name: tensor.flatten()[:1] for name, tensor in _adapter_state(model).items()}
+    # PEFT looks up names while it saves; a plain model is saved from any state.
+    names = model.state_dict() if isinstance(model, PeftModel) else {}
+    state = {name: tensor.flatten()[:1] for name, tensor in names.items()}
     parts: dict[str, Callable[[str], Any]] = {
         "the model's configuration": student.config.save_pretrained,
         "the tokenizer": tokenizer.save_pretrained,
@@ -227,11 +229,6 @@ def _no_json(config: PreTrainedConfig, what: str) -> str:
         except (TypeError, ValueError):
             names.append(name)
     return f" (config.{', config.'.join(names)})" if names else ""
-
-
-def _adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What PEFT looks up by name while it saves; plain models are saved from any state."""
-    return model.state_dict() if isinstance(model, PeftModel) else {}
 
 
 @contextmanager

@@ -294,7 +294,7 @@ class KDTrainer(SFTTrainer):
 
     @staticmethod
     def _layer_settings(args: KDConfig, teachers: Mapping[str, Any]) -> list[Any]:
-        """What says which layers learn from which."""
+        """The layer-mapping settings."""
         if args.has_hidden and len(teachers) > 1:
             raise ValueError("hidden_weight needs one teacher, whose layers the student's learn from; set it to 0")
         return [args.hidden_layers] if args.has_hidden else []
@@ -627,7 +627,7 @@ class KDTrainer(SFTTrainer):
 
     @property
     def engine(self) -> str:
-        """What spreads the training over processes."""
+        """The engine that spreads the training over processes."""
         if self.is_deepspeed_enabled:
             return f"DeepSpeed ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"
         return "FSDP2" if self.is_fsdp_enabled else "DDP" if self.accelerator.num_processes > 1 else "none"

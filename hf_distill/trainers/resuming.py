@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the run that is to go on from it, and what differs between the two.
+"""Comparison of a checkpoint with the run that is to go on from it.
 
 Everything is read off the checkpoint's own files, so that those of earlier versions are compared as well. `run.json`
 adds what no other file says.
@@ -33,7 +33,10 @@ _IMPLEMENTATIONS = {"foreach", "fused", "capturable", "differentiable"}
 
 
 def other_run(checkpoint: Path, trainer: Any) -> str | None:
-    """Why a trainer cannot go on from a whole checkpoint, as the end of a sentence that starts with its name."""
+    """Compares a whole checkpoint with a trainer.
+
+    Returns why the trainer cannot go on from it, as the end of a sentence that starts with its name, or None.
+    """
     run, mine = _saved_run(checkpoint), describe_run(trainer)
     problem = no_state(checkpoint) or other_trainer(checkpoint, type(trainer.args))
     if problem or (problem := _other_engine(checkpoint, run, mine)):
@@ -50,7 +53,7 @@ def other_run(checkpoint: Path, trainer: Any) -> str | None:
 
 
 def no_state(checkpoint: Path) -> str | None:
-    """What of the state of a training a checkpoint lacks, whole as it may be."""
+    """Looks for the training's state, which a whole checkpoint may lack; returns what [`other_run`] does."""
     for part, patterns in PARTS.items():
         if part != "weights" and not any(any(checkpoint.glob(pattern)) for pattern in patterns):
             return (
@@ -61,9 +64,9 @@ def no_state(checkpoint: Path) -> str | None:
 
 
 def other_trainer(checkpoint: Path, args: type[TrainingArguments]) -> str | None:
-    """Whether the checkpoint is of another trainer than the one with these arguments.
+    """Compares the trainer of a checkpoint with the one of these arguments; returns what [`other_run`] does.
 
-    The arguments are pickled there; their class is read without unpickling them.
+    The checkpoint's arguments are pickled; their class is read without unpickling them.
     """
     found = _pickled_class(checkpoint / "training_args.bin")
     mine = _own_config(args)
@@ -78,12 +81,12 @@ def other_trainer(checkpoint: Path, args: type[TrainingArguments]) -> str | None
 
 
 def _own_config(args: type[TrainingArguments]) -> type[TrainingArguments]:
-    """The configuration of hf_distill's that the user's own, if it is one, is made of."""
+    """The class of hf_distill among the bases of a configuration."""
     return next(cls for cls in args.__mro__ if cls.__module__.partition(".")[0] == "hf_distill")
 
 
 def describe_run(trainer: Any) -> dict[str, Any]:
-    """What a checkpoint says about its run in `run.json`."""
+    """The content of `run.json`."""
     args = trainer.args
     own = {field.name for field in fields(_own_config(type(args)))} - {field.name for field in fields(SFTConfig)}
     # Arguments for loading may hold a password.
@@ -110,7 +113,7 @@ def save_run(checkpoint: Path, trainer: Any) -> None:
 
 
 def tell_differing_settings(checkpoint: Path, trainer: Any) -> None:
-    """Warns, in one line, of settings of the checkpoint's run that this one changes: the two will not be the same."""
+    """Warns, in one line, of settings that differ from those of the checkpoint's run."""
     theirs, mine = _saved_run(checkpoint).get("settings", {}), describe_run(trainer)["settings"]
     if other := [
         f"{name} {mine[name]} ({theirs[name]})" for name in mine if mine[name] != theirs.get(name, mine[name])
