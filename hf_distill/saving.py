@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Where what an earlier run left is moved to. The underscore keeps it out of what transformers pushes to the hub.
 ASIDE = "_earlier-"
+TRIAL = "_tmp-trial-"
 ADAPTER_CONFIG = "adapter_config.json"
 
 # What a run, `prune` or `merge` leaves in its folder, and what loading would take for a part of the next model there.
@@ -189,7 +190,7 @@ def try_saving(
         parts["the adapter's configuration"] = config.save_pretrained
     before = dict(vars(student.config))  # saving notes dtype and class in it
     try:
-        with tempfile.TemporaryDirectory(dir=_existing(folder), prefix="_tmp-") as trial, _without_bars():
+        with tempfile.TemporaryDirectory(dir=_existing(folder), prefix=TRIAL) as trial, _without_bars():
             try:
                 if save is not None:
                     save(trial, state)

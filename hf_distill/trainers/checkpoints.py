@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 
-from hf_distill.saving import try_saving
+from hf_distill.saving import TRIAL, try_saving
 
 logger = logging.getLogger(__name__)
 
@@ -237,8 +237,9 @@ def _settle(staging: Path) -> None:
 
 
 def settle_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Finishes or removes what killed runs were writing in `folder`."""
-    for staging in Path(folder).glob(f"{STAGING}*"):
+    """Finishes or removes what killed runs were writing in `folder`; other folders may be the user's own."""
+    names = (f"{STAGING}checkpoint-*", f"{STAGING}emergency", f"{TRIAL}*")
+    for staging in [path for name in names for path in Path(folder).glob(name)]:
         logger.warning("%s was not finished when a run was killed: it is cleared away", staging)
         _settle(staging)
 

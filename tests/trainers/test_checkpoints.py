@@ -544,7 +544,9 @@ def test_leftovers_of_a_killed_run_are_removed_when_the_next_one_starts(out, row
     shutil.copytree(
         out / "checkpoint-2", out / "_tmp-checkpoint-3" / "checkpoint-3", ignore=shutil.ignore_patterns(MARK)
     )
+    for name in ("_tmp-trial-x1", "_tmp-data"):
+        (out / name / "rows").mkdir(parents=True)
     make_trainer(out, rows, tokenizer, teacher, max_steps=2).train(resume_from_checkpoint=True)
     assert "checkpoint-3 was not finished when a run was killed" in caplog.text
-    assert not (out / "_tmp-checkpoint-3").exists()
+    assert [path.name for path in out.glob("_tmp-*")] == ["_tmp-data"]  # which is the user's
     assert not (out / "checkpoint-3").exists()
