@@ -12,6 +12,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +171,12 @@ def try_saving_run(
         json.dumps([callback.state() for callback in stateful])
         trainer.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
 
-    def card(folder: str) -> None:
+    def card(create: Callable[..., Any], folder: str) -> None:
         args = trainer.args
         trainer.args = copy.copy(args)
         trainer.args.output_dir = folder
         try:
-            create_card(model_name=Path(str(args.output_dir)).name)
+            create(model_name=Path(str(args.output_dir)).name)
         finally:
             trainer.args = args
 
@@ -185,7 +186,7 @@ def try_saving_run(
         others={
             "args": lambda folder: torch.save(trainer.args, os.path.join(folder, TRAINING_ARGS_NAME)),
             "the state of the callbacks": state,
-            **({"the model card": card} if create_card else {}),
+            **({"the model card": partial(card, create_card)} if create_card else {}),
         },
     )  # fmt: skip
 
