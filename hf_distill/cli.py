@@ -415,6 +415,10 @@ def _groups(text: str) -> dict[str, list[int]]:
 def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
     if model_config.model_name_or_path is not None:
         raise ValueError("--model_name_or_path is not used here: the student is --model, the teacher --teacher_model")
+    targets = model_config.lora_target_modules
+    if isinstance(targets, str) and targets.isidentifier():
+        # TRL takes a single name out of its list; PEFT would read it as a pattern of whole paths, which fits none.
+        model_config.lora_target_modules = [targets]
     peft_config = get_peft_config(model_config)
     # Before anything is loaded. A student that is a folder of adapters has some whatever the options say.
     adapters = {} if peft_config is None else {"default": peft_config}
@@ -437,10 +441,6 @@ def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: Mod
         train_rows, eval_rows = (rows and fill_templates(rows, *templates) for rows in (train_rows, eval_rows))
     elif arguments.prompt_template is not None or arguments.completion_template is not None:
         raise ValueError("prompt_template and completion_template go together: give both or neither")
-    targets = model_config.lora_target_modules
-    if isinstance(targets, str) and targets.isidentifier():
-        # TRL takes a single name out of its list; PEFT would read it as a pattern of whole paths, which fits none.
-        model_config.lora_target_modules = [targets]
     args.model_init_kwargs = {
         "revision": model_config.model_revision,
         "attn_implementation": model_config.attn_implementation,
