@@ -109,9 +109,10 @@ def chat(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
                 f"a message of {name} has {has}; messages need 'role' and 'content', or 'from', one of "
                 f"{', '.join(ROLES)}, and 'value'. Rename the role, or drop the row"
             )
-        content = message.get("content") if message.get("value") is None else message["value"]
-        others = {key: value for key, value in message.items() if key not in ("role", "content", "from", "value")}
-        found.append({"role": ROLES[role] if is_renamed or role in ALIASES else role, "content": content, **others})
+        kept = {key: value for key, value in message.items() if key not in ("role", "from", "value")}
+        if "value" in message and (message["value"] is not None or "content" not in message):
+            kept["content"] = message["value"]
+        found.append({"role": ROLES[role] if is_renamed or role in ALIASES else role, **kept})
     return found
 
 

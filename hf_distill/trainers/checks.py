@@ -23,7 +23,6 @@ from hf_distill.layer_mapping import Mapping as LayerMapping
 from hf_distill.layer_mapping import describe_mapping, layer_mapping
 from hf_distill.metrics import metric_name, more_is_better
 from hf_distill.modeling import causal_lm, num_token_ids, shared_parameters
-from hf_distill.rows import CHAT_COLUMNS, is_chat
 from hf_distill.saving import AsItCame, refuse_folder, refuse_moving
 from hf_distill.teachers.local import BASE, public_name
 from hf_distill.trainers.config import KDConfig
@@ -170,19 +169,6 @@ def refuse_across(across: Mapping[str, Any], teachers: Mapping[str, Any], args: 
         )
     if args.has_hidden:
         raise ValueError(f"hidden_weight compares token by token, but {name} has another tokenizer: set it to 0")
-
-
-def check_chat_template(
-    dataset: AnyDataset, name: str, tokenizer: PreTrainedTokenizerBase, whose: str, setting: str
-) -> None:
-    """Raises `ValueError` for conversations that the tokenizer cannot turn into text; `setting` gives it a template."""
-    row = next(iter(dataset))
-    chats = "input_ids" not in row and any(is_chat(row.get(column)) for column in CHAT_COLUMNS)
-    if chats and tokenizer.chat_template is None:
-        raise ValueError(
-            f"the {name} dataset has conversations, but {whose} tokenizer has no chat template: use one of an "
-            f"instruct model, set {setting}, or give the rows as text"
-        )
 
 
 def refuse_other_layers(saved: LayerMapping, mine: LayerMapping) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
@@ -66,16 +67,30 @@ def check_columns(dataset: AnyDataset, name: str, args: Any, has_formatting: boo
             f"the {name} dataset has {sorted(for_tokens)[0]!r}, which speaks of tokens, but no 'input_ids': remove or "
             "rename it, or give the tokens"
         )
-    if "completion_mask" in columns and "labels" not in columns and not args.completion_only_loss:
+    if "completion_mask" in columns and "labels" not in columns and args.completion_only_loss is None:
         raise ValueError(
-            f"the completion_mask of the {name} dataset is read with completion_only_loss=True alone: set it, or "
-            "remove the column"
+            f"the completion_mask of the {name} dataset is read with completion_only_loss=True alone: set it, or set "
+            "it to False to train on all tokens"
         )
     is_free = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
     if "seq_lengths" in columns and not is_free:
         raise ValueError(
             f"the rows of the {name} dataset are packed (seq_lengths), and their documents would see each other: set "
             "packing=True, or padding_free=True with max_length=None"
+        )
+
+
+def check_chat_template(
+    dataset: AnyDataset, name: str, args: Any, tokenizer: PreTrainedTokenizerBase, whose: str, setting: str
+) -> None:
+    """Raises `ValueError` for conversations that the tokenizer cannot turn into text; `setting` gives it a template."""
+    row = next(iter(dataset))
+    read = {*(used_format(set(row), args.dataset_text_field) or CHAT_COLUMNS), "teacher_prompt"}
+    chats = "input_ids" not in row and any(is_chat(row.get(column)) for column in read)
+    if chats and tokenizer.chat_template is None:
+        raise ValueError(
+            f"the {name} dataset has conversations, but {whose} tokenizer has no chat template: use one of an "
+            f"instruct model, set {setting}, or give the rows as text"
         )
 
 
@@ -205,7 +220,7 @@ def _formatted(row: dict[str, Any], formatting_func: Callable[..., str], text_fi
 
 def _one_format(row: dict[str, Any], index: int, used: tuple[str, ...], name: str, all_columns: str) -> dict[str, Any]:
     for column in used:
-        _refuse_missing_cell(row[column], column, index, name, all_columns)
+        _refuse_missing_cell(row.get(column), column, index, name, all_columns)
     return with_messages(row, f"row {index} of the {name} dataset")
 
 
@@ -231,10 +246,11 @@ def _has_other_roles(dataset: Dataset, column: str) -> bool:
     """Whether messages are called `from` and `value`, or have roles under names that templates do not know."""
     if column not in dataset.column_names or not is_chat(dataset[0][column]):
         return False
-    roles = set()
-    for chunk in dataset.data.column(column).chunks:
-        messages = chunk.flatten()
-        if "role" not in (names := {field.name for field in messages.type}) or "from" in names:
-            return True
-        roles |= set(messages.field("role").unique().to_pylist())
-    return bool(roles & ALIASES)
+    kind = getattr(dataset.data.column(column).type, "value_type", None)
+    if kind is None or not pa.types.is_struct(kind):  # JSON, in which messages may have different keys
+        messages = (message for row in dataset.select_columns([column]) for message in row[column] or ())  # pyright: ignore
+        return any({"from", "value"} & message.keys() or message.get("role") in ALIASES for message in messages)
+    if "role" not in (names := {field.name for field in kind}) or "from" in names:
+        return True
+    roles = (chunk.flatten().field("role").unique().to_pylist() for chunk in dataset.data.column(column).chunks)
+    return any(ALIASES & set(found) for found in roles)

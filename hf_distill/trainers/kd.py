@@ -72,7 +72,6 @@ from hf_distill.trainers.checks import (
     AnyDataset,
     as_it_came,
     check_best_metric,
-    check_chat_template,
     is_of_a_library,
     named_datasets,
     named_teachers,
@@ -93,6 +92,7 @@ from hf_distill.trainers.config import KDConfig
 from hf_distill.trainers.data import (
     as_they_are,
     brought,
+    check_chat_template,
     check_columns,
     checked,
     formatted,
@@ -208,10 +208,11 @@ class KDTrainer(SFTTrainer):
         # The teacher comes first: what is wrong with it is told before the student is loaded and the data tokenised.
         processing_class = processing_class or student_tokenizer(model, args)
         skip_prepare = (args.dataset_kwargs or {}).get("skip_prepare_dataset")  # pyright: ignore[reportAttributeAccessIssue]
-        unprepared = {} if skip_prepare else named_datasets(train_dataset, eval_dataset)
+        is_read = not skip_prepare and formatting_func is None
+        unprepared = named_datasets(train_dataset, eval_dataset) if is_read else {}
         for name, dataset in unprepared.items():
             if args.chat_template_path is None:
-                check_chat_template(dataset, name, processing_class, "the student's", "chat_template_path")
+                check_chat_template(dataset, name, args, processing_class, "the student's", "chat_template_path")
         for layers in self._layer_settings(args, teachers):
             refuse_layers(layers, model, teachers, args)
         if BASE in teachers.values() and not has_adapters:
@@ -451,11 +452,17 @@ class KDTrainer(SFTTrainer):
         shifted = [{"labels": each, "shift_labels": each[..., 1:]} for each in labels]
         return super()._get_num_items_in_batch(shifted, device)
 
+    def first_rows(self, dataset: Any, number: int) -> list[dict[str, Any]]:
+        """The first rows of a data set, with the columns that the collator is given in training."""
+        self._set_signature_columns_if_needed()
+        rows = islice(iter(dataset), number)
+        if not self.args.remove_unused_columns:
+            return [dict(row) for row in rows]
+        return [{name: row[name] for name in row if name in self._signature_columns} for row in rows]
+
     def probe_batch(self) -> tuple[dict[str, Any], Tensor]:
         """A few training rows as a batch on the student's device, and its label-bearing positions."""
-        names = ("input_ids", "labels", "seq_lengths", *self.teacher_set.columns())
-        rows = list(islice(iter(self.train_dataset), PROBE_ROWS))  # pyright: ignore
-        batch = self.data_collator([{k: v for k, v in row.items() if k in names} for row in rows])
+        batch = self.data_collator(self.first_rows(self.train_dataset, PROBE_ROWS))
         device = self.student.device
         inputs = {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
         self._check_batch(inputs)

@@ -1,7 +1,6 @@
 """Texts that share a row must not see each other: tried out on every model that reads joined rows."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ def check_packing(trainer: Any, dataset: Any) -> None:
         `ValueError`: a model's attention or recurrence crosses the border between texts, or the model cannot read such
             rows at all.
     """
-    rows = list(islice(iter(dataset), 2))
+    rows = trainer.first_rows(dataset, 2)
     is_packed = bool(rows) and "seq_lengths" in rows[0]
     if is_packed in trainer.tried_packings or not _joins(trainer.data_collator, rows):
         return
@@ -56,7 +55,7 @@ def _joins(collator: Any, rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether rows have several texts, or become one row of a batch."""
     if not rows or "input_ids" not in rows[0]:
         return False
-    return "seq_lengths" in rows[0] or len(collator([dict(row) for row in rows])["input_ids"]) < len(rows)
+    return "seq_lengths" in rows[0] or len(collator(list(rows)).get("input_ids", rows)) < len(rows)
 
 
 def joined_rows(collator: Any, is_packed: bool, vocab_size: int) -> list[dict[str, Any]]:

@@ -26,7 +26,6 @@ from hf_distill.teachers.local import BASE, BaseTeacher, LocalTeacher, is_split,
 from hf_distill.trainers.checks import (
     PEEKED_ROWS,
     AnyDataset,
-    check_chat_template,
     refuse_across,
     refuse_row_columns,
     refuse_shared_memory,
@@ -34,6 +33,7 @@ from hf_distill.trainers.checks import (
     teacher_tokenizer,
 )
 from hf_distill.trainers.config import KDConfig
+from hf_distill.trainers.data import check_chat_template
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class TeacherSet:
         refuse_across(self._across, models, args)
         for name, tokenizer in self._across.items():
             for dataset_name, dataset in datasets.items():
-                check_chat_template(dataset, dataset_name, tokenizer, f"{name}'s", "teacher_processing_class")
+                check_chat_template(dataset, dataset_name, args, tokenizer, f"{name}'s", "teacher_processing_class")
         devices = [place.strip() or None for place in (args.teacher_device or "").split(",")]
         self._places = dict(zip(models, devices * len(models), strict=False))
         # Token ids below this mean the same to all sides; ids past it get no probability.

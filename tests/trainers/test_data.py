@@ -1,10 +1,12 @@
 """Data sets on their way into a trainer: what TRL would train on without a word, and what is trained on here."""
 
+import dataclasses
 import logging
 
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from transformers import DataCollatorForSeq2Seq
 
 from hf_distill import KDConfig, LUPICollator
 from hf_distill.collators import PromptCollator
@@ -16,7 +18,7 @@ from hf_distill.rows import tokenized_row
 from hf_distill.speculative import RolloutConfig, rollout
 from hf_distill.token_alignment import SharedTokens
 from hf_distill.trainers.data import check_columns, one_format, tell_columns
-from tests.conftest import SENTENCES, make_model
+from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.trainers.test_kd import make_trainer, settings
 from tests.trainers.test_speculative_kd import make_trainer as make_speculative
 
@@ -95,6 +97,23 @@ def test_templates_keep_roles_of_their_own(args):
     assert one_format(Dataset.from_list([{"messages": messages}]), "train", args)[0]["messages"] == messages
 
 
+TOOL_CALLS = [
+    {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}]}
+    for name, arguments in (("walk", {"where": "river"}), ("count", {"where": 1, "what": ["fish"]}))
+]
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_tool_calls_whose_arguments_differ_in_type_come_as_they_are(args, column):
+    """Such messages are kept as JSON, as `load_dataset` reads them from a file."""
+    plain = [[CHAT[0], call, CHAT[1]] for call in TOOL_CALLS]
+    named = [[SHAREGPT[0], {"from": "gpt", **call} | {"role": None}, SHAREGPT[1]] for call in TOOL_CALLS]
+    for rows in (plain, named):
+        dataset = Dataset.from_list([{column: messages} for messages in rows], on_mixed_types="use_json")
+        for read in (dataset, dataset.to_iterable_dataset()):
+            assert [row["messages"] for row in one_format(read, "train", args)] == plain
+
+
 def test_trainers_read_from_and_value_as_role_and_content(tmp_path, tokenizer, student, teacher):
     expected = tokenizer.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
     labels = [t if m else -100 for t, m in zip(expected["input_ids"], expected["assistant_masks"], strict=True)]
@@ -161,6 +180,37 @@ def test_end_of_text_goes_to_the_completion_though_there_is_a_text(tmp_path, tok
     assert trainer.train_dataset[0]["labels"] == [-100] * len(prompt) + ids[len(prompt) :]
 
 
+def test_chat_template_is_needed_for_conversations_that_are_read_alone(tmp_path, student, teacher):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    both = Dataset.from_list([{"messages": CHAT, "prompt": "The small", "completion": " dog ran."}] * 2)
+    texts = {"formatting_func": lambda row: row["messages"][1]["content"]}
+    for rows, others in ((both, {}), (both.select_columns(["messages"]), texts)):
+        assert (
+            len(make_trainer(tmp_path, student, teacher, rows, tokenizer, trainer_settings=others).train_dataset) == 2
+        )
+    with pytest.raises(ValueError, match="the student's tokenizer has no chat template"):
+        make_trainer(tmp_path, student, teacher, both.select_columns(["messages"]), tokenizer)
+
+
+def test_mask_of_completions_is_left_unread_where_that_is_asked_for(args):
+    rows = Dataset.from_list([{"input_ids": [5, 6], "completion_mask": [0, 1]}])
+    check_columns(rows, "train", dataclasses.replace(args, completion_only_loss=False), False)
+
+
+def test_collator_of_ones_own_gets_the_columns_that_it_gets_in_training(tmp_path, tokenizer, student, teacher):
+    """It could not make tensors of texts."""
+    rows = Dataset.from_dict({"text": SENTENCES})
+    trainer = make_trainer(
+        tmp_path, student, teacher, rows, tokenizer, eval_strategy="steps",
+        trainer_settings={"data_collator": DataCollatorForSeq2Seq(tokenizer), "eval_dataset": rows},
+    )  # fmt: skip
+    trainer.train()
+    logs = trainer.state.log_history
+    expected = make_trainer(tmp_path, student, teacher, rows, tokenizer, trainer_settings={"eval_dataset": rows})
+    assert logs[1]["eval_loss"] == pytest.approx(expected.evaluate()["eval_loss"], rel=1e-5)
+
+
 def test_text_of_a_formatting_func_is_what_is_trained_on(tmp_path, tokenizer, student, teacher):
     rows = Dataset.from_list([{"messages": CHAT}] * 2)
     trainer = make_trainer(
@@ -176,6 +226,8 @@ def test_rows_of_several_formats_that_were_joined_are_refused_with_the_row(args,
     joined = concatenate_datasets([chats, texts])
     with pytest.raises(ValueError, match=r"row 2 of the train dataset has no 'messages'.*messages, text"):
         list(one_format(joined.to_iterable_dataset() if is_stream else joined, "train", args))
+    with pytest.raises(ValueError, match="row 1 of the train dataset has no 'messages'"):
+        list(one_format(IterableDataset.from_generator(lambda: iter([chats[0], texts[0]])), "train", args))
     chosen = joined.select([0, 1])
     assert len(one_format(chosen, "train", args)) == 2
     with pytest.raises(ValueError, match="row 1 of the train dataset has no 'text'"):

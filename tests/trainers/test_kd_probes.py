@@ -174,12 +174,12 @@ def test_rows_that_are_packed_for_the_evaluation_alone_are_tried_too(tmp_path, t
     student, teacher = make_model(seed=2), make_model(seed=1)
     ready = {"dataset_kwargs": {"skip_prepare_dataset": True}}
     packed = Dataset.from_list([{**rows[0], "seq_lengths": [2, 4]}])
-    with pytest.raises(ValueError, match=r"the student .*see each other"):
+    with pytest.raises(ValueError, match=r"eval_packing without packing: .*see each other"):
         make_trainer(
             tmp_path, student, teacher, rows, tokenizer, eval_packing=True, max_length=64,
             trainer_settings={"eval_dataset": rows},
         )  # fmt: skip
-    with pytest.raises(ValueError, match=r"the student .*see each other"):
+    with pytest.raises(ValueError, match=r"are packed \(seq_lengths\), and their documents would see each other"):
         make_trainer(tmp_path, student, teacher, packed, tokenizer, **ready)
     trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer, **ready)
     for _ in range(2):
