@@ -195,6 +195,26 @@ def test_rows_that_a_collator_of_ones_own_joins_are_tried(tmp_path, tokenizer, r
     make_trainer(tmp_path, make_model(seed=2), teacher, rows, tokenizer, **own)
 
 
+class Quantised(torch.nn.Linear):
+    """A layer whose input is rounded by one scale for all tokens of a batch, as 8-bit layers do in part."""
+
+    def forward(self, hidden):
+        scale = hidden.abs().max() / 20
+        return super().forward((hidden / scale).round() * scale)
+
+
+def test_rounding_that_depends_on_the_whole_batch_is_no_leak(tmp_path, tokenizer, rows):
+    """Texts in rows of their own move each other as much."""
+    teacher = make_model(seed=1)
+    for layer in teacher.model.layers:
+        layer.mlp.down_proj.__class__ = Quantised
+    make_trainer(tmp_path, make_model(seed=2), teacher, rows, tokenizer, **JOINED)
+
+
+def test_joined_rows_may_be_padded(tmp_path, tokenizer, rows):
+    make_trainer(tmp_path, make_model(seed=2), make_model(seed=1), rows, tokenizer, pad_to_multiple_of=32, **JOINED)
+
+
 @pytest.mark.slow
 def test_chunks_of_attention_are_counted_from_the_start_of_each_text(tmp_path, tokenizer, rows):
     sizes = {**WITHOUT_A_NAME["llama4_text"], "attention_chunk_size": 6}
