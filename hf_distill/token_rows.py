@@ -247,19 +247,19 @@ def _ragged(cells: Any, name: str) -> Ragged:
     if isinstance(cells, pa.ChunkedArray):
         array: Any = cells.combine_chunks()
     else:
-        parts = [None if cell is None else np.asarray(cell) for cell in cells]
-        if flat := [row for row, part in enumerate(parts) if part is not None and part.ndim != 1]:
-            raise RowProblem(flat[0], f"has {name} of another form than a list")
-        if objects := [
-            row for row, part in enumerate(parts) if part is not None and len(part) and part.dtype == object
-        ]:
-            raise RowProblem(objects[0], f"has None among its {name}, or what is no integer")
-        present = [part for part in parts if part is not None and len(part)]
+        parts = []
+        for row, cell in enumerate(cells):
+            if cell is None:
+                raise RowProblem(row, f"has no {name} (None)")
+            part = np.asarray(cell)
+            if part.ndim != 1:
+                raise RowProblem(row, f"has {name} of another form than a list")
+            if len(part) and part.dtype == object:
+                raise RowProblem(row, f"has None among its {name}, or what is no integer")
+            parts.append(part)
+        present = [part for part in parts if len(part)]  # an empty list is one of floating-point numbers
         values = np.concatenate(present) if present else np.zeros(0, dtype=np.int64)
-        starts = np.cumsum([0, *(0 if part is None else len(part) for part in parts)])
-        if None in cells if isinstance(cells, list) else False:
-            raise RowProblem(cells.index(None), f"has no {name} (None)")
-        return Ragged(_integers(values, name), starts)
+        return Ragged(_integers(values, name), np.cumsum([0, *map(len, parts)]))
     if not pa.types.is_list(array.type) and not pa.types.is_large_list(array.type):
         if not pa.types.is_fixed_size_list(array.type):
             raise RowProblem(0, f"has {name} of another form than a list ({array.type})")

@@ -42,6 +42,9 @@ KINDS = {
     "joined": lambda rows: concatenate_datasets([Dataset.from_list(rows[:1000]), Dataset.from_list(rows[1000:])]),
     "torch": lambda rows: Dataset.from_list(rows).with_format("torch"),
     "transform": lambda rows: Dataset.from_list(rows).with_transform(lambda batch: batch),
+    "arrays": lambda rows: Dataset.from_list(rows).with_transform(
+        lambda batch: {name: [np.array(cell, dtype=np.int64) for cell in cells] for name, cells in batch.items()}
+    ),
     "tensors": lambda rows: Dataset.from_list(rows).with_transform(
         lambda batch: {name: [torch.tensor(cell, dtype=torch.long) for cell in cells] for name, cells in batch.items()}
     ),
