@@ -177,7 +177,7 @@ def cross_tokenizer_loss(
     teacher_order, teacher_later_groups = _starts_first(spans.teacher_groups, numbers)  # (M,), (M - G,)
     student_hidden, teacher_hidden = student_hidden[order], teacher_hidden.detach()[teacher_order]
     tokens, teacher_tokens = spans.student_tokens[order], spans.teacher_tokens[teacher_order]
-    is_paired = _is_single(later_groups, numbers) & _is_single(teacher_later_groups, numbers)  # (G,)
+    is_paired = _is_single(later_groups, len(numbers)) & _is_single(teacher_later_groups, len(numbers))  # (G,)
     if method == "uld":
         # Only first tokens are compared.
         later_groups, teacher_later_groups = (torch.full_like(x, -1) for x in (later_groups, teacher_later_groups))
@@ -243,9 +243,11 @@ def _starts_first(groups: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([first, later]), index[later]
 
 
-def _is_single(later_groups: Tensor, groups: Tensor) -> Tensor:
-    """Which of the groups (G,) have no other token than their first, (G,)."""
-    return later_groups[later_groups >= 0].bincount(minlength=len(groups)) == 0
+def _is_single(later_groups: Tensor, num_groups: int) -> Tensor:
+    """Which groups have no other token than their first, (G,)."""
+    is_single = later_groups.new_ones(num_groups + 1, dtype=torch.bool)
+    is_single[later_groups] = False  # -1 is the place at the end
+    return is_single[:-1]
 
 
 def _group_starts(
@@ -263,8 +265,7 @@ def _group_starts(
             log_probs.append(part.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - part.logsumexp(-1))
     log_probs = torch.cat(log_probs)
     log_continuation = log_probs.new_zeros(num_groups).index_add(0, groups, log_probs)
-    is_single = _is_single(later_groups, tokens[:num_groups])
-    text_names = torch.where(is_single, side.own[tokens[:num_groups]], len(side.ids))
+    text_names = torch.where(_is_single(later_groups, num_groups), side.own[tokens[:num_groups]], len(side.ids))
     return _Starts(tokens[:num_groups], log_continuation, text_names)
 
 
