@@ -39,7 +39,7 @@ def metric_name(logged: str, sets: Iterable[str] | None = None) -> str | None:
 
 
 def more_is_better(logged: str) -> bool | None:
-    """Whether more of a metric is better; None where nobody can say. For one that is not ours, transformers' rule."""
+    """True if more of a metric is better, None if nobody can say; for one that is not ours by transformers' rule."""
     name = metric_name(logged)
     return not logged.endswith("loss") if name is None else MORE_IS_BETTER[name]
 

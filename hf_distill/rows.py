@@ -89,7 +89,7 @@ class _RowFormatter(string.Formatter):
 
 
 def is_chat(cell: Any) -> bool:
-    """Whether a cell is a list of messages, whatever their keys are called."""
+    """True for a list of messages, whatever their keys are called."""
     return isinstance(cell, list | tuple) and len(cell) > 0 and isinstance(cell[0], dict)
 
 

@@ -1,4 +1,4 @@
-"""Rows of token ids and labels, many at a time: what no model could read or learn, and which rows have a label.
+"""Checks of rows of token ids and labels, many at a time: what no model could read or learn, and rows without a label.
 
 A column of lists is its values, one after the other, and where each row of them starts: Arrow keeps it so, and a
 comparison of all values takes less time than a loop over one row.
@@ -24,7 +24,7 @@ COLUMNS = ("input_ids", *PER_TOKEN, "seq_lengths", "position_ids", "teacher_inpu
 
 
 class Limits(NamedTuple):
-    """What rows may hold."""
+    """The ids, labels and lengths that rows may have."""
 
     vocab_size: int  # labels are -100 or below this
     num_ids: int | None = None  # token ids that can be read, by default the same
@@ -61,12 +61,12 @@ class Ragged(NamedTuple):
         return bears
 
     def counts(self, which: np.ndarray) -> np.ndarray:
-        """How many of each row's values are among `which` (n,), as (R,)."""
+        """The number of each row's values that `which` (n,) marks, (R,)."""
         return np.diff(np.concatenate([[0], np.cumsum(which)])[self.starts])
 
 
 class RowProblem(Exception):
-    """What is wrong with a row of a block, and which row it is."""
+    """A row of a block that is refused, and why."""
 
     def __init__(self, row: int, problem: str) -> None:
         super().__init__(problem)
@@ -79,7 +79,7 @@ def check_row(row: Mapping[str, Any], name: str, limits: Limits) -> None:
 
 
 def has_label(row: Mapping[str, Any]) -> bool:
-    """Whether a tokenised row has anything to train on."""
+    """True for a tokenised row that bears a label after its first token."""
     labels = row["labels"] if row.get("labels") is not None else row["input_ids"]
     return any(label != -100 for label in labels[1:])
 
@@ -96,7 +96,7 @@ def check_rows(dataset: Dataset, name: str, limits: Limits, num_threads: int | N
 def rows_with_label(
     dataset: Dataset, name: str, limits: Limits | None = None, num_threads: int | None = None
 ) -> np.ndarray:
-    """Which rows have anything to train on, (R,) bool. With `limits`, also what [`check_rows`] does, on the way."""
+    """The rows that bear a label, (R,) bool. With `limits`, they are checked on the way, as by [`check_rows`]."""
 
     def find(columns: Mapping[str, Any], start: int) -> np.ndarray:
         if limits is not None:

@@ -244,7 +244,7 @@ def _starts_first(groups: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_single(later_groups: Tensor, num_groups: int) -> Tensor:
-    """Which groups have no other token than their first, (G,)."""
+    """The groups without another token than their first, (G,) bool."""
     is_single = later_groups.new_ones(num_groups + 1, dtype=torch.bool)
     is_single[later_groups] = False  # -1 is the place at the end
     return is_single[:-1]

@@ -72,7 +72,7 @@ def check_best_metric(args: KDConfig, eval_dataset: Any, metrics: Iterable[str],
 
 
 def is_of_a_library(kind: type) -> bool:
-    """Whether a callback or trainer is known not to add metrics to an evaluation but those of these libraries."""
+    """True for callbacks and trainers that are known to add no metrics of a user's own to an evaluation."""
     return kind.__module__.split(".")[0] in ("transformers", "trl", "hf_distill")
 
 

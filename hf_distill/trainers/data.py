@@ -243,7 +243,7 @@ def _refuse_missing_cell(cell: Any, column: str, index: int, name: str, all_colu
 
 
 def _has_other_roles(dataset: Dataset, column: str) -> bool:
-    """Whether messages are called `from` and `value`, or have roles under names that templates do not know."""
+    """True if messages have `from` and `value`, or roles under names that templates do not know."""
     if column not in dataset.column_names or not is_chat(dataset[0][column]):
         return False
     kind = getattr(dataset.data.column(column).type, "value_type", None)

@@ -53,7 +53,7 @@ def check_packing(trainer: Any, dataset: Any) -> None:
 
 
 def _joins(collator: Any, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether rows have several texts, or become one row of a batch."""
+    """True if rows hold several texts, or become one row of a batch."""
     if not rows or "input_ids" not in rows[0]:
         return False
     return "seq_lengths" in rows[0] or len(collator(list(rows)).get("input_ids", rows)) < len(rows)
@@ -97,5 +97,5 @@ def refuse_leaks(
 
 
 def _moved(same: Tensor, other: Tensor) -> float:
-    """How far the second text of one (16, D) is from that of the other, against its largest number."""
+    """The largest difference between the second texts of two (16, D), relative to the largest number of the first."""
     return ((same - other)[LENGTH:].abs().max() / same[LENGTH:].abs().max()).item()

@@ -149,7 +149,7 @@ class TeacherSet:
         return {name: teacher for name, teacher in sides.items() if isinstance(teacher, LocalTeacher)}
 
     def num_token_ids(self) -> int:
-        """How many token ids all teachers can read, each in its own text."""
+        """The number of token ids that all teachers can read, each in its own text."""
         sides = [causal_lm(side.model) for side in self.local().values()]
         return min((num_token_ids(side) for side in sides), default=self.vocab_size)
 
