@@ -56,6 +56,7 @@ from hf_distill.losses.fused_linear import (
     check_tokens,
     default_chunk_size,
 )
+from hf_distill.metrics import sum_dtype
 from hf_distill.token_alignment import OUTSIDE, UNNAMED, SharedTokens
 
 METHODS = ("aligned", "uld")
@@ -183,10 +184,10 @@ def cross_tokenizer_loss(
         later_groups, teacher_later_groups = (torch.full_like(x, -1) for x in (later_groups, teacher_later_groups))
     settings = objective.temperature, chunk_size, block
     with torch.autocast(student_hidden.device.type, enabled=False):
-        starts = _group_starts(student_hidden.detach(), tokens, later_groups, student, *settings)
-        teacher_starts = _group_starts(teacher_hidden, teacher_tokens, teacher_later_groups, teacher, *settings)
+        starts, later = _group_starts(student_hidden.detach(), tokens, later_groups, student, *settings)
+        teacher_starts, _ = _group_starts(teacher_hidden, teacher_tokens, teacher_later_groups, teacher, *settings)
         loss, sums = _CrossTokenizer.apply(
-            student_hidden, student_head.weight, student_head.bias, labels[order], tokens, later_groups, starts,
+            student_hidden, student_head.weight, student_head.bias, labels[order], tokens, later, starts,
             teacher_hidden, teacher_starts, is_paired, student, teacher, objective, num_items, chunk_size, block,
             torch.is_grad_enabled(),
         )  # fmt: skip
@@ -218,7 +219,16 @@ class _Starts(NamedTuple):
 
     tokens: Tensor  # (G,) the first token
     log_continuation: Tensor  # (G,) log-probability of the other tokens
+    log_other: Tensor  # (G,) log-probability of anything else in their place
     text_names: Tensor  # (G,) the name that the group's text is, K if it is none
+
+
+class _Later(NamedTuple):
+    """The tokens after the first ones, in the order of `_starts_first`: their part in a side's groups."""
+
+    groups: Tensor  # (n,) index of the group, -1 for none
+    as_first_miss: Tensor  # (n,) derivative of `log_other` by the log-probability of another token in their place
+    as_hit: Tensor  # (n,) derivative of `log_other` by their own log-probability, beside it
 
 
 def _side(head: Head, ids: Tensor, names: Tensor) -> _Side:
@@ -252,21 +262,42 @@ def _is_single(later_groups: Tensor, num_groups: int) -> Tensor:
 
 def _group_starts(
     hidden: Tensor, tokens: Tensor, later_groups: Tensor, side: _Side, temperature: float, chunk_size: int, block: int
-) -> _Starts:
+) -> tuple[_Starts, _Later]:
     """`hidden` (n, D) and `tokens` (n,) are in the order of `_starts_first`."""
     num_groups = len(tokens) - len(later_groups)
-    later = num_groups + (later_groups >= 0).nonzero().squeeze(-1)
-    groups = later_groups[later - num_groups]
-    log_probs = [hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
-    for positions in later.split(chunk_size):
+    later = (later_groups >= 0).nonzero().squeeze(-1)
+    later = later[later_groups[later].argsort(stable=True)]  # group by group
+    found = [hidden.new_zeros(2, 0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
+    for positions in (num_groups + later).split(chunk_size):
         logits = side.head.logits(hidden[positions])  # (n, V)
         for part, targets in zip(logits.split(block), tokens[positions].split(block), strict=True):
-            part = _tempered(part, side, temperature)
-            log_probs.append(part.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - part.logsumexp(-1))
-    log_probs = torch.cat(log_probs)
-    log_continuation = log_probs.new_zeros(num_groups).index_add(0, groups, log_probs)
+            log_probs = _tempered(part, side, temperature).log_softmax(-1)
+            found.append(torch.stack(_hit_and_miss(log_probs, targets)))
+    hit, miss = torch.cat(found, 1).to(sum_dtype(hidden.device))
+    groups = later_groups[later]
+    log_continuation = hit.new_zeros(num_groups).index_add(0, groups, hit)
+    # Another text has its first other token at one of the places: 1 - prod p_i = sum_i (1 - p_i) prod_(j < i) p_j.
+    starts = torch.searchsorted(groups, groups)
+    before = hit.cumsum(0) - hit
+    first_miss = miss + before - before[starts]
+    largest = hit.new_full((num_groups,), LOG_ZERO).scatter_reduce(0, groups, first_miss, "amax")
+    sums = torch.zeros_like(largest).index_add(0, groups, (first_miss - largest[groups]).exp())
+    log_other = (sums.log() + largest).clamp(min=LOG_ZERO)
+    shares = (first_miss - log_other[groups]).exp()
+    before = shares.cumsum(0) - shares
+    after = 1 - (before - before[starts]) - shares
+    in_order = (x.new_zeros(len(later_groups)).index_copy(0, later, x) for x in (shares, after))
     text_names = torch.where(_is_single(later_groups, num_groups), side.own[tokens[:num_groups]], len(side.ids))
-    return _Starts(tokens[:num_groups], log_continuation, text_names)
+    dtype = found[0].dtype
+    starts = _Starts(tokens[:num_groups], log_continuation.to(dtype), log_other.to(dtype), text_names)
+    return starts, _Later(later_groups, *(x.to(dtype) for x in in_order))
+
+
+def _hit_and_miss(log_probs: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of `tokens` (n,), and of all others in their place, of which 1 - p would keep no digit."""
+    log_probs, tokens = log_probs.clamp(min=LOG_ZERO), tokens.unsqueeze(-1)
+    others = log_probs.scatter(-1, tokens, LOG_ZERO).logsumexp(-1)
+    return log_probs.gather(-1, tokens).squeeze(-1), others
 
 
 def _tempered(logits: Tensor, side: _Side, temperature: float) -> Tensor:
@@ -281,13 +312,11 @@ def _outcomes(log_probs: Tensor, starts: _Starts, targets: Tensor, side: _Side) 
         log_probs (`torch.Tensor` of shape `(g, V)`): of the groups' first tokens.
         targets (`torch.Tensor` of shape `(g,)`): the outcome that is the group's text, a name or K.
     """
-    tiny = torch.finfo(log_probs.dtype).tiny
     log_probs = log_probs.clamp(min=LOG_ZERO)
     tokens, targets = starts.tokens.unsqueeze(-1), targets.unsqueeze(-1)  # (g, 1)
-    log_continuation = starts.log_continuation.unsqueeze(-1)
     log_first = log_probs.gather(-1, tokens)
-    log_text = log_first + log_continuation
-    log_other = log_first + (-log_continuation.expm1()).clamp(min=tiny).log()  # the first token, then another text
+    log_text = log_first + starts.log_continuation.unsqueeze(-1)
+    log_other = (log_first + starts.log_other.unsqueeze(-1)).clamp(min=LOG_ZERO)  # the first token, then another text
     moves = side.names[tokens] != targets  # The text is another outcome than what its first token counts to.
     log_probs = log_probs.scatter(-1, tokens, torch.where(moves, log_other, log_first))
     named = log_probs.index_select(-1, side.ids)  # (g, K)
@@ -387,7 +416,7 @@ class _CrossTokenizer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, labels, tokens, later_groups, starts: _Starts, teacher_hidden,
+        ctx, hidden, weight, bias, labels, tokens, later: _Later, starts: _Starts, teacher_hidden,
         teacher_starts: _Starts, is_paired, student: _Side, teacher: _Side, objective: _Objective, num_items,
         chunk_size: int, block: int, grad_enabled: bool,
     ):  # fmt: skip
@@ -395,8 +424,9 @@ class _CrossTokenizer(torch.autograd.Function):
         gradients = HeadGradients(student.head, (hidden, weight, bias), needs)
         sum_dtype = gradients.sum_dtype
         sums = hidden.new_zeros(5, dtype=sum_dtype)
-        log_continuation = starts.log_continuation.requires_grad_()  # (G,)
-        continuation_gradient = torch.zeros_like(log_continuation)
+        # (G,): the gradients of these two are handed on to the later positions.
+        of_groups = starts.log_continuation.requires_grad_(), starts.log_other.requires_grad_()
+        group_gradients = [torch.zeros_like(x) for x in of_groups]
 
         def differentiate(rows: slice, terms: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> None:
             """Adds up the sums of `terms(logits, rows)`, of which the first is the loss, and the loss's gradients."""
@@ -407,9 +437,10 @@ class _CrossTokenizer(torch.autograd.Function):
                     loss, *others = terms(leaf, slice(rows.start + part.start, rows.start + part.stop))
                 sums.add_(torch.stack([x.detach().to(sum_dtype) for x in (loss, *others)]))
                 if any(needs):
-                    of_logits, of_continuation = torch.autograd.grad(loss, (leaf, log_continuation), allow_unused=True)
-                    if of_continuation is not None:
-                        continuation_gradient.add_(of_continuation)
+                    of_logits, *others = torch.autograd.grad(loss, (leaf, *of_groups), allow_unused=True)
+                    for total, gradient in zip(group_gradients, others, strict=True):
+                        if gradient is not None:
+                            total.add_(gradient)
                     logits[part] = student.head.products_gradient(of_logits, leaf.detach())
             gradients.add_(rows, hidden[rows].to(gradients.dtype), logits)
 
@@ -429,15 +460,16 @@ class _CrossTokenizer(torch.autograd.Function):
 
         def later_terms(logits: Tensor, part: slice) -> tuple[Tensor, ...]:
             ce, entropy = _hard_terms(logits, labels[part])
-            groups = later_groups[part.start - num_groups : part.stop - num_groups]
+            groups, as_first_miss, as_hit = (x[part.start - num_groups : part.stop - num_groups] for x in later)
             log_probs = _tempered(logits, student, objective.temperature).log_softmax(-1)
-            log_probs = log_probs.gather(-1, tokens[part, None]).squeeze(-1)
-            weights = F.pad(continuation_gradient, (0, 1))[groups]  # the 0 at the end is that of no group, -1
-            for_gradient = torch.where(groups >= 0, weights * log_probs, 0).sum()
+            hit, miss = _hit_and_miss(log_probs, tokens[part])
+            # The 0 at the end is that of no group, -1.
+            of_continuation, of_other = (F.pad(gradient, (0, 1))[groups] for gradient in group_gradients)
+            for_gradient = ((of_continuation + of_other * as_hit) * hit + of_other * as_first_miss * miss).sum()
             loss = objective.ce_weight * ce + for_gradient - for_gradient.detach()
             return loss, none, ce, none, entropy
 
-        num_groups, none = len(log_continuation), sums.new_zeros(())
+        num_groups, none = len(starts.tokens), sums.new_zeros(())
         for rows in _slices(0, num_groups, chunk_size):
             group_chunk(rows)
         for rows in _slices(num_groups, len(labels), chunk_size):

@@ -375,6 +375,31 @@ def test_agreement_counts_equal_texts_where_one_token_faces_one(vocabularies, me
         assert (result.num_paired.item(), result.agreement.item()) == (paired, agreed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.01])
+def test_another_text_keeps_its_digits_where_the_groups_own_is_certain(temperature, dtype):
+    """The student writes "ab" in two tokens: 1 - q(b) is 0 in float32, but q(a) in its place has a logarithm."""
+    students, teachers = ["a", "b"], ["a", "b", "ab"]
+    hidden = torch.tensor([[10.0, 0.0], [0.0, 30.0]], dtype=dtype, requires_grad=True)  # the logits
+    teacher_logits = torch.tensor([[1.0, 0.0, 2.0]], dtype=dtype) * temperature
+    result = cross_tokenizer_loss(
+        hidden, Head(torch.eye(2, dtype=dtype)), teacher_logits, Head(torch.eye(3, dtype=dtype)), torch.tensor([0, 1]),
+        Spans(torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([2]), torch.tensor([0])),
+        shared_tokens(pieces_of(students), pieces_of(teachers)),
+        kd_weight=1.0, temperature=temperature, num_items=1,
+    )  # fmt: skip
+    result.loss.backward()
+
+    exact = hidden.detach().double().requires_grad_()
+    first, second = (exact / temperature).log_softmax(-1)
+    log_p = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64).log_softmax(-1)
+    log_q = torch.stack([first[0] + second[0], first[1], first[0] + second[1]])  # "aa", "b", "ab"
+    expected = (log_p.exp() * (log_p - log_q)).sum()
+    (temperature**2 * expected).backward()
+    assert result.kd.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1000.0])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
 def test_float32_keeps_its_digits_at_any_temperature(divergence, temperature):
