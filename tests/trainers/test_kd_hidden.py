@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_distill import KDConfig, KDTrainer, KVProjectionConfig, KVProjectionTrainer, SpeculativeKDConfig
 from hf_distill.kv_projector import load_projector
 from hf_distill.layer_mapping import cka_mapping
+from hf_distill.trainers.checkpoints import MARK
 from tests.conftest import SENTENCES, make_model
 from tests.trainers.test_kd import (
     At,
@@ -358,6 +359,7 @@ def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(tmp_path, tokeniz
     with pytest.raises(ValueError, match=r"has a hidden_projector.json: it is of a run with a projector"):
         without.train(resume_from_checkpoint=str(checkpoint))
     Path(checkpoint / "projectors" / f"{PROJECTOR}.json").unlink()
+    (checkpoint / MARK).write_text("[]")  # as a run without a projector leaves it
     with pytest.raises(ValueError, match=r"has no hidden_projector.safetensors and hidden_projector.json"):
         run(tmp_path / "third", tokenizer, rows, wide_teacher, seed=2, resume_from_checkpoint=str(checkpoint))
 

@@ -21,6 +21,7 @@ from hf_distill.kv_projector import load_projector
 from hf_distill.layer_mapping import linear_cka
 from hf_distill.losses.feature import centered_cosine, effective_rank
 from hf_distill.modeling import cache_keyword
+from hf_distill.trainers.checkpoints import MARK
 from hf_distill.trainers.config import KVProjectionConfig, checkpointing
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
 from tests.conftest import SENTENCES, make_model, make_tokenizer
@@ -428,6 +429,7 @@ def test_resuming_from_another_trainers_checkpoint_is_refused_in_words(tmp_path,
     )
     trainer.train()
     (tmp_path / "checkpoint-1" / "projectors" / "projector.json").unlink()
+    (tmp_path / "checkpoint-1" / MARK).write_text("[]")  # as a run without a projector leaves it
     trainer = make_trainer(tmp_path, make_model(seed=2), teacher, rows, tokenizer, max_steps=2)
     with pytest.raises(
         ValueError, match=r"has no projector.safetensors and projector.json: it is not of a run with this projector"
