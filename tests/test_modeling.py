@@ -30,19 +30,24 @@ from hf_distill.modeling import (
     causal_lm,
     check_cache,
     check_head,
+    check_load_balancing,
     expose_hidden_states,
+    head_layer,
     head_of,
+    hidden_widths,
     keep_4bit_weights,
     kv_widths,
     label_positions,
     last_hidden_states,
     load_balancing_loss,
+    num_layers,
     num_positions,
     select_positions,
     shared_parameters,
     shared_vocabulary,
 )
 from tests.conftest import FAMILIES, SENTENCES, make_model, make_tokenizer
+from tests.families import tiny_model
 
 # ------------------------------------------------------------------------------------------------------ head, backbone
 
@@ -91,7 +96,19 @@ def test_logit_scales_of_other_families_are_known(family, inputs):
     assert torch.allclose(head_of(model).logits(last_hidden_states(model, **inputs))[0], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("what", ["weight", "bias", "scale", "softcap"])
+@pytest.mark.parametrize("family", ["beam", "recurrent_gemma", "xlstm"])
+def test_soft_caps_of_other_families_are_known(family):
+    model = tiny_model(family)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(10)
+    ids = torch.arange(2, 12).unsqueeze(0)
+    expected = model(input_ids=ids, use_cache=False).logits
+    assert expected.abs().max() > 3  # of 5
+    found = head_of(model).logits(last_hidden_states(model, input_ids=ids))
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("what", ["weight", "bias", "scale", "softcap", "weak softcap"])
 def test_check_head_notices_a_head_that_is_not_the_models(what, monkeypatch):
     model = make_model("phi")
     nn.init.normal_(model.lm_head.bias)
@@ -101,6 +118,7 @@ def test_check_head_notices_a_head_that_is_not_the_models(what, monkeypatch):
         "bias": right._replace(bias=None),
         "scale": right._replace(logit_scale=0.5),
         "softcap": right._replace(softcap=1.0),
+        "weak softcap": right._replace(softcap=15.0),
     }[what]
     monkeypatch.setattr("hf_distill.modeling.head_of", lambda model: wrong)
     with pytest.raises(ValueError, match=r"the student \(PhiForCausalLM\) does not compute its logits"):
@@ -205,6 +223,56 @@ def test_load_balancing_loss_is_the_models_own(inputs, config_class, with_mask):
     expected = model(**inputs, output_router_logits=True).aux_loss
     outputs = model.base_model(**inputs, output_router_logits=True)
     assert load_balancing_loss(model, outputs, inputs["attention_mask"]).item() == pytest.approx(expected.item())
+
+
+def test_models_of_several_heads_are_refused_in_words():
+    model = tiny_model("musicgen_decoder")
+    for function in (head_of, head_layer):
+        with pytest.raises(ValueError, match="MusicgenForCausalLM has not one output layer"):
+            function(model)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3n_text"])
+def test_two_models_of_one_file_are_captured_at_the_same_time(family):
+    ids = torch.arange(2, 12).unsqueeze(0)
+    models = [tiny_model(family, seed) for seed in (1, 2)]
+    captures = [KVCapture(model, [0, 1]) for model in models]
+    expected = []
+    for model, capture in zip(models, captures, strict=True):
+        with capture():
+            last_hidden_states(model, input_ids=ids)
+        expected.append(capture.features(1))
+    with captures[0]():
+        with captures[1]():
+            last_hidden_states(models[1], input_ids=ids)
+        last_hidden_states(models[0], input_ids=ids)
+    for capture, pair in zip(captures, expected, strict=True):
+        torch.testing.assert_close(capture.features(1), pair, rtol=0, atol=0)
+
+
+def test_load_balancing_loss_that_is_not_mixtrals_is_refused_in_words(monkeypatch):
+    check_load_balancing(tiny_model("mixtral"), "student")
+    with pytest.raises(ValueError, match=r"the student \(DogeForCausalLM\).*set router_aux_loss_coef=0.0"):
+        check_load_balancing(tiny_model("doge"), "student")  # it has no experts
+    monkeypatch.setattr("hf_distill.modeling.load_balancing_loss", lambda *_: torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"the student \(MixtralForCausalLM\) is not that of Mixtral"):
+        check_load_balancing(tiny_model("mixtral"), "student")
+
+
+# -------------------------------------------------------------------------------------------------------------- layers
+
+
+def test_layers_with_several_vectors_per_token_have_no_width():
+    model = tiny_model("deepseek_v4")  # four streams; the last layer's are merged
+    assert hidden_widths(model, [model.config.num_hidden_layers - 1], "student") == {2: 32}
+    with pytest.raises(ValueError, match=r"what comes out of layer 0 of the student \(DeepseekV4ForCausalLM\)"):
+        hidden_widths(model, [0], "student")
+
+
+def test_configuration_without_a_number_of_layers_is_refused_in_words():
+    assert num_layers(tiny_model("qwen2").config) == 2
+    with pytest.raises(ValueError, match="blt does not say how many layers it has"):
+        num_layers(tiny_model("blt").config)
 
 
 # -------------------------------------------------------------------------------------------------------- vocabularies

@@ -22,7 +22,7 @@ from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabl
 from hf_distill.layer_mapping import Mapping as LayerMapping
 from hf_distill.layer_mapping import describe_mapping, layer_mapping
 from hf_distill.metrics import metric_name, more_is_better
-from hf_distill.modeling import causal_lm, num_token_ids, shared_parameters
+from hf_distill.modeling import causal_lm, check_load_balancing, num_layers, num_token_ids, shared_parameters
 from hf_distill.saving import AsItCame, refuse_folder, refuse_moving
 from hf_distill.teachers.local import BASE, public_name
 from hf_distill.trainers.config import KDConfig
@@ -193,7 +193,22 @@ def refuse_layers(
         return  # a folder of adapters; and what cannot be loaded, which loading says better
     for config in theirs:
         if layers != "cka":
-            layer_mapping(layers, mine.num_hidden_layers, config.num_hidden_layers)
+            layer_mapping(layers, num_layers(mine), num_layers(config))
+
+
+def has_load_balancing(student: PreTrainedModel, args: KDConfig) -> bool:
+    """Whether the student's load-balancing loss is known; `ValueError` if not, and `router_aux_loss_coef` asks for it.
+
+    A configuration may name a coefficient where its model has no such loss (Llama 4), or no experts (Doge).
+    """
+    try:
+        check_load_balancing(student, "student")
+    except ValueError as error:
+        if args.router_aux_loss_coef is not None:
+            raise
+        logger.warning("trained without a load-balancing loss: %s", error)
+        return False
+    return True
 
 
 def refuse_batch(

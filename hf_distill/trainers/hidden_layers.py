@@ -13,7 +13,7 @@ from hf_distill.kv_projector import HiddenProjector
 from hf_distill.layer_mapping import Mapping, cka_mapping, describe_mapping, layer_mapping, teacher_layers
 from hf_distill.losses.feature import HIDDEN_LOSSES
 from hf_distill.losses.fused_linear import TeacherSignal
-from hf_distill.modeling import causal_lm, evaluating, head_of, hidden_widths, select_positions
+from hf_distill.modeling import causal_lm, evaluating, head_of, hidden_widths, num_layers, select_positions
 from hf_distill.teachers.local import BaseTeacher, LocalTeacher, signal_of
 
 PROJECTOR = "hidden_projector"
@@ -35,7 +35,7 @@ class HiddenLayers:
     def __init__(self, trainer: Any) -> None:
         args, student, teacher = trainer.args, trainer.student, trainer.teacher
         configs = [causal_lm(side).config.get_text_config() for side in (student, teacher.model)]
-        depths = [config.num_hidden_layers for config in configs]
+        depths = [num_layers(config) for config in configs]
         if args.hidden_layers == "cka":
             self._widths(trainer, range(depths[0]), range(depths[1]))
             inputs, positions = trainer.probe_batch()

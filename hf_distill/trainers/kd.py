@@ -72,6 +72,7 @@ from hf_distill.trainers.checks import (
     AnyDataset,
     as_it_came,
     check_best_metric,
+    has_load_balancing,
     is_of_a_library,
     named_datasets,
     named_teachers,
@@ -270,6 +271,7 @@ class KDTrainer(SFTTrainer):
         keep_4bit_weights(student)
         with self.trying_out():
             check_head(student, "student")
+            self.aux_loss_enabled = self.aux_loss_enabled and has_load_balancing(student, args)
         expose_hidden_states(student)
         self.teacher: Teacher = self.teacher_set.combined(self.model, self.accelerator)
         refuse_split(student)

@@ -16,7 +16,7 @@ from hf_distill.layer_mapping import cka_mapping, describe_mapping, layer_mappin
 from hf_distill.losses.feature import FEATURE_LOSSES, centered_cosine, effective_rank
 from hf_distill.losses.fused_linear import Head
 from hf_distill.metrics import TokenMeans
-from hf_distill.modeling import KVCapture, causal_lm, evaluating, kv_widths, last_hidden_states
+from hf_distill.modeling import KVCapture, causal_lm, evaluating, kv_widths, last_hidden_states, num_layers
 from hf_distill.teachers import Signal
 from hf_distill.trainers.checks import refuse_other_layers
 from hf_distill.trainers.config import KVProjectionConfig
@@ -164,7 +164,7 @@ class KVProjectionTrainer(KDTrainer):
     def _make_source(self, name: str, weight: float) -> "KVSource":
         """What the student learns from one teacher: which layers, through which projector."""
         model = causal_lm(self.teachers[name].model)
-        depths = [side.config.get_text_config().num_hidden_layers for side in (self.student, model)]
+        depths = [num_layers(side.config.get_text_config()) for side in (self.student, model)]
         if self.args.kv_layers == "cka":
             self._widths(model, *map(range, depths))  # layers without keys would shift the others' numbers
             student, teacher = (
