@@ -156,3 +156,14 @@ def messages_dataset():
         for words in (sentence.split() for sentence in SENTENCES * 2)
     ]
     return Dataset.from_dict({"messages": turns})
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of the sweep over families, whichever process each of them was tried in."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    found = [value for report in reports for name, value in report.user_properties if name == "outcomes of a family"]
+    if found:
+        from tests.test_families import counts
+
+        terminalreporter.section("causal families of transformers")
+        terminalreporter.write_line(counts(dict(found)))
