@@ -1,11 +1,11 @@
 """Saving a model: tried before the work, with its base model's settings, in a folder without an earlier run's files."""
 
 import copy
+import itertools
 import json
 import logging
 import os
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,16 +247,18 @@ def refuse_undeclared_ties(model: nn.Module) -> None:
     """Raises `ValueError` for weights that share memory, unless loading ties them again: only one of them is saved."""
     if isinstance(model, PeftModel):  # its adapters are saved each by itself
         return
-    shared: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.numel():
-            shared[tensor.device, tensor.data_ptr(), tensor.numel()].append(name)
     tied = getattr(model, "all_tied_weights_keys", {})
-    for names in shared.values():
-        if len(loose := [name for name in names if name not in tied]) > 1:
+    spans = [
+        (str(tensor.device), start := tensor.data_ptr(), start + tensor.numel() * tensor.element_size(), name)
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.numel() and name not in tied
+    ]
+    spans.sort(key=lambda span: span[:2])
+    for (device, _, end, name), (other_device, start, _, other) in itertools.pairwise(spans):
+        if device == other_device and start < end:
             raise ValueError(
-                f"{loose[0]} and {loose[1]} share their memory, but nothing in the configuration says so: only one of "
-                "them would be saved. Tie them by the configuration (tie_word_embeddings), or copy one (clone)"
+                f"{name} and {other} share their memory, but nothing in the configuration says so: only one of them "
+                "would be saved. Tie them by the configuration (tie_word_embeddings), or copy one (clone)"
             )
 
 

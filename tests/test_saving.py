@@ -130,6 +130,14 @@ def shared_layers():
     return model
 
 
+def shared_part():
+    model = make_model(seed=2)
+    weights = torch.randn(96, 32)
+    for layer, part in zip(model.model.layers, (weights[:48], weights[24:72]), strict=True):
+        layer.mlp.gate_proj.weight = torch.nn.Parameter(part)
+    return model
+
+
 def shared_head():
     model = make_model(seed=2)
     model.lm_head.weight = model.model.embed_tokens.weight
@@ -147,13 +155,14 @@ def with_setting(name, value):
     [
         ({"student": lambda: with_setting("odd", {1, 2})}, r"the model's configuration cannot be .*config\.odd"),
         ({"student": shared_layers}, "share their memory"),
+        ({"student": shared_part}, "share their memory"),
         ({"student": shared_head}, r"embed_tokens.weight and lm_head.weight share .*tie_word_embeddings"),
         ({"peft_config": lora(rank_pattern={"q_proj": np.int64(4)})}, "adapter's configuration cannot be saved"),
         ({"lr_scheduler_kwargs": {"f": lambda step: step}}, "args cannot be saved"),
         ({"callbacks": [Counts()]}, "the state of the callbacks cannot be saved"),
         ({"tokenizer": "broken"}, "the tokenizer cannot be saved"),
     ],
-    ids=["config", "layers", "head", "adapter", "args", "callback", "tokenizer"],
+    ids=["config", "layers", "parts", "head", "adapter", "args", "callback", "tokenizer"],
 )  # fmt: skip
 def test_what_could_not_be_saved_is_refused_at_construction(tmp_path, teacher, tokenizer, changes, message):
     changes = dict(changes)
