@@ -34,8 +34,8 @@ def metric_name(logged: str, sets: Iterable[str] | None = None) -> str | None:
     # `kv/cosine_layer_3`, `perplexity/stories`
     logged = re.sub(r"(kv/cosine)_\S*layer_\d+$", r"\1", re.sub(r"(perplexity)/.*", r"\1", logged))
     found = [name for name in MORE_IS_BETTER if logged == name or logged.endswith(f"_{name}")]
-    name = max(found, key=len, default=None)
-    return name if name is None or sets is None or logged.removesuffix(name).removesuffix("_") in sets else None
+    found = [name for name in found if sets is None or logged.removesuffix(name).removesuffix("_") in sets]
+    return max(found, key=len, default=None)
 
 
 def more_is_better(logged: str) -> bool | None:

@@ -753,6 +753,10 @@ class KDTrainer(SFTTrainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_student(resume_from_checkpoint)
 
+    def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
+        # Callbacks add theirs as they come; the best one is a part of every checkpoint's state.
+        return super()._determine_best_metric({name: as_json(value) for name, value in metrics.items()}, trial)
+
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()

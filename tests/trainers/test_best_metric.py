@@ -1,8 +1,11 @@
 """The best checkpoint, for all metrics that the trainers evaluate."""
 
+import json
 import math
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -80,6 +83,22 @@ def test_a_metric_that_no_evaluation_has_is_refused(metric, held_out, tmp_path, 
 
 def test_a_callback_may_bring_metrics_of_its_own(tmp_path, tokenizer):
     make_trainer(tmp_path, tokenizer, callbacks=[Measured([])], metric_for_best_model="eval_rouge")
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.array(0.5), torch.tensor(0.5)])
+def test_a_best_metric_that_a_callback_brings_is_saved_whatever_its_type(tmp_path, tokenizer, value):
+    trainer = make_trainer(
+        tmp_path, tokenizer, callbacks=[Measured([value, value + 1])], metric_for_best_model="eval_kd",
+        save_strategy="best", load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.train()
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.5, 1)
+    assert json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["best_metric"] == 0.5
+
+
+def test_a_data_set_whose_name_ends_like_a_metric_has_its_metrics():
+    assert metric_name("eval_x_aux_loss", ["x_aux"]) == "loss"
+    assert metric_name("eval_x_aux_loss", ["x"]) == "aux_loss"
 
 
 def test_a_direction_that_keeps_the_worst_is_warned_of(tmp_path, tokenizer, caplog):

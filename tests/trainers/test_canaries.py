@@ -35,6 +35,7 @@ TRAINERS = (KDTrainer, KVProjectionTrainer, SpeculativeKDTrainer)
 
 OVERRIDDEN = {
     "_clip_grad_norm": "model",
+    "_determine_best_metric": "metrics trial",
     "_get_dataloader": "dataset description batch_size sampler_fn is_training dataloader_key",
     "_get_grad_norm": "model grad_norm",
     "_get_num_items_in_batch": "batch_samples device",
