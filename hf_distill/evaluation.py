@@ -22,6 +22,7 @@ from hf_distill.metrics import TokenMeans
 from hf_distill.modeling import (
     causal_lm,
     check_head,
+    check_length,
     ensure,
     evaluating,
     head_of,
@@ -226,7 +227,12 @@ def _log_probs(
         sides = []
         for model in map(causal_lm, models):
             inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            hidden = select_positions(last_hidden_states(model, **inputs), positions)  # (N, D)
+            length = batch["input_ids"].shape[1]
+            try:
+                hidden = select_positions(last_hidden_states(model, **inputs), positions)  # (N, D)
+            except IndexError:
+                check_length(model, "model", length)
+                raise
             sides.append((head_of(model), hidden))
         device = sides[0][1].device
         chunk_size = default_chunk_size(device, size)

@@ -585,6 +585,23 @@ def check_head(model: PreTrainedModel, name: str) -> None:
         )
 
 
+def check_length(model: PreTrainedModel, name: str, length: int) -> None:
+    """Tries a text of one token more than a model was made for, if `length` goes beyond that.
+
+    Rotary positions go on, more or less well. Learned ones are a table that ends, and on a GPU its end kills the run.
+
+    Raises:
+        `ValueError`: the model cannot read as much.
+    """
+    limit = num_positions(model)
+    if limit is None or length <= limit:
+        return
+    ids = torch.zeros(1, limit + 1, dtype=torch.long, device=input_device(model))
+    refusal = f"the {name} ({type(model).__name__}) has {limit} positions, and a text has {length} tokens"
+    with torch.no_grad(), evaluating(model), trying(f"{refusal}: set max_length to at most {limit}"):
+        last_hidden_states(model, input_ids=ids).sum().item()  # which waits for what has failed
+
+
 @_remembered
 def check_cache(model: PreTrainedModel, name: str) -> None:
     """Reads two short texts in pieces, takes some of it back, and compares with reading them at once.

@@ -93,6 +93,19 @@ def check_rows(dataset: Dataset, name: str, limits: Limits, num_threads: int | N
     _over_blocks(dataset, COLUMNS, check, f"Checking {name} dataset", num_threads)
 
 
+def longest_text(dataset: Dataset) -> int:
+    """Tokens of the longest text in tokenised rows; of packed ones, of their longest document."""
+    column = next((name for name in ("seq_lengths", "input_ids") if name in dataset.column_names), None)
+    if column is None or dataset.format["type"] == "custom":
+        return 0
+
+    def longest(columns: Mapping[str, Any], _: int) -> int:
+        cells = _ragged(columns[column], column)
+        return int((cells.values if column == "seq_lengths" else cells.lengths).max(initial=0))
+
+    return max(_over_blocks(dataset, [column], longest, "Measuring rows", None), default=0)
+
+
 def rows_with_label(
     dataset: Dataset, name: str, limits: Limits | None = None, num_threads: int | None = None
 ) -> np.ndarray:

@@ -22,9 +22,18 @@ from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabl
 from hf_distill.layer_mapping import Mapping as LayerMapping
 from hf_distill.layer_mapping import describe_mapping, layer_mapping
 from hf_distill.metrics import metric_name, more_is_better
-from hf_distill.modeling import causal_lm, check_load_balancing, num_layers, num_token_ids, shared_parameters
+from hf_distill.modeling import (
+    causal_lm,
+    check_length,
+    check_load_balancing,
+    num_layers,
+    num_positions,
+    num_token_ids,
+    shared_parameters,
+)
 from hf_distill.saving import AsItCame, refuse_folder, refuse_moving
 from hf_distill.teachers.local import BASE, public_name
+from hf_distill.token_rows import longest_text
 from hf_distill.trainers.config import KDConfig
 
 logger = logging.getLogger(__name__)
@@ -356,6 +365,23 @@ def refuse_frozen(student: nn.Module) -> None:
             "the student has no trainable parameter (a model that has been a teacher is frozen, and so are its "
             "copies): call student.requires_grad_(True), or pass a peft_config"
         )
+
+
+def check_lengths(trainer: Any, dataset: AnyDataset) -> None:
+    """Raises `ValueError` for prepared rows that are longer than the table of positions of a model that reads them."""
+    if not isinstance(dataset, Dataset):
+        return
+    models = {"student": trainer.student}
+    if not any(f"teacher_{name}" in dataset.column_names for name in ("input_ids", "0_input_ids")):  # texts of its own
+        models |= {f"teacher {name}": causal_lm(side.model) for name, side in trainer.teacher_set.local().items()}
+    limit = min((limit for model in models.values() if (limit := num_positions(model))), default=None)
+    cut = None if (trainer.args.dataset_kwargs or {}).get("skip_prepare_dataset") else trainer.args.max_length
+    if limit is None or (cut is not None and cut <= limit):
+        return
+    length = longest_text(dataset)
+    for name, model in models.items():
+        with trainer.trying_out():
+            check_length(model, name, length)
 
 
 def refuse_shared_memory(student: nn.Module, teacher: nn.Module) -> None:

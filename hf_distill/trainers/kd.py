@@ -72,6 +72,7 @@ from hf_distill.trainers.checks import (
     AnyDataset,
     as_it_came,
     check_best_metric,
+    check_lengths,
     has_load_balancing,
     is_of_a_library,
     named_datasets,
@@ -282,6 +283,7 @@ class KDTrainer(SFTTrainer):
         for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
             self.data_collator = self.teacher_set.collator(self.data_collator, dataset)
             check_packing(self, dataset)
+            check_lengths(self, dataset)
         self.projectors = Projectors()
         self.hidden_layers = HiddenLayers(self) if args.has_hidden else None
         name_bases_absolutely(self.model)
@@ -540,6 +542,7 @@ class KDTrainer(SFTTrainer):
         if description == "Evaluation":
             self.data_collator = self.teacher_set.collator(self.data_collator, dataset)
             check_packing(self, dataset)  # of an evaluation's own rows
+            check_lengths(self, dataset)
             dataset = self._fill_up(dataset, batch_size) if isinstance(dataset, Dataset) else dataset
         loader = super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)  # pyright: ignore
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's are wrapped around the one that works

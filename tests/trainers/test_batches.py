@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from hf_distill import KDConfig, KDTrainer, KVProjectionConfig, KVProjectionTrainer
-from hf_distill.evaluation import perplexity
+from hf_distill.evaluation import evaluate_fidelity, perplexity
 from hf_distill.modeling import CachedReader, label_positions, last_hidden_states
 from hf_distill.speculative import RolloutConfig, rollout
 from tests.conftest import SENTENCES, make_model, make_tokenizer
@@ -286,3 +286,38 @@ def test_evaluation_functions_need_no_pad_token(student):
     tokenizer.pad_token = None
     rows = Dataset.from_dict({"text": SENTENCES})
     assert perplexity(student, rows, tokenizer)["perplexity"] > 1
+
+
+# ------------------------------------------------------------------------------------------------- tables of positions
+
+
+LONG = Dataset.from_dict({"input_ids": [[5, 6, 7] * 4, [5 + i for i in range(20)]]})
+
+
+@pytest.mark.parametrize("cls", [KDTrainer, KVProjectionTrainer])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"dataset_kwargs": {"skip_prepare_dataset": True}}])
+def test_rows_longer_than_a_table_of_positions_are_refused(tmp_path, tokenizer, cls, side, changes):
+    models = {"student": make_model("llama", seed=2), "teacher": make_model("llama", seed=1)}
+    models[side] = make_model("gpt2", seed=3, n_positions=16)
+
+    def make(rows, held_out=None, **more):
+        config = KDConfig if cls is KDTrainer else KVProjectionConfig
+        args = config(**settings(tmp_path, **{"max_length": 64, **changes, **more}))
+        return cls(*models.values(), args, rows, held_out, tokenizer)
+
+    with pytest.raises(ValueError, match=rf"the {side}.* has 16 positions, and a text has 20 tokens"):
+        make(LONG)
+    with pytest.raises(ValueError, match=rf"the {side}.* has 16 positions, and a text has 20 tokens"):
+        make(LONG.select([0]), {"a": LONG})
+    if not changes:
+        assert make(LONG, max_length=16)
+    models[side] = make_model("llama", seed=3, max_position_embeddings=16)  # rotary positions go on
+    assert make(LONG)
+
+
+def test_measurements_of_rows_longer_than_a_table_of_positions_are_refused(tokenizer, teacher):
+    student = make_model("gpt2", n_positions=16)
+    with pytest.raises(ValueError, match="has 16 positions, and a text has 20 tokens: set max_length to at most 16"):
+        evaluate_fidelity(student, teacher, LONG, tokenizer)
+    assert evaluate_fidelity(student, teacher, LONG, tokenizer, max_length=16)["num_tokens"] == 11 + 15
