@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -162,9 +163,12 @@ def rollout(
         raise ValueError(f"vocab_size has to lie in [1, {smaller}], the rows of the smaller head, got {vocab_size}")
     if config.top_k > vocab_size:
         raise ValueError(f"top_k={config.top_k} is more than the vocabulary has tokens ({vocab_size})")
-    eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-    if not eos:
-        raise ValueError("eos_token_id is missing: nothing could end a text")
+    eos = np.atleast_1d(eos_token_id if eos_token_id is not None else []).tolist()
+    if not eos or None in eos:
+        raise ValueError(f"eos_token_id is missing (got {eos_token_id}): nothing could end a text")
+    if pad_token_id is None:
+        raise ValueError("pad_token_id is missing: any token will do, such as the one that ends a text")
+    student_prompt_mask, teacher_prompt_mask = student_prompt_mask.long(), teacher_prompt_mask.long()
     _check_prompts("student", student, student_prompt_ids, student_prompt_mask, config.max_new_tokens)
     _check_prompts("teacher", teacher, teacher_prompt_ids, teacher_prompt_mask, config.max_new_tokens)
     if len(student_prompt_ids) != len(teacher_prompt_ids):
@@ -259,8 +263,10 @@ def completion_hidden(
     """What predicts each token of given completions (B, C), right-padded, after left-padded prompts: (B, C, D).
 
     Raises:
-        `ValueError`: the model has no cache of keys and values alone, which left padding needs.
+        `ValueError`: the model has no cache of keys and values alone, which left padding needs; empty, right-padded or
+            too long prompts, or ids that it does not have.
     """
+    _check_prompts("model", model, prompt_ids, prompt_mask, completion_ids.shape[1])
     ensure(check_cache, causal_lm(model), "model")
     with evaluating(model):
         hidden = CachedReader(model, prompt_ids, prompt_mask).read(completion_ids[:, :-1])

@@ -8,6 +8,7 @@ import gc
 import itertools
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -715,6 +716,7 @@ def test_settings_out_of_range_are_refused(settings, message):
         ({"vocab_size": 0}, "vocab_size has to lie in"),
         ({"eos": []}, "eos_token_id is missing"),
         ({"eos": None}, "eos_token_id is missing"),
+        ({"eos": [1, None]}, "eos_token_id is missing"),
         ({"prompts": [[3, 4], []]}, "the student's prompt of row 1 is empty"),
         ({"teacher_prompts": [[3], [], [4], []]}, "the teacher's prompt of row 1 is empty"),
         ({"prompts": [[3]]}, "1 student prompts, but 4 teacher prompts"),
@@ -728,6 +730,24 @@ def test_settings_out_of_range_are_refused(settings, message):
 def test_bad_input_is_refused_in_words(pair, kwargs, message):
     with pytest.raises(ValueError, match=message):
         run(pair, **{"teacher_prompts": PROMPTS, **kwargs})
+
+
+def test_masks_and_ends_of_text_may_be_of_any_type(pair):
+    ids, mask = padded(PROMPTS)
+    expected = run(pair, GREEDY, eos=[1, 5]).completion_ids
+    for eos, masks in ((torch.tensor([1, 5]), mask.bool()), (np.array([1, 5]), mask.float())):
+        found = rollout(*pair, ids, masks, ids, masks, make_config(**GREEDY), eos_token_id=eos, pad_token_id=PAD)
+        assert torch.equal(found.completion_ids, expected)
+    assert run(pair, eos=np.int64(1)).completion_ids.numel()
+    with pytest.raises(ValueError, match="pad_token_id is missing"):
+        rollout(*pair, ids, mask, ids, mask, make_config(), eos_token_id=1, pad_token_id=None)
+
+
+def test_hidden_states_of_completions_are_refused_for_prompts_that_are_no_tokens(pair):
+    ids, mask = padded(PROMPTS)
+    for strange in (-1, VOCAB):
+        with pytest.raises(ValueError, match=f"the model's prompts have token id {strange}"):
+            completion_hidden(pair[0], torch.where(mask.bool(), strange, ids), mask, ids)
 
 
 def test_the_last_position_can_be_written(pair):
