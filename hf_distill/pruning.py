@@ -578,9 +578,9 @@ def _batches(
     limits = Limits(num_ids, known_to="the model has embeddings only for")
     for index, row in enumerate(tqdm(dataset, desc="ranking layers", unit="row", leave=False)):
         name = f"row {index} of the dataset"
-        ids = tokenized_row(row, tokenizer, name)["input_ids"]
-        check_row({"input_ids": ids}, name, limits)
-        if ids := ids[:max_length]:
+        tokens = tokenized_row(row, tokenizer, name)
+        check_row({key: tokens.get(key) for key in ("input_ids", "attention_mask")}, name, limits)
+        if ids := tokens["input_ids"][:max_length]:
             rows.append(torch.tensor(ids))
         if len(rows) == batch_size:
             yield batch()

@@ -3,6 +3,7 @@
 import os
 import reprlib
 import string
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
@@ -112,8 +113,44 @@ def chat(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
         kept = {key: value for key, value in message.items() if key not in ("role", "from", "value")}
         if "value" in message and (message["value"] is not None or "content" not in message):
             kept["content"] = message["value"]
+        if "content" in kept:
+            kept["content"] = _joined_parts(kept["content"], name)
+        if kept.get("content") is None and not any(kept.values()):
+            raise ValueError(
+                f"a message of {name} has no content, but the keys {', '.join(message)}: templates would make an empty "
+                "text of it, or the word None. Messages need 'content' or 'value'"
+            )
         found.append({"role": ROLES[role] if is_renamed or role in ALIASES else role, **kept})
     return found
+
+
+def _joined_parts(content: Any, name: str) -> Any:
+    """Content that comes in parts as one text: templates of language models print a list as a list."""
+    if not isinstance(content, list | tuple):
+        return content
+    parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(
+            f"a message of {name} has content in parts that are no text: hf_distill trains language models on text only"
+        )
+    return "".join(parts)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def refuse_other_form(row: Mapping[str, Any], used: Iterable[str], name: str) -> None:
+    """Raises `ValueError` for a cell of the `used` columns that is neither a text nor, where it may be, messages."""
+    cells = {column: row[column] for column in used if row.get(column) is not None}
+    forms = {column: "messages" if is_chat(cell) else "text" for column, cell in cells.items()}
+    for column, cell in cells.items():
+        allowed = ["messages"] if column in ("messages", "conversations") else ["text"]
+        allowed = ["text", "messages"] if column in CHAT_COLUMNS and "messages" not in allowed else allowed
+        if forms[column] not in allowed or not (is_chat(cell) or isinstance(cell, str)):
+            raise ValueError(
+                f"{name} has {reprlib.repr(cell)} as its {column!r}, which has to be {' or '.join(allowed)}"
+                + ("; conversations go to a column 'messages'" if is_chat(cell) else "")
+            )
+    if len(set(forms.values())) > 1:
+        found = " and ".join(f"{column!r} as {form}" for column, form in forms.items())
+        raise ValueError(f"{name} has {found}: take text for both, or messages for both")
 
 
 def with_messages(row: dict[str, Any], name: str) -> dict[str, Any]:
@@ -127,9 +164,11 @@ def with_messages(row: dict[str, Any], name: str) -> dict[str, Any]:
 def tokenized_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str = "a row") -> dict[str, list[int]]:
     """input_ids and labels of a row, and `seq_lengths` of a packed one; `ValueError` for one with unknown columns."""
     if row.get("input_ids") is not None:
-        labels = row["input_ids"] if row.get("labels") is None else row["labels"]
-        return {"input_ids": row["input_ids"], "labels": labels, "seq_lengths": row.get("seq_lengths")}  # pyright: ignore
+        return _given_tokens(row)
     row = with_messages(row, name)
+    formats = (("prompt", "completion"), ("messages",), ("text",))
+    used = next((used for used in formats if all(row.get(column) for column in used)), ())
+    refuse_other_form(row, used, name)
     if row.get("prompt") is not None and row.get("completion") is not None:
         prompt = _ids(row["prompt"], tokenizer, add_generation_prompt=True)
         ids = _ids(row["prompt"] + row["completion"], tokenizer)
@@ -144,6 +183,18 @@ def tokenized_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name:
         )
     ids = _ids(content, tokenizer)
     return {"input_ids": ids, "labels": ids}
+
+
+def _given_tokens(row: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The tokens that a row brings, as lists whatever its format; without labels, its masks make them."""
+    masks = ("completion_mask", "assistant_masks")
+    names = ("input_ids", "labels", "seq_lengths", "attention_mask", *masks)
+    found = {name: row[name] for name in names if row.get(name) is not None}
+    found = {name: cell.tolist() if hasattr(cell, "tolist") else cell for name, cell in found.items()}
+    if "labels" not in found:
+        given = zip(found["input_ids"], *(found[name] for name in masks if name in found), strict=False)
+        found["labels"] = [token if all(bits) else -100 for token, *bits in given]
+    return found
 
 
 def _ids(content: str | list, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> list[int]:

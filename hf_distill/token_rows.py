@@ -210,6 +210,12 @@ def _check_places(found: Mapping[str, Ragged], limits: Limits) -> None:
                 f"has padding (attention_mask 0 at place {place}) that would be read or trained on: rows are padded "
                 "when batches are made, leave padding out",
             )
+    for name in {"completion_mask", "assistant_masks"} & found.keys() if "labels" in found else ():
+        if (wrong := (found[name].values == 0) & (found["labels"].values != -100)).any():
+            row, place = found[name].first(wrong)
+            raise RowProblem(
+                row, f"has a label at place {place}, which its {name} leaves out: of the two, labels alone are read"
+            )
     if "seq_lengths" in found:
         lengths = found["seq_lengths"]
         sums = np.diff(np.concatenate([[0], np.cumsum(lengths.values)])[lengths.starts])
@@ -288,6 +294,7 @@ def _ragged(cells: Any, name: str) -> Ragged:
 
 
 def _integers(values: np.ndarray, name: str) -> np.ndarray:
-    if values.dtype.kind not in "iub" and len(values):
+    kinds = "iub" if name.endswith(("mask", "masks")) else "iu"  # True and False are no tokens
+    if values.dtype.kind not in kinds and len(values):
         raise RowProblem(0, f"has {name} that are no integers ({values.dtype})")
     return values.astype(np.int8) if values.dtype.kind == "b" else values

@@ -94,6 +94,7 @@ GOOD = {
     "packed": {"input_ids": [5, 6, 7], "seq_lengths": [1, 2], "position_ids": [0, 0, 1]},
     "positions": {"input_ids": [5, 6, 7], "position_ids": [0, 1, 2]},
     "masks": {"input_ids": [5, 6], "completion_mask": [0, 1], "assistant_masks": [0, 1]},
+    "masks of true and false": {"input_ids": [5, 6], "labels": [-100, 6], "completion_mask": [False, True]},
     "teacher's own": {
         "input_ids": [5, 6, 7], "labels": [-100, 6, 7],
         "teacher_input_ids": [51, 9, 6, 7], "teacher_labels": [-100, -100, 6, 7],
@@ -119,6 +120,10 @@ BAD = {
     "teacher's token": (OWN | {"teacher_input_ids": [52, 9, 6, 7]}, "teacher token id 52 .* the ids below 52"),
     "teacher's wrong label": (OWN | {"teacher_labels": [-1, -100, 6, 7]}, "teacher label -1 at place 0"),
     "numbers": ({"input_ids": [5.0, 6.5]}, "input_ids that are no integers"),
+    "true and false": ({"input_ids": [5, 6], "labels": [False, True]}, "labels that are no integers"),
+    "labels that a mask leaves out": (
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "completion_mask": [0, 0, 1]}, "label at place 1, which its"
+    ),
     "none among them": ({"input_ids": [5, None]}, "None among its input_ids"),
 }  # fmt: skip
 
@@ -135,7 +140,9 @@ def test_rows_that_would_be_trained_on_otherwise_are_refused(case):
     with pytest.raises(ValueError, match=rf"row 3 .*{message}"):
         check_row(row, "row 3", LIMITS)
     fine = OWN if "teacher" in case else {name: [] for name in row}
-    rows = [row] if case == "numbers" else [fine, fine, row]  # all rows of a data set have numbers of one kind
+    rows = (
+        [row] if case in ("numbers", "true and false") else [fine, fine, row]
+    )  # all rows of a data set have numbers of one kind
     with pytest.raises(ValueError, match=rf"row {len(rows) - 1} of the train dataset .*{message}"):
         check_rows(Dataset.from_list(rows), "train", LIMITS)
 

@@ -14,8 +14,8 @@ from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
 from hf_distill.collators import OWN_COLUMNS
-from hf_distill.rows import ALIASES, CHAT_COLUMNS, is_chat, with_messages
-from hf_distill.token_rows import Limits, check_row, check_rows, has_label, rows_with_label
+from hf_distill.rows import ALIASES, CHAT_COLUMNS, is_chat, refuse_other_form, with_messages
+from hf_distill.token_rows import COLUMNS, Limits, check_row, check_rows, has_label, rows_with_label
 from hf_distill.trainers.checks import PEEKED_ROWS, AnyDataset
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,17 @@ READ_BESIDE = {
 }
 TEACHER_COLUMNS = {"teacher_prompt", "teacher_index", "teacher_input_ids", "teacher_labels"}
 # Who has these expects that they change the training.
-EXPECTED_TO_COUNT = {"teacher", "teacher_index", "weight", "weights", "sample_weight", "loss_mask", "loss_weight"}
+EXPECTED_TO_COUNT = {
+    "system",
+    "system_prompt",
+    "teacher",
+    "teacher_index",
+    "weight",
+    "weights",
+    "sample_weight",
+    "loss_mask",
+    "loss_weight",
+}
 
 
 def over_datasets(function: Callable[[AnyDataset, str], AnyDataset], train: Any, evaluation: Any) -> tuple[Any, Any]:
@@ -146,6 +156,7 @@ def one_format(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
     if dataset.format["type"] == "custom":
         return dataset  # TRL refuses it in words
     _refuse_missing(dataset, used, name, all_columns)
+    refuse_other_form(dataset[0], used, f"row 0 of the {name} dataset")  # Arrow has one form for all rows
     if not gone and not any(_has_other_roles(dataset, column) for column in CHAT_COLUMNS):
         return dataset
     what = f"Converting {name} dataset to messages"
@@ -202,6 +213,8 @@ def refuse_no_label(kept: AnyDataset, name: str, args: SFTConfig) -> None:
 
 
 def _is_allowed(row: Mapping[str, Any], index: int, name: str, limits: Limits) -> bool:
+    if missing := [column for column in COLUMNS if column in row and row[column] is None]:
+        raise ValueError(f"row {index} of the {name} dataset has no {missing[0]} (None)")
     check_row(row, f"row {index} of the {name} dataset", limits)
     return True
 
@@ -221,6 +234,7 @@ def _formatted(row: dict[str, Any], formatting_func: Callable[..., str], text_fi
 def _one_format(row: dict[str, Any], index: int, used: tuple[str, ...], name: str, all_columns: str) -> dict[str, Any]:
     for column in used:
         _refuse_missing_cell(row.get(column), column, index, name, all_columns)
+    refuse_other_form(row, used, f"row {index} of the {name} dataset")
     return with_messages(row, f"row {index} of the {name} dataset")
 
 
@@ -243,14 +257,24 @@ def _refuse_missing_cell(cell: Any, column: str, index: int, name: str, all_colu
 
 
 def _has_other_roles(dataset: Dataset, column: str) -> bool:
-    """True if messages have `from` and `value`, or roles under names that templates do not know."""
-    if column not in dataset.column_names or not is_chat(dataset[0][column]):
+    """True if messages have `from` and `value`, no text, or roles under names that templates do not know."""
+    if column not in dataset.column_names:
         return False
-    kind = getattr(dataset.data.column(column).type, "value_type", None)
+    cells = dataset.data.column(column)
+    kind = getattr(cells.type, "value_type", None)
     if kind is None or not pa.types.is_struct(kind):  # JSON, in which messages may have different keys
-        messages = (message for row in dataset.select_columns([column]) for message in row[column] or ())  # pyright: ignore
-        return any({"from", "value"} & message.keys() or message.get("role") in ALIASES for message in messages)
-    if "role" not in (names := {field.name for field in kind}) or "from" in names:
+        rows = dataset.select_columns([column]) if is_chat(dataset[0][column]) else ()
+        return any(_is_other(message) for row in rows for message in row[column] or ())  # pyright: ignore
+    names = {field.name for field in kind}
+    if not names >= {"role", "content"} or names & {"from", "value"}:
         return True
-    roles = (chunk.flatten().field("role").unique().to_pylist() for chunk in dataset.data.column(column).chunks)
-    return any(ALIASES & set(found) for found in roles)
+    chunks = [chunk.flatten() for chunk in cells.chunks]
+    contents = [chunk.field("content") for chunk in chunks]
+    if any(c.null_count or not (pa.types.is_string(c.type) or pa.types.is_large_string(c.type)) for c in contents):
+        return True
+    return any(ALIASES & set(chunk.field("role").unique().to_pylist()) for chunk in chunks)
+
+
+def _is_other(message: Mapping[str, Any]) -> bool:
+    has_text = isinstance(message.get("content"), str)
+    return not has_text or bool({"from", "value"} & message.keys()) or message.get("role") in ALIASES

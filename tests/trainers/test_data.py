@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -48,6 +49,13 @@ CONVERSATIONS = {
     "conversations": {"conversations": SHAREGPT},
     "conversations with roles": {"conversations": CHAT},
     "messages": {"messages": SHAREGPT},
+    "role and value": {"messages": [{"role": m["role"], "value": m["content"]} for m in CHAT]},
+    "content in parts": {
+        "messages": [
+            m | {"content": [{"type": "text", "text": part} for part in (m["content"][:5], m["content"][5:])]}
+            for m in CHAT
+        ]
+    },
     "messages with human": {"messages": [{"role": "human", **CHAT[0]} | {"role": "human"}, CHAT[1] | {"role": "gpt"}]},
     "prompt and completion": {"prompt": SHAREGPT[:1], "completion": SHAREGPT[1:]},
     "chat": {"messages": CHAT},
@@ -90,6 +98,48 @@ def test_unknown_role_is_refused_with_row_and_role(args, tokenizer):
             list(one_format(read, "train", args))
     with pytest.raises(ValueError, match="a row has the role 'narrator'"):
         tokenized_row({"conversations": strange}, tokenizer)
+
+
+def test_message_without_a_text_is_refused_but_for_one_that_calls_a_tool(args):
+    empty = [CHAT[0], {"role": "assistant", "content": None, "tool_calls": None}]
+    call = [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{"name": "look", "arguments": "{}"}]}]
+    picture = [{"role": "user", "content": [{"type": "image", "text": None}]}]
+    for messages, message in ((empty, "row 0 .* no content"), (picture, "row 0 .* parts that are no text")):
+        with pytest.raises(ValueError, match=message):
+            list(one_format(Dataset.from_list([{"messages": messages}]), "train", args))
+    assert one_format(Dataset.from_list([{"messages": call}]), "train", args)[0]["messages"][1]["tool_calls"]
+
+
+def test_knowledge_has_the_roles_of_templates_though_the_first_row_has_none(args):
+    rows = [{"prompt": CHAT[:1], "completion": CHAT[1:], "teacher_prompt": own} for own in (None, SHAREGPT[:1])]
+    assert one_format(Dataset.from_list(rows), "train", args)[1]["teacher_prompt"] == CHAT[:1]
+
+
+FORMS = {
+    "messages before a text": (
+        {"prompt": CHAT[:1], "completion": "ran"},
+        "'prompt' as messages and 'completion' as text",
+    ),
+    "a text before messages": (
+        {"prompt": "ran", "completion": CHAT[1:]},
+        "'prompt' as text and 'completion' as messages",
+    ),
+    "a text as messages": ({"messages": "[{}]"}, "'messages', which has to be messages"),
+    "messages as a text": ({"text": CHAT}, "'text', which has to be text; conversations go to a column 'messages'"),
+    "a number": ({"text": 5}, "5 as its 'text', which has to be text"),
+    "a list": ({"text": ["a", "b"]}, "as its 'text', which has to be text"),
+}
+
+
+@pytest.mark.parametrize("case", FORMS)
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_cells_that_are_neither_text_nor_messages_are_refused(args, tokenizer, student, case, is_stream):
+    row, message = FORMS[case]
+    dataset = Dataset.from_list([row])
+    with pytest.raises(ValueError, match=f"row 0 of the train dataset has .*{message}"):
+        next(iter(one_format(dataset.to_iterable_dataset() if is_stream else dataset, "train", args)))
+    with pytest.raises(ValueError, match=f"row 0 of the dataset has .*{message}"):
+        perplexity(student, dataset, tokenizer)
 
 
 def test_templates_keep_roles_of_their_own(args):
@@ -328,6 +378,59 @@ def test_measurements_name_a_row_with_what_is_no_token(tokenizer, student, teach
         perplexity(student, Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[6, 7]]}), tokenizer)
     with pytest.raises(ValueError, match="3 input_ids and 0 labels"):
         perplexity(student, Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[]]}), tokenizer)
+
+
+def test_measurements_read_rows_in_every_format_and_follow_their_masks(tokenizer, student, teacher):
+    rows = [[5 + i, 6, 7 + i, 8, 9] for i in range(3)]
+    masked = Dataset.from_list([{"input_ids": row, "labels": [-100] * 3 + row[3:]} for row in rows])
+    expected = evaluate_fidelity(student, teacher, masked, tokenizer)
+    same = [
+        masked.with_format("torch"),
+        masked.with_format("numpy"),
+        Dataset.from_list([{"input_ids": row, "completion_mask": [0, 0, 0, 1, 1]} for row in rows]),
+        Dataset.from_list([{"input_ids": row, "assistant_masks": [False] * 3 + [True] * 2} for row in rows]),
+        Dataset.from_list(
+            [
+                {"input_ids": [*row, 0], "labels": [-100] * 3 + row[3:] + [-100], "attention_mask": [1] * 5 + [0]}
+                for row in rows
+            ]
+        ),
+    ]
+    for dataset in same:
+        assert evaluate_fidelity(student, teacher, dataset, tokenizer) == expected
+    padded = Dataset.from_list([{"input_ids": [*row, 0], "attention_mask": [1] * 5 + [0]} for row in rows])
+    packed = Dataset.from_list([{"input_ids": row * 2, "seq_lengths": [5, 5]} for row in rows]).with_format("torch")
+    for measure in (
+        lambda data: perplexity(student, data, tokenizer),
+        lambda data: rank_layers(student, data, tokenizer, 1),
+    ):
+        with pytest.raises(ValueError, match="row 0 of the dataset has padding"):
+            measure(padded)
+        assert measure(packed) == measure(packed.with_format(None))
+
+
+def test_stream_may_bring_arrays_but_no_row_without_labels(tmp_path, tokenizer, student, teacher):
+    rows = [[5, 6, 7], [8, 9, 10, 11]]
+
+    def losses(stream):
+        student.load_state_dict(make_model("llama", seed=2).state_dict())
+        trainer = make_trainer(
+            tmp_path, student, teacher, stream, tokenizer, max_steps=2, per_device_train_batch_size=1, logging_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    def arrays():
+        yield from ({"input_ids": np.array(row, dtype=np.int32), "labels": torch.tensor(row)} for row in rows)
+
+    def without():
+        yield from ({"input_ids": rows[0], "labels": labels} for labels in (rows[0], None))
+
+    assert losses(IterableDataset.from_generator(arrays)) == losses(
+        Dataset.from_dict({"input_ids": rows, "labels": rows}).to_iterable_dataset()
+    )
+    with pytest.raises(ValueError, match=r"row 1 of the train dataset has no labels \(None\)"):
+        losses(IterableDataset.from_generator(without))
 
 
 def test_rollouts_refuse_prompts_that_are_no_tokens(student, teacher):
