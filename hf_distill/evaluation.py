@@ -49,9 +49,9 @@ def evaluate_fidelity(
     """Perplexities of both models and how far the student's distributions are from the teacher's.
 
     Rows are `text` (measured as it stands: nothing is appended), `prompt` and `completion` (the completion counts),
-    `messages` (every token counts), or `input_ids` with optional `labels`; `trainer.eval_dataset` has the very rows
-    that a trainer evaluates on (packed ones are measured document by document). Every value is a mean over
-    label-bearing tokens, whatever the batch size.
+    `messages` (every token counts), or `input_ids` with optional `labels` or, in their place, `completion_mask` and
+    `assistant_masks`; `trainer.eval_dataset` has the very rows that a trainer evaluates on (packed ones are measured
+    document by document). Every value is a mean over label-bearing tokens, whatever the batch size.
 
     Args:
         student, teacher (`PreTrainedModel`): with the same vocabulary, each on its own device; PEFT models too.
