@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template
 
-from hf_distill.rows import with_messages
+from hf_distill.rows import refuse_other_form, with_messages
 from hf_distill.token_alignment import Piece, align, group_numbers
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ class PromptCollator:
                 f"{name} has no prompt: it needs a 'prompt' (text or messages) or 'messages', and has the columns "
                 f"{', '.join(row)}; rename one, or pass a LUPICollator for queries with knowledge"
             )
+        given = {"prompt": prompt, "completion": completion or None}
+        refuse_other_form(given, given, name)
         if is_chat := not isinstance(prompt, str):
             check_chat_template(self.tokenizer)
             turns = {"prompt": prompt, **({"completion": completion} if completion else {})}

@@ -359,7 +359,7 @@ def _encode(
         ids = row[f"{side}_prompt_ids"]
         if not ids:
             raise ValueError(f"the {side}'s prompt of {name} is empty; it needs at least one token")
-        if strange := [token for token in (*ids, *completion) if not 0 <= token < vocab_size]:
+        if strange := [i for i in (*ids, *completion) if isinstance(i, bool) or not 0 <= i < vocab_size]:
             raise ValueError(
                 f"{name} has token id {strange[0]}, but student and teacher share only the ids below "
                 f"{vocab_size}: one of them cannot read it. Use tokens (eos_token, chat template) that both know"

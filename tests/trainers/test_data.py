@@ -364,6 +364,20 @@ def test_prompts_and_completions_are_tokens(tmp_path, tokenizer, student, teache
         make_speculative(tmp_path, student, teacher, Dataset.from_list([good, good | row]), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"student_prompt_ids": [True, False], "teacher_prompt_ids": [5]}, "token id True"),
+        ({"prompt": CHAT[:1], "completion": "ran"}, "'prompt' as messages and 'completion' as text"),
+        ({"prompt": "The", "completion": CHAT[1:]}, "'prompt' as text and 'completion' as messages"),
+        ({"prompt": 5}, "5 as its 'prompt', which has to be text or messages"),
+    ],
+)
+def test_prompts_of_another_form_are_refused(tmp_path, tokenizer, student, teacher, row, message):
+    with pytest.raises(ValueError, match=f"row 0 of the train dataset has {message}"):
+        make_speculative(tmp_path, student, teacher, Dataset.from_list([row]), tokenizer)
+
+
 def test_measurements_name_a_row_with_what_is_no_token(tokenizer, student, teacher):
     for column, value in (("labels", -1), ("labels", VOCAB), ("input_ids", -1), ("input_ids", VOCAB)):
         rows, message = bad_rows(column, value), rf"row 1 of the dataset has (the label|token id) {value} at place 1"
