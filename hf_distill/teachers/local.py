@@ -33,6 +33,7 @@ from hf_distill.modeling import (
     last_hidden_states,
     layer_output,
     select_positions,
+    trying,
 )
 from hf_distill.saving import base_and_adapter
 from hf_distill.teachers.placement import LAYOUTS, teacher_devices
@@ -118,8 +119,10 @@ class BaseTeacher:
         self.model = student
         self.name = f"{public_name(causal_lm(student))} without adapters"
         self.layers: tuple[int, ...] = ()
-        with self._without_adapters() as base:
-            check_head(base, "teacher")  # without the student's mixed precision
+        # Its head is the student's, which has been checked. It reads without the student's mixed precision.
+        unfit = f"the teacher ({self.name}) cannot read by itself; load it in one dtype"
+        with self._without_adapters() as base, torch.no_grad(), trying(unfit):
+            last_hidden_states(base, input_ids=torch.zeros(1, 2, dtype=torch.long, device=input_device(base)))
 
     @property
     def head(self) -> Head:

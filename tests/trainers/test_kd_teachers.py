@@ -546,9 +546,8 @@ def test_what_does_not_fit_is_refused_at_construction_in_words(tmp_path, tokeniz
 def test_indices_and_evaluations_that_name_no_teacher_are_refused(tmp_path, tokenizer, rows, student, teachers):
     for index in (3, -1):
         dataset = Dataset.from_dict({**TOKENS, "teacher_index": [index]})
-        trainer = make_trainer(tmp_path, student, teachers, dataset, tokenizer, **ROUTE)
         with pytest.raises(ValueError, match=rf"teacher_index {index}; there are 3 teachers"):
-            trainer.train()
+            make_trainer(tmp_path, student, teachers, dataset, tokenizer, **ROUTE)
     trainer = make_trainer(tmp_path, student, teachers, rows, tokenizer, **ROUTE)
     with pytest.raises(ValueError, match="needs a column 'teacher' in the eval dataset"):
         trainer.evaluate(rows.remove_columns("teacher"))
