@@ -120,6 +120,8 @@ class Pair:
         """The student with an adapter on every linear layer; B is not zero, as it would be untrained."""
         torch.manual_seed(7)
         student = self.student()
+        if student.config.model_type == "reformer":  # reversible layers give no gradient where their input wants none
+            student.enable_input_require_grads()
         # PEFT refuses these of models that it knows as Mamba's.
         excluded = r".*\.out_proj" if student.config.model_type in PEFT_MAMBAS else None
         config = LoraConfig(r=2, target_modules="all-linear", exclude_modules=excluded, init_lora_weights=False)
