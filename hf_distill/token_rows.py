@@ -31,6 +31,7 @@ class Limits(NamedTuple):
     teacher_ids: int | None = None  # those that the teacher reads in a text of its own, by default the same
     max_length: int | None = None  # where rows are cut
     known_to: str = "student and teacher share only"  # for messages: the ids below `num_ids`
+    completion_masks: bool = True  # whether `completion_mask` says what is trained on (completion_only_loss)
 
 
 class Ragged(NamedTuple):
@@ -210,7 +211,8 @@ def _check_places(found: Mapping[str, Ragged], limits: Limits) -> None:
                 f"has padding (attention_mask 0 at place {place}) that would be read or trained on: rows are padded "
                 "when batches are made, leave padding out",
             )
-    for name in {"completion_mask", "assistant_masks"} & found.keys() if "labels" in found else ():
+    masks = {"completion_mask", "assistant_masks"} if limits.completion_masks else {"assistant_masks"}
+    for name in masks & found.keys() if "labels" in found else ():
         if (wrong := (found[name].values == 0) & (found["labels"].values != -100)).any():
             row, place = found[name].first(wrong)
             raise RowProblem(

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from hf_distill import speculative
+from hf_distill.modeling import _remembered
 from hf_distill.speculative import Block, RolloutConfig, completion_hidden, rollout, sample
 from tests.conftest import FAMILIES, make_model
 from tests.speculative_oracle import NARROW, Oracle, softmax
@@ -805,8 +806,17 @@ def test_a_head_that_is_not_known_is_refused(pair):
 
 def test_a_model_is_tried_out_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(speculative, "check_head", lambda model, name: calls.append(("head", model)))
-    monkeypatch.setattr(speculative, "check_cache", lambda model, name: calls.append(("cache", model)))
+
+    @_remembered
+    def head(model, name):
+        calls.append(("head", model))
+
+    @_remembered
+    def cache(model, name):
+        calls.append(("cache", model))
+
+    monkeypatch.setattr(speculative, "check_head", head)
+    monkeypatch.setattr(speculative, "check_cache", cache)
     models = make_pair()
     for _ in range(2):
         run(models)

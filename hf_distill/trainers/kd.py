@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
 from hf_distill.kv_projector import Projectors
@@ -228,7 +228,7 @@ class KDTrainer(SFTTrainer):
 
         if skip_prepare:
             # What no model can read would fail in the middle of training.
-            function = partial(as_they_are, limits=self._limits(None), args=args)
+            function = partial(as_they_are, limits=self._limits(args, None), args=args)
             train_dataset, eval_dataset = over_datasets(function, train_dataset, eval_dataset)
         elif formatting_func is None:
             # Before SFTTrainer looks at a row to see what it is.
@@ -807,8 +807,11 @@ class KDTrainer(SFTTrainer):
     check_columns = staticmethod(check_columns)
     _brought = staticmethod(brought)
 
-    def _limits(self, max_length: int | None) -> Limits:
-        return Limits(self.vocab_size, teacher_ids=self.teacher_set.num_token_ids(), max_length=max_length)
+    def _limits(self, args: SFTConfig, max_length: int | None) -> Limits:
+        return Limits(
+            self.vocab_size, teacher_ids=self.teacher_set.num_token_ids(), max_length=max_length,
+            completion_masks=args.completion_only_loss is not False,
+        )  # fmt: skip
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         self.check_columns(dataset, dataset_name, args, formatting_func is not None)  # an evaluation brings its own
@@ -827,9 +830,9 @@ class KDTrainer(SFTTrainer):
             dataset = self._prepare_dataset(dataset, processing_class, alone, False, formatting_func, dataset_name)
             formatting_func, is_tokenized = None, True
         elif is_tokenized:  # by the numbers that its rows have for the caller
-            dataset = checked(dataset, dataset_name, self._limits(args.max_length), args)
+            dataset = checked(dataset, dataset_name, self._limits(args, args.max_length), args)
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        limits = self._limits(None)
+        limits = self._limits(args, None)
         kept = with_label(prepared, dataset_name, None if is_tokenized else limits, args)
         if isinstance(dataset, Dataset):
             refuse_no_label(kept, dataset_name, args)
