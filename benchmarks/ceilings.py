@@ -115,7 +115,7 @@ SYNCHRONISATIONS = {
     "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cuStreamSynchronize",
 }  # fmt: skip
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
-# What makes the host wait for the device, where there is one: a number is read, or a shape depends on one.
+# Operations at which the host waits for the device: a number is read, or a shape depends on one.
 HOST_READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2"}
 
 
@@ -132,7 +132,7 @@ def count_events(step: Callable[[], Any]) -> dict[str, float]:
 
 @functools.cache
 def _of_the_profiler() -> Counter:
-    """What stands in every profile: the profiler synchronises where it begins and ends."""
+    """The counts of an empty profile: the profiler synchronises where it begins and ends."""
     return _count_events(lambda: None)
 
 

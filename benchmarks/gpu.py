@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the same rows in small, to rehearse them")
     options = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # What ends a process politely shall end its children, too.
+    # A signal that ends this process ends its children, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results = Results(options.output, {name: title for name, (title, _) in GROUPS.items()}, cells)
     tiny = ["--tiny"] if options.tiny else []

@@ -91,7 +91,7 @@ TINY = Sizes(
 
 
 class Bench:
-    """What the rows of a group share: a device, sizes, ceilings, models that are made when they are asked for."""
+    """The device, sizes, ceilings and models of a group of rows. Models are made when they are asked for."""
 
     def __init__(self, device: str, tiny: bool) -> None:
         self.device, self.tiny, self.sizes = device, tiny, TINY if tiny else FULL

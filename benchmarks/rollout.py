@@ -36,7 +36,7 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel,
 def write_together(
     student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], config: RolloutConfig, pad: int
 ) -> RolloutStats:
-    """What the blocks were like of a rollout that nothing ends before `max_new_tokens`."""
+    """Statistics of the blocks of a rollout that nothing ends before `max_new_tokens`."""
     never = len(student.get_input_embeddings().weight)  # a token that is never written
     generator = torch.Generator().manual_seed(0)
     result = rollout(

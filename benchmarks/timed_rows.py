@@ -40,7 +40,7 @@ class NotMeasured(Exception):
 
 
 class Budget:
-    """What a row has left of its time. Repeats stop when it is over; what has been measured until then counts."""
+    """The time that a row has left. Repeats stop when it is over; those measured until then count."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -125,7 +125,7 @@ def serve(
 
 
 def group_parser(description: str | None) -> argparse.ArgumentParser:
-    """What every process of a group is told."""
+    """The settings of every process of a group."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group")
     parser.add_argument("--events", type=Path, required=True, help="where it says what happens")
@@ -241,7 +241,7 @@ class _Child:
             print(seconds, file=self.process.stdin, flush=True)
 
     def said(self) -> list[dict[str, Any]]:
-        """What it has said since the last time."""
+        """Its messages since the last call."""
         if not self._events.exists():
             return []
         with open(self._events, "rb") as file:
@@ -257,7 +257,7 @@ class _Child:
 
 
 class _GroupRun:
-    """What has become of the rows of a group, in one process or in several."""
+    """The results of the rows of a group, from one process or several."""
 
     def __init__(self, group: Group, results: Results, whole: Budget, grace: float) -> None:
         self.group, self.results, self.whole, self.grace = group, results, whole, grace

@@ -26,7 +26,7 @@ ASIDE = "_earlier-"
 TRIAL = "_tmp-trial-"
 ADAPTER_CONFIG = "adapter_config.json"
 
-# What a run, `prune` or `merge` leaves in its folder, and what loading would take for a part of the next model there.
+# Files that a run, `prune` or `merge` leaves in its folder, and that loading would take for a part of the next model.
 LEFT_BY_A_RUN = (
     "config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json", "pytorch_model*",
     ADAPTER_CONFIG, "adapter_model.*", "projectors", "*projector*.safetensors", "*projector*.json", "training_args.bin",

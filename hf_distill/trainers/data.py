@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 # Columns that are a format of TRL's, or a part of one. Of several, one is used, and the rest would disturb it.
 FORMAT_COLUMNS = {"prompt", "completion", "messages", "conversations", "chosen", "rejected"}
-# What is read beside a format.
+# Columns that are read beside those of a format.
 READ_BESIDE = {
     "input_ids": {"labels", "completion_mask", "assistant_masks", "seq_lengths"},
     "text": {"tools", "chat_template_kwargs"},
 }
-TEACHER_COLUMNS = {"teacher_prompt", "teacher_index", "teacher_input_ids", "teacher_labels"}
+READ_BY_TEACHERS = {"teacher_prompt", "teacher_index", "teacher_input_ids", "teacher_labels"}
 # Who has these expects that they change the training.
 EXPECTED_TO_COUNT = {
     "system",
@@ -69,7 +69,7 @@ def check_columns(dataset: AnyDataset, name: str, args: Any, has_formatting: boo
             f"the {name} dataset has the columns {', '.join(sorted(columns))}; it needs {text_field!r}, 'messages', "
             "'prompt' and 'completion', or 'input_ids'. Rename a column, set dataset_text_field or pass formatting_func"
         )
-    refuse_unread(columns, name, TEACHER_COLUMNS)
+    refuse_unread(columns, name, READ_BY_TEACHERS)
     for_tokens = columns & {"labels", "completion_mask", "assistant_masks"}
     is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset")  # pyright: ignore[reportAttributeAccessIssue]
     if for_tokens and not is_prepared and "input_ids" not in columns:
@@ -118,7 +118,7 @@ def tell_columns(dataset: AnyDataset, name: str, args: Any) -> None:
     """Says in one line which columns are read and which are not; a warning if one looks as if it should count."""
     columns = set(next(iter(dataset)))
     used = set(used_format(columns, args.dataset_text_field))
-    read = used | READ_BESIDE["input_ids" if "input_ids" in used else "text"] | TEACHER_COLUMNS
+    read = used | READ_BESIDE["input_ids" if "input_ids" in used else "text"] | READ_BY_TEACHERS
     read = (read | {"teacher"}) if args.teacher_combination == "route" else read - {"teacher_index"}
     if left := sorted(c for c in columns - read if not re.match(r"teacher_\d+_", c)):
         level = logging.WARNING if EXPECTED_TO_COUNT & set(left) else logging.INFO
