@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from hf_distill import speculative
-from hf_distill.modeling import _remembered
+from hf_distill.modeling.probes import remembered
 from hf_distill.speculative import Block, RolloutConfig, completion_hidden, rollout, sample
 from tests.conftest import FAMILIES, make_model
 from tests.speculative_oracle import NARROW, Oracle, softmax
@@ -807,11 +807,11 @@ def test_a_head_that_is_not_known_is_refused(pair):
 def test_a_model_is_tried_out_once(monkeypatch):
     calls = []
 
-    @_remembered
+    @remembered
     def head(model, name):
         calls.append(("head", model))
 
-    @_remembered
+    @remembered
     def cache(model, name):
         calls.append(("cache", model))
 

@@ -1,0 +1,173 @@
+"""What the inner layers compute: hidden states, and keys and values on their way into the attention.
+
+Shapes: B batch, T tokens, N positions, H heads of keys, E width of a head.
+"""
+
+import functools
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_distill.modeling.parts import (
+    backbone,
+    decoder_layers,
+    evaluating,
+    input_device,
+    last_hidden_states,
+    layer_output,
+    num_token_ids,
+    select_positions,
+    trying,
+)
+
+
+class KVCapture:
+    """Keys and values of some layers of a causal language model, as its attention gets them, with their gradient.
+
+    They are taken where every family hands them to the attention function, after key norms, fused projections and
+    adapters, before heads are repeated; so there is one way for all families, with and without gradient checkpointing,
+    and no cache. Keys before the rotary embedding are what the family's own rotary function is given.
+
+        with capture(positions):
+            model(**inputs)
+        keys, values = capture.features(layer)  # (N, F) each
+
+    Args:
+        model (`PreTrainedModel`): with softmax attention in all captured layers.
+        layers (`Iterable[int]`): which layers.
+        kv_positions (`str`): "pre" or "post": keys before or after the rotary embedding.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[int], kv_positions: str = "pre") -> None:
+        self.heads: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values (B, H, T, E) of each layer
+        self.positions: Tensor | None = None
+        self._layers = set(layers)
+        self._pre = kv_positions == "pre"
+        self._modules = {id(module) for module in model.modules()}
+        self._files = {sys.modules[type(m).__module__] for m in model.modules() if hasattr(m, "layer_idx")}
+        self._unrotated: Tensor | None = None
+        self.num_calls: Counter[int] = Counter()  # of each layer's attention
+
+    @contextmanager
+    def __call__(self, positions: Tensor | None = None) -> Iterator[None]:
+        """Within it, the model's forwards are watched; of each layer only flat `positions` (N,) of (B * T) are kept."""
+        self.heads, self.positions, self._unrotated = {}, positions, None
+        with ExitStack() as stack:
+            choose = ALL_ATTENTION_FUNCTIONS.get_interface
+            watched = lambda *args: functools.partial(self._attend, choose(*args))  # noqa: E731
+            stack.enter_context(patch.object(ALL_ATTENTION_FUNCTIONS, "get_interface", watched))
+            for file in self._files:
+                if rotate := getattr(file, "apply_rotary_pos_emb", None):
+                    # Of two models of one file, the second finds the first one's in its place, and its signature.
+                    watched = functools.update_wrapper(functools.partial(self._rotate, rotate), rotate)
+                    stack.enter_context(patch.object(file, "apply_rotary_pos_emb", watched))
+            yield
+
+    def _rotate(self, rotate: Callable, *args, **kwargs):
+        # Most families rotate queries and keys together; some one by one, the keys last.
+        one_by_one = next(iter(inspect.signature(rotate).parameters)) == "x"
+        key = args[0] if one_by_one else args[1]
+        self._unrotated = key.transpose(1, 2) if kwargs.get("unsqueeze_dim") == 2 else key  # (B, H, T, E)
+        return rotate(*args, **kwargs)
+
+    def _attend(self, attend: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
+        layer = getattr(module, "layer_idx", None)
+        unrotated, self._unrotated = self._unrotated, None
+        if id(module) in self._modules and layer in self._layers:
+            kept = key
+            if self._pre and unrotated is not None:
+                # Of a partial rotary embedding only the first numbers of each head go through it.
+                kept = torch.cat([unrotated, key[..., unrotated.shape[-1] :]], -1)
+            # Nothing that autograd would remember may happen here: checkpointing would miss it when it recomputes.
+            self.heads[layer] = kept, value
+            self.num_calls[layer] += 1
+        return attend(module, query, key, value, *args, **kwargs)
+
+    def features(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, H * E) of a layer, at the positions asked for."""
+        keys, values = (heads.transpose(1, 2).flatten(2) for heads in self.heads[layer])  # (B, T, H * E)
+        if self.positions is None:
+            return keys.flatten(0, 1), values.flatten(0, 1)
+        return select_positions(keys, self.positions), select_positions(values, self.positions)
+
+
+def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str, kv_positions: str = "pre") -> dict[int, int]:
+    """The width of the keys of each layer, found by capturing those of a few tokens.
+
+    Raises:
+        `ValueError`: a layer has no keys and values that can be captured: latent (MLA) or no softmax attention.
+    """
+    layers = list(layers)
+    config = model.config.get_text_config()
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ValueError(
+            f"the {name} ({type(model).__name__}) has multi-head latent attention: its keys are made anew from a "
+            "latent vector, so keys and values cannot be compared; distil hidden states instead"
+        )
+    ids = torch.arange(5, device=input_device(model)).unsqueeze(0) % num_token_ids(model)
+    capture = KVCapture(model, layers, kv_positions)
+    refusal = (
+        f"the keys and values of the {name} ({type(model).__name__}) cannot be captured {kv_positions} rotary embedding"
+    )
+    with torch.no_grad(), evaluating(model), capture(), trying(refusal):
+        last_hidden_states(model, input_ids=ids)
+    missing = [layer for layer in layers if layer not in capture.heads]
+    found = {layer: capture.features(layer) for layer in capture.heads}
+    strange = [
+        i
+        for i, (keys, values) in found.items()
+        # Differential attention attends twice, with halves of its values.
+        if len(keys) != 5 or keys.shape != values.shape or capture.num_calls[i] > 1
+    ]
+    if missing or strange:
+        raise ValueError(
+            f"layer {(missing + strange)[0]} of the {name} ({type(model).__name__}) has no keys and values of one "
+            "width per token (a state-space or another attention layer); choose other layers with kv_layers"
+        )
+    return {layer: keys.shape[1] for layer, (keys, _) in found.items()}
+
+
+def hidden_widths(model: PreTrainedModel, layers: Iterable[int], name: str) -> dict[int, int]:
+    """The width of the hidden states after each layer, found with a few tokens.
+
+    Raises:
+        `ValueError`: what comes out of a layer is no vector per token, or not what transformers returns as the hidden
+            states after that layer (after the last one: after the final norm).
+    """
+    called = f"the {name} ({type(model).__name__})"
+    blocks = decoder_layers(model)[1]
+    ids = torch.arange(8, 13, device=input_device(model)).unsqueeze(0) % num_token_ids(model)
+    found: dict[int, list[Any]] = {index: [] for index in range(len(blocks))}
+    with torch.no_grad(), evaluating(model), ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            stack.enter_context(
+                block.register_forward_hook(
+                    lambda _, __, output, index=index: found[index].append(layer_output(output))
+                )
+            )
+        with trying(f"{called} does not return its hidden states, which hidden_weight compares"):
+            outputs = backbone(model)(input_ids=ids, use_cache=False, output_hidden_states=True)
+            states = outputs.hidden_states
+            found[len(blocks) - 1][-1:] = [outputs.last_hidden_state]
+            right = {
+                index: outputs[0].shape[:-1] == ids.shape
+                and len(outputs) == 1
+                and len(states) == len(blocks) + 1
+                and torch.equal(states[index + 1].to(outputs[0].device), outputs[0])
+                for index, outputs in found.items()
+            }
+    if strange := [layer for layer in layers if not right[layer]]:
+        raise ValueError(
+            f"what comes out of layer {strange[0]} of {called} is not the hidden states that it returns for it, "
+            "one vector per token: choose other layers with hidden_layers, or set hidden_weight to 0"
+        )
+    return {layer: found[layer][0].shape[-1] for layer in layers}

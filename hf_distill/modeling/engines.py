@@ -1,0 +1,127 @@
+"""Models inside their engines (DDP, FSDP2, ZeRO-3, bitsandbytes): where weights are whole, and where a loss sees them.
+
+Shapes: B batch, T tokens, D hidden width.
+"""
+
+import copy
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from hf_distill.modeling.parts import backbone, causal_lm, head_layer, head_of, num_token_ids, readable
+from hf_distill.modeling.probes import PASSED
+
+
+@contextmanager
+def gathered(*models: nn.Module) -> Iterator[None]:
+    """Within it, models that ZeRO-3 has split are whole on every process; all processes have to come here."""
+    split = [parameter for model in models for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(split):
+        yield
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module that any engine may have split, whole and on the CPU; all processes have to come here."""
+    with gathered(module):
+        return {
+            name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+            for name, tensor in module.state_dict().items()
+        }
+
+
+class WholeCopy:
+    """A model that its engine will split over processes, whole on each of them for a while: to write text with.
+
+    The engine's hooks stay behind, so the copy's forwards need no other process, which may make more or fewer of them.
+    Between uses it has no weights.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): not prepared by the engine yet; ZeRO-3 may have split it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        nowhere = torch.empty(0, device="meta")
+        memo = {id(p): nn.Parameter(nowhere.to(p.dtype), requires_grad=False) for p in model.parameters()}
+        self._copy = copy.deepcopy(model, memo)
+        self._model = model
+        self._slots = {
+            f"{prefix}.{name}" if prefix else name: (module, name)
+            for prefix, module in self._copy.named_modules(remove_duplicate=False)
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
+
+    @contextmanager
+    def __call__(self, dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
+        """Within it the copy is there, its floating-point weights in `dtype`; all processes have to come here."""
+        whole: dict[int, nn.Parameter] = {}  # tied weights once
+        try:
+            with gathered(self._model):
+                for name, parameter in self._model.named_parameters(remove_duplicate=False):
+                    if (slot := self._slots.get(name.replace("_checkpoint_wrapped_module.", ""))) is None:
+                        continue  # of a projector
+                    if id(parameter) not in whole:
+                        tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.data
+                        tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+                        whole[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+                    slot[0]._parameters[slot[1]] = whole[id(parameter)]
+                self._copy.to(next(iter(whole.values())).device)  # buffers
+                copy_ = causal_lm(self._copy)
+                # The copy of a checked model need not be checked, and could not be: its `forward` is the original's.
+                PASSED[copy_] = PASSED.get(causal_lm(self._model), set())
+                yield copy_
+        finally:
+            for module, name in self._slots.values():
+                module._parameters[name] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+
+
+def expose_hidden_states(model: PreTrainedModel) -> None:
+    """Lets `model(..., with_hidden=function)` return `function(backbone_outputs, head)`, called as the head's forward.
+
+    A loss that reads the head's weight runs in the place of the head, inside the forward of the outermost wrapper: only
+    there DDP, FSDP and ZeRO have the weight whole, and only so do they see its gradient. Without `with_hidden` the
+    forward is the one it was.
+    """
+    original_forward = model.forward
+    num_ids = num_token_ids(model)  # here: in a forward, ZeRO-3 would gather the embeddings to look at their shape
+
+    @functools.wraps(original_forward)
+    def forward(self, *args, with_hidden: Callable | None = None, **kwargs):
+        if isinstance(ids := kwargs.get("input_ids"), Tensor):
+            kwargs["input_ids"] = readable(ids, num_ids)
+        if with_hidden is None:
+            return original_forward(*args, **kwargs)
+        kwargs.pop("labels", None)
+        outputs = backbone(self)(*args, **kwargs, use_cache=False)
+        layer = head_layer(self)
+
+        def in_place_of_logits(hidden: Tensor):
+            outputs.last_hidden_state = hidden  # engines mark what enters a layer
+            return with_hidden(outputs, head_of(self))
+
+        with patch.object(layer, "forward", in_place_of_logits):
+            return layer(outputs.last_hidden_state)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def keep_4bit_weights(model: nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights in place on CPUs with avx512_bf16.
+
+    It does so in the first forward in eval mode; gradients are zero from then on, and saves and merges wrong.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]

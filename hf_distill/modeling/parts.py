@@ -1,0 +1,234 @@
+"""The parts of a transformers model: backbone, head, layers, positions, vocabulary, device.
+
+Shapes: B batch, T tokens, N label-bearing positions, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_distill.losses.fused_linear import Head
+
+# Where a configuration keeps the factor of its logits, and whether the logits are divided by it.
+LOGIT_SCALES = {"logit_scale": False, "output_multiplier": False, "lm_head_multiplier": False, "logits_scaling": True}
+MULTIPLIES_BY_LOGITS_SCALING = {"hyperclovax"}
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside PEFT's wrapper, adapters included; the model itself where there is none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout, and no gradient checkpointing, which would keep the cache empty; afterwards all is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def trying(action: str) -> Iterator[None]:
+    """Within it a model is tried out; an error becomes a `ValueError` that begins with what the model cannot do."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{action}: {type(error).__name__}: {error}") from error
+
+
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """The input embeddings, (V, D)."""
+    with trying(f"{type(model).__name__} has no table of token embeddings and cannot read texts"):
+        return model.get_input_embeddings().weight  # pyright: ignore[reportReturnType]
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model wants its inputs; of an offloaded one, whose weights are elsewhere, where it is computed."""
+    weight = embedding_weight(model)
+    if weight.device.type != "meta":
+        return weight.device
+    return torch.device(model.get_input_embeddings()._hf_hook.execution_device)  # pyright: ignore
+
+
+def num_token_ids(model: PreTrainedModel) -> int:
+    """How many token ids a model has embeddings for, split by ZeRO-3 or not."""
+    weight = embedding_weight(model)
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The module whose output the head is applied to.
+
+    Where `base_model` is the model itself, because its class gives that part another name (Llama 4, Mllama), it is the
+    part with the input embeddings.
+
+    Raises:
+        `ValueError`: there is no such part.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    embeddings = model.get_input_embeddings()
+    for part in model.children():
+        if part is not embeddings and any(module is embeddings for module in part.modules()):
+            return part
+    raise ValueError(
+        f"{type(model).__name__} has no module of its own before its output layer, whose hidden states could be taken; "
+        "this architecture is not supported"
+    )
+
+
+def last_hidden_states(model: PreTrainedModel, *, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+    """What the head is applied to, (B, T, D), without running the head."""
+    return backbone(model)(
+        input_ids=readable(input_ids, num_token_ids(model)), **inputs, use_cache=False
+    ).last_hidden_state
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output layer of a causal language model with its bias, logit scale and soft-cap."""
+    layer, config = _output_layer(model), model.config.get_text_config()
+    return Head(layer.weight, getattr(layer, "bias", None), _logit_scale(config), _softcap(config))
+
+
+def head_layer(model: PreTrainedModel) -> nn.Module:
+    """The layer whose weight `head_of` takes; of a head that PEFT trains (`modules_to_save`) its own copy."""
+    layer = _output_layer(model)
+    return next((part for part in layer.modules() if part._parameters.get("weight") is layer.weight), layer)
+
+
+def _output_layer(model: PreTrainedModel) -> Any:
+    layer = model.get_output_embeddings()
+    if not isinstance(getattr(layer, "weight", None), Tensor):  # several for audio codes, or none
+        raise ValueError(f"{type(model).__name__} has not one output layer over tokens; it is not supported")
+    return layer
+
+
+def _logit_scale(config) -> float:
+    for name, divides in LOGIT_SCALES.items():
+        scale = getattr(config, name, None)
+        if scale is not None:
+            return 1 / scale if divides and config.model_type not in MULTIPLIES_BY_LOGITS_SCALING else scale
+    return 1.0
+
+
+def _softcap(config) -> float | None:
+    return next((cap for name in SOFT_CAPS if (cap := getattr(config, name, None)) is not None), None)
+
+
+def readable(input_ids: Tensor, num_ids: int) -> Tensor:
+    """Token ids with 0 for those that a model of `num_ids` embeddings has none for: padding, which nobody reads.
+
+    A pad token is often added without a row for it, and -1 pads, too. Everything that reads tokens comes through here.
+    """
+    return input_ids.masked_fill((input_ids < 0) | (input_ids >= num_ids), 0)
+
+
+def drop_unreadable_padding(model: PreTrainedModel) -> None:
+    """Takes a pad token that has no embedding out of the configurations: a model saved with it would not load."""
+    for config in (model.config.get_text_config(), model.generation_config):
+        pad = getattr(config, "pad_token_id", None)
+        if pad is not None and not 0 <= pad < num_token_ids(model):
+            config.pad_token_id = None  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def label_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions that predict a label-bearing token, and those tokens.
+
+    Args:
+        labels (`torch.Tensor` of shape `(B, T)`): as a causal language model takes them, not shifted, -100 is masked.
+
+    Returns:
+        Indices `(N,)` into the flattened (B * T) positions, and the labels `(N,)` of the tokens that follow them.
+    """
+    following = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
+    positions = (following != -100).nonzero().squeeze(-1)
+    return positions, following[positions]
+
+
+def select_positions(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Hidden states (B, T, D) at flat positions (N,), as (N, D)."""
+    return hidden.flatten(0, 1).index_select(0, positions.to(hidden.device))
+
+
+def num_layers(config: PreTrainedConfig) -> int:
+    """How many layers a configuration has; `ValueError` where it does not say."""
+    number = getattr(config, "num_hidden_layers", None)
+    if number is None:
+        raise ValueError(
+            f"{config.model_type} does not say how many layers it has (num_hidden_layers), so none can be chosen"
+        )
+    return number
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of a model's layers: the outermost list with as many modules as its configuration has layers."""
+    number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == number]
+    depth = min((name.count(".") for name, _ in lists), default=0)
+    outermost = [(name, blocks) for name, blocks in lists if name.count(".") == depth]
+    if len(outermost) != 1 or model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} has not one list of {number} layers: only decoder-only models have")
+    return outermost[0]
+
+
+def layer_output(output: Any) -> Tensor:
+    """The hidden states in what a layer returns."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def num_positions(model: nn.Module) -> int | None:
+    """How many tokens a model was made for, at most, if its configuration says so; stretched rotary positions count."""
+    config = causal_lm(model).config.get_text_config()
+    size, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    factors = [part.get("factor") or 1 for part in (rope, *rope.values()) if isinstance(part, dict)]
+    return None if size is None else int(size * max(1, *factors))
+
+
+def load_balancing_loss(model: PreTrainedModel, outputs, attention_mask: Tensor | None) -> Tensor:
+    """The auxiliary loss of a mixture-of-experts model, without its coefficient (Switch, 2101.03961, eq. 4)."""
+    # Nearly every family takes this function from Mixtral; `check_load_balancing` finds the others.
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    num_experts = getattr(config, "num_experts", None) or config.num_local_experts
+    return load_balancing_loss_func(outputs.router_logits, num_experts, config.num_experts_per_tok, attention_mask)  # pyright: ignore
+
+
+def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> int:
+    """How many token ids, from 0 on, mean the same to both tokenizers.
+
+    Tokens that one side has added at the end (`<pad>`) do not make another vocabulary.
+
+    Raises:
+        `ValueError`: the vocabularies differ before one of them ends.
+    """
+    student_tokens = {index: token for token, index in student.get_vocab().items()}
+    teacher_tokens = {index: token for token, index in teacher.get_vocab().items()}
+    size = min(max(student_tokens), max(teacher_tokens)) + 1
+    different = [i for i in range(size) if student_tokens.get(i) != teacher_tokens.get(i)]
+    if different:
+        examples = ", ".join(f"{i}: {student_tokens.get(i)!r} / {teacher_tokens.get(i)!r}" for i in different[:5])
+        raise ValueError(
+            f"student and teacher have different vocabularies: {len(different):,} of {size:,} token ids do not mean "
+            f"the same (id: student / teacher: {examples}). Choose a student and a teacher of one family, or let "
+            "KDTrainer align their texts (cross_tokenizer='auto')"
+        )
+    return size
+
+
+def shared_parameters(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Names of the student's trainable parameters whose memory is also the teacher's."""
+    taken = {parameter.data_ptr() for parameter in teacher.parameters() if parameter.numel()}
+    trainable = [(name, p) for name, p in student.named_parameters() if p.requires_grad and p.numel()]
+    return [name for name, parameter in trainable if parameter.data_ptr() in taken]
