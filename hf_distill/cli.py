@@ -48,11 +48,13 @@ from hf_distill.saving import adapters_on, refuse_folder, save_tokenizer, set_as
 from hf_distill.teachers.local import LocalTeacher
 from hf_distill.trainers.checkpoints import find_checkpoint, problem_of
 from hf_distill.trainers.checks import student_tokenizer
-from hf_distill.trainers.config import KDConfig, KVProjectionConfig, SpeculativeKDConfig
+from hf_distill.trainers.config import KDConfig
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
+from hf_distill.trainers.kv_projection_config import KVProjectionConfig
 from hf_distill.trainers.resuming import no_state, other_trainer
 from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
+from hf_distill.trainers.speculative_kd_config import SpeculativeKDConfig
 
 
 @dataclass

@@ -34,7 +34,7 @@ from hf_distill.modeling import (
 from hf_distill.saving import AsItCame, refuse_folder, refuse_moving
 from hf_distill.teachers.local import BASE, public_name
 from hf_distill.token_rows import longest_text
-from hf_distill.trainers.config import KDConfig
+from hf_distill.trainers.config import KDConfig, keywords, skips_preparation
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def named_teachers(
 def refuse_row_columns(dataset: AnyDataset, name: str, args: KDConfig) -> None:
     """Raises `ValueError` where a column for the teachers is missing or could not be followed."""
     columns = set(next(iter(dataset)))
-    is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset")  # pyright: ignore[reportAttributeAccessIssue]
+    is_prepared = skips_preparation(args)
     naming = ["teacher_index"] if is_prepared else ["teacher", "teacher_index"]
     if args.teacher_combination == "route" and not columns & {*naming}:
         raise ValueError(f"teacher_combination='route' needs a column {naming[0]!r} in the {name} dataset")
@@ -421,7 +421,7 @@ def as_it_came(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     config = text_config(model, args)
     if isinstance(model, str):
         try:
-            revision = (args.model_init_kwargs or {}).get("revision") or "main"  # pyright: ignore
+            revision = keywords(args.model_init_kwargs).get("revision") or "main"
             generation_config = GenerationConfig.from_pretrained(model, revision=revision)
         except OSError:  # it has none: transformers makes one of the model's configuration
             generation_config = None
@@ -437,9 +437,9 @@ def text_config(model: str | PreTrainedModel, args: KDConfig, *, is_teacher: boo
         return causal_lm(model).config.get_text_config()
     kwargs: Any = {"trust_remote_code": args.trust_remote_code}
     if is_teacher:
-        kwargs |= args.teacher_model_init_kwargs or {}  # pyright: ignore[reportGeneralTypeIssues]
+        kwargs |= keywords(args.teacher_model_init_kwargs)
     else:
-        kwargs["revision"] = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore[reportAttributeAccessIssue]
+        kwargs["revision"] = keywords(args.model_init_kwargs).get("revision")
     return AutoConfig.from_pretrained(model, **kwargs).get_text_config()
 
 

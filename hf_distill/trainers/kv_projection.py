@@ -19,8 +19,8 @@ from hf_distill.metrics import TokenMeans
 from hf_distill.modeling import KVCapture, causal_lm, evaluating, kv_widths, last_hidden_states, num_layers
 from hf_distill.teachers import Signal
 from hf_distill.trainers.checks import refuse_other_layers
-from hf_distill.trainers.config import KVProjectionConfig
 from hf_distill.trainers.kd import KDTrainer
+from hf_distill.trainers.kv_projection_config import KVProjectionConfig
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from hf_distill.speculative import Block, completion_hidden, rollout
 from hf_distill.teachers import Signal
 from hf_distill.teachers.local import BASE, LocalTeacher, is_split
 from hf_distill.trainers.checks import AnyDataset, text_config
-from hf_distill.trainers.config import HARD_SOURCES, ROLLOUT_SOURCES, SpeculativeKDConfig
 from hf_distill.trainers.data import refuse_unread
 from hf_distill.trainers.kd import KDTrainer
+from hf_distill.trainers.speculative_kd_config import HARD_SOURCES, ROLLOUT_SOURCES, SpeculativeKDConfig
 
 logger = logging.getLogger(__name__)
 

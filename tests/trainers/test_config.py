@@ -8,7 +8,8 @@ import torch
 from transformers import HfArgumentParser
 from trl import SFTConfig
 
-from hf_distill import KDConfig
+import hf_distill
+from hf_distill import KDConfig, trainers
 from hf_distill.losses.divergence import DIVERGENCES
 from hf_distill.trainers.config import checkpointing
 
@@ -38,6 +39,11 @@ def config(**changes) -> KDConfig:
         ({"teacher_quantization": "2bit"}, "one of 4bit, 8bit, got '2bit'"),
         ({"loss_chunk_size": 0}, "loss_chunk_size has to be at least 1, got 0"),
         ({"loss_type": "dft"}, "loss_type='dft'.*Remove it"),
+        ({"divergence_params": [1]}, r"divergence_params has to be JSON such as .*beta.*, got \[1\]"),
+        ({"teacher_model_init_kwargs": "bf16"}, "teacher_model_init_kwargs has to be JSON such as .*, got 'bf16'"),
+        ({"model_init_kwargs": "bf16"}, "model_init_kwargs has to be JSON such as .*, got 'bf16'"),
+        ({"dataset_kwargs": "skip"}, "dataset_kwargs has to be JSON such as .*, got 'skip'"),
+        ({"lr_scheduler_kwargs": "cycles"}, "lr_scheduler_kwargs has to be JSON such as .*, got 'cycles'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported.*Set it to 0"),
     ],
 )
@@ -168,3 +174,11 @@ def test_checkpointing_is_set_by_the_name_that_warns_of_nothing(tmp_path, enable
     args = KDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **checkpointing(enabled))
     assert args.gradient_checkpointing is enabled
     assert [warning for warning in recwarn if "checkpointing" in str(warning.message)] == []
+
+
+@pytest.mark.parametrize("name", ["KVProjectionConfig", "SpeculativeKDConfig"])
+def test_the_old_import_path_of_a_config_gives_the_same_class_and_warns(name):
+    with pytest.warns(DeprecationWarning, match=f"trainers.config.{name} is hf_distill.trainers.*{name} now"):
+        assert getattr(trainers.config, name) is getattr(hf_distill, name)
+    with pytest.raises(ImportError, match="cannot import name 'no_such_name'"):
+        from hf_distill.trainers.config import no_such_name  # noqa: F401

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, TrainerCallback
 
-from hf_distill import KDConfig, KDTrainer
+from hf_distill import KDConfig, KDTrainer, KVProjectionConfig
 from hf_distill.kv_projector import load_projector
 from hf_distill.layer_mapping import linear_cka
 from hf_distill.losses.feature import centered_cosine, effective_rank
 from hf_distill.modeling import cache_keyword
 from hf_distill.trainers.checkpoints import MARK
-from hf_distill.trainers.config import KVProjectionConfig, checkpointing
+from hf_distill.trainers.config import checkpointing
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.losses.oracle import ORACLE

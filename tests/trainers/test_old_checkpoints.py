@@ -79,6 +79,12 @@ def test_goes_on_from_an_old_checkpoint(name, tmp_path):
     assert any(not torch.allclose(before[key], expected[key], atol=1e-2) for key in expected)
 
 
+@pytest.mark.filterwarnings("default:.*KVProjectionConfig is:DeprecationWarning")
+def test_old_arguments_are_read_by_the_path_that_their_class_had():
+    args = torch.load(FOLDER / "kv_with_adapters" / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert type(args) is KVProjectionConfig
+
+
 def write() -> None:
     tokenizer = make_tokenizer(vocab_size=280)
     teacher = make_model("llama", seed=1, vocab_size=280, hidden_size=24, intermediate_size=16)

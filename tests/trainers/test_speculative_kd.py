@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 from hf_distill import LUPICollator, SpeculativeKDConfig, SpeculativeKDTrainer
 from hf_distill.callbacks import RolloutSamplesCallback, _sample
 from hf_distill.metrics import RolloutMeans
-from hf_distill.trainers.config import ROLLOUT_SOURCES
 from hf_distill.trainers.speculative_kd import Row
+from hf_distill.trainers.speculative_kd_config import ROLLOUT_SOURCES
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.losses.oracle import ORACLE
 
