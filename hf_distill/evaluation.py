@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.losses.divergence import DIVERGENCES
-from hf_distill.losses.fused_linear import default_chunk_size
+from hf_distill.losses.head import default_chunk_size
 from hf_distill.metrics import TokenMeans
 from hf_distill.modeling import (
     causal_lm,

@@ -40,22 +40,15 @@ Shapes: N positions of the student, M of the teacher, G groups, Vs and Vt vocabu
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_distill.losses.divergence import DIVERGENCES, LOG_ZERO, check_divergence, temperature_factor
-from hf_distill.losses.fused_linear import (
-    DistillationLoss,
-    Head,
-    HeadGradients,
-    block_rows,
-    check_settings,
-    check_tokens,
-    default_chunk_size,
-)
+from hf_distill.losses.divergence import DIVERGENCES, LOG_ZERO
+from hf_distill.losses.head import Head, HeadGradients, block_rows, default_chunk_size
+from hf_distill.losses.objective import DistillationLoss, Objective, check_tokens
 from hf_distill.metrics import sum_dtype
 from hf_distill.token_alignment import OUTSIDE, UNNAMED, SharedTokens
 
@@ -75,15 +68,44 @@ class Spans(NamedTuple):
 
 
 class AlignedSignal(NamedTuple):
-    """What a teacher with another tokenizer says, at M positions of its own, on the device of the loss."""
+    """What a teacher with another tokenizer says, at M positions of its own."""
 
     hidden: Tensor  # (M, Dt), last hidden states, without gradient
     head: Head
     spans: Spans
     shared: SharedTokens
-    method: str
-    num_exact: Tensor  # label-bearing tokens of the student that face exactly one of the teacher's
+    method: str = "aligned"  # or "uld"
+    num_exact: Tensor | None = None  # label-bearing tokens of the student that face exactly one of the teacher's
     weight: float = 1.0  # its share among several teachers
+
+    def loss(self, hidden: Tensor, head: Head, labels: Tensor, objective: Objective) -> DistillationLoss:
+        """`(kd_weight * T^2 * sum over groups + ce_weight * sum_i CE_1(i)) / num_items` ([`Signal.loss`]).
+
+        Logits exist for one chunk of positions at a time, and the gradient is computed with them in the forward. Rows
+        of the heads past the tokens that `shared` knows are padding; `vocab_size` plays no part.
+
+        Returns:
+            [`DistillationLoss`]. `kd` (without factors of the temperature) is a sum over groups. `agreement` is the
+            number of groups with the same most likely token on both sides, counted among the `num_paired` in which one
+            token faces one token; only there do both say what comes next in the same pieces. `more` has the numbers of
+            the student's tokens that face one token (`alignment/exact_fraction`) and that are compared at all
+            (`alignment/compared_fraction`).
+
+        Raises:
+            `ValueError`: shapes that do not fit, an unknown method, token weights, a token or label that is none.
+        """
+        device = head.weight.device
+        hidden, labels = hidden.to(device), labels.to(device)
+        signal = self._replace(
+            hidden=self.hidden.detach().to(device), head=self.head.to(device),
+            spans=Spans(*(x.to(device) for x in self.spans)), shared=SharedTokens(*(x.to(device) for x in self.shared)),
+        )  # fmt: skip
+        _check_arguments(hidden, head, labels, signal, objective)
+        loss, sums, num_paired = _cross_tokenizer_loss(hidden, head, labels, signal, objective)
+        more = {"alignment/compared_fraction": (signal.spans.student_groups >= 0).sum()}
+        if self.num_exact is not None:
+            more["alignment/exact_fraction"] = self.num_exact
+        return DistillationLoss(loss, *sums[1:].unbind(), num_paired=num_paired, more=more)
 
 
 def uld(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
@@ -109,97 +131,61 @@ def cross_tokenizer_loss(
     spans: Spans,
     shared: SharedTokens,
     *,
-    kd_weight: float = 0.5,
-    temperature: float = 1.0,
     method: str = "aligned",
-    divergence: str = "forward_kl",
-    divergence_params: dict | None = None,
-    num_items: int | float | Tensor | None = None,
-    chunk_size: int | None = None,
-    checked: bool = False,
+    **settings: Any,
 ) -> DistillationLoss:
-    """`(kd_weight * T^2 * sum over groups + (1 - kd_weight) * sum_i CE_1(i)) / num_items` without [N x V] logits.
-
-    It is [`fused_linear_distillation_loss`] for two tokenizers; the hard-label loss is the same. Logits exist for one
-    chunk of positions at a time, and the gradient is computed with them in the forward.
+    """[`~hf_distill.losses.fused_linear.fused_linear_distillation_loss`] for two tokenizers: `AlignedSignal.loss`.
 
     Args:
         student_hidden (`torch.Tensor` of shape `(N, Ds)`), student_head ([`Head`]):
             The student's last hidden states, after its final norm, and its head. They get gradients if they require
             some. Rows of the head past the tokens that `shared` knows are padding.
         teacher_hidden (`torch.Tensor` of shape `(M, Dt)`), teacher_head ([`Head`]):
-            The same of the teacher, on the student's device. Never gets a gradient.
+            The same of the teacher. Never gets a gradient.
         labels (`torch.Tensor` of shape `(N,)`, int64): the student's hard labels, -100 for none.
         spans ([`Spans`]): the tokens that follow the positions, and which of them cover the same text.
         shared ([`~hf_distill.token_alignment.SharedTokens`]): what both vocabularies have in common.
-        kd_weight (`float`): weight of the groups' terms, in [0, 1]; hard labels get `1 - kd_weight`.
-        temperature (`float`): of both distributions, in [1e-4, 1e5].
         method (`str`): "aligned" or "uld".
-        divergence (`str`), divergence_params (`dict`, *optional*): of "aligned"; a name in `DIVERGENCES`.
-        num_items (`int` or scalar tensor, *optional*): the divisor, N by default.
-        chunk_size (`int`, *optional*): positions per chunk; by default as many as fit `CHUNK_BYTES`.
-        checked (`bool`): as in [`~hf_distill.losses.fused_linear.fused_distillation_loss`].
+        settings: those of [`~hf_distill.losses.objective.Objective`], except for token weights.
 
-    Returns:
-        [`DistillationLoss`]. `kd` (without factors of the temperature) is a sum over groups. `agreement` is the number
-        of groups with the same most likely token on both sides, counted among the `num_paired` in which one token
-        faces one token; only there do both say what comes next in the same pieces.
-
-    Raises:
-        `ValueError`: shapes that do not fit, an unknown method or divergence, a number out of its range.
+    Returns and raises what [`AlignedSignal.loss`] does.
     """
-    params = check_divergence(divergence, divergence_params)
-    _check_arguments(
-        student_hidden, student_head, teacher_hidden, teacher_head, labels, spans, shared,
-        kd_weight, temperature, method, chunk_size,
-    )  # fmt: skip
-    if not checked:
-        sizes = len(shared.student_names), len(shared.teacher_names)
-        check_tokens("labels", labels, sizes[0], allowed=-100)
-        check_tokens("student_tokens", spans.student_tokens, sizes[0])
-        check_tokens("teacher_tokens", spans.teacher_tokens, sizes[1])
-    student_ids, teacher_ids, student_names, teacher_names = (x.to(student_hidden.device) for x in shared)
-    student = _side(student_head.with_product_dtype(student_hidden), student_ids, student_names)
-    teacher = _side(teacher_head.with_product_dtype(teacher_hidden), teacher_ids, teacher_names)
+    signal = AlignedSignal(teacher_hidden, teacher_head, spans, shared, method)
+    return signal.loss(student_hidden, student_head, labels, Objective(**settings))
+
+
+def _cross_tokenizer_loss(
+    hidden: Tensor, head: Head, labels: Tensor, signal: AlignedSignal, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the sums (5,) as `_CrossTokenizer` has them, and the number of paired groups."""
+    spans = signal.spans
+    student_ids, teacher_ids, student_names, teacher_names = signal.shared
+    student = _side(head.with_product_dtype(hidden), student_ids, student_names)
+    teacher = _side(signal.head.with_product_dtype(signal.hidden), teacher_ids, teacher_names)
     vocab_size = max(len(student_names), len(teacher_names))
-    if chunk_size is None:
-        chunk_size = default_chunk_size(student_hidden.device, vocab_size)
-    block = block_rows(student_hidden.device, chunk_size, vocab_size)
-    if num_items is None:
-        num_items = max(len(labels), 1)
-    objective = _Objective(
-        _of_outcomes(divergence, params) if method == "aligned" else None,
-        kd_weight * temperature_factor(divergence, temperature), kd_weight * temperature, 1 - kd_weight, temperature,
-    )  # fmt: skip
+    chunk_size = objective.chunk_size or default_chunk_size(hidden.device, vocab_size)
+    block = block_rows(hidden.device, chunk_size, vocab_size)
 
     numbers = torch.unique(spans.student_groups[torch.isin(spans.student_groups, spans.teacher_groups)])
     numbers = numbers[numbers >= 0]  # (G,)
     order, later_groups = _starts_first(spans.student_groups, numbers)  # (N,), (N - G,)
     teacher_order, teacher_later_groups = _starts_first(spans.teacher_groups, numbers)  # (M,), (M - G,)
-    student_hidden, teacher_hidden = student_hidden[order], teacher_hidden.detach()[teacher_order]
+    student_hidden, teacher_hidden = hidden[order], signal.hidden[teacher_order]
     tokens, teacher_tokens = spans.student_tokens[order], spans.teacher_tokens[teacher_order]
     is_paired = _is_single(later_groups, len(numbers)) & _is_single(teacher_later_groups, len(numbers))  # (G,)
-    if method == "uld":
+    if signal.method == "uld":
         # Only first tokens are compared.
         later_groups, teacher_later_groups = (torch.full_like(x, -1) for x in (later_groups, teacher_later_groups))
     settings = objective.temperature, chunk_size, block
-    with torch.autocast(student_hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         starts, later = _group_starts(student_hidden.detach(), tokens, later_groups, student, *settings)
         teacher_starts, _ = _group_starts(teacher_hidden, teacher_tokens, teacher_later_groups, teacher, *settings)
         loss, sums = _CrossTokenizer.apply(
-            student_hidden, student_head.weight, student_head.bias, labels[order], tokens, later, starts,
-            teacher_hidden, teacher_starts, is_paired, student, teacher, objective, num_items, chunk_size, block,
+            student_hidden, head.weight, head.bias, labels[order], tokens, later, starts, teacher_hidden,
+            teacher_starts, is_paired, student, teacher, signal.method, objective, chunk_size, block,
             torch.is_grad_enabled(),
         )  # fmt: skip
-    return DistillationLoss(loss, *sums[1:].unbind(), num_paired=is_paired.sum())
-
-
-class _Objective(NamedTuple):
-    divergence: Callable[[Tensor, Tensor], Tensor] | None  # None: uld
-    divergence_factor: float
-    sorted_factor: float
-    ce_weight: float
-    temperature: float
+    return loss, sums, is_paired.sum()
 
 
 class _Side(NamedTuple):
@@ -331,10 +317,10 @@ def _outcomes(log_probs: Tensor, starts: _Starts, targets: Tensor, side: _Side) 
     return outcomes.scatter(-1, targets, text), log_probs.index_select(-1, side.unnamed)
 
 
-def _of_outcomes(divergence: str, params: dict[str, float]) -> Callable[[Tensor, Tensor], Tensor]:
+def _of_outcomes(objective: Objective) -> Callable[[Tensor, Tensor], Tensor]:
     """The divergence (g,) of log-probabilities (g, outcomes), of which both sides may lack the same."""
-    function = functools.partial(DIVERGENCES[divergence], **params)
-    if divergence != "alpha_beta":
+    function = functools.partial(DIVERGENCES[objective.divergence], **objective.params)
+    if objective.divergence != "alpha_beta":
         return function
 
     def of_outcomes(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
@@ -352,7 +338,7 @@ def _compare(
     teacher_starts: _Starts,
     student: _Side,
     teacher: _Side,
-    divergence: Callable[[Tensor, Tensor], Tensor] | None,
+    divergence: Callable[[Tensor, Tensor], Tensor] | None,  # None: uld
 ) -> tuple[Tensor, Tensor]:
     """The two terms of each group (g,), from log-probabilities (g, Vs) and (g, Vt) of its first tokens."""
     if divergence is None:
@@ -376,7 +362,8 @@ def _compare(
 
 def _group_terms(
     student_logits: Tensor, teacher_logits: Tensor, student_starts: _Starts, teacher_starts: _Starts,
-    is_paired: Tensor, student: _Side, teacher: _Side, objective: _Objective,
+    is_paired: Tensor, student: _Side, teacher: _Side, divergence: Callable[[Tensor, Tensor], Tensor] | None,
+    objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The weighted loss of a block of groups, the sum of its terms, and how many paired ones both would begin alike.
 
@@ -390,13 +377,13 @@ def _group_terms(
     # Likeliest tokens that only begin with one name are two texts.
     student_name, teacher_name = student.own[student_logits.argmax(-1)], teacher.own[teacher_logits.argmax(-1)]
     agreement = (is_paired & (student_name == teacher_name) & (student_name < len(student.ids))).sum()
-    divergence, distance = _compare(
+    value, distance = _compare(
         student_logits.log_softmax(-1), teacher_logits.log_softmax(-1),
-        student_starts, teacher_starts, student, teacher, objective.divergence,
+        student_starts, teacher_starts, student, teacher, divergence,
     )  # fmt: skip
-    divergence, distance = divergence.sum(), distance.sum()
-    loss = objective.divergence_factor * divergence + objective.sorted_factor * distance
-    return loss, divergence + distance, agreement
+    value, distance = value.sum(), distance.sum()
+    loss = objective.kd_factor * value + objective.kd_weight * objective.temperature * distance
+    return loss, value + distance, agreement
 
 
 def _hard_terms(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -417,13 +404,14 @@ class _CrossTokenizer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, hidden, weight, bias, labels, tokens, later: _Later, starts: _Starts, teacher_hidden,
-        teacher_starts: _Starts, is_paired, student: _Side, teacher: _Side, objective: _Objective, num_items,
+        teacher_starts: _Starts, is_paired, student: _Side, teacher: _Side, method: str, objective: Objective,
         chunk_size: int, block: int, grad_enabled: bool,
     ):  # fmt: skip
         needs = [needed and grad_enabled for needed in ctx.needs_input_grad[:3]]
         gradients = HeadGradients(student.head, (hidden, weight, bias), needs)
         sum_dtype = gradients.sum_dtype
         sums = hidden.new_zeros(5, dtype=sum_dtype)
+        divergence = _of_outcomes(objective) if method == "aligned" else None
         # (G,): the gradients of these two are handed on to the later positions.
         of_groups = starts.log_continuation.requires_grad_(), starts.log_other.requires_grad_()
         group_gradients = [torch.zeros_like(x) for x in of_groups]
@@ -452,9 +440,9 @@ class _CrossTokenizer(torch.autograd.Function):
                 loss, kd, agreement = _group_terms(
                     logits, teacher_logits[part.start - rows.start : part.stop - rows.start],
                     _Starts(*(x[part] for x in starts)), _Starts(*(x[part] for x in teacher_starts)),
-                    is_paired[part], student, teacher, objective,
+                    is_paired[part], student, teacher, divergence, objective,
                 )  # fmt: skip
-                return loss + objective.ce_weight * ce, kd, ce, agreement, entropy
+                return loss + objective.hard_weight * ce, kd, ce, agreement, entropy
 
             differentiate(rows, terms)
 
@@ -466,7 +454,7 @@ class _CrossTokenizer(torch.autograd.Function):
             # The 0 at the end is that of no group, -1.
             of_continuation, of_other = (F.pad(gradient, (0, 1))[groups] for gradient in group_gradients)
             for_gradient = ((of_continuation + of_other * as_hit) * hit + of_other * as_first_miss * miss).sum()
-            loss = objective.ce_weight * ce + for_gradient - for_gradient.detach()
+            loss = objective.hard_weight * ce + for_gradient - for_gradient.detach()
             return loss, none, ce, none, entropy
 
         num_groups, none = len(starts.tokens), sums.new_zeros(())
@@ -475,30 +463,28 @@ class _CrossTokenizer(torch.autograd.Function):
         for rows in _slices(num_groups, len(labels), chunk_size):
             differentiate(rows, later_terms)
 
-        ctx.gradients, ctx.num_items = gradients, num_items
+        ctx.gradients, ctx.divisor = gradients, objective.divisor(len(labels))
         ctx.mark_non_differentiable(sums)
-        return sums[0] / num_items, sums
+        return sums[0] / ctx.divisor, sums
 
     @staticmethod
     def backward(ctx, grad_loss, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *ctx.gradients.handed_out(grad_loss / ctx.num_items), *(None,) * 14
+        return *ctx.gradients.handed_out(grad_loss / ctx.divisor), *(None,) * 14
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
 
 
-def _check_arguments(
-    student_hidden, student_head: Head, teacher_hidden, teacher_head: Head, labels, spans: Spans,
-    shared: SharedTokens, kd_weight, temperature, method, chunk_size,
-) -> None:  # fmt: skip
-    sides = (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head))
-    for (side, hidden, head), ids, names in zip(sides, shared[:2], shared[2:], strict=True):
-        weight = head.weight
-        if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+def _check_arguments(hidden: Tensor, head: Head, labels: Tensor, signal: AlignedSignal, objective: Objective) -> None:
+    shared, spans = signal.shared, signal.spans
+    sides = (("student", hidden, head), ("teacher", signal.hidden, signal.head))
+    for (side, states, of_side), ids, names in zip(sides, shared[:2], shared[2:], strict=True):
+        weight = of_side.weight
+        if states.dim() != 2 or weight.dim() != 2 or states.shape[1] != weight.shape[1]:
             raise ValueError(
                 f"{side}_hidden has to be (n, D) and the weight of {side}_head (V, D), "
-                f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+                f"got {tuple(states.shape)} and {tuple(weight.shape)}"
             )
         if len(names) > len(weight):
             raise ValueError(
@@ -508,9 +494,15 @@ def _check_arguments(
         if len(ids) != len(shared[0]):
             raise ValueError(f"shared has {len(shared[0])} tokens of the student for {len(ids)} of the teacher")
     for name, tensor in {"labels": labels, **spans._asdict()}.items():
-        num_rows = len(teacher_hidden if name.startswith("teacher") else student_hidden)
+        num_rows = len(signal.hidden if name.startswith("teacher") else hidden)
         if tensor.shape != (num_rows,):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the hidden states have {num_rows} rows")
-    if method not in METHODS:
-        raise ValueError(f"method has to be one of {', '.join(METHODS)}, got {method!r}")
-    check_settings(kd_weight, temperature, chunk_size)
+    if signal.method not in METHODS:
+        raise ValueError(f"method has to be one of {', '.join(METHODS)}, got {signal.method!r}")
+    if objective.token_weights is not None:
+        raise ValueError("token_weights weigh positions; with another tokenizer, groups are compared: pass None")
+    if not objective.checked:
+        sizes = len(shared.student_names), len(shared.teacher_names)
+        check_tokens("labels", labels, sizes[0], allowed=-100)
+        check_tokens("student_tokens", spans.student_tokens, sizes[0])
+        check_tokens("teacher_tokens", spans.teacher_tokens, sizes[1])

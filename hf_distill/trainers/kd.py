@@ -418,7 +418,7 @@ class KDTrainer(SFTTrainer):
                     method=signal.method, **options,
                 )  # fmt: skip
                 results.append((signal.weight, found))
-        names = DistillationLoss._fields
+        names = DistillationLoss._fields[:-1]
         return {name: sum(weight * getattr(found, name) for weight, found in results) for name in names}  # pyright: ignore
 
     def layer_mappings(self) -> dict[str, LayerMapping]:
