@@ -29,6 +29,7 @@ from hf_distill.modeling import (
     keep_4bit_weights,
     label_positions,
     last_hidden_states,
+    num_positions,
     num_token_ids,
     select_positions,
 )
@@ -167,7 +168,7 @@ def window_length(model: PreTrainedModel, max_length: int | None, stride: int | 
         `ValueError`: windows that predict nothing, or a stride after which a token would be left out.
     """
     if max_length is None:
-        max_length = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+        max_length = num_positions(model)
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length has to be at least 2, a token and the one it predicts; got {max_length}")
     if stride is None:

@@ -32,6 +32,7 @@ from hf_distill.modeling import (
     keep_4bit_weights,
     last_hidden_states,
     layer_output,
+    num_positions,
     num_token_ids,
     trying,
 )
@@ -80,7 +81,7 @@ def rank_layers(
         tokenizer: the model's.
         num_layers (`int`): how many layers are to go, at least 1, not all.
         batch_size (`int`): rows per forward; (batch_size, L + 1, D) is all that is kept of it.
-        max_length (`int`): tokens at which rows are cut.
+        max_length (`int`): tokens at which rows are cut, at most as many as the model has positions.
 
     Raises:
         `ValueError`: too many layers or none, no row, or a row without any of the columns above; layers that do not
@@ -91,6 +92,7 @@ def rank_layers(
     _, blocks = decoder_layers(model)
     if not 1 <= num_layers < len(blocks):
         raise ValueError(f"num_layers has to be at least 1 and below {len(blocks)}, all layers; got {num_layers}")
+    max_length = min(max_length, num_positions(model) or max_length)
     total, count = torch.zeros(len(blocks) - num_layers + 1, dtype=torch.float64), 0
     device = embedding_weight(model).device
     refusal = f"the layers of a {type(model).__name__} cannot be ranked by how they turn the hidden states"

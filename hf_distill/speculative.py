@@ -27,6 +27,7 @@ from hf_distill.modeling import (
     ensure,
     evaluating,
     head_of,
+    num_positions,
     num_token_ids,
 )
 
@@ -366,7 +367,7 @@ def _check_prompts(side: str, model: PreTrainedModel, ids: Tensor, mask: Tensor,
     for strange in (int(ids[real].max()), int(ids[real].min())):
         if not 0 <= strange < num_token_ids(model):
             raise ValueError(f"the {side}'s prompts have token id {strange}, but it has {num_token_ids(model)} ids")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = num_positions(model)
     if positions is not None and (needed := int(real.sum(1).max()) + max_new_tokens) > positions:
         raise ValueError(
             f"the longest {side} prompt and max_new_tokens={max_new_tokens} make {needed} tokens, but the {side} has "

@@ -6,7 +6,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 
 from hf_distill import evaluate_fidelity, evaluation
-from hf_distill.evaluation import perplexity
+from hf_distill.evaluation import perplexity, window_length
 from hf_distill.losses.fused_linear import Head
 from tests.conftest import SENTENCES, make_model
 
@@ -218,6 +218,11 @@ def test_the_models_own_positions_are_the_window_by_default(tokenizer, long_ids)
     model = make_model("gpt2", n_positions=24)  # has no embedding for a later position
     rows = Dataset.from_dict({"input_ids": [long_ids]})
     assert perplexity(model, rows, tokenizer) == perplexity(model, rows, tokenizer, max_length=24, stride=12)
+
+
+def test_stretched_positions_belong_to_the_window():
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256, "rope_theta": 1e4}
+    assert window_length(make_model(rope_parameters=yarn), None, 300) == 512
 
 
 def test_logits_exist_for_one_chunk_of_positions_at_a_time(tokenizer, text_dataset, monkeypatch):

@@ -520,6 +520,12 @@ def test_layers_that_do_nothing_rank_first(tokenizer):
     torch.testing.assert_close(logits(drop_layers(model, best.layers)), logits(model))
 
 
+def test_rows_are_ranked_up_to_the_last_position_that_the_model_has(tokenizer):
+    model = make_model("gpt2", n_layer=3, n_positions=8)  # has no embedding for a later position
+    rows = Dataset.from_dict({"text": SENTENCES})
+    assert rank_layers(model, rows, tokenizer, 1) == rank_layers(model, rows, tokenizer, 1, max_length=8)
+
+
 def test_every_batch_is_read_once_whatever_the_number_of_spans(tokenizer):
     model = make_model(num_hidden_layers=5)
     rows = []

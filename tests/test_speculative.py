@@ -755,6 +755,14 @@ def test_the_last_position_can_be_written(pair):
     assert texts(run(pair, GREEDY, [[3] * (256 - NEW)], eos=NO_EOS))[0]
 
 
+def test_stretched_positions_can_be_written_and_no_more(pair):
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256, "rope_theta": 1e4}
+    stretched = make_model("llama", vocab_size=VOCAB, rope_parameters=yarn)
+    run((stretched, stretched), GREEDY, [[3] * (512 - NEW)], eos=NO_EOS)
+    with pytest.raises(ValueError, match="make 513 tokens, but the student has 512 positions"):
+        run((stretched, stretched), GREEDY, [[3] * (513 - NEW)])
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_malformed_prompts_are_refused_in_words(pair, side):
     ids, mask = padded(PROMPTS)

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, N label-bearing positions, D hidden width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,11 @@ from hf_distill.losses.fused_linear import Head
 # Where a configuration keeps the factor of its logits, and whether the logits are divided by it.
 LOGIT_SCALES = {"logit_scale": False, "output_multiplier": False, "lm_head_multiplier": False, "logits_scaling": True}
 MULTIPLIES_BY_LOGITS_SCALING = {"hyperclovax"}
+# Where a configuration keeps the number of positions.
+LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+# Rotary embeddings that are stretched beyond the length in the configuration. That of the others (llama3, longrope) is
+# the stretched one; YaRN is written in both ways.
+STRETCHED_BY_FACTOR = {"linear", "dynamic", "proportional"}
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
@@ -187,12 +192,45 @@ def layer_output(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def num_positions(model: nn.Module) -> int | None:
-    """How many tokens a model was made for, at most, if its configuration says so; stretched rotary positions count."""
-    config = causal_lm(model).config.get_text_config()
-    size, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
-    factors = [part.get("factor") or 1 for part in (rope, *rope.values()) if isinstance(part, dict)]
-    return None if size is None else int(size * max(1, *factors))
+def num_positions(model: nn.Module | PreTrainedConfig) -> int | None:
+    """The number of tokens that a model was made to read; None where nothing limits it (ALiBi, recurrent models).
+
+    A table of positions ends there, and a longer text is an error or, on a GPU, the end of the process. Rotary
+    embeddings go on beyond it, with poor predictions. Some configurations state the length with the stretching of the
+    rotary embedding, others without; where layers differ, the shortest length counts.
+
+    Args:
+        model (`nn.Module` or `PreTrainedConfig`): a table that keeps rows for padding (RoBERTa) is found in the model.
+    """
+    config = model if isinstance(model, PreTrainedConfig) else causal_lm(model).config
+    config = config.get_text_config()
+    size = next((size for name in LENGTHS if (size := getattr(config, name, None))), None)
+    if size is None or size < 0 or getattr(config, "alibi", False):
+        return None
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_layer_type = [part for part in rope.values() if isinstance(part, dict)]
+    size = min(_stretched(size, part) for part in by_layer_type or [rope])
+    if isinstance(model, nn.Module):
+        size = min([size, *_table_lengths(model)])
+    return size
+
+
+def _stretched(size: int, rope: Mapping[str, Any]) -> int:
+    """The length up to which a rotary embedding is stretched, where the configuration states `size`."""
+    factor = rope.get("factor") or 1.0
+    rope_type = rope.get("rope_type") or rope.get("type")
+    if rope_type == "yarn":
+        # Qwen's `size` is without stretching, and not always the original length; DeepSeek's is with it.
+        return max(size, int((rope.get("original_max_position_embeddings") or size) * factor))
+    # Dynamic scaling is computed anew for any length; its factor says how far it was meant to go.
+    return max(size, int(size * factor)) if rope_type in STRETCHED_BY_FACTOR else size
+
+
+def _table_lengths(model: nn.Module) -> Iterator[int]:
+    """The lengths of tables of positions whose first rows, up to that of the padding token, are for padding."""
+    for name, table in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            yield table.num_embeddings - table.padding_idx - 1
 
 
 def load_balancing_loss(model: PreTrainedModel, outputs, attention_mask: Tensor | None) -> Tensor:

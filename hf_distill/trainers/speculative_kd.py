@@ -17,7 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from hf_distill.collators import PromptCollator, pad_prompts, warn_of_truncation
 from hf_distill.losses.fused_linear import TeacherSignal, fused_distillation_loss
 from hf_distill.metrics import RolloutMeans
-from hf_distill.modeling import WholeCopy, causal_lm, check_cache
+from hf_distill.modeling import WholeCopy, causal_lm, check_cache, num_positions
 from hf_distill.speculative import Block, completion_hidden, rollout
 from hf_distill.teachers import Signal
 from hf_distill.teachers.local import BASE, LocalTeacher, is_split
@@ -172,7 +172,7 @@ class SpeculativeKDTrainer(KDTrainer):
         }
         function = partial(
             _encode, collator=collator, vocab_size=self.vocab_size,
-            positions={side: getattr(config, "max_position_embeddings", None) for side, config in configs.items()},
+            positions={side: num_positions(config) for side, config in configs.items()},
             max_new_tokens=args.max_new_tokens, dataset_name=dataset_name,
             needs_completion=self._mixes["train" if dataset_name == "train" else "eval"].get("dataset", 0) > 0,
         )  # fmt: skip

@@ -160,3 +160,109 @@ def test_positions_are_those_of_the_configuration_stretched_by_its_rotary_embedd
     assert num_positions(make_model("llama")) == 256
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "rope_theta": 10_000.0}
     assert num_positions(make_model("llama", rope_parameters=yarn)) == 1024
+
+
+# What the configurations on the hub say, and the length that their model cards state.
+PUBLISHED = {
+    "Llama-3.1-8B": (
+        "llama", 131_072, 131_072,
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 8192},
+    ),
+    "Llama-3.2-1B": (  # 32 * 8192 would be twice its length
+        "llama", 131_072, 131_072,
+        {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 8192},
+    ),
+    "Qwen2.5-7B-Instruct, its card's YaRN": (
+        "qwen2", 32_768, 131_072, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768},
+    ),
+    "Qwen3-8B, its card's YaRN": (
+        "qwen3", 40_960, 131_072, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768},
+    ),
+    "YaRN that leaves out the original length": ("qwen2", 32_768, 131_072, {"rope_type": "yarn", "factor": 4.0}),
+    "DeepSeek-V3": (
+        "deepseek_v3", 163_840, 163_840,
+        {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0},
+    ),
+    "gpt-oss-20b": (
+        "gpt_oss", 131_072, 131_072,
+        {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
+    ),
+    "vicuna-7b-v1.5-16k": ("llama", 4096, 16_384, {"type": "linear", "factor": 4.0}),
+    "dynamic": ("llama", 2048, 4096, {"type": "dynamic", "factor": 2.0}),
+    "Qwen3-8B as it comes": ("qwen3", 40_960, 40_960, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", sorted(PUBLISHED))
+def test_number_of_positions_is_the_length_on_the_model_card(model):
+    family, max_position_embeddings, expected, rope_scaling = PUBLISHED[model]
+    config = AutoConfig.for_model(
+        family, max_position_embeddings=max_position_embeddings, rope_theta=1e6, rope_scaling=rope_scaling
+    )
+    assert num_positions(config) == expected
+
+
+def test_number_of_positions_of_longrope_is_stretched_already():
+    """As in Phi-3-mini-128k-instruct."""
+    factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    config = AutoConfig.for_model(
+        "phi3", max_position_embeddings=131_072, original_max_position_embeddings=4096, rope_theta=1e4,
+        rope_scaling={"type": "longrope", **factors},
+    )  # fmt: skip
+    assert num_positions(config) == 131_072
+
+
+def test_number_of_positions_is_that_of_the_least_stretched_layers():
+    """As in gemma-3-4b-it: the layers with full attention are stretched, to the length in the configuration."""
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    }
+    text = {"max_position_embeddings": 131_072, "rope_parameters": rope}
+    assert num_positions(AutoConfig.for_model("gemma3_text", **text)) == 131_072
+    assert num_positions(AutoConfig.for_model("gemma3", text_config=text)) == 131_072
+    rope["sliding_attention"] = dict(rope["full_attention"])
+    assert num_positions(AutoConfig.for_model("gemma3_text", **text)) == 8 * 131_072
+
+
+def test_layers_without_rotary_embedding_limit_no_length():
+    """As in BeamForCausalLM, whose layers with full attention have none."""
+    config = tiny_model("beam").config
+    assert config.rope_parameters["full_attention"] is None
+    assert num_positions(config) == 256
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", "gpt2", "gptj", "mpt", "openai-gpt", "opt", "roberta", "xlm", "xlm-roberta"]
+)
+def test_number_of_positions_of_a_table_is_what_the_model_can_read(family):
+    model = tiny_model(family)
+    limit = num_positions(model)
+    last_hidden_states(model, input_ids=torch.full((1, limit), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        last_hidden_states(model, input_ids=torch.full((1, limit + 1), 5))
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "mamba", "xlnet"])
+def test_models_that_read_any_length_have_no_number_of_positions(family):
+    model = tiny_model(family)
+    if family == "falcon":
+        model.config.alibi = True
+        model = type(model)(model.config).eval()
+    assert num_positions(model) is None
+    assert num_positions(model.config) is None
+    last_hidden_states(model, input_ids=torch.full((1, 600), 5))
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "llama3"])
+def test_rotary_positions_go_on_past_their_number(rope_type):
+    rope = {"rope_type": rope_type, "factor": 2.0, "rope_theta": 1e4}
+    if rope_type in ("yarn", "llama3"):
+        rope["original_max_position_embeddings"] = 32
+    if rope_type == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = make_model("llama", max_position_embeddings=64, rope_parameters=rope)
+    assert num_positions(model) == {"linear": 128, "dynamic": 128, "yarn": 64, "llama3": 64}[rope_type]
+    last_hidden_states(model, input_ids=torch.full((1, 300), 5))

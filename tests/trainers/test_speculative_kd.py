@@ -516,6 +516,16 @@ def test_packing_is_refused_in_words(tmp_path, field):
         SpeculativeKDConfig(**settings(tmp_path, **{field: True}))
 
 
+def test_stretched_positions_count_for_prompts(tmp_path, tokenizer, teacher):
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256, "rope_theta": 1e4}
+    stretched, other = (make_model(seed=seed, rope_parameters=yarn) for seed in (3, 4))
+    rows = Dataset.from_dict({"prompt": SENTENCES})
+    with pytest.raises(ValueError, match="do not fit the student's 512 positions"):
+        make_trainer(tmp_path, stretched, other, rows, tokenizer, max_new_tokens=506)
+    with pytest.raises(ValueError, match="do not fit the teacher's 256 positions"):
+        make_trainer(tmp_path, stretched, teacher, rows, tokenizer, max_new_tokens=250)
+
+
 ROWS = {
     "row 1 of the train dataset has no prompt": [{"prompt": "The"}, {"prompt": ""}],
     "the train dataset is empty": [],
