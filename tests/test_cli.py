@@ -5,7 +5,7 @@ import yaml
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM
 
-from hf_distill import cli
+from hf_distill import KDTrainer, cli
 from tests.conftest import SENTENCES
 
 
@@ -108,7 +108,7 @@ def test_skd_gives_knowledge_to_the_teacher_alone(folder, tmp_path, monkeypatch)
     few_shot = [{"query": "Who?", "knowledge": "Tom ran.", "answer": "Tom."}]
     (tmp_path / "few_shot.json").write_text(json.dumps(few_shot))
     trainers = []
-    monkeypatch.setattr(cli, "run_skd", trainers.append)
+    monkeypatch.setattr(cli.training, "run_skd", trainers.append)
     lupi = {"knowledge_column": "knowledge", "system_prompt": "Read.", "few_shot": tmp_path / "few_shot.json"}
     lupi |= {"knowledge_template": "{query} ({knowledge})", "completion_column": "answer", "max_prompt_length": 200}
     cli.main(["skd", *options(folder, dataset=folder / "facts.jsonl", output_dir=tmp_path, **lupi, **WRITTEN)])
@@ -172,7 +172,7 @@ def test_an_error_of_the_training_itself_keeps_its_traceback(folder, tmp_path, m
     def fail(self, *_, **__):
         raise ValueError("in the middle")
 
-    monkeypatch.setattr(cli.KDTrainer, "training_step", fail)
+    monkeypatch.setattr(KDTrainer, "training_step", fail)
     with pytest.raises(ValueError, match="in the middle"):
         cli.main(["kd", *options(folder, output_dir=tmp_path)])
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_distill import cli
+from hf_distill import KDTrainer, cli
 from hf_distill.report import COMPARED_COLUMNS, RUN_FILES, compare_runs, save_comparison, save_settings
 from tests.test_cli import options
 
@@ -127,7 +127,7 @@ def test_an_unfinished_run_leaves_no_settings(folder, tmp_path, monkeypatch):
     def stop(self, *_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.KDTrainer, "training_step", stop)
+    monkeypatch.setattr(KDTrainer, "training_step", stop)
     with pytest.raises(SystemExit):
         cli.main(["kd", *options(folder, output_dir=tmp_path)])
     assert not (tmp_path / "settings.json").exists()

@@ -1,0 +1,110 @@
+"""The command line, `hf-distill`: one row of `COMMANDS` for each command. Parse, then one call."""
+
+import argparse
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from trl import ModelConfig, TrlParser
+
+from hf_distill.cli.arguments import (
+    CompareArguments,
+    DemoArguments,
+    KVArguments,
+    MergeArguments,
+    PruneArguments,
+    SKDArguments,
+    StagedArguments,
+)
+from hf_distill.cli.pruning import merge, prune
+from hf_distill.cli.training import start_kd, start_kv, start_skd
+from hf_distill.report import save_comparison
+from hf_distill.trainers.config import KDConfig
+from hf_distill.trainers.kv_projection_config import KVProjectionConfig
+from hf_distill.trainers.speculative_kd_config import SpeculativeKDConfig
+
+
+def demo(arguments: DemoArguments) -> Callable[[], None]:
+    """Distils the packaged teacher; exits with an error if hard labels alone do as well."""
+    return partial(_run_demo, arguments.output_dir)
+
+
+def _run_demo(folder: str) -> None:
+    from hf_distill.demo import run_demo
+
+    results = run_demo(folder)
+    if results["distilled"]["student_perplexity"] >= results["hard labels only"]["student_perplexity"]:
+        sys.exit("distillation did not win: please report this with the table above")
+
+
+def compare(arguments: CompareArguments, words: Namespace) -> None:
+    """Puts finished runs side by side."""
+    save_comparison(arguments.output_dir, words.runs)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `hf-distill`.
+
+    Args:
+        help: its line in `hf-distill --help`.
+        options: dataclasses; each of their fields is an option.
+        start: Called with an instance of each; `ValueError` becomes one line on the screen. It may return a run: an
+            error there keeps its traceback.
+        words: names and help of words without an option. `start` is called with a namespace of them, too.
+    """
+
+    help: str
+    options: tuple[Any, ...]
+    start: Callable[..., Callable[[], None] | None]
+    words: Mapping[str, str] = field(default_factory=dict)
+
+
+COMMANDS = {
+    "demo": Command("distil the packaged teacher, offline, on a CPU, in three minutes", (DemoArguments,), demo),
+    "kd": Command(
+        "distil a student; --help lists all options", (StagedArguments, KDConfig, ModelConfig), start_kd
+    ),
+    "kv": Command(
+        "with the teacher's keys and values beside its logits", (KVArguments, KVProjectionConfig, ModelConfig), start_kv
+    ),
+    "skd": Command(
+        "on text that student and teacher write together", (SKDArguments, SpeculativeKDConfig, ModelConfig), start_skd
+    ),
+    "prune": Command("drop the layers that change least, keep them as bundles", (PruneArguments,), prune),
+    "merge": Command("merge an adapter into its base model", (MergeArguments,), merge),
+    "compare": Command(
+        "put finished runs side by side: settings, fidelity, tokens, time", (CompareArguments,), compare,
+        words={"runs": "output directories of kd, kv or skd"},
+    ),
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `hf-distill`."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="hf-distill", description="Distil causal language models.")
+    names = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
+    for name, command in COMMANDS.items():
+        names.add_parser(name, help=command.help, add_help=False)
+    name = parser.parse_args(argv[:1]).command
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_distill").setLevel(logging.INFO)
+
+    command = COMMANDS[name]
+    options = TrlParser(command.options, prog=f"hf-distill {name}")
+    for word, help_text in command.words.items():
+        options.add_argument(word, nargs="+", help=help_text)
+    try:
+        run = command.start(*options.parse_args_and_config(argv[1:]))
+    except ValueError as error:
+        options.exit(2, f"{options.prog}: error: {error}\n")
+    if run is not None:
+        try:
+            run()
+        except KeyboardInterrupt:
+            sys.exit(130)  # the trainer has said where the student is

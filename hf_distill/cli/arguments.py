@@ -1,0 +1,144 @@
+"""Options of the commands, beside those of the trainers (`KDConfig` and its kin) and of TRL's `ModelConfig`."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DemoArguments:
+    """Where the demo goes."""
+
+    output_dir: str = field(default="demo_out", metadata={"help": "Where student, table and picture go."})
+
+
+@dataclass
+class KDArguments:
+    """Models and data of `kd`, `kv` and `skd`."""
+
+    model: str = field(metadata={"help": "The student: hub id or local path."})
+    teacher_model: list[str] = field(
+        metadata={"help": "The teacher: hub id, local path, or `base`, the student's own base model; or several."}
+    )
+    dataset: str = field(
+        metadata={"help": "Training rows: hub id, local folder, .jsonl, .json, .parquet or .csv file."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    train_split: str = field(
+        default="train",
+        metadata={"help": "Split of the dataset to train on, or a part of it: `train[:20000]`, `train[:90%%]`."},
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out rows, as `dataset`. Default: the eval split of the dataset itself."}
+    )
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split of the held-out rows, or a part of it. Default: `test`, if there is one."},
+    )
+    max_eval_rows: int = field(default=500, metadata={"help": "Held-out rows used before and after the training."})
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt of a row, columns in braces: 'Context: {context}\\nQuestion: {question}\\nAnswer:'; the "
+            "two characters \\n are a new line."
+        },
+    )
+    completion_template: str | None = field(
+        default=None,
+        metadata={"help": "Completion of a row, with prompt_template and in its form: ' {answers[text][0]}'."},
+    )
+
+
+@dataclass
+class StagedArguments(KDArguments):
+    """Models and data of `kd`, and the stage of a pruned student."""
+
+    stage: str | None = field(
+        default=None,
+        metadata={"help": "Bundle of layers that is restored first; adapters are trained on these layers alone."},
+    )
+    bundle_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the bundles, with stage: `bundles` in the output of `prune`."}
+    )
+
+
+@dataclass
+class KVArguments(KDArguments):
+    """Models and data of `kv`."""
+
+    cosine_steps: int = field(
+        default=50, metadata={"help": "Show the cosine of keys and values and its phase every this many steps."}
+    )
+
+
+@dataclass
+class SKDArguments(KDArguments):
+    """Models and prompts of `skd`, and the text that only the teacher reads."""
+
+    knowledge_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of what only the teacher reads (LUPI). Default: rows have `prompt` or `messages`."},
+    )
+    query_column: str = field(default="query", metadata={"help": "Column of the question, with knowledge_column."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompt, without knowledge_column."})
+    completion_column: str | None = field(
+        default=None, metadata={"help": "Column of reference answers, for the source `dataset`."}
+    )
+    as_chat: bool = field(
+        default=False,
+        metadata={"help": "Whether a prompt that is text is the user's message, and a completion the assistant's."},
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "First message to the teacher."})
+    few_shot: str | None = field(
+        default=None, metadata={"help": "JSON file: a list of turns with query, knowledge and answer, for the teacher."}
+    )
+    knowledge_template: str | None = field(
+        default=None, metadata={"help": "The teacher's message, with {knowledge} and {query}."}
+    )
+    allow_missing_knowledge: bool = field(
+        default=False, metadata={"help": "Whether the teacher of a row without knowledge reads the bare query."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Tokens of the teacher's prompt at most; knowledge is cut to fit."}
+    )
+    samples_steps: int = field(default=0, metadata={"help": "Show generated samples every this many steps; 0: never."})
+
+
+@dataclass
+class PruneArguments:
+    """The model of `prune`, and the layers to drop."""
+
+    model: str = field(metadata={"help": "The model: hub id or local path."})
+    output_dir: str = field(metadata={"help": "Where the student goes; the removed layers go to `bundles` in it."})
+    num_layers: int | None = field(
+        default=None, metadata={"help": "How many consecutive layers to drop: those that change their input least."}
+    )
+    layers: list[int] | None = field(default=None, metadata={"help": "In place of num_layers: these layers, from 0."})
+    groups: str | None = field(
+        default=None,
+        metadata={"help": 'With layers: the bundles they are kept in, as JSON: \'{"B": [3, 4], "C": [5]}\'.'},
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "Rows to rank layers on and to measure the student with, as in `kd`."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    split: str = field(default="train", metadata={"help": "Split of the dataset, or a part of it."})
+    max_rows: int = field(default=256, metadata={"help": "Rows that are read, from the first on."})
+    max_length: int = field(default=512, metadata={"help": "Tokens at which rows are cut."})
+    batch_size: int = field(default=8, metadata={"help": "Rows per forward."})
+
+
+@dataclass
+class MergeArguments:
+    """The adapter of `merge`."""
+
+    adapter: str = field(metadata={"help": "Folder of the adapter: the output directory of a run with use_peft."})
+    output_dir: str = field(metadata={"help": "Where the merged model goes."})
+    base: str | None = field(
+        default=None, metadata={"help": "Hub id or path of the base model. Default: the one it was trained on."}
+    )
+
+
+@dataclass
+class CompareArguments:
+    """Where the comparison of `compare` goes; the runs are its words without an option."""
+
+    output_dir: str = field(default="compare_out", metadata={"help": "Where table and picture go."})

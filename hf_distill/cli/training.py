@@ -1,0 +1,268 @@
+"""The commands that train: `kd`, `kv`, `skd`."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from hf_distill.callbacks import CosinePhaseCallback, RolloutSamplesCallback
+from hf_distill.cli.arguments import KDArguments, KVArguments, SKDArguments, StagedArguments
+from hf_distill.cli.data import load_datasets, lupi_collator, refuse_ignored, with_prompts
+from hf_distill.evaluation import evaluate_fidelity
+from hf_distill.lora import ADAPTER_CONFIG
+from hf_distill.pruning import missing_bundles, original_layers, read_manifest, restore_layers
+from hf_distill.report import EVALUATION_COLUMNS, FIDELITY_COLUMNS, ROLLOUT_COLUMNS, save_report, save_settings
+from hf_distill.saved_weights import other_adapters
+from hf_distill.saving import adapters_on, save_tokenizer
+from hf_distill.teachers.local import LocalTeacher
+from hf_distill.trainers.checkpoints import find_checkpoint, problem_of
+from hf_distill.trainers.checks import student_tokenizer
+from hf_distill.trainers.config import KDConfig, keywords
+from hf_distill.trainers.kd import KDTrainer
+from hf_distill.trainers.kv_projection import KVProjectionTrainer
+from hf_distill.trainers.kv_projection_config import KVProjectionConfig
+from hf_distill.trainers.resuming import no_state, other_trainer
+from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
+from hf_distill.trainers.speculative_kd_config import SpeculativeKDConfig
+
+# ------------------------------------------------------------------------------------------------------- the commands
+
+
+def start_kd(arguments: StagedArguments, args: KDConfig, model_config: ModelConfig) -> Callable[[], None]:
+    """Makes the trainer of `hf-distill kd`; returns the run."""
+    settings = _settings(arguments, args, model_config)
+    trainer = make_kd(arguments, args, model_config)
+    return partial(_run, trainer, run_kd if arguments.stage is None else partial(run_stage, arguments), settings)
+
+
+def start_kv(arguments: KVArguments, args: KVProjectionConfig, model_config: ModelConfig) -> Callable[[], None]:
+    """Makes the trainer of `hf-distill kv`; returns the run."""
+    settings = _settings(arguments, args, model_config)
+    return partial(_run, make_kv(arguments, args, model_config), run_kd, settings)
+
+
+def start_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: ModelConfig) -> Callable[[], None]:
+    """Makes the trainer of `hf-distill skd`; returns the run."""
+    settings = _settings(arguments, args, model_config)
+    return partial(_run, make_skd(arguments, args, model_config), run_skd, settings)
+
+
+def _settings(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
+    """Every option under its name on the command line."""
+    return asdict(arguments) | args.to_dict() | asdict(model_config)
+
+
+def _run(trainer: Any, run: Callable[[Any], None], settings: dict[str, Any]) -> None:
+    run(trainer)
+    if trainer.is_world_process_zero():
+        save_settings(str(trainer.args.output_dir), settings)
+
+
+# ------------------------------------------------------------------------------------------------------- the trainers
+
+
+def make_kd(arguments: StagedArguments, args: KDConfig, model_config: ModelConfig) -> KDTrainer:
+    """The trainer of `hf-distill kd`; `ValueError` for settings and data that it could not train with."""
+    if (arguments.stage is None) != (arguments.bundle_dir is None):
+        raise ValueError("--stage and --bundle_dir go together: give both or neither")
+    options = _trainer_arguments(arguments, args, model_config)
+    if arguments.stage is not None:
+        peft_config = options["peft_config"]
+        if peft_config is None or peft_config.modules_to_save or peft_config.target_parameters:
+            raise ValueError(
+                "--stage trains adapters on the restored layers alone: it needs --use_peft, and neither "
+                "--lora_modules_to_save nor --lora_target_parameters"
+            )
+        options["model"], layers = _restore(arguments, args)
+        # PEFT's layers_to_transform knows neither the names in one string nor "all-linear". The first part of a
+        # module's name that is a number is that of its layer.
+        numbers = "|".join(map(str, layers))
+        peft_config.exclude_modules = rf"(?!(?:[^.]*[^.\d][^.]*\.)+(?:{numbers})\.).*"
+    trainer = KDTrainer(**options)
+    if arguments.stage is not None and not isinstance(trainer.teacher, LocalTeacher):
+        raise ValueError("--stage measures against one teacher with the student's tokenizer; give one --teacher_model")
+    return trainer
+
+
+def make_kv(arguments: KVArguments, args: KVProjectionConfig, model_config: ModelConfig) -> KVProjectionTrainer:
+    """The trainer of `hf-distill kv`; `ValueError` for settings and data that it could not train with."""
+    trainer = KVProjectionTrainer(**_trainer_arguments(arguments, args, model_config))
+    trainer.add_callback(CosinePhaseCallback(arguments.cosine_steps))
+    return trainer
+
+
+def make_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: ModelConfig) -> SpeculativeKDTrainer:
+    """The trainer of `hf-distill skd`; `ValueError` for settings and data that it could not train with."""
+    refuse_ignored(arguments)
+    options = _trainer_arguments(arguments, args, model_config)
+    if arguments.knowledge_column is None:
+        for name in ("train_dataset", "eval_dataset"):
+            options[name] = options[name] and with_prompts(options[name], arguments)
+    else:
+        options["processing_class"] = student_tokenizer(arguments.model, args)
+        options["data_collator"] = lupi_collator(arguments, options["processing_class"])
+    trainer = SpeculativeKDTrainer(**options)
+    if arguments.samples_steps:
+        trainer.add_callback(RolloutSamplesCallback(trainer, arguments.samples_steps))
+    return trainer
+
+
+def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
+    if model_config.model_name_or_path is not None:
+        raise ValueError("--model_name_or_path is not used here: the student is --model, the teacher --teacher_model")
+    targets = model_config.lora_target_modules
+    if isinstance(targets, str) and targets.isidentifier():
+        # TRL takes a single name out of its list; PEFT would read it as a pattern of whole paths, which fits none.
+        model_config.lora_target_modules = [targets]
+    peft_config = get_peft_config(model_config)
+    # Before anything is loaded. A student that is a folder of adapters has some whatever the options say.
+    adapters = {} if peft_config is None else {"default": peft_config}
+    compares = not os.path.exists(os.path.join(arguments.model, ADAPTER_CONFIG))
+    find_checkpoint(
+        _resume(args),
+        str(args.output_dir),
+        lambda folder: (
+            problem_of(folder)
+            or no_state(folder)
+            or other_trainer(folder, type(args))
+            or (other_adapters(folder, adapters) if compares else None)
+        ),
+    )
+    teachers = arguments.teacher_model  # a single one out of a YAML file is no list
+    train_rows, eval_rows = load_datasets(arguments)
+    args.model_init_kwargs = {
+        "revision": model_config.model_revision,
+        "attn_implementation": model_config.attn_implementation,
+        "dtype": model_config.dtype,
+        **keywords(args.model_init_kwargs),
+    }
+    return {
+        "model": arguments.model,
+        "teacher_model": teachers if isinstance(teachers, str) or len(teachers) > 1 else teachers[0],
+        "args": args,
+        "train_dataset": train_rows,
+        "eval_dataset": eval_rows,
+        "peft_config": peft_config,
+        "quantization_config": get_quantization_config(model_config),
+    }
+
+
+def _restore(arguments: StagedArguments, args: KDConfig) -> tuple[str, list[int]]:
+    """Folder of the model with the bundle's layers, on which adapters are trained, and the indices of these layers.
+
+    It is written to `restored` in the output directory: an adapter is of no use without the model it was trained on.
+    """
+    folder = os.path.abspath(os.path.join(str(args.output_dir), "restored"))
+    tokenizer = student_tokenizer(arguments.model, args)
+    if not _resume(args) and (adapters := adapters_on(folder, str(args.output_dir))):
+        raise ValueError(
+            f"{folder} is the model that the adapter in {adapters[0]} belongs to: take another output_dir, or delete "
+            "both"
+        )
+    with args.main_process_first(local=False, desc="restoring layers"):
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+        model = restore_layers(model, str(arguments.bundle_dir), [str(arguments.stage)], share_weights=True)
+        if args.process_index == 0:
+            model.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
+    restored = read_manifest(str(arguments.bundle_dir))["bundles"][arguments.stage]["layers"]
+    return folder, [i for i, layer in enumerate(original_layers(model)) if layer in restored]
+
+
+def _resume(args: KDConfig) -> str | bool | None:
+    resume = args.resume_from_checkpoint
+    return True if str(resume).lower() == "true" else resume
+
+
+# ----------------------------------------------------------------------------------------------------------- the runs
+
+
+def run_kd(trainer: KDTrainer) -> None:
+    """Distils, measures the student before and after on held-out rows, saves student, table and picture."""
+    title = "student against teacher, held-out rows"
+    if not isinstance(trainer.teacher, LocalTeacher) or trainer.engine not in ("none", "DDP"):
+        # Several teachers, another tokenizer or a student in shards: only the trainer itself can ask them.
+        return _run_evaluated(trainer, title, EVALUATION_COLUMNS)
+    before = _measure(trainer)
+    _train(trainer)
+    results = {"before": before, "after": _measure(trainer)}
+    _report(trainer, results, title, FIDELITY_COLUMNS)
+
+
+def run_stage(arguments: StagedArguments, trainer: KDTrainer) -> None:
+    """The same with restored layers. Also measures the model without them, and with bundles that are still missing."""
+    bundle_dir = str(arguments.bundle_dir)
+
+    def without() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+
+    def completed(names: list[str]) -> PreTrainedModel:
+        trained = AutoPeftModelForCausalLM.from_pretrained(str(trainer.args.output_dir), dtype="auto")
+        return restore_layers(trained.merge_and_unload(), bundle_dir, names, share_weights=True)
+
+    results = {f"without {arguments.stage}": _measure(trainer, without), "before": _measure(trainer)}
+    _train(trainer)
+    results["after"] = _measure(trainer)
+    missing = missing_bundles(trainer.model, bundle_dir)
+    for i, name in enumerate(missing):
+        results[f"with {name} untrained"] = _measure(trainer, partial(completed, missing[: i + 1]))
+    _report(trainer, results, f"stage {arguments.stage}: student against teacher, held-out rows", FIDELITY_COLUMNS)
+
+
+def run_skd(trainer: SpeculativeKDTrainer) -> None:
+    """Distils, and measures the student before and after on text that is generated from held-out prompts."""
+    _run_evaluated(trainer, "student against teacher, text written from held-out prompts", ROLLOUT_COLUMNS)
+
+
+def _run_evaluated(trainer: KDTrainer, title: str, columns: Mapping[str, tuple[str, str]]) -> None:
+    # The engines evaluate only what they have prepared for training.
+    trainer.args.eval_on_start = trainer.eval_dataset is not None
+    _train(trainer)
+    before = next((entry for entry in trainer.state.log_history if "eval_kd" in entry), {})
+    after = trainer.evaluate() if before else {}
+    _report(trainer, {"before": before, "after": after}, title, columns)
+
+
+def _train(trainer: KDTrainer) -> None:
+    trainer.train(resume_from_checkpoint=_resume(trainer.args))
+    trainer.save_model()
+    trainer.save_state()
+    trainer.create_model_card(model_name=os.path.basename(os.path.normpath(str(trainer.args.output_dir))))
+
+
+def _measure(trainer: KDTrainer, load: Callable[[], PreTrainedModel] | None = None) -> dict[str, float]:
+    """Fidelity of the student, or of a model to load, on held-out rows; empty without any and in other processes."""
+    found = {}
+    if trainer.eval_dataset is not None and trainer.is_world_process_zero():
+        model: Any = load() if load else trainer.accelerator.unwrap_model(trainer.model)
+        found = evaluate_fidelity(
+            model.to(trainer.args.device) if load else model,
+            trainer.teacher.model,  # pyright: ignore[reportAttributeAccessIssue]
+            trainer.eval_dataset,  # pyright: ignore[reportArgumentType]
+            trainer.processing_class,
+            batch_size=trainer.args.per_device_eval_batch_size,
+            vocab_size=trainer.vocab_size,
+        )
+    trainer.accelerator.wait_for_everyone()
+    return found
+
+
+def _report(
+    trainer: KDTrainer,
+    results: Mapping[str, Mapping[str, float]],
+    title: str,
+    columns: Mapping[str, tuple[str, str]],
+) -> None:
+    folder = str(trainer.args.output_dir)
+    if results["before"] and trainer.is_world_process_zero():
+        save_report(folder, results, {"training": trainer.state.log_history}, title, columns)
+        print(f"student, report.md and report.png are in {folder}")
+    elif trainer.is_world_process_zero():
+        print(f"the student is in {folder}; there were no held-out rows (--eval_dataset) to measure it on")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
