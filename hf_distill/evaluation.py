@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.utils import tqdm
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.losses.divergence import DIVERGENCES
@@ -34,7 +34,7 @@ from hf_distill.modeling import (
     select_positions,
 )
 from hf_distill.rows import tokenized_row
-from hf_distill.token_rows import Limits, check_row
+from hf_distill.token_rows import Limits, check_row, pad
 
 
 def evaluate_fidelity(
@@ -271,10 +271,10 @@ def _batches(documents: Iterable[dict[str, list[int]]], batch_size: int) -> Iter
         if any(label != -100 for label in document["labels"][1:]):
             rows.append(document)
         if len(rows) == batch_size:
-            yield _padded(rows)
+            yield _batch(rows)
             rows = []
     if rows:
-        yield _padded(rows)
+        yield _batch(rows)
 
 
 def _windows(document: dict[str, list[int]], length: int | None, stride: int | None) -> Iterator[dict[str, list[int]]]:
@@ -296,15 +296,10 @@ def _documents(row: dict[str, list[int]]) -> list[dict[str, list[int]]]:
     return [{k: ids[a:b] for k, ids in row.items()} for a, b in zip(starts, ends, strict=True)]
 
 
-def _padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    def pad(name: str, value: int) -> Tensor:
-        tensors = [torch.tensor(row[name]) for row in rows]
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    input_ids = pad("input_ids", 0)
-    mask = (torch.arange(input_ids.shape[1]) < lengths.unsqueeze(1)).long()
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": pad("labels", -100)}
+def _batch(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    input_ids, is_token = pad([row["input_ids"] for row in rows], 0)
+    labels, _ = pad([row["labels"] for row in rows], -100)
+    return {"input_ids": input_ids, "attention_mask": is_token.long(), "labels": labels}
 
 
 def _num_characters(row: dict[str, Any], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -27,6 +27,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from hf_distill.losses.feature import effective_rank_of
 from hf_distill.modeling import causal_lm
 from hf_distill.report import table
 from hf_distill.saved_weights import ADAPTER_FILES, lacking
@@ -285,7 +286,8 @@ def describe_updates(model: PeftModel | PreTrainedModel) -> UpdateReport:
                 norm = values.norm().item()
                 relative = None if weight_norm is None else norm / weight_norm
                 name = _name(path, layer) + (f" ({adapter})" if len(layer.r) > 1 else "")
-                updates.append(ModuleUpdate(name, rank, _effective_rank(values), norm, relative))
+                effective_rank = effective_rank_of(values).mean().item()
+                updates.append(ModuleUpdate(name, rank, effective_rank, norm, relative))
     if not updates:
         raise ValueError("the model has no LoRA adapter; describe_updates takes what get_peft_model has made")
     return UpdateReport(updates)
@@ -303,13 +305,6 @@ def _singular_values(b: Tensor, a: Tensor) -> Tensor:
     """Of B @ A, (..., r), for B (..., O, r) and A (..., r, I), by way of an (r, r) matrix with the same ones."""
     right_b, right_a = (torch.linalg.qr(side.float(), mode="r").R for side in (b, a.mT))
     return torch.linalg.svdvals(right_b @ right_a.mT)
-
-
-def _effective_rank(values: Tensor) -> float:
-    """Of singular values (..., r), the mean over what comes before them; 0 where nothing has been learned."""
-    totals = values.sum(-1, keepdim=True)
-    shares = values / totals.clamp(min=1e-30)
-    return (torch.special.entr(shares).sum(-1).exp() * (totals.squeeze(-1) > 0)).mean().item()
 
 
 def _weight_norm(layer: LoraLayer) -> float | None:

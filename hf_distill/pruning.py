@@ -8,7 +8,6 @@ Shapes: B batch, T tokens, D hidden width, L layers.
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -34,10 +33,11 @@ from hf_distill.modeling import (
     layer_output,
     num_positions,
     num_token_ids,
+    public_name,
     trying,
 )
 from hf_distill.rows import tokenized_row
-from hf_distill.token_rows import Limits, check_row
+from hf_distill.token_rows import Limits, check_row, pad
 
 MANIFEST = "manifest.json"
 
@@ -97,10 +97,11 @@ def rank_layers(
     device = embedding_weight(model).device
     refusal = f"the layers of a {type(model).__name__} cannot be ranked by how they turn the hidden states"
     with torch.no_grad(), evaluating(model):
-        for ids, last in _batches(dataset, tokenizer, num_token_ids(model), batch_size, max_length):
+        for ids, is_token in _batches(dataset, tokenizer, num_token_ids(model), batch_size, max_length):
             states: list[Tensor] = []
+            last = is_token.sum(1) - 1  # (B,)
             with _watching(blocks, states, last, ids.shape[1]), trying(refusal):
-                last_hidden_states(model, input_ids=ids.to(device), attention_mask=_mask(ids, last).to(device))
+                last_hidden_states(model, input_ids=ids.to(device), attention_mask=is_token.long().to(device))
             if len(states) != len(blocks) + 1:
                 raise ValueError(f"{refusal}: they do not run once each")
             hidden = nn.functional.normalize(torch.stack(states).double(), dim=-1)  # (L + 1, B, D)
@@ -166,7 +167,7 @@ def drop_layers(
 
     source = model.config.get_text_config()
     origin = getattr(source, "pruned_from", None) or {
-        "model": _public_name(model), "fingerprint": _fingerprint(model),
+        "model": public_name(model), "fingerprint": _fingerprint(model),
         "num_layers": len(blocks), "layers": list(range(len(blocks))),
     }  # fmt: skip
     kept = [i for i in range(len(blocks)) if i not in layers]
@@ -527,12 +528,6 @@ def _fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _public_name(model: PreTrainedModel) -> str:
-    name = model.config.name_or_path or type(model).__name__
-    # A local path is nobody's business in a published model; its last part usually is the model's name.
-    return os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
-
-
 # ------------------------------------------------------------------------------------------------ rows to rank with
 
 
@@ -571,25 +566,17 @@ def _batches(
     batch_size: int,
     max_length: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Right-padded token ids (B, T), and where the last token of each row is (B,)."""
-    rows: list[Tensor] = []
-
-    def batch() -> tuple[Tensor, Tensor]:
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) - 1 for row in rows])
-
+    """Right-padded token ids (B, T), and where they are (B, T)."""
+    rows: list[list[int]] = []
     limits = Limits(num_ids, known_to="the model has embeddings only for")
     for index, row in enumerate(tqdm(dataset, desc="ranking layers", unit="row", leave=False)):
         name = f"row {index} of the dataset"
         tokens = tokenized_row(row, tokenizer, name)
         check_row({key: tokens.get(key) for key in ("input_ids", "attention_mask")}, name, limits)
         if ids := tokens["input_ids"][:max_length]:
-            rows.append(torch.tensor(ids))
+            rows.append(ids)
         if len(rows) == batch_size:
-            yield batch()
+            yield pad(rows, 0)
             rows = []
     if rows:
-        yield batch()
-
-
-def _mask(ids: Tensor, last: Tensor) -> Tensor:
-    return (torch.arange(ids.shape[1]) <= last.unsqueeze(1)).long()  # (B, T)
+        yield pad(rows, 0)

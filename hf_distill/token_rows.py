@@ -3,18 +3,20 @@
 A column of lists is its values, one after the other, and where each row of them starts: Arrow keeps it so, and a
 comparison of all values takes less time than a loop over one row.
 
-Shapes: R rows, n values of all rows.
+Shapes: R rows, n values of all rows; B rows of a batch, T tokens of the longest of them.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset
 from datasets.utils import tqdm
+from torch import Tensor, nn
 
 ROWS_PER_BLOCK = 4096
 MAX_THREADS = 8
@@ -293,6 +295,15 @@ def _ragged(cells: Any, name: str) -> Ragged:
         row = int(np.searchsorted(starts, int(np.asarray(flat.is_null()).argmax()), side="right")) - 1
         raise RowProblem(row, f"has None among its {name}")
     return Ragged(_integers(flat.to_numpy(zero_copy_only=False), name), starts)
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Rows as one tensor (B, T), padded on one side ("left" or "right"), and where they are (B, T), bool."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)  # (B, 1)
+    places = torch.arange(padded.shape[1])
+    return padded, places >= padded.shape[1] - lengths if side == "left" else places < lengths
 
 
 def _integers(values: np.ndarray, name: str) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
 
-from hf_distill.token_rows import ROWS_PER_BLOCK, Limits, check_row, check_rows, has_label, rows_with_label
+from hf_distill.token_rows import ROWS_PER_BLOCK, Limits, check_row, check_rows, has_label, pad, rows_with_label
 
 VOCAB = 50
 LIMITS = Limits(VOCAB, teacher_ids=VOCAB + 2)
@@ -174,3 +174,15 @@ def test_50_000_rows_of_200_tokens_take_no_second_of_two_cores():
     check_rows(dataset, "train", LIMITS, num_threads=2)
     assert rows_with_label(dataset, "train", num_threads=2).all()
     assert 2 * count / (time.process_time() - before) >= 50_000
+
+
+def test_rows_are_padded_on_the_side_that_is_asked_for():
+    rows = [[], [5], [1, 2, 3]]
+    found, is_row = pad(rows, -100)
+    assert found.tolist() == [[-100] * 3, [5, -100, -100], [1, 2, 3]]
+    assert is_row.tolist() == [[False] * 3, [True, False, False], [True] * 3]
+    found, is_row = pad(rows, 0, "left")
+    assert found.tolist() == [[0] * 3, [0, 0, 5], [1, 2, 3]]
+    assert is_row.tolist() == [[False] * 3, [False, False, True], [True] * 3]
+    assert found.dtype == torch.long  # also where the first row has no token
+    assert pad([[]], 0)[0].shape == (1, 0)

@@ -132,6 +132,11 @@ def centered_cosine(x: Tensor, y: Tensor, eps: float = 1e-6) -> Tensor:
 
 def effective_rank(features: Tensor) -> Tensor:
     """`exp` of the entropy of the normalised singular values of centred features (N, F) (Roy and Vetterli, 2007)."""
-    values = torch.linalg.svdvals(features - features.mean(0))
-    shares = values / values.sum().clamp(min=1e-12)
-    return torch.special.entr(shares).sum().exp()
+    return effective_rank_of(torch.linalg.svdvals(features - features.mean(0)))
+
+
+def effective_rank_of(singular_values: Tensor) -> Tensor:
+    """`exp` of the entropy of normalised singular values (..., r); 0 where all of them are 0."""
+    totals = singular_values.sum(-1, keepdim=True)
+    shares = singular_values / totals.clamp(min=1e-30)
+    return torch.special.entr(shares).sum(-1).exp() * (totals.squeeze(-1) > 0)

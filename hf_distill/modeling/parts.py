@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, N label-bearing positions, D hidden width, V vocabulary.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,15 @@ SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside PEFT's wrapper, adapters included; the model itself where there is none."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+
+
+def public_name(model: str | PreTrainedModel) -> str:
+    """The name of a model in logs, model cards and manifests: its hub id, or the last part of its path.
+
+    A local path is nobody's business in what is published, and its last part usually is the model's name.
+    """
+    name = (model if isinstance(model, str) else model.config.name_or_path) or ""
+    return (os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name) or type(model).__name__
 
 
 @contextmanager

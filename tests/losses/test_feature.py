@@ -13,6 +13,7 @@ from hf_distill.losses.feature import (
     FEATURE_LOSSES,
     centered_cosine,
     effective_rank,
+    effective_rank_of,
     mercator_loss,
     mse_loss,
     normalized_l1_loss,
@@ -279,3 +280,9 @@ def test_effective_rank_is_the_exponential_of_the_entropy():
     expected = math.exp(-sum(share * math.log(share) for share in shares))
     assert effective_rank(x).item() == pytest.approx(expected, rel=1e-9)
     assert effective_rank(torch.ones(5, 3)).isfinite()
+
+
+def test_effective_rank_of_singular_values_is_each_rows_own_and_zero_without_any():
+    values = torch.tensor([[3.0, 3.0, 0.0], [5.0, 0.0, 0.0], [2.0, 2.0, 2.0], [0.0, 0.0, 0.0]])
+    assert effective_rank_of(values).tolist() == pytest.approx([2, 1, 3, 0])
+    assert effective_rank_of(values[0]).item() == pytest.approx(2)

@@ -17,6 +17,7 @@ from hf_distill.modeling import (
     load_balancing_loss,
     num_layers,
     num_positions,
+    public_name,
     select_positions,
     shared_parameters,
     shared_vocabulary,
@@ -266,3 +267,12 @@ def test_rotary_positions_go_on_past_their_number(rope_type):
     model = make_model("llama", max_position_embeddings=64, rope_parameters=rope)
     assert num_positions(model) == {"linear": 128, "dynamic": 128, "yarn": 64, "llama3": 64}[rope_type]
     last_hidden_states(model, input_ids=torch.full((1, 300), 5))
+
+
+def test_public_name_is_a_hub_id_or_the_last_part_of_a_path(tmp_path):
+    model = make_model()
+    assert public_name(model) == "LlamaForCausalLM"
+    for name, expected in (("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"), (f"{tmp_path}/", tmp_path.name), ("", "str")):
+        assert public_name(name) == expected
+        model.config.name_or_path = name
+        assert public_name(model) == (expected if name else "LlamaForCausalLM")
