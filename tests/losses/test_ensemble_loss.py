@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from hf_distill.losses.divergence import DIVERGENCES
-from hf_distill.losses.fused_linear import Head, TeacherSignal, fused_distillation_loss
+from hf_distill.losses.fused_linear import TeacherSignal
+from hf_distill.losses.head import Head
+from hf_distill.losses.objective import Objective
 from tests.losses.live import Live
 from tests.losses.oracle import distillation_loss, kl, taid
-from tests.losses.test_fused_linear import ROWS, VOCAB, dense_logits, relative
+from tests.losses.test_fused_linear import ROWS, VOCAB, combined, dense_logits, relative
 
 NAMES = sorted(DIVERGENCES)
 COMBINATIONS = ("mixture", "sum")
@@ -75,9 +77,8 @@ def dense_gradients(student, teachers, combination, **settings):
 def fused(student, teachers, combination="mixture", **settings):
     """The fused loss, all five numbers, and its gradients for hidden states, head and bias."""
     hidden, head, labels = student
-    result = fused_distillation_loss(
-        hidden, head, teachers, labels, combination=combination, vocab_size=VOCAB, **{**OPTIONS, **settings}
-    )
+    objective = Objective(**{"vocab_size": VOCAB, **OPTIONS, **settings})
+    result = combined(teachers, combination).loss(hidden, head, labels, objective)
     return result, torch.autograd.grad(result.loss, [hidden, head.weight, head.bias])
 
 
@@ -207,8 +208,8 @@ def test_one_hot_weights_of_positions_are_routing(name, chunk_size):
         mine = route == i
         signal = teacher._replace(hidden=teacher.hidden[mine], weight=1.0)
         options = {**OPTIONS, "token_weights": OPTIONS["token_weights"][mine], **settings}
-        part = fused_distillation_loss(hidden[mine], head, [signal], labels[mine], vocab_size=VOCAB, **options)
-        parts.append(part)
+        objective = Objective(vocab_size=VOCAB, **options)
+        parts.append(signal.loss(hidden[mine], head, labels[mine], objective))
     loss = sum(part.loss for part in parts)
     assert_same(
         (result, found),
@@ -243,9 +244,8 @@ def test_teachers_that_are_sure_of_different_tokens_give_finite_gradients(combin
     hidden, head = torch.eye(4) * 200, Head(torch.eye(4))
     student = hidden.clone().requires_grad_()
     teachers = [TeacherSignal(hidden.roll(i, 0), head, 0.5) for i in (1, 2)]
-    result = fused_distillation_loss(
-        student, head, teachers, torch.arange(4), combination=combination, divergence=name, temperature=0.5
-    )
+    objective = Objective(divergence=name, temperature=0.5)
+    result = combined(teachers, combination).loss(student, head, torch.arange(4), objective)
     result.loss.backward()
     assert result.loss.isfinite()
     assert student.grad.isfinite().all()
@@ -263,16 +263,15 @@ def test_no_rows_give_zero_loss_and_zero_gradients(combination):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"combination": "product"}, "combination has to be one of mixture, sum, got 'product'"),
         ({"vocab_size": 36}, "vocab_size=36 does not fit teacher_head, which has 35 rows"),
         ({"teachers": make_teachers(2, rows=3)}, "teacher_hidden has 3 rows, student_hidden has 11"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_words(change, message):
-    hidden, head, labels = make_student()
-    arguments = {"teachers": make_teachers(2), "labels": labels, **change}
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_what_does_not_fit_is_refused_in_words(combination, change, message):
+    settings = {"teachers": make_teachers(2), **change}
     with pytest.raises(ValueError, match=message):
-        fused_distillation_loss(hidden, head, **arguments)
+        fused(make_student(), combination=combination, **settings)
 
 
 # ---------------------------------------------------------------------------------------------------------- the memory
@@ -292,11 +291,9 @@ def test_memory_does_not_grow_with_the_number_of_teachers(monkeypatch, combinati
             weights = torch.arange(rows) % number
             teachers = [teacher._replace(weight=(weights == i).float()) for i, teacher in enumerate(teachers)]
         with Live(chunk_size * vocab // 2) as live:
-            loss = fused_distillation_loss(
-                hidden, Head(weight), teachers, torch.zeros(rows).long(), chunk_size=chunk_size,
-                combination="sum" if combination == "sum" else "mixture",
-            ).loss  # fmt: skip
-            loss.backward()
+            signal = combined(teachers, "sum" if combination == "sum" else "mixture")
+            objective = Objective(chunk_size=chunk_size)
+            signal.loss(hidden, Head(weight), torch.zeros(rows).long(), objective).loss.backward()
         assert live.largest <= chunk_size * vocab
         most.append(live.most)
     assert most[0] == 2  # one teacher: student and teacher

@@ -5,12 +5,10 @@ import torch
 
 from hf_distill.losses import loop
 from hf_distill.losses.divergence import DIVERGENCE_TERMS, DIVERGENCES
-from hf_distill.losses.fused_linear import (
-    Head,
-    TeacherSignal,
-    fused_distillation_loss,
-    fused_linear_distillation_loss,
-)
+from hf_distill.losses.fused_linear import MixtureSignal, TeacherSignal, fused_linear_distillation_loss
+from hf_distill.losses.head import Head
+from hf_distill.losses.objective import Objective
+from hf_distill.losses.sum import SumSignal
 from tests.losses.live import Live
 from tests.losses.oracle import distillation_loss
 
@@ -55,6 +53,13 @@ def oracle_and_gradients(inputs, labels, student_bias=None, teacher_bias=None, h
     loss = distillation_loss(student_logits, teacher_logits, labels, **settings)
     gradients = torch.autograd.grad(loss, [x for x in leaves if x is not None])
     return loss.item(), gradients
+
+
+def combined(teachers, combination):
+    """One signal of several: a "mixture", or a "sum" by their weights."""
+    if combination == "mixture":
+        return MixtureSignal(teachers)
+    return SumSignal([(teacher.weight, teacher) for teacher in teachers])
 
 
 def relative(found, expected):
@@ -245,8 +250,8 @@ def test_products_of_both_sides_are_in_the_dtype_of_autocast(product_dtypes, com
     inputs, labels = make_inputs(torch.float32)
     hidden, weight = inputs["student_hidden"].requires_grad_(), inputs["student_head"].requires_grad_()
     teacher = TeacherSignal(inputs["teacher_hidden"], Head(inputs["teacher_head"]), 0.5)
-    loss = fused_distillation_loss(hidden, Head(weight), [teacher] * 2, labels, combination=combination).loss
-    loss.backward()
+    signal = combined([teacher] * 2, combination)
+    signal.loss(hidden, Head(weight), labels, Objective(vocab_size=VOCAB)).loss.backward()
     assert product_dtypes == {8: {torch.float64}, 6: {torch.float64}}
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
 
@@ -279,11 +284,10 @@ def test_three_chunks_of_logits_are_alive_at_most(name):
     rows, vocab, chunk_size = 300, 1000, 128
     head = Head(torch.randn(vocab, 4, requires_grad=True), softcap=3.0)
     teacher = TeacherSignal(torch.randn(rows, 3), Head(torch.randn(vocab, 3), softcap=3.0))
+    objective = Objective(divergence=name, temperature=2.0, chunk_size=chunk_size, compiled=False)
     with Live(vocab) as live:
-        fused_distillation_loss(
-            torch.randn(rows, 4, requires_grad=True), head, [teacher], torch.zeros(rows).long(),
-            divergence=name, temperature=2.0, chunk_size=chunk_size, compiled=False,
-        ).loss.backward()  # fmt: skip
+        hidden = torch.randn(rows, 4, requires_grad=True)
+        teacher.loss(hidden, head, torch.zeros(rows).long(), objective).loss.backward()
     assert live.most_bytes < 3 * chunk_size * vocab * 4
 
 
