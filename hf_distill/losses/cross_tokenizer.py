@@ -47,10 +47,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_distill.losses.divergence import DIVERGENCES, LOG_ZERO
+from hf_distill.losses.groups import (
+    Later,
+    Side,
+    Starts,
+    group_starts,
+    hit_and_miss,
+    is_single,
+    side_of,
+    starts_first,
+    tempered,
+)
 from hf_distill.losses.head import Head, HeadGradients, block_rows, default_chunk_size
 from hf_distill.losses.objective import DistillationLoss, Objective, check_tokens
-from hf_distill.metrics import sum_dtype
-from hf_distill.token_alignment import OUTSIDE, UNNAMED, SharedTokens
+from hf_distill.token_alignment import SharedTokens
 
 METHODS = ("aligned", "uld")
 
@@ -160,26 +170,26 @@ def _cross_tokenizer_loss(
     """The loss, the sums (5,) as `_CrossTokenizer` has them, and the number of paired groups."""
     spans = signal.spans
     student_ids, teacher_ids, student_names, teacher_names = signal.shared
-    student = _side(head.with_product_dtype(hidden), student_ids, student_names)
-    teacher = _side(signal.head.with_product_dtype(signal.hidden), teacher_ids, teacher_names)
+    student = side_of(head.with_product_dtype(hidden), student_ids, student_names)
+    teacher = side_of(signal.head.with_product_dtype(signal.hidden), teacher_ids, teacher_names)
     vocab_size = max(len(student_names), len(teacher_names))
     chunk_size = objective.chunk_size or default_chunk_size(hidden.device, vocab_size)
     block = block_rows(hidden.device, chunk_size, vocab_size)
 
     numbers = torch.unique(spans.student_groups[torch.isin(spans.student_groups, spans.teacher_groups)])
     numbers = numbers[numbers >= 0]  # (G,)
-    order, later_groups = _starts_first(spans.student_groups, numbers)  # (N,), (N - G,)
-    teacher_order, teacher_later_groups = _starts_first(spans.teacher_groups, numbers)  # (M,), (M - G,)
+    order, later_groups = starts_first(spans.student_groups, numbers)  # (N,), (N - G,)
+    teacher_order, teacher_later_groups = starts_first(spans.teacher_groups, numbers)  # (M,), (M - G,)
     student_hidden, teacher_hidden = hidden[order], signal.hidden[teacher_order]
     tokens, teacher_tokens = spans.student_tokens[order], spans.teacher_tokens[teacher_order]
-    is_paired = _is_single(later_groups, len(numbers)) & _is_single(teacher_later_groups, len(numbers))  # (G,)
+    is_paired = is_single(later_groups, len(numbers)) & is_single(teacher_later_groups, len(numbers))  # (G,)
     if signal.method == "uld":
         # Only first tokens are compared.
         later_groups, teacher_later_groups = (torch.full_like(x, -1) for x in (later_groups, teacher_later_groups))
     settings = objective.temperature, chunk_size, block
     with torch.autocast(hidden.device.type, enabled=False):
-        starts, later = _group_starts(student_hidden.detach(), tokens, later_groups, student, *settings)
-        teacher_starts, _ = _group_starts(teacher_hidden, teacher_tokens, teacher_later_groups, teacher, *settings)
+        starts, later = group_starts(student_hidden.detach(), tokens, later_groups, student, *settings)
+        teacher_starts, _ = group_starts(teacher_hidden, teacher_tokens, teacher_later_groups, teacher, *settings)
         loss, sums = _CrossTokenizer.apply(
             student_hidden, head.weight, head.bias, labels[order], tokens, later, starts, teacher_hidden,
             teacher_starts, is_paired, student, teacher, signal.method, objective, chunk_size, block,
@@ -188,110 +198,7 @@ def _cross_tokenizer_loss(
     return loss, sums, is_paired.sum()
 
 
-class _Side(NamedTuple):
-    """One model's head and vocabulary, V token ids."""
-
-    head: Head
-    names: Tensor  # (V,) the name of each token, UNNAMED or OUTSIDE
-    ids: Tensor  # (K,) the token that is the name
-    own: Tensor  # (V,) the name that a token is, K if it is none
-    others: Tensor  # ids of tokens that only begin with their name
-    unnamed: Tensor
-    outside: Tensor
-
-
-class _Starts(NamedTuple):
-    """What is known about a side's groups before their first positions are projected."""
-
-    tokens: Tensor  # (G,) the first token
-    log_continuation: Tensor  # (G,) log-probability of the other tokens
-    log_other: Tensor  # (G,) log-probability of anything else in their place
-    text_names: Tensor  # (G,) the name that the group's text is, K if it is none
-
-
-class _Later(NamedTuple):
-    """The tokens after the first ones, in the order of `_starts_first`: their part in a side's groups."""
-
-    groups: Tensor  # (n,) index of the group, -1 for none
-    as_first_miss: Tensor  # (n,) derivative of `log_other` by the log-probability of another token in their place
-    as_hit: Tensor  # (n,) derivative of `log_other` by their own log-probability, beside it
-
-
-def _side(head: Head, ids: Tensor, names: Tensor) -> _Side:
-    own = torch.full_like(names, len(ids))
-    own[ids] = torch.arange(len(ids), device=ids.device)
-    others = (names >= 0) & (own == len(ids))
-    kinds = (kind.nonzero().squeeze(-1) for kind in (others, names == UNNAMED, names == OUTSIDE))
-    return _Side(head.truncated(len(names)), names, ids, own, *kinds)
-
-
-def _starts_first(groups: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """An order of positions, and the groups of all but the first G of them, as an index into `numbers` or -1.
-
-    The first G are the first positions of the groups, in the order of `numbers` (sorted).
-    """
-    index = torch.searchsorted(numbers, groups)
-    index = torch.where(torch.isin(groups, numbers), index, -1)
-    positions = torch.arange(len(groups), device=groups.device)
-    first = torch.full_like(numbers, len(groups))
-    first = first.scatter_reduce(0, index[index >= 0], positions[index >= 0], "amin")
-    later = positions[~torch.isin(positions, first)]
-    return torch.cat([first, later]), index[later]
-
-
-def _is_single(later_groups: Tensor, num_groups: int) -> Tensor:
-    """The groups without another token than their first, (G,) bool."""
-    is_single = later_groups.new_ones(num_groups + 1, dtype=torch.bool)
-    is_single[later_groups] = False  # -1 is the place at the end
-    return is_single[:-1]
-
-
-def _group_starts(
-    hidden: Tensor, tokens: Tensor, later_groups: Tensor, side: _Side, temperature: float, chunk_size: int, block: int
-) -> tuple[_Starts, _Later]:
-    """`hidden` (n, D) and `tokens` (n,) are in the order of `_starts_first`."""
-    num_groups = len(tokens) - len(later_groups)
-    later = (later_groups >= 0).nonzero().squeeze(-1)
-    later = later[later_groups[later].argsort(stable=True)]  # group by group
-    found = [hidden.new_zeros(2, 0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
-    for positions in (num_groups + later).split(chunk_size):
-        logits = side.head.logits(hidden[positions])  # (n, V)
-        for part, targets in zip(logits.split(block), tokens[positions].split(block), strict=True):
-            log_probs = _tempered(part, side, temperature).log_softmax(-1)
-            found.append(torch.stack(_hit_and_miss(log_probs, targets)))
-    hit, miss = torch.cat(found, 1).to(sum_dtype(hidden.device))
-    groups = later_groups[later]
-    log_continuation = hit.new_zeros(num_groups).index_add(0, groups, hit)
-    # Another text has its first other token at one of the places: 1 - prod p_i = sum_i (1 - p_i) prod_(j < i) p_j.
-    starts = torch.searchsorted(groups, groups)
-    before = hit.cumsum(0) - hit
-    first_miss = miss + before - before[starts]
-    largest = hit.new_full((num_groups,), LOG_ZERO).scatter_reduce(0, groups, first_miss, "amax")
-    sums = torch.zeros_like(largest).index_add(0, groups, (first_miss - largest[groups]).exp())
-    log_other = (sums.log() + largest).clamp(min=LOG_ZERO)
-    shares = (first_miss - log_other[groups]).exp()
-    before = shares.cumsum(0) - shares
-    after = 1 - (before - before[starts]) - shares
-    in_order = (x.new_zeros(len(later_groups)).index_copy(0, later, x) for x in (shares, after))
-    text_names = torch.where(_is_single(later_groups, num_groups), side.own[tokens[:num_groups]], len(side.ids))
-    dtype = found[0].dtype
-    starts = _Starts(tokens[:num_groups], log_continuation.to(dtype), log_other.to(dtype), text_names)
-    return starts, _Later(later_groups, *(x.to(dtype) for x in in_order))
-
-
-def _hit_and_miss(log_probs: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of `tokens` (n,), and of all others in their place, of which 1 - p would keep no digit."""
-    log_probs, tokens = log_probs.clamp(min=LOG_ZERO), tokens.unsqueeze(-1)
-    others = log_probs.scatter(-1, tokens, LOG_ZERO).logsumexp(-1)
-    return log_probs.gather(-1, tokens).squeeze(-1), others
-
-
-def _tempered(logits: Tensor, side: _Side, temperature: float) -> Tensor:
-    logits = logits if temperature == 1 else logits / temperature
-    return logits.index_fill(-1, side.outside, -torch.inf) if len(side.outside) else logits
-
-
-def _outcomes(log_probs: Tensor, starts: _Starts, targets: Tensor, side: _Side) -> tuple[Tensor, Tensor]:
+def _outcomes(log_probs: Tensor, starts: Starts, targets: Tensor, side: Side) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the names and, last, of a text that is no name (g, K + 1), and of unnamed tokens (g, R).
 
     Args:
@@ -334,10 +241,10 @@ def _of_outcomes(objective: Objective) -> Callable[[Tensor, Tensor], Tensor]:
 def _compare(
     student_log_probs: Tensor,
     teacher_log_probs: Tensor,
-    student_starts: _Starts,
-    teacher_starts: _Starts,
-    student: _Side,
-    teacher: _Side,
+    student_starts: Starts,
+    teacher_starts: Starts,
+    student: Side,
+    teacher: Side,
     divergence: Callable[[Tensor, Tensor], Tensor] | None,  # None: uld
 ) -> tuple[Tensor, Tensor]:
     """The two terms of each group (g,), from log-probabilities (g, Vs) and (g, Vt) of its first tokens."""
@@ -361,8 +268,8 @@ def _compare(
 
 
 def _group_terms(
-    student_logits: Tensor, teacher_logits: Tensor, student_starts: _Starts, teacher_starts: _Starts,
-    is_paired: Tensor, student: _Side, teacher: _Side, divergence: Callable[[Tensor, Tensor], Tensor] | None,
+    student_logits: Tensor, teacher_logits: Tensor, student_starts: Starts, teacher_starts: Starts,
+    is_paired: Tensor, student: Side, teacher: Side, divergence: Callable[[Tensor, Tensor], Tensor] | None,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The weighted loss of a block of groups, the sum of its terms, and how many paired ones both would begin alike.
@@ -372,8 +279,8 @@ def _group_terms(
         student_logits (`torch.Tensor` of shape `(g, Vs)`), teacher_logits (`torch.Tensor` of shape `(g, Vt)`):
             Of the groups' first tokens.
     """
-    student_logits = _tempered(student_logits, student, objective.temperature)
-    teacher_logits = _tempered(teacher_logits, teacher, objective.temperature)
+    student_logits = tempered(student_logits, student, objective.temperature)
+    teacher_logits = tempered(teacher_logits, teacher, objective.temperature)
     # Likeliest tokens that only begin with one name are two texts.
     student_name, teacher_name = student.own[student_logits.argmax(-1)], teacher.own[teacher_logits.argmax(-1)]
     agreement = (is_paired & (student_name == teacher_name) & (student_name < len(student.ids))).sum()
@@ -403,8 +310,8 @@ class _CrossTokenizer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, labels, tokens, later: _Later, starts: _Starts, teacher_hidden,
-        teacher_starts: _Starts, is_paired, student: _Side, teacher: _Side, method: str, objective: Objective,
+        ctx, hidden, weight, bias, labels, tokens, later: Later, starts: Starts, teacher_hidden,
+        teacher_starts: Starts, is_paired, student: Side, teacher: Side, method: str, objective: Objective,
         chunk_size: int, block: int, grad_enabled: bool,
     ):  # fmt: skip
         needs = [needed and grad_enabled for needed in ctx.needs_input_grad[:3]]
@@ -439,7 +346,7 @@ class _CrossTokenizer(torch.autograd.Function):
                 ce, entropy = _hard_terms(logits, labels[part])
                 loss, kd, agreement = _group_terms(
                     logits, teacher_logits[part.start - rows.start : part.stop - rows.start],
-                    _Starts(*(x[part] for x in starts)), _Starts(*(x[part] for x in teacher_starts)),
+                    Starts(*(x[part] for x in starts)), Starts(*(x[part] for x in teacher_starts)),
                     is_paired[part], student, teacher, divergence, objective,
                 )  # fmt: skip
                 return loss + objective.hard_weight * ce, kd, ce, agreement, entropy
@@ -449,8 +356,8 @@ class _CrossTokenizer(torch.autograd.Function):
         def later_terms(logits: Tensor, part: slice) -> tuple[Tensor, ...]:
             ce, entropy = _hard_terms(logits, labels[part])
             groups, as_first_miss, as_hit = (x[part.start - num_groups : part.stop - num_groups] for x in later)
-            log_probs = _tempered(logits, student, objective.temperature).log_softmax(-1)
-            hit, miss = _hit_and_miss(log_probs, tokens[part])
+            log_probs = tempered(logits, student, objective.temperature).log_softmax(-1)
+            hit, miss = hit_and_miss(log_probs, tokens[part])
             # The 0 at the end is that of no group, -1.
             of_continuation, of_other = (F.pad(gradient, (0, 1))[groups] for gradient in group_gradients)
             for_gradient = ((of_continuation + of_other * as_hit) * hit + of_other * as_first_miss * miss).sum()
