@@ -1,7 +1,7 @@
-"""Perplexity and SQuAD's scores as metrics of the `evaluate` package, which load without a network.
+"""Perplexity and the SQuAD scores as metrics of the `evaluate` package that load without a network.
 
-`evaluate.load("squad")` fetches a script from the hub; `Squad()` is the same metric, and goes wherever one made by
-`evaluate.load` goes, `evaluate.combine` included.
+`evaluate.load("squad")` downloads a script from the hub. `Squad()` is the same metric and can replace it, for example
+in `evaluate.combine`.
 """
 
 import logging
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class Perplexity(evaluate.Metric):
     """Perplexity of a model on texts: `Perplexity().compute(predictions=texts, model=model, tokenizer=tokenizer)`.
 
-    Unlike the hub's metric of this name it weighs every token the same, whatever the length of its text, and does not
-    load the model. Options and results are those of `evaluation.perplexity`.
+    Unlike the hub's metric of this name, it gives every token the same weight, whatever the length of its text, and
+    does not load the model. Options and results are those of `evaluation.perplexity`.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -47,9 +47,9 @@ class Perplexity(evaluate.Metric):
 class Squad(evaluate.Metric):
     """Exact match and F1 of the official script for SQuAD v1.1 (1606.05250), in per cent.
 
-    Predictions are `{"id", "prediction_text"}`, references `{"id", "answers": {"text": [...], "answer_start": [...]}}`;
-    the best of a question's answers counts, and a question without a prediction counts as wrong. A question without an
-    answer, which v1.1 does not know, is a `ValueError`.
+    Predictions are `{"id", "prediction_text"}`. References are `{"id", "answers": {"text": [...], "answer_start":
+    [...]}}`. The best of a question's answers counts. A question without a prediction counts as wrong. A question
+    without an answer raises `ValueError`, because v1.1 has no such questions.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -84,13 +84,13 @@ class Squad(evaluate.Metric):
 
 
 def token_f1(prediction: str, answer: str) -> float:
-    """The harmonic mean of precision and recall of the words that a prediction shares with an answer, in [0, 1]."""
+    """The F1 score, in [0, 1], of the words that a prediction shares with an answer."""
     predicted, expected = normalized(prediction).split(), normalized(answer).split()
     shared = (Counter(predicted) & Counter(expected)).total()
     return 2 * shared / (len(predicted) + len(expected)) if shared else 0.0
 
 
 def normalized(text: str) -> str:
-    """Lower case, without punctuation and articles, and with one space between words."""
+    """The text in lower case, without punctuation and articles, with one space between words."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())

@@ -1,4 +1,4 @@
-"""Which of the teacher's layers each of the student's learns from."""
+"""Layer mappings: the teacher layers that each student layer learns from."""
 
 import json
 from collections.abc import Sequence
@@ -7,19 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# For each of the student's layers: the teacher's, with weights that sum to 1.
+# Student layer -> {teacher layer: weight}. The weights of a student layer sum to 1.
 Mapping = dict[int, dict[int, float]]
 NAMES = ("uniform", "last", "cka")
 MAPPINGS = "layer_mappings.json"
 
 
 def layer_mapping(layers: str | Sequence[Sequence[int]], num_student_layers: int, num_teacher_layers: int) -> Mapping:
-    """A mapping that needs no data.
+    """The mapping for a setting that needs no data.
 
     Args:
         layers (`str` or list of pairs):
-            "last" (the last of both), "uniform" (every student layer, at the same share of the depth, the last on the
-            last), or pairs `(student layer, teacher layer)`, negative ones counted from the end.
+            "last" (the last layers of both models), "uniform" (every student layer, with the teacher layer at the same
+            relative depth, the last with the last), or pairs `(student layer, teacher layer)`, where a negative number
+            counts from the end.
 
     Raises:
         `ValueError`: an unknown name, or a layer that does not exist.
@@ -39,18 +40,18 @@ def layer_mapping(layers: str | Sequence[Sequence[int]], num_student_layers: int
         student = _index(pair[0], num_student_layers, "student")
         found.setdefault(student, {})[_index(pair[1], num_teacher_layers, "teacher")] = 1.0
     if not found:
-        raise ValueError("layers have to be one pair [student layer, teacher layer] at least")
+        raise ValueError("layers have to be one pair [student layer, teacher layer] or more")
     return {student: {i: 1 / len(teachers) for i in teachers} for student, teachers in sorted(found.items())}
 
 
 def cka_mapping(student: Sequence[Tensor], teacher: Sequence[Tensor], top: int = 2) -> Mapping:
-    """Each student layer learns from the `top` teacher layers that are most like it on a probe batch.
+    """A mapping from each student layer to the `top` teacher layers that are most similar on a probe batch.
 
     Args:
         student, teacher (sequences of `torch.Tensor` of shape `(N, F)`): features per layer at the same N positions.
 
     Returns:
-        Weights in proportion to the linear CKA (Kornblith et al., 1905.00414).
+        The mapping, with weights in proportion to the linear CKA (Kornblith et al., 1905.00414).
     """
     mapping: Mapping = {}
     for i, features in enumerate(student):
@@ -62,23 +63,23 @@ def cka_mapping(student: Sequence[Tensor], teacher: Sequence[Tensor], top: int =
 
 
 def teacher_layers(mapping: Mapping) -> list[int]:
-    """The teacher's layers that any of the student's learns from, in order."""
+    """All teacher layers of a mapping, sorted."""
     return sorted({layer for teachers in mapping.values() for layer in teachers})
 
 
 def describe_mapping(mapping: Mapping) -> str:
-    """For people: each of the student's layers, and what it learns from."""
+    """The mapping as readable text: each student layer and its teacher layers."""
     rows = [(layer, ", ".join(f"{i} ({weight:.0%})" for i, weight in ts.items())) for layer, ts in mapping.items()]
     return "; ".join(f"{layer} <- {teachers}" for layer, teachers in rows)
 
 
 def save_mappings(folder: Path, mappings: dict[str, Mapping]) -> None:
-    """Writes mappings into a checkpoint: of a trained student, a probe batch would make others."""
+    """Writes mappings into a checkpoint, because a probe batch would give other mappings for a trained student."""
     (folder / MAPPINGS).write_text(json.dumps(mappings, indent=2), encoding="utf-8")
 
 
 def load_mappings(folder: Path) -> dict[str, Mapping]:
-    """What `save_mappings` wrote; empty where it has not."""
+    """The mappings that `save_mappings` wrote to a folder; empty if there are none."""
     path = folder / MAPPINGS
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return {
@@ -90,7 +91,7 @@ def load_mappings(folder: Path) -> dict[str, Mapping]:
 def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     """Linear centred kernel alignment of features (N, F) and (N, G), in [0, 1] (Kornblith et al., 1905.00414, eq. 4).
 
-    Invariant to rotations and one scale of either side; 1 for a rotation of the same features.
+    It does not change when either side is rotated or scaled. It is 1 for a rotation of the same features.
     """
     x, y = (z.double() - z.double().mean(0) for z in (x, y))
     x, y = (z / z.norm().clamp(min=torch.finfo(z.dtype).tiny) for z in (x, y))
@@ -100,5 +101,5 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
 
 def _index(layer: int, num_layers: int, side: str) -> int:
     if not -num_layers <= layer < num_layers:
-        raise ValueError(f"the {side} has {num_layers} layers, there is no layer {layer}")
+        raise ValueError(f"the {side} has {num_layers} layers; layer {layer} does not exist")
     return layer % num_layers

@@ -1,4 +1,4 @@
-"""The metrics and which way is better, and means of them that cost no synchronisation until they are read."""
+"""Names and directions of the metrics, and running means that need no synchronisation until they are read."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Every number about a student that is logged or reported, and whether more of it is better; None where nobody can say.
+# All metrics that are logged or reported: True if higher is better, False if lower is better, None if neither is.
 MORE_IS_BETTER = {
     **dict.fromkeys(("loss", "kd", "ce", "kl", "hidden", "aux_loss", "bits_per_character", "nats_per_token"), False),
     **dict.fromkeys(("perplexity", "student_perplexity", "teacher_perplexity", "runtime"), False),
@@ -24,11 +24,11 @@ MORE_IS_BETTER = {
 
 
 def metric_name(logged: str, sets: Iterable[str] | None = None) -> str | None:
-    """The key in `MORE_IS_BETTER` of a metric as an evaluation logs it; None for one that is not ours.
+    """The key in `MORE_IS_BETTER` for the logged name of a metric; None if hf_distill does not log such a metric.
 
     Args:
-        logged (`str`): `kd`, `eval_kd`, or, of one of several data sets, `eval_<set>_kd`.
-        sets (iterable of `str`, *optional*): the names of the data sets, if they have any. By default any will do.
+        logged (`str`): `kd`, `eval_kd`, or `eval_<set>_kd` with several evaluation sets.
+        sets (iterable of `str`, *optional*): the names of the evaluation sets. By default, any name is accepted.
     """
     logged = logged.removeprefix("eval_")
     # `kv/cosine_layer_3`, `perplexity/stories`
@@ -39,18 +39,21 @@ def metric_name(logged: str, sets: Iterable[str] | None = None) -> str | None:
 
 
 def more_is_better(logged: str) -> bool | None:
-    """True if more of a metric is better, None if nobody can say; for one that is not ours by transformers' rule."""
+    """True if higher is better, False if lower is better, None if neither is.
+
+    Metrics of other libraries follow the rule of transformers: lower is better if the name ends with "loss".
+    """
     name = metric_name(logged)
     return not logged.endswith("loss") if name is None else MORE_IS_BETTER[name]
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of long sums: float64, which MPS does not have."""
+    """The dtype of long sums: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def as_json(value: Any) -> Any:
-    """A value that is logged, as JSON knows it: what does not would fail when a checkpoint is saved."""
+    """A logged value as a JSON value, or as a string. Other values would fail when a checkpoint is saved."""
     value = value.tolist() if hasattr(value, "tolist") else value  # tensors, and numbers and arrays of numpy
     try:
         json.dumps(value)
@@ -60,10 +63,10 @@ def as_json(value: Any) -> Any:
 
 
 class TokenMeans:
-    """Sums of per-token values, kept on the device and reduced over all processes only when they are read.
+    """Means over tokens. Their sums stay on the device and are reduced over all processes only when they are read.
 
-    A mean of per-batch means weighs a token more the emptier its batch is. Here every token of every process since the
-    last reading counts the same.
+    A mean of per-batch means gives a token more weight in a batch with fewer tokens. Here every token of every process
+    since the last reading has the same weight.
     """
 
     def __init__(self) -> None:
@@ -77,10 +80,10 @@ class TokenMeans:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def pop(self, reduce: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, float]:
-        """The means since the last call, and a fresh start. Empty when there was no token.
+        """The means since the last call; empty if there was no token. Resets the sums.
 
         Args:
-            reduce (`Callable`): sums a vector over all processes; called once, if this process has counted anything.
+            reduce (`Callable`): sums a vector over all processes; called once, if this process has counted a token.
         """
         if not self._sums:
             return {}
@@ -91,7 +94,7 @@ class TokenMeans:
 
 
 class RolloutMeans:
-    """Sums over rollouts, and the rates that they make over all processes."""
+    """Sums over rollouts, and their rates over all processes."""
 
     _SUMS = "tokens seconds blocks drafted accepted corrected first full length length_squared privilege privileged"
 
@@ -100,7 +103,7 @@ class RolloutMeans:
         self._shortest, self._longest = float("inf"), 0.0
 
     def add(self, stats: Any, num_tokens: int, is_speculative: bool) -> None:
-        """Counts the tokens and seconds of one rollout (`RolloutStats`), and, of a speculative one, its blocks."""
+        """Adds the tokens and seconds of one rollout (`RolloutStats`), and its blocks if it is speculative."""
         self._sums["tokens"] += num_tokens
         self._sums["seconds"] += stats.seconds
         if not is_speculative:
@@ -119,12 +122,12 @@ class RolloutMeans:
         self._longest = max(self._longest, float(length.max()))
 
     def add_privilege(self, kl: Tensor, num_tokens: int) -> None:
-        """Counts the divergence, summed over tokens, of the teacher with knowledge from the one without."""
+        """Adds the divergence between the teacher with knowledge and the teacher without, summed over tokens."""
         self._sums["privilege"] += float(kl)
         self._sums["privileged"] += num_tokens
 
     def pop(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
-        """The rates since the last call, and a fresh start; empty when nothing was written.
+        """The rates since the last call; empty if no text was generated. Resets the sums.
 
         Args:
             gather (`Callable`): stacks a row (1, n) of every process; called once, by every process.

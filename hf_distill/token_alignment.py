@@ -1,8 +1,8 @@
-"""Which tokens of two tokenisations of one text cover the same part of it, and which tokens mean the same to both.
+"""Alignment of two tokenisations of one text, and the tokens that two vocabularies share.
 
-A *piece* is what a token stands for: `bytes` for text, a `str` for a marker (bos, eos, `<|im_start|>`), which has no
-text. Bytes are what all tokenizers agree on: `Ġthe` of GPT-2 and `▁the` of Llama are both `b" the"`, and an emoji may
-be cut anywhere. A *group* is a shortest run of student tokens and of teacher tokens that cover the same text.
+A *piece* is the content of a token: `bytes` for text, a `str` for a marker (bos, eos, `<|im_start|>`), which has no
+text. All tokenizers agree on bytes: `Ġthe` of GPT-2 and `▁the` of Llama are both `b" the"`, and an emoji may be cut at
+any byte. A *group* is a shortest run of student tokens and of teacher tokens that cover the same text.
 
 Shapes: K names, Vs and Vt the vocabularies.
 """
@@ -18,48 +18,49 @@ import torch
 from torch import Tensor
 
 Piece = bytes | str
-Run = tuple[int, int, int]  # a stretch of text that both sides have: its start in each, its length in bytes
+Run = tuple[int, int, int]  # a stretch of text that both sides have: its start in each text, its length in bytes
 
 WHITESPACE = b" \t\n\r\x0b\x0c"
-# After text that differs, so many equal bytes (or all that is left) are taken for the same text again.
+# After different text, the texts count as equal again once this many bytes (or all remaining ones) are equal.
 RESUMING_BYTES = 8
-# A token's name where it has none: text that begins with nothing that both sides have, and what is never compared.
+# Names of tokens without a shared name. UNNAMED: no shared token is a beginning of its text. OUTSIDE: never compared.
 UNNAMED, OUTSIDE = -1, -2
 
 
 class Group(NamedTuple):
-    """Tokens that cover the same text. One side is empty where the other has none of that text, or no such marker."""
+    """Tokens that cover the same text. A side without that text, or without that marker, is empty."""
 
     student: range
     teacher: range
-    # Whether both sides are the very same bytes, or the same marker. Otherwise white space or case differ (the space
-    # that SentencePiece puts before a text), so that the next-token distributions are of different texts.
+    # True if both sides are exactly the same bytes, or the same marker. Otherwise white space or case differ (the space
+    # that SentencePiece puts before a text), so the next-token distributions belong to different texts.
     comparable: bool
 
 
 class SharedTokens(NamedTuple):
-    """What two vocabularies have in common. A name is a piece that is a token of both; int64 tensors."""
+    """The common tokens of two vocabularies, as int64 tensors. A name is a piece that is a token of both."""
 
     student_ids: Tensor  # (K,) the student's token for each name
     teacher_ids: Tensor  # (K,)
-    # The name of each token: its own, else the longest that it begins with, else UNNAMED; OUTSIDE for markers of one
-    # side alone and ids that are no token.
+    # The name of each token: its own, else the longest name that it begins with, else UNNAMED. OUTSIDE for markers that
+    # only one side has and for ids without a token.
     student_names: Tensor  # (Vs,)
     teacher_names: Tensor  # (Vt,)
 
 
 def vocabulary_pieces(tokenizer: Any) -> list[Piece | None]:
-    """The piece of every token id, None for ids that are no token.
+    """The piece of every token id; None for ids without a token.
 
-    Byte-level, SentencePiece and WordPiece vocabularies are known; a word of the last is taken to begin with a space.
-    Special tokens are markers: "bos" and "eos" by their role (a token with both roles is "eos"), others by content.
+    Byte-level, SentencePiece and WordPiece vocabularies are supported. A WordPiece word counts as beginning with a
+    space. Special tokens are markers: "bos" and "eos" by their role (a token with both roles is "eos"), others by
+    their content.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`): read through `backend_tokenizer`, `get_vocab()`, `added_tokens_decoder`,
             `all_special_ids`, `bos_token_id` and `eos_token_id`.
 
     Raises:
-        `ValueError`: the tokenizer does not tell how its tokens become text.
+        `ValueError`: the text of single tokens cannot be derived from the tokenizer.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -83,14 +84,14 @@ def vocabulary_pieces(tokenizer: Any) -> list[Piece | None]:
 
 
 def shared_tokens(student_pieces: Sequence[Piece | None], teacher_pieces: Sequence[Piece | None]) -> SharedTokens:
-    """The tokens that mean the same to both sides, and a name for the others, from both `vocabulary_pieces`.
+    """The tokens that mean the same on both sides, and names for all other tokens, from both `vocabulary_pieces`.
 
-    A token that only one side has begins with one that both have, down to single bytes: a teacher's `grandmother` adds
-    to what a student without that word can say, `gr`. Naming by the longest shared beginning moves no probability
-    between texts, where an exact match alone leaves it without a counterpart.
+    A token that only one side has gets the name of the longest shared token that it begins with. If the student has no
+    `grandmother` but has `gr`, the teacher's probability of `grandmother` counts for `gr`. This moves no probability
+    between texts. With exact matches alone, that probability would have no counterpart.
     """
     sides = student_pieces, teacher_pieces
-    # Of several ids with one piece the last counts: SentencePiece has its bytes `<0x41>` before the letter `A` itself.
+    # If several ids have one piece, the last counts: SentencePiece has the byte `<0x41>` before the letter `A` itself.
     ids = [{piece: i for i, piece in enumerate(pieces) if piece is not None} for pieces in sides]
     names = {piece: k for k, piece in enumerate(piece for piece in ids[0] if piece in ids[1] and piece != b"")}
 
@@ -109,17 +110,18 @@ def shared_tokens(student_pieces: Sequence[Piece | None], teacher_pieces: Sequen
 def align(
     student_pieces: Sequence[Piece], teacher_pieces: Sequence[Piece], contents: Sequence[str] | None = None
 ) -> list[Group]:
-    """The groups of two tokenisations, in order; every token is in exactly one. Linear in the length of the text.
+    """The groups of two tokenisations, in order. Every token is in exactly one group. Takes linear time.
 
-    Where the texts differ in white space, it is skipped; where they differ otherwise (two chat templates, a word that
-    one tokenizer does not know), tokens stay alone until `RESUMING_BYTES` bytes are equal again. Equal markers at the
-    same place of the text are a group.
+    Different white space is skipped. After any other difference (two chat templates, a word that one tokenizer does
+    not know), each token is a group of its own until `RESUMING_BYTES` bytes are equal again. Equal markers at the same
+    position in the text form a group.
 
     Args:
-        student_pieces, teacher_pieces: for each token its entry in `vocabulary_pieces`, padding left out.
+        student_pieces, teacher_pieces: the entry in `vocabulary_pieces` of each token, without padding.
         contents (list of `str`, *optional*):
-            What both texts say, in this order, between templates that differ: the contents of all messages. Only that
-            is aligned then, however short it is. The last occurrence counts: templates put names before contents.
+            The contents of all messages, in order, if the two texts come from different templates. Only these contents
+            are aligned then, however short they are. The last occurrence of a content counts, because templates put
+            names before contents.
     """
     sides = student_pieces, teacher_pieces
     gaps = set()
@@ -128,10 +130,10 @@ def align(
     else:
         found = _runs_of_contents(student_pieces, teacher_pieces, contents)
         runs = [run for part in found if part is not None for run in part]
-        # After so many shared bytes a content is missing: markers there may be from before it or from after it.
+        # The numbers of shared bytes after which a content is missing. A marker there may stand before or after it.
         before = itertools.accumulate((sum(run[2] for run in part or ()) for part in found), initial=0)
         gaps = {size for size, part in zip(before, found, strict=False) if part is None}
-    # For each token: how many of the bytes that both sides have are written when it ends.
+    # For each token: the number of shared bytes up to its end.
     student, teacher = (_shared_bytes(side, [(run[k], run[2]) for run in runs]) for k, side in enumerate(sides))
     groups: list[Group] = []
     i = j = done = 0
@@ -145,7 +147,7 @@ def align(
             pair = _leave_alone if done in gaps else _pair_markers
             groups += pair(*sides, range(start_i, i), range(start_j, j))
         if i == len(student):
-            continue  # Both sides have written all of the bytes that they share.
+            continue  # Both sides are past all shared bytes.
         start_i, start_j = i, j
         i, j = i + 1, j + 1
         while student[i - 1] != teacher[j - 1]:
@@ -161,13 +163,13 @@ def align(
 def group_numbers(
     groups: Sequence[Group], student_counts: Sequence[bool], teacher_counts: Sequence[bool]
 ) -> tuple[list[int], list[int]]:
-    """For each token of the student, and of the teacher, the number of its group; -1 where nothing is compared.
+    """The group number of each student token and of each teacher token; -1 for tokens that are not compared.
 
     Args:
-        groups: what `align` returned.
+        groups: the result of `align`.
         student_counts, teacher_counts (sequences of `bool`):
-            For each token whether it counts: it has a label, and there is a position that predicts it (the first token
-            of a sequence has none). A group of which one token does not count is left out as a whole.
+            True for tokens that count: they have a label, and a position predicts them (none predicts the first token
+            of a sequence). A group with a token that does not count is left out.
     """
     student, teacher = [-1] * len(student_counts), [-1] * len(teacher_counts)
     for number, group in enumerate(groups):
@@ -182,7 +184,7 @@ def group_numbers(
 
 
 def exact_fraction(groups: Sequence[Group]) -> float:
-    """The share of the student's tokens that face exactly one token of the teacher, of the very same bytes."""
+    """The share of the student's tokens that face exactly one teacher token with exactly the same bytes."""
     exact = sum(group.comparable and len(group.student) == len(group.teacher) == 1 for group in groups)
     return exact / max(sum(len(group.student) for group in groups), 1)
 
@@ -192,14 +194,14 @@ def _text(pieces: Sequence[Piece]) -> bytes:
 
 
 def _squeezed(text: bytes) -> bytes:
-    """The text without white space and case (of ASCII)."""
+    """The text without white space, in lower case (ASCII)."""
     return text.translate(None, WHITESPACE).lower()
 
 
 def _equal_runs(student: bytes, teacher: bytes) -> Iterator[Run]:
-    """The stretches that both texts have, but for case."""
+    """The stretches of text that both sides have, ignoring case."""
     student, teacher = student.lower(), teacher.lower()
-    # Of several spaces before a text it is the first that one side has added.
+    # If the texts begin with different numbers of spaces, one side has added the first ones.
     before = [len(text) - len(text.lstrip(WHITESPACE)) for text in (student, teacher)]
     i, j = max(0, before[0] - before[1]), max(0, before[1] - before[0])
     while i < len(student) and j < len(teacher):
@@ -215,7 +217,7 @@ def _equal_runs(student: bytes, teacher: bytes) -> Iterator[Run]:
 
 
 def _equal_length(student: bytes, teacher: bytes, i: int, j: int) -> int:
-    """How many bytes from `i` and `j` on are equal."""
+    """The number of equal bytes from `i` and `j` on."""
 
     def equal(length: int, step: int) -> bool:
         found = student[i + length : i + length + step]
@@ -230,11 +232,11 @@ def _equal_length(student: bytes, teacher: bytes, i: int, j: int) -> int:
 
 
 def _next_equal(student: bytes, teacher: bytes, i: int, j: int) -> tuple[int, int]:
-    """The nearest places from `i` and `j` on after which `RESUMING_BYTES` bytes, or all that is left, are equal."""
+    """The nearest offsets from `i` and `j` on where `RESUMING_BYTES` bytes, or all remaining bytes, are equal."""
     window = 64
     while True:
         places = range(j, min(j + window, len(teacher)) + 1)
-        last = {teacher[y : y + RESUMING_BYTES]: y for y in reversed(places)}  # of equal ones the nearest
+        last = {teacher[y : y + RESUMING_BYTES]: y for y in reversed(places)}  # the nearest of equal ones
         found = []
         for x in range(i, min(i + window, len(student)) + 1):
             y = last.get(student[x : x + RESUMING_BYTES])
@@ -242,15 +244,15 @@ def _next_equal(student: bytes, teacher: bytes, i: int, j: int) -> tuple[int, in
                 found.append((x + y, x, y))
         if found:
             return min(found)[1:]
-        window *= 2  # At the latest both ends are equal.
+        window *= 2  # Ends at the latest at the ends of both texts, which are equal.
 
 
 def _runs_of_contents(
     student_pieces: Sequence[Piece], teacher_pieces: Sequence[Piece], contents: Sequence[str]
 ) -> list[list[Run] | None]:
-    """The stretches inside of each of `contents` that both sides have, None for one that a side lacks.
+    """The stretches that both sides have inside each of `contents`; None for a content that a side lacks.
 
-    They are looked for from the end.
+    The search starts at the end.
     """
     sides = student_pieces, teacher_pieces
     texts = [_text(side) for side in sides]
@@ -275,7 +277,7 @@ def _runs_of_contents(
 
 
 def _find_tokens(text: bytes, wanted: bytes, start: int, ends: set[int]) -> int:
-    """Where `wanted` is next, between two `ends` of tokens (no `a` inside of `assistant`), or -1."""
+    """The next offset of `wanted` between two `ends` of tokens (not the `a` inside `assistant`), or -1."""
     start = text.find(wanted, start)
     while start != -1 and not {start, start + len(wanted)} <= ends:
         start = text.find(wanted, start + 1)
@@ -283,13 +285,13 @@ def _find_tokens(text: bytes, wanted: bytes, start: int, ends: set[int]) -> int:
 
 
 def _ends(pieces: Sequence[Piece], ignored: bytes = b"") -> list[int]:
-    """Where tokens begin and end, in bytes of the text without those in `ignored`."""
+    """The offsets where tokens begin and end, in bytes of the text without those in `ignored`."""
     lengths = (len(piece.translate(None, ignored)) if isinstance(piece, bytes) else 0 for piece in pieces)
     return list(itertools.accumulate(lengths, initial=0))
 
 
 def _shared_bytes(pieces: Sequence[Piece], runs: Sequence[tuple[int, int]]) -> list[int]:
-    """For each piece how many bytes of `runs` (start, length) come before its end."""
+    """For each piece, the number of bytes of `runs` (start, length) before its end."""
     counts, before, k = [], 0, 0
     for end in _ends(pieces)[1:]:
         while k < len(runs) and sum(runs[k]) <= end:
@@ -301,7 +303,7 @@ def _shared_bytes(pieces: Sequence[Piece], runs: Sequence[tuple[int, int]]) -> l
 def _pair_markers(
     student_pieces: Sequence[Piece], teacher_pieces: Sequence[Piece], student: range, teacher: range
 ) -> Iterator[Group]:
-    """Tokens without shared text: equal markers in pairs, in order, everything else alone."""
+    """Groups of tokens without shared text: equal markers in pairs, in order; every other token alone."""
     places = defaultdict(deque)
     for j in teacher:
         places[teacher_pieces[j]].append(j)
@@ -320,7 +322,7 @@ def _pair_markers(
 
 
 def _leave_alone(_: Any, __: Any, student: range, teacher: range) -> Iterator[Group]:
-    """Every token by itself, with nothing to compare with."""
+    """One group per token, with an empty other side."""
     yield from (Group(range(i, i + 1), range(teacher.start, teacher.start), False) for i in student)
     yield from (Group(range(student.stop, student.stop), range(j, j + 1), False) for j in teacher)
 
@@ -328,7 +330,7 @@ def _leave_alone(_: Any, __: Any, student: range, teacher: range) -> Iterator[Gr
 def _text_groups(
     student_pieces: Sequence[Piece], teacher_pieces: Sequence[Piece], student: range, teacher: range
 ) -> list[Group]:
-    """One group if both sides have the same text there, else each side alone."""
+    """One group if both sides have the same text, else one group per side."""
     pieces = student_pieces[student.start : student.stop], teacher_pieces[teacher.start : teacher.stop]
     if pieces[0] == pieces[1]:
         return [Group(student, teacher, True)]
@@ -343,11 +345,11 @@ def _text_groups(
 
 
 def _spelling(decoder: Any) -> tuple[Callable[[str], bytes], Callable[[str], bytes]]:
-    """How a token becomes bytes, and how an added one does, from the decoder of a `tokenizers.Tokenizer`."""
+    """Functions from a token to its bytes, and from an added token to its bytes, for a decoder of `tokenizers`."""
     state = json.loads(decoder.__getstate__()) if decoder is not None else {"decoders": []}
     steps = state.get("decoders", [state])
     kinds = {step["type"]: step for step in steps}
-    # Added tokens are written as they are, whatever the alphabet of these two.
+    # Added tokens are not encoded with the alphabet of these two.
     if "ByteLevel" in kinds:
         return _bytes_of_byte_level, str.encode
     if "WordPiece" in kinds:
@@ -372,7 +374,7 @@ def _spelling(decoder: Any) -> tuple[Callable[[str], bytes], Callable[[str], byt
 
 
 def _replacement(step: dict[str, Any]) -> tuple[str, str]:
-    """What a step of a decoder replaces, and by what."""
+    """The string that a step of a decoder replaces, and its replacement."""
     if step["type"] == "Metaspace":
         return step["replacement"], " "
     if "String" not in step["pattern"]:
@@ -388,11 +390,11 @@ def _bytes_of_byte_level(token: str) -> bytes:
     try:
         return bytes(map(BYTES.__getitem__, token))
     except KeyError:
-        return token.encode()  # as the decoder does with other characters
+        return token.encode()  # as the decoder treats other characters
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The letters of byte-level vocabularies (GPT-2): printable bytes stand for themselves, the rest follows at 256."""
+    """The alphabet of byte-level vocabularies (GPT-2): printable bytes are themselves, other bytes start at 256."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}

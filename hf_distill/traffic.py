@@ -1,4 +1,4 @@
-"""Bytes that an update moves between processes, and from the teacher to the student: before a run is paid for."""
+"""Bytes that an update sends between processes, and from the teacher to the student: an estimate before a run."""
 
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 
@@ -14,20 +14,22 @@ def bytes_between_processes(
     parameter_bytes: int = 2,
     gradient_bytes: int = 2,
 ) -> dict[str, int]:
-    """What each process sends per update, and receives as much, by what it is sent for.
+    """The bytes that each process sends per update, by purpose. It receives as many.
 
-    Collectives are counted as rings send them: of S bytes an all-gather and a reduce-scatter send S * (W - 1) / W, an
-    all-reduce twice that. The few numbers that are summed for logs and divisors are left out.
+    Collectives are counted as ring algorithms: for S bytes, an all-gather and a reduce-scatter each send
+    S * (W - 1) / W, and an all-reduce sends twice that. The few numbers that are summed for logs and divisors are
+    not counted.
 
     Args:
         engine (`str`): one of `ENGINES`.
         num_processes (`int`): W; 1 sends nothing.
-        parameters, trainable (`int`): of the student; all, and those that get a gradient.
+        parameters, trainable (`int`): the student's parameters: all, and those that get a gradient.
         micro_batches (`int`): per update and process.
         once (`int`):
-            Parameters that are gathered for the forward and not again for the backward: with FSDP2 the final norm and
-            the head, with ZeRO-3 what `stage3_max_reuse_distance` keeps, and with LoRA what comes before all adapters.
-        parameter_bytes, gradient_bytes (`int`): of one number, as it is sent.
+            Parameters that are gathered for the forward but not again for the backward. With FSDP2, these are the
+            final norm and the head; with ZeRO-3, those that `stage3_max_reuse_distance` keeps; with LoRA, those before
+            all adapters.
+        parameter_bytes, gradient_bytes (`int`): bytes per number that is sent.
 
     Raises:
         `ValueError`: an unknown engine.
@@ -39,7 +41,7 @@ def bytes_between_processes(
     weights = share * parameters * parameter_bytes
     if engine == "ddp":
         return {"gradients": round(2 * gradients), "weights": 0}
-    if engine == "zero2":  # Each micro-batch is all-reduced; the ranks then exchange what each has updated.
+    if engine == "zero2":  # Each micro-batch is all-reduced; the ranks then exchange updated weights.
         return {
             "gradients": round(micro_batches * 2 * gradients),
             "weights": round(share * trainable * parameter_bytes),
@@ -50,10 +52,10 @@ def bytes_between_processes(
 
 
 def bytes_from_teacher(label_tokens: int, hidden_size: int, *, inner_layers: int = 0, bytes_per_number: int = 2) -> int:
-    """What a teacher on another device sends per update: hidden states of label-bearing tokens, no logits, no head."""
+    """The bytes that a teacher on another device sends per update: hidden states of label-bearing tokens only."""
     return label_tokens * hidden_size * (1 + inner_layers) * bytes_per_number
 
 
 def bytes_for_rollouts(num_processes: int, parameters: int, *, parameter_bytes: int = 2) -> int:
-    """What FSDP2 and ZeRO-3 send in addition, per update, to have the student whole where it writes."""
+    """The bytes that FSDP2 and ZeRO-3 also send per update to gather the student for generation."""
     return round((num_processes - 1) / num_processes * parameters * parameter_bytes)
