@@ -101,5 +101,5 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
 
 def _index(layer: int, num_layers: int, side: str) -> int:
     if not -num_layers <= layer < num_layers:
-        raise ValueError(f"the {side} has {num_layers} layers; layer {layer} does not exist")
+        raise ValueError(f"the {side} has {num_layers} layers, there is no layer {layer}")
     return layer % num_layers

@@ -1,9 +1,9 @@
-"""Checks of rows of token ids and labels, many at a time: what no model could read or learn, and rows without a label.
+"""Checks of rows of token ids and labels, in blocks: values that no model can read or learn, rows without a label.
 
-A column of lists is its values, one after the other, and where each row of them starts: Arrow keeps it so, and a
-comparison of all values takes less time than a loop over one row.
+A column of lists is one array of all its values and one array of the offsets where rows start, as in Arrow. Comparing
+all values at once takes less time than a loop over a single row.
 
-Shapes: R rows, n values of all rows; B rows of a batch, T tokens of the longest of them.
+Shapes: R rows, n values of all rows together; B rows of a batch, T tokens of its longest row.
 """
 
 import os
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 ROWS_PER_BLOCK = 4096
 MAX_THREADS = 8
-# Columns that speak of each token of `input_ids`, beside those that do so for the teacher's own text.
+# Columns with one value per token of `input_ids`. The same names with `teacher_` belong to the teacher's own text.
 PER_TOKEN = ("labels", "attention_mask", "completion_mask", "assistant_masks")
 COLUMNS = ("input_ids", *PER_TOKEN, "seq_lengths", "position_ids", "teacher_input_ids", "teacher_labels")
 
@@ -29,11 +29,11 @@ class Limits(NamedTuple):
     """The ids, labels and lengths that rows may have."""
 
     vocab_size: int  # labels are -100 or below this
-    num_ids: int | None = None  # token ids that can be read, by default the same
-    teacher_ids: int | None = None  # those that the teacher reads in a text of its own, by default the same
-    max_length: int | None = None  # where rows are cut
-    known_to: str = "student and teacher share only"  # for messages: the ids below `num_ids`
-    completion_masks: bool = True  # whether `completion_mask` says what is trained on (completion_only_loss)
+    num_ids: int | None = None  # token ids that can be read are below this; by default `vocab_size`
+    teacher_ids: int | None = None  # the same for the teacher's own text; by default `vocab_size`
+    max_length: int | None = None  # the length to which rows are cut
+    known_to: str = "student and teacher share only"  # for messages: who knows the ids below `num_ids`
+    completion_masks: bool = True  # whether `completion_mask` selects the trained tokens (completion_only_loss)
 
 
 class Ragged(NamedTuple):
@@ -48,28 +48,28 @@ class Ragged(NamedTuple):
         return np.diff(self.starts)
 
     def first(self, wrong: np.ndarray) -> tuple[int, int]:
-        """Row and place in it of the first value that is `wrong` (n,)."""
+        """The row of the first value that is `wrong` (n,), and its index in that row."""
         index = int(wrong.argmax())
         row = int(np.searchsorted(self.starts, index, side="right")) - 1
         return row, index - int(self.starts[row])
 
     def places(self) -> np.ndarray:
-        """The place of each value in its row, (n,)."""
+        """The index of each value in its row, (n,)."""
         return np.arange(len(self.values)) - np.repeat(self.starts[:-1], self.lengths)
 
     def bears_label(self) -> np.ndarray:
-        """Of labels: which are to be predicted, (n,). Nothing predicts the first token of a row."""
+        """True for labels that are predicted, (n,). Nothing predicts the first token of a row."""
         bears = self.values != -100
         bears[self.starts[:-1][self.lengths > 0]] = False
         return bears
 
     def counts(self, which: np.ndarray) -> np.ndarray:
-        """The number of each row's values that `which` (n,) marks, (R,)."""
+        """The number of values per row that `which` (n,) marks, (R,)."""
         return np.diff(np.concatenate([[0], np.cumsum(which)])[self.starts])
 
 
 class RowProblem(Exception):
-    """A row of a block that is refused, and why."""
+    """A row of a block is refused; the message says why."""
 
     def __init__(self, row: int, problem: str) -> None:
         super().__init__(problem)
@@ -77,18 +77,18 @@ class RowProblem(Exception):
 
 
 def check_row(row: Mapping[str, Any], name: str, limits: Limits) -> None:
-    """Raises `ValueError` for a row, called `name`, that is not what [`Limits`] allow."""
+    """Raises `ValueError` for a row that violates [`Limits`]; the message calls it `name`."""
     _check({column: [row[column]] for column in COLUMNS if row.get(column) is not None}, lambda _: name, limits)
 
 
 def has_label(row: Mapping[str, Any]) -> bool:
-    """True for a tokenised row that bears a label after its first token."""
+    """True if a tokenised row has a label after its first token."""
     labels = row["labels"] if row.get("labels") is not None else row["input_ids"]
     return any(label != -100 for label in labels[1:])
 
 
 def check_rows(dataset: Dataset, name: str, limits: Limits, num_threads: int | None = None) -> None:
-    """Raises `ValueError` for the first row of a data set called `name` that is not what [`Limits`] allow."""
+    """Raises `ValueError` for the first row of a dataset that violates [`Limits`]; `name` is that of the dataset."""
 
     def check(columns: Mapping[str, Any], start: int) -> None:
         _check(columns, lambda row: f"row {start + row} of the {name} dataset", limits)
@@ -97,7 +97,7 @@ def check_rows(dataset: Dataset, name: str, limits: Limits, num_threads: int | N
 
 
 def longest_text(dataset: Dataset) -> int:
-    """Tokens of the longest text in tokenised rows; of packed ones, of their longest document."""
+    """The number of tokens of the longest text in tokenised rows, or of the longest document in packed ones."""
     column = next((name for name in ("seq_lengths", "input_ids") if name in dataset.column_names), None)
     if column is None or dataset.format["type"] == "custom":
         return 0
@@ -112,12 +112,12 @@ def longest_text(dataset: Dataset) -> int:
 def rows_with_label(
     dataset: Dataset, name: str, limits: Limits | None = None, num_threads: int | None = None
 ) -> np.ndarray:
-    """The rows that bear a label, (R,) bool. With `limits`, they are checked on the way, as by [`check_rows`]."""
+    """True for rows that have a label, (R,). With `limits`, the rows are also checked, as by [`check_rows`]."""
 
     def find(columns: Mapping[str, Any], start: int) -> np.ndarray:
         if limits is not None:
             _check(columns, lambda row: f"row {start + row} of the {name} dataset", limits)
-        if "input_ids" not in columns:  # of a data set that is prepared by its own collator
+        if "input_ids" not in columns:  # the dataset's own collator makes them
             return np.ones(min(ROWS_PER_BLOCK, len(dataset) - start), dtype=bool)
         labels = _ragged(columns.get("labels", columns["input_ids"]), "labels")
         return labels.counts(labels.bears_label()) > 0
@@ -132,9 +132,9 @@ def rows_with_label(
 def _over_blocks(
     dataset: Dataset, names: Iterable[str], function: Callable[..., Any], what: str, num_threads: int | None
 ) -> list[Any]:
-    """`function(columns, first row)` of all blocks in order; in threads, which numpy and Arrow let run."""
+    """Results of `function(columns, first row)` of all blocks, in order; in threads (numpy and Arrow free the GIL)."""
     if dataset.format["type"] == "custom":
-        num_threads = 1  # a transform makes the rows, and may not be made to be called twice at once
+        num_threads = 1  # a transform makes the rows, and it may not be thread-safe
     else:
         present = [name for name in names if name in dataset.column_names]
         dataset = dataset.select_columns(present).with_format("arrow")
@@ -181,8 +181,8 @@ def _check_values(found: Mapping[str, Ragged], side: str, num_ids: int, limits: 
         known_to = "the teacher has only" if side else limits.known_to
         raise RowProblem(
             row,
-            f"has {side.replace('_', ' ')}token id {value} at place {place}, but {known_to} the ids below {num_ids}: "
-            "it cannot be read by all. Use tokens (eos_token, chat template) that both know",
+            f"has {side.replace('_', ' ')}token id {value} at place {place}, but {known_to} the ids below {num_ids}. "
+            "Use tokens (eos_token, chat template) that both know",
         )
     if f"{side}labels" in found:
         labels = found[f"{side}labels"]
@@ -198,27 +198,27 @@ def _check_values(found: Mapping[str, Ragged], side: str, num_ids: int, limits: 
 
 
 def _check_places(found: Mapping[str, Ragged], limits: Limits) -> None:
-    """Columns that say where in a text a token stands, of which the trainers read `seq_lengths` alone."""
+    """Checks masks, `position_ids` and `seq_lengths`. The trainers take positions from `seq_lengths` alone."""
     ids = found["input_ids"]
     if "attention_mask" in found:
         mask = found["attention_mask"]
         masked = mask.values == 0
         labels = found.get("labels", ids)
-        before = masked & np.append(~masked[1:], False)  # a token that is read comes behind
+        before = masked & np.append(~masked[1:], False)  # a token that is read follows
         before[mask.starts[1:][mask.lengths > 0] - 1] = False
         if (wrong := before | (masked & (labels.values != -100))).any():
             row, place = mask.first(wrong)
             raise RowProblem(
                 row,
-                f"has padding (attention_mask 0 at place {place}) that would be read or trained on: rows are padded "
-                "when batches are made, leave padding out",
+                f"has padding (attention_mask 0 at place {place}) that would be read or trained on. Remove "
+                "padding from the rows: batches are padded when they are made",
             )
     masks = {"completion_mask", "assistant_masks"} if limits.completion_masks else {"assistant_masks"}
     for name in masks & found.keys() if "labels" in found else ():
         if (wrong := (found[name].values == 0) & (found["labels"].values != -100)).any():
             row, place = found[name].first(wrong)
             raise RowProblem(
-                row, f"has a label at place {place}, which its {name} leaves out: of the two, labels alone are read"
+                row, f"has a label at place {place}, which its {name} leaves out. Only labels are read: make both agree"
             )
     if "seq_lengths" in found:
         lengths = found["seq_lengths"]
@@ -234,8 +234,8 @@ def _check_places(found: Mapping[str, Ragged], limits: Limits) -> None:
         if (wrong := positions.values != positions.places()).any():
             raise RowProblem(
                 positions.first(wrong)[0],
-                "has position_ids that do not count from 0, and they are not read: give the lengths of the documents "
-                "of a packed row as 'seq_lengths'",
+                "has position_ids that do not count from 0, and position_ids are not read: give the lengths of the "
+                "documents of a packed row as 'seq_lengths'",
             )
     cut = [name for name in ("seq_lengths", "teacher_input_ids") if name in found]
     if cut and limits.max_length is not None and (longer := ids.lengths > limits.max_length).any():
@@ -260,13 +260,13 @@ def _check_same_completion(found: Mapping[str, Ragged], limits: Limits) -> None:
         row = int(np.searchsorted(np.cumsum(counts[0]), int(differs.argmax()), side="right"))
     raise RowProblem(
         row,
-        f"has {counts[0][row]} label-bearing tokens for the student and {counts[1][row]} for the teacher, or others: "
-        "both have to end with the same completion",
+        f"has {counts[0][row]} label-bearing tokens for the student and {counts[1][row]} for the teacher, "
+        "and they differ: both texts have to end with the same completion",
     )
 
 
 def _ragged(cells: Any, name: str) -> Ragged:
-    """A column of Arrow, or a list of lists, arrays or tensors. Raises [`RowProblem`] for what are no integers."""
+    """A column of Arrow, or a list of lists, arrays or tensors, as [`Ragged`]. Raises [`RowProblem`] for others."""
     if isinstance(cells, pa.ChunkedArray):
         array: Any = cells.combine_chunks()
     else:
@@ -276,16 +276,16 @@ def _ragged(cells: Any, name: str) -> Ragged:
                 raise RowProblem(row, f"has no {name} (None)")
             part = np.asarray(cell)
             if part.ndim != 1:
-                raise RowProblem(row, f"has {name} of another form than a list")
+                raise RowProblem(row, f"has {name} that is not a list")
             if len(part) and part.dtype == object:
-                raise RowProblem(row, f"has None among its {name}, or what is no integer")
+                raise RowProblem(row, f"has None among its {name}, or a non-integer")
             parts.append(part)
-        present = [part for part in parts if len(part)]  # an empty list is one of floating-point numbers
+        present = [part for part in parts if len(part)]  # numpy gives an empty list a floating-point dtype
         values = np.concatenate(present) if present else np.zeros(0, dtype=np.int64)
         return Ragged(_integers(values, name), np.cumsum([0, *map(len, parts)]))
     if not pa.types.is_list(array.type) and not pa.types.is_large_list(array.type):
         if not pa.types.is_fixed_size_list(array.type):
-            raise RowProblem(0, f"has {name} of another form than a list ({array.type})")
+            raise RowProblem(0, f"has {name} that is not a list ({array.type})")
         array = array.cast(pa.list_(array.type.value_type))
     if array.null_count:
         raise RowProblem(int(np.asarray(array.is_null()).argmax()), f"has no {name} (None)")
@@ -298,7 +298,7 @@ def _ragged(cells: Any, name: str) -> Ragged:
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple[Tensor, Tensor]:
-    """Rows as one tensor (B, T), padded on one side ("left" or "right"), and where they are (B, T), bool."""
+    """Rows as one tensor (B, T), padded on the `side` "left" or "right", and the mask (B, T) of their tokens."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
     lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)  # (B, 1)
@@ -307,7 +307,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple
 
 
 def _integers(values: np.ndarray, name: str) -> np.ndarray:
-    kinds = "iub" if name.endswith(("mask", "masks")) else "iu"  # True and False are no tokens
+    kinds = "iub" if name.endswith(("mask", "masks")) else "iu"  # True and False are not tokens
     if values.dtype.kind not in kinds and len(values):
-        raise RowProblem(0, f"has {name} that are no integers ({values.dtype})")
+        raise RowProblem(0, f"has {name} that are not integers ({values.dtype})")
     return values.astype(np.int8) if values.dtype.kind == "b" else values

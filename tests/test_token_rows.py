@@ -119,8 +119,8 @@ BAD = {
     "teacher's length": (OWN | {"teacher_labels": [6, 7]}, "4 teacher_input_ids and 2 teacher_labels"),
     "teacher's token": (OWN | {"teacher_input_ids": [52, 9, 6, 7]}, "teacher token id 52 .* the ids below 52"),
     "teacher's wrong label": (OWN | {"teacher_labels": [-1, -100, 6, 7]}, "teacher label -1 at place 0"),
-    "numbers": ({"input_ids": [5.0, 6.5]}, "input_ids that are no integers"),
-    "true and false": ({"input_ids": [5, 6], "labels": [False, True]}, "labels that are no integers"),
+    "numbers": ({"input_ids": [5.0, 6.5]}, "input_ids that are not integers"),
+    "true and false": ({"input_ids": [5, 6], "labels": [False, True]}, "labels that are not integers"),
     "labels that a mask leaves out": (
         {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "completion_mask": [0, 0, 1]}, "label at place 1, which its"
     ),
