@@ -1,14 +1,14 @@
 """Divergences between two next-token distributions, each written once.
 
-A divergence is the sum over the vocabulary of one term per token id. Every function below is given natural
-log-probabilities and returns that term beside its derivative with respect to `log p_student`; nothing else about a
-divergence is ever needed, because the gradient with respect to the student's logits is
-`(g - p_student * sum(g)) / temperature` for all of them. `DIVERGENCES` turns each into an ordinary differentiable
-function; the fused loss reads the same terms without building an autograd graph.
+A divergence is a sum over the vocabulary of one term per token id. Every function below takes natural log-probabilities
+and returns this term and its derivative `g` with respect to `log p_student`. Nothing else is needed, because the
+gradient with respect to the student's logits is `(g - p_student * sum(g)) / temperature` for every divergence.
+`DIVERGENCES` turns each function into an ordinary differentiable one. The fused loss uses the same terms without an
+autograd graph.
 
-A term of KL(p || q) is `p log(p/q) - p + q`. What is added sums to 0, as p and q sum to 1. But each term is then at
-least 0 and of second order in `log q - log p`, so that rounded logarithms of nearly equal probabilities (a student that
-has learned, a high temperature) give a nearly right divergence. Without it the first order cancels in the sum only.
+A term of KL(p || q) is `p log(p/q) - p + q`. The added `q - p` sums to 0, because p and q sum to 1. It makes each term
+at least 0 and of second order in `log q - log p`. So rounded logarithms of nearly equal probabilities (a student that
+has learned, a high temperature) still give an accurate divergence. Without it, the first order cancels only in the sum.
 
 Shapes: `(..., V)` in, `(..., V)` for the term and its derivative, `(...)` for the divergence. Unit: nats.
 """
@@ -21,21 +21,21 @@ from torch import Tensor
 
 Terms = tuple[Tensor, Tensor]
 
-# Stands for log(0): exp() of it is exactly 0 in every dtype, its products with 0 are finite, and no probability that
-# float32 logits can make, even at a temperature of 0.001, is below it.
+# Replaces log(0). Its exp() is exactly 0 in every dtype, and its products with 0 are finite. The log-probabilities of
+# float32 logits are never below it, even at a temperature of 0.001.
 LOG_ZERO = -1e6
-# exp() of it is a finite number in float32, and 1 is next to nothing beside it.
+# Its exp() is finite in float32, and so large that 1 is negligible beside it.
 LARGE = 50.0
 
 
 def forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Terms:
-    """KL(teacher || student), the soft-label loss of Hinton et al. (1503.02531). It covers all the teacher's modes."""
+    """KL(teacher || student), the soft-label loss of Hinton et al. (1503.02531). It covers all modes of the teacher."""
     teacher_probs, log_ratio, gap = _compared(teacher_log_probs, student_log_probs)
     return torch.addcmul(gap, teacher_probs, log_ratio, value=-1), gap
 
 
 def reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Terms:
-    """KL(student || teacher), the loss of MiniLLM (2306.08543). It keeps to the modes that the student can hold."""
+    """KL(student || teacher), the loss of MiniLLM (2306.08543). It concentrates on modes that the student can fit."""
     student_probs, log_ratio, gap = _compared(student_log_probs, teacher_log_probs)
     gradient = log_ratio.mul_(student_probs).neg_()
     return gap.add_(gradient), gradient
@@ -45,8 +45,8 @@ def jensen_shannon(student_log_probs: Tensor, teacher_log_probs: Tensor, beta: f
     """`beta * KL(teacher || m) + (1 - beta) * KL(student || m)`, `m = beta * p_teacher + (1 - beta) * p_student`.
 
     The generalised Jensen-Shannon divergence of GKD (2306.13649, eq. 1), for `beta` in (0, 1). At 0 and at 1 it is
-    identically zero, so both are refused: use `forward_kl` or `reverse_kl`, its limits after division by `beta` or
-    `1 - beta`.
+    identically zero, so both values are refused. Use `forward_kl` or `reverse_kl` instead: they are its limits after
+    division by `beta` or `1 - beta`.
     """
     _require(0 < beta < 1, f"jensen_shannon needs beta in (0, 1), got {beta}; its limits are forward_kl and reverse_kl")
     teacher_ratio, student_ratio = _mixture_ratios(teacher_log_probs, student_log_probs, beta)
@@ -87,9 +87,9 @@ def alpha_beta(student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: floa
     """The alpha-beta divergence of ABKD (2505.04560), with its limits where `alpha`, `beta` or their sum is 0.
 
     `-1/(alpha beta) * sum(p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta))` with
-    p the teacher and q the student: (1, 0) is `forward_kl`, (0, 1) `reverse_kl`, (0.5, 0.5) four times the squared
-    Hellinger distance `1/2 * sum (sqrt p - sqrt q)^2`. Negative powers of small probabilities have no bound: what is
-    past about 1e32 (float32) counts as that much, so that value and gradient stay finite.
+    p the teacher and q the student. (1, 0) is `forward_kl`, (0, 1) is `reverse_kl`, and (0.5, 0.5) is four times the
+    squared Hellinger distance `1/2 * sum (sqrt p - sqrt q)^2`. Negative powers of small probabilities are unbounded.
+    They are clipped at about 1e32 (float32), so that value and gradient stay finite.
     """
     _require(math.isfinite(alpha) and math.isfinite(beta), f"alpha_beta needs finite numbers, got {alpha} and {beta}")
     total = alpha + beta
@@ -105,22 +105,22 @@ def alpha_beta(student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: floa
     if abs(total) < 1e-6:
         term, gap = _power_terms(torch.zeros_like(log_ratio), -alpha * log_ratio)
         return term / alpha**2, gap / -alpha
-    # All three powers are close where p and q are: their differences come from their logarithms.
+    # All three powers are close if p and q are close, so their differences are computed from their logarithms.
     cross = _power(torch.add(beta * student_log_probs, teacher_log_probs, alpha=alpha))
     teacher_gap = _gap(cross, log_ratio * -beta, _power(total * teacher_log_probs))
     student_gap = _gap(cross, log_ratio.mul_(alpha), _power(total * student_log_probs))
     term = teacher_gap.div_(beta * total).add_(student_gap, alpha=1 / (alpha * total))
-    # Where powers are cut, the largest of them may be the negative one.
+    # If powers are clipped, the largest one may be the negative one.
     return term.clamp_(min=0) if min(alpha, beta, total) < 0 else term, student_gap.div_(alpha)
 
 
 def adaptive_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, head: float = 0.5) -> Terms:
-    """Forward and reverse KL, weighted by how far the student is off on the head and on the tail (AKL, 2404.02657).
+    """Forward and reverse KL, weighted by the student's error on the head and the tail (AKL, 2404.02657).
 
-    The head is the smallest set of the teacher's most likely tokens whose mass reaches `head`, in (0, 1), as the paper
-    defines it (its released code stops one token earlier, before the mass is reached). The weight
-    of the forward KL is the share of `sum |p_teacher - p_student|` that lies in the head, the reverse KL has the
-    rest; the weights carry no gradient. Costs a sort of the vocabulary, several times the price of the others.
+    The head is the smallest set of the teacher's most likely tokens whose mass reaches `head`, in (0, 1). This is the
+    paper's definition; its released code stops one token earlier, before the mass is reached. The weight of the forward
+    KL is the share of `sum |p_teacher - p_student|` that lies in the head. The reverse KL has the remaining weight. The
+    weights carry no gradient. The vocabulary has to be sorted, which costs several times as much as other divergences.
     """
     _require(0 < head < 1, f"adaptive_kl needs head in (0, 1), got {head}")
     sorted_probs, order = teacher_log_probs.exp().sort(dim=-1, descending=True)
@@ -130,7 +130,7 @@ def adaptive_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, head: floa
     reverse, reverse_gradient = reverse_kl(student_log_probs, teacher_log_probs)
     distance = _distance(student_log_probs.exp(), gap)
     head_gap, total_gap = (distance * in_head).sum(-1, keepdim=True), distance.sum(-1, keepdim=True)
-    # Equal distributions have no gap to divide; any weight is right, since both divergences are zero.
+    # Equal distributions have no gap to divide. Any weight is right, because both divergences are zero.
     weight = torch.where(total_gap > 0, head_gap / total_gap.clamp(min=torch.finfo(gap.dtype).tiny), 0.5)
     return torch.lerp(reverse, forward, weight), torch.lerp(reverse_gradient, gap, weight)
 
@@ -138,8 +138,8 @@ def adaptive_kl(student_log_probs: Tensor, teacher_log_probs: Tensor, head: floa
 def taid(student_log_probs: Tensor, teacher_log_probs: Tensor, t: float = 0.5) -> Terms:
     """KL(m || student), `m` in proportion to `p_student^(1-t) * p_teacher^t`, `t` in [0, 1]: TAID (2501.16937, eq. 3).
 
-    `m` lies between student and teacher, as a mean of their logits, and carries no gradient. With `t` rising to 1 over
-    the training, the student follows a teacher that is never far ahead of it.
+    `m` lies between student and teacher, as a mean of their logits, and carries no gradient. If `t` rises to 1 during
+    training, the student follows a target that is never far ahead of it.
     """
     _require(0 <= t <= 1, f"taid needs t in [0, 1], got {t}")
     log_target = torch.lerp(student_log_probs, teacher_log_probs, t).log_softmax(-1)
@@ -160,19 +160,20 @@ DIVERGENCE_TERMS: dict[str, Callable[..., Terms]] = {
 
 
 def temperature_factor(divergence: str, temperature: float) -> float:
-    """The factor that keeps the size of the gradient when the temperature changes: T^2, and T for total variation.
+    """The factor that keeps the size of the gradient when the temperature changes: T, or T^2.
 
-    Dividing logits by T shrinks the gradient of the others by T^2 (1503.02531, section 2), of total variation by T.
+    Dividing the logits by T shrinks the gradient of total variation by T, and that of all other divergences by T^2
+    (1503.02531, section 2).
     """
     return temperature if divergence == "total_variation" else temperature**2
 
 
-# Outside of it float32 logits have nothing left to compare: all probabilities are 0 and 1, or 1 / V up to rounding.
+# Outside this range, float32 logits cannot be compared: all probabilities are 0 and 1, or 1 / V up to rounding.
 TEMPERATURES = (1e-4, 1e5)
 
 
 def check_temperature(temperature: float, name: str = "temperature") -> None:
-    """Raises `ValueError` for a temperature at which numbers have no digits left, 0, infinity and NaN among them."""
+    """Raises `ValueError` for a temperature outside `TEMPERATURES`, also for infinity and NaN."""
     lowest, highest = TEMPERATURES
     _require(
         lowest <= temperature <= highest,
@@ -181,15 +182,15 @@ def check_temperature(temperature: float, name: str = "temperature") -> None:
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Log-probabilities (..., V), with `LOG_ZERO` for ids that are masked by a logit of minus infinity."""
+    """Log-probabilities (..., V). Ids that are masked by a logit of minus infinity get `LOG_ZERO`."""
     return logits.log_softmax(-1).clamp_(min=LOG_ZERO)
 
 
 def check_divergence(divergence: str, params: dict | None) -> dict:
-    """The parameters of a divergence as a dict, after a trial on one token.
+    """The parameters of a divergence as a dict, checked by a trial on one token.
 
     Raises:
-        `ValueError`: the divergence does not exist, does not have such a parameter, or the value is out of range.
+        `ValueError`: the divergence or the parameter does not exist, or a value is out of range.
     """
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence={divergence!r} does not exist; choose one of {', '.join(sorted(DIVERGENCES))}")
@@ -241,18 +242,18 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 
 
 def _compared(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """p, `log q - log p` and `q - p`, which is exact where the two are close: there it is not a difference of both."""
+    """p, `log q - log p` and `q - p`. If p and q are close, `q - p` is exact, because it is not computed from both."""
     p, log_ratio = log_p.exp(), log_q - log_p
     return p, log_ratio, _gap(p, log_ratio, log_q.exp())
 
 
 def _gap(p: Tensor, log_ratio: Tensor, q: Tensor) -> Tensor:
-    """`q - p`, from `log_ratio` alone as long as q is less than e p; q is overwritten."""
+    """`q - p`. If q < e p, it is computed from p and `log_ratio` alone. Overwrites q."""
     return log_ratio.clamp(max=1).expm1_().mul_(p).add_(q.sub_(p, alpha=math.e).relu_())
 
 
 def _distance(probs: Tensor, gap: Tensor) -> Tensor:
-    """|gap| of probabilities. Gaps sum to 0, which tells the one that is lost where both are 1 but for rounding."""
+    """|gap| of probabilities. If both round to 1, their own gap is lost; it follows from the others (the sum is 0)."""
     return torch.where(probs > 0.5, gap - gap.sum(-1, keepdim=True), gap).abs_()
 
 
@@ -264,13 +265,13 @@ def _mixture_ratios(log_p: Tensor, log_q: Tensor, weight: float) -> tuple[Tensor
     log_ratio = log_p - log_q
     if weight == 0:
         return -log_ratio, torch.zeros_like(log_ratio)
-    bounded = log_ratio.clamp(max=LARGE)  # from there on, m is weight * p
+    bounded = log_ratio.clamp(max=LARGE)  # above it, m is weight * p
     of_q = bounded.expm1().mul_(weight).log1p_()
     return of_q - bounded, of_q.add_(log_ratio.sub_(bounded))
 
 
 def _power_terms(log_p: Tensor, log_ratio: Tensor) -> Terms:
-    """`p * (expm1(x) - x)` and `p * expm1(x)`, x = log q - log p, for p and q that may be out of a number's range."""
+    """`p * (expm1(x) - x)` and `p * expm1(x)`, x = log q - log p, for p and q that may overflow or underflow."""
     growth, decay = log_ratio.expm1(), (-log_ratio).expm1()
     is_less = log_ratio < 1
     largest = _power(torch.where(is_less, log_p, log_p + log_ratio))
@@ -279,7 +280,7 @@ def _power_terms(log_p: Tensor, log_ratio: Tensor) -> Terms:
 
 
 def _power(exponent: Tensor) -> Tensor:
-    """exp, no larger than what may still be multiplied and summed up."""
+    """exp, clipped to a value that can still be multiplied and summed."""
     return exponent.clamp(max=0.85 * math.log(torch.finfo(exponent.dtype).max)).exp_()
 
 

@@ -1,8 +1,8 @@
 """Distances between aligned vectors: hidden states, keys, values.
 
-Each takes a student's and a teacher's vectors (..., F) of one width and a mask (...,) of the positions that count, and
-returns the sum over those positions divided by `num_items`, and their mean cosine, detached. The teacher's side gets a
-gradient if it has one to get (a projector's).
+Each function takes vectors (..., F) of student and teacher with the same width, and a mask (...,) of the positions that
+count. It returns the sum over these positions divided by `num_items`, and the mean cosine, detached. The teacher's
+vectors also get a gradient if they require one (they come from a projector).
 """
 
 import torch
@@ -19,16 +19,16 @@ def mercator_loss(
     num_items: int | float | Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Direction, as on Mercator's map, and, with its own weight, the logarithm of the length.
+    """The distance in direction, as on Mercator's map, and, with its own weight, in the logarithm of the length.
 
     `sum over mask of direction_weight * (1 - cos) + magnitude_weight * (log|s| - log|t|)^2`, lengths at least `eps`.
-    A vector against 100 times itself costs nothing in direction, an orthogonal one 1, the opposite one 2.
+    The distance in direction is 0 from a vector to 100 times itself, 1 for orthogonal and 2 for opposite vectors.
 
     Args:
-        student_kv, teacher_kv (`torch.Tensor` of shape `(..., F)`): vectors of one width.
+        student_kv, teacher_kv (`torch.Tensor` of shape `(..., F)`): vectors of the same width.
         mask (`torch.Tensor` of shape `(...,)`, bool): positions that count.
         num_items (*optional*): the divisor; by default the number of positions that count.
-        eps (`float`): keeps value and gradient finite where a vector is 0 (in float32 or bfloat16).
+        eps (`float`): keeps value and gradient finite if a vector is 0 (in float32 or bfloat16).
 
     Returns:
         The loss, a scalar with gradient, and the mean cosine, detached.
@@ -43,7 +43,7 @@ def mercator_loss(
 def mse_loss(
     student_kv: Tensor, teacher_kv: Tensor, mask: Tensor, *, num_items: int | float | Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The mean squared difference of a vector's F numbers, summed over positions; as [`mercator_loss`] otherwise."""
+    """The mean squared difference over F, summed over positions. The rest is as in [`mercator_loss`]."""
     student, teacher = _at(mask, student_kv, teacher_kv)
     loss = (student - teacher).square().mean(-1)
     return loss.sum() / _divisor(mask, num_items), _mean(_cosine(student, teacher, 1e-6)[0])
@@ -59,8 +59,8 @@ def normalized_l1_loss(
 ) -> tuple[Tensor, Tensor]:
     """The mean absolute difference in units of the teacher's standard deviation (normalised L1, KaVa, 2510.02312).
 
-    The unit is that of each vector's F numbers, so that it does not depend on the batch, and has no gradient. As
-    [`mercator_loss`] otherwise.
+    The standard deviation is taken over the F numbers of each vector, so it does not depend on the batch. It has no
+    gradient. The rest is as in [`mercator_loss`].
     """
     student, teacher = _at(mask, student_kv, teacher_kv)
     unit = teacher.detach()
@@ -72,7 +72,7 @@ def normalized_l1_loss(
 def cosine_loss(
     student_kv: Tensor, teacher_kv: Tensor, mask: Tensor, *, num_items: int | float | Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One minus the cosine, as DistilBERT compares hidden states (1910.01108); as [`mercator_loss`] otherwise."""
+    """One minus the cosine, DistilBERT's loss for hidden states (1910.01108). The rest is as in [`mercator_loss`]."""
     return mercator_loss(student_kv, teacher_kv, mask, magnitude_weight=0.0, num_items=num_items)
 
 
@@ -86,8 +86,8 @@ def normalized_mse_loss(
 ) -> tuple[Tensor, Tensor]:
     """The squared distance in units of the teacher's squared length, `|s - t|^2 / |t|^2`; 1 for a student at 0.
 
-    Layers of a network differ in scale by orders of magnitude; here each counts the same. As [`mercator_loss`]
-    otherwise.
+    Layers of a network differ in scale by orders of magnitude. With this distance, each layer has the same weight. The
+    rest is as in [`mercator_loss`].
     """
     student, teacher = _at(mask, student_kv, teacher_kv)
     loss = (student - teacher).square().sum(-1) / teacher.detach().square().sum(-1).clamp(min=eps)
@@ -99,7 +99,7 @@ HIDDEN_LOSSES = {"mse": mse_loss, "cosine": cosine_loss, "normalized_mse": norma
 
 
 def _at(mask: Tensor, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The vectors (N, F) that count, in float32 at least."""
+    """The vectors (N, F) at the positions of the mask, in float32 or better."""
     if student.shape != teacher.shape or mask.shape != student.shape[:-1]:
         raise ValueError(
             f"student and teacher have to have one shape (..., F) and the mask (...,), got {tuple(student.shape)}, "
@@ -123,9 +123,9 @@ def _mean(cosine: Tensor) -> Tensor:
 
 
 def centered_cosine(x: Tensor, y: Tensor, eps: float = 1e-6) -> Tensor:
-    """The mean cosine of features (N, F) after their means over the N tokens are taken away.
+    """The mean cosine of features (N, F) after subtracting their means over the N tokens.
 
-    Keys share a large mean, which alone makes any two of them look alike.
+    Keys share a large mean, so any two keys look alike without this.
     """
     return _cosine(x - x.mean(0), y - y.mean(0), eps)[0].mean()
 

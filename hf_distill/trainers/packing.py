@@ -1,4 +1,4 @@
-"""Texts that share a row must not see each other: tried out on every model that reads joined rows."""
+"""A probe on every model that reads packed rows: texts that share a row must not see each other."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,27 +10,29 @@ from transformers import PreTrainedModel
 from hf_distill.modeling import causal_lm, evaluating, last_hidden_states, trying
 
 LENGTH = 8  # tokens of each of the two texts
-# Where texts are apart nothing at all moves (5e-7 in mixtures of experts); measured leaks move 1e-2 and more.
+# The largest relative change without a leak: it is 0, or 5e-7 in mixtures of experts. Measured leaks are 1e-2 and more.
 TOLERANCE = 1e-4
-# The same text in two places of a row: rounding in bf16 makes 2e-2 of it, a wrong position 1e-1 and more.
+# The largest relative difference of one text at two positions in a row: 2e-2 by rounding in bf16. A wrong position
+# makes 1e-1 and more.
 PLACE_TOLERANCE = 5e-2
 
 
 def check_packing(trainer: Any, dataset: Any) -> None:
-    """Tries student and teachers with two texts in one row, if the trainer's collator joins rows of this dataset.
+    """Probes student and teachers with two texts in one row, if the trainer's collator joins rows of this dataset.
 
-    The second text has to read the same whatever the first one is. Its place stays, so the hidden states are equal in
-    any precision; a comparison with the text read alone would drown in the noise of 4-bit weights. Only rounding that
-    depends on the whole batch (8-bit layers) moves them: it is measured on the same texts in rows of their own. Where
-    both texts are the same, they have to read the same.
+    The hidden states of the second text must not depend on the first text. Both probes have the second text at the same
+    position, so its hidden states are equal in any precision. A comparison with the text read alone would be hidden by
+    the noise of 4-bit weights. Only rounding that depends on the whole batch (8-bit layers) changes the hidden states;
+    this change is measured on the same texts in separate rows. If both texts are equal, their hidden states have to be
+    equal, too.
 
     Args:
-        trainer ([`KDTrainer`]): with student, teachers and collator.
+        trainer ([`KDTrainer`]): has student, teachers and collator.
         dataset: prepared rows.
 
     Raises:
         `ValueError`: a model's attention or recurrence crosses the border between texts, or the model cannot read such
-            rows at all.
+            rows.
     """
     rows = trainer.first_rows(dataset, 2)
     is_packed = bool(rows) and "seq_lengths" in rows[0]
@@ -53,14 +55,14 @@ def check_packing(trainer: Any, dataset: Any) -> None:
 
 
 def _joins(collator: Any, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """True if rows hold several texts, or become one row of a batch."""
+    """True if a row holds several texts, or if the collator joins rows into one."""
     if not rows or "input_ids" not in rows[0]:
         return False
     return "seq_lengths" in rows[0] or len(collator(list(rows)).get("input_ids", rows)) < len(rows)
 
 
 def joined_rows(collator: Any, is_packed: bool, vocab_size: int) -> list[dict[str, Any]]:
-    """Two batches of one row (1, 16) of two texts: the same one twice, and another one before it."""
+    """Two batches of one row (1, 16) of two texts. First the same text twice, then another text before it."""
     second = [(5 * i + 37) % vocab_size for i in range(LENGTH)]
     batches = []
     for first in (second, [(token + 1 + vocab_size // 2) % vocab_size for token in second]):
@@ -75,7 +77,7 @@ def joined_rows(collator: Any, is_packed: bool, vocab_size: int) -> list[dict[st
 def refuse_leaks(
     read: Callable[[dict[str, Any]], Tensor], batches: Sequence[dict[str, Any]], called: str, model: PreTrainedModel
 ) -> None:
-    """Raises `ValueError` if `read`, hidden states (16, D) of a batch, lets the two texts of [`joined_rows`] mix."""
+    """Raises `ValueError` if `read`, the hidden states (16, D) of a batch, shows that the two texts see each other."""
     who = f"the {called} ({type(model).__name__})"
     remedy = (
         "Set packing, eval_packing and padding_free to False, or load the model with an attn_implementation that "
@@ -93,9 +95,9 @@ def refuse_leaks(
         )
     place = (same[:LENGTH] - same[LENGTH:]).abs().max() / same[LENGTH:].abs().max()
     if not place <= PLACE_TOLERANCE:
-        raise ValueError(f"{who} does not begin anew to count positions with the second text of a row. {remedy}")
+        raise ValueError(f"{who} does not restart its positions at the second text of a row. {remedy}")
 
 
 def _moved(same: Tensor, other: Tensor) -> float:
-    """The largest difference between the second texts of two (16, D), relative to the largest number of the first."""
+    """The largest difference between the second texts of two (16, D), relative to the largest value of the first."""
     return ((same - other)[LENGTH:].abs().max() / same[LENGTH:].abs().max()).item()

@@ -242,7 +242,7 @@ def test_positions_that_go_on_from_text_to_text_are_noticed(tmp_path, tokenizer,
     teacher = make_model("gpt2", seed=1)
     table, forward = teacher.transformer.wpe, teacher.transformer.wpe.forward
     table.forward = lambda ids: forward(torch.arange(ids.shape[-1]).expand_as(ids))
-    with pytest.raises(ValueError, match=r"the teacher .*does not begin anew to count positions"):
+    with pytest.raises(ValueError, match=r"the teacher .*does not restart its positions"):
         make_trainer(tmp_path, make_model(seed=2), teacher, rows, tokenizer, **JOINED)
 
 
