@@ -1,4 +1,4 @@
-"""From one side's width to the other's: the teacher's keys and values, the student's hidden states."""
+"""Projectors: the teacher's keys and values to the student's width, the student's hidden states to the teacher's."""
 
 import json
 from collections.abc import Iterator
@@ -15,17 +15,18 @@ from hf_distill.modeling import whole_state
 
 
 class KVProjector(nn.Module):
-    """LayerNorm -> Linear -> SiLU -> Dropout -> Linear, one for keys and one for values: an elastic bottleneck.
+    """A trained projector for keys and one for values: LayerNorm -> Linear -> SiLU -> Dropout -> Linear.
 
     Args:
         teacher_width, student_width (`int`):
-            Of a token's keys: `num_key_value_heads * head_dim`, under grouped-query attention not the hidden size.
-        num_layers (`int`): projectors, one per mapped layer; 1 is shared over all layers.
-        mlp_ratio (`float`): width of the bottleneck, in units of the student's.
+            Width of a token's keys: `num_key_value_heads * head_dim`. Under grouped-query attention, this is not the
+            hidden size.
+        num_layers (`int`): number of projectors, one per mapped layer; 1 is shared by all layers.
+        mlp_ratio (`float`): width of the middle layer, in units of the student's width.
         dropout (`float`): in [0, 1).
 
     Raises:
-        `ValueError`: a width, number or ratio that makes no projector.
+        `ValueError`: a width, number or ratio is out of range.
     """
 
     def __init__(
@@ -73,14 +74,14 @@ class KVProjector(nn.Module):
 
 
 class PCAProjector(nn.Module):
-    """A frozen linear map: the teacher's principal directions, turned towards the student's keys and values.
+    """A frozen linear map: the teacher's principal directions, rotated towards the student's keys and values.
 
-    It is fitted once, on a probe batch, so that it cannot move to meet the student. It keeps the teacher's mean and its
-    lengths: those of an untrained student would say nothing about it.
+    It is fitted once, on a probe batch, so it cannot collapse towards the student. It keeps the teacher's mean and
+    lengths, because those of an untrained student carry no information.
 
     Args:
         teacher_width, student_width (`int`): as in [`KVProjector`].
-        num_layers (`int`): maps, one per mapped layer.
+        num_layers (`int`): number of maps, one per mapped layer.
     """
 
     def __init__(self, teacher_width: int, student_width: int, num_layers: int = 1) -> None:
@@ -97,8 +98,9 @@ class PCAProjector(nn.Module):
     def fit(self, kind: int, layer: int, teacher: Tensor, student: Tensor) -> None:
         """Fits the map of keys (`kind` 0) or values (1) of one layer to features (N, F) and (N, G) of the same tokens.
 
-        As many principal directions of the teacher (about the origin) as the student has room for, turned by the
-        orthogonal matrix that brings them closest to the student's features (Procrustes; Schoenemann, 1966).
+        The map keeps as many principal directions of the teacher (about the origin) as the student's width allows. It
+        rotates them by the orthogonal matrix that brings them closest to the student's features (Procrustes;
+        Schoenemann, 1966).
         """
         teacher, student = teacher.double(), student.double()
         width = min(teacher.shape[1], student.shape[1], len(teacher))
@@ -110,7 +112,7 @@ class PCAProjector(nn.Module):
 class HiddenProjector(nn.Module):
     """One linear map per mapped layer, from the student's hidden size to the teacher's (TinyBERT, 1909.10351, eq. 8).
 
-    It is trained, and cannot collapse: what it is compared with is the teacher's own hidden states.
+    It is trained, but cannot collapse, because its output is compared with the teacher's own hidden states.
     """
 
     def __init__(self, student_width: int, teacher_width: int, num_layers: int = 1) -> None:
@@ -124,7 +126,7 @@ class HiddenProjector(nn.Module):
 
 
 PROJECTORS = {"mlp": KVProjector, "pca": PCAProjector}  # of keys and values
-# Beside a student's weights, servers would take a projector's for a part of them.
+# A separate folder: beside the student's weights, servers would mistake a projector's weights for a part of them.
 FOLDER = "projectors"
 _KINDS = {**PROJECTORS, "linear": HiddenProjector}
 
@@ -134,7 +136,7 @@ def save_projector(
 ) -> None:
     """Writes `<name>.safetensors` and `<name>.json` into a folder.
 
-    Where an engine has split it, all processes have to come here, and one of them writes.
+    If an engine has split the projector, all processes have to call this; one of them writes.
     """
     state = whole_state(projector)
     if not is_writer:
@@ -154,7 +156,7 @@ def load_projector(folder: str | PathLike[str], name: str = "projector") -> nn.M
     """The projector that `save_projector` wrote, or that was saved with the student in this folder.
 
     Raises:
-        `ValueError`: the folder has none of this name.
+        `ValueError`: the folder has no projector of this name.
     """
     config = saved_projectors(folder).get(name, Path(folder, f"{name}.json"))
     weights = config.with_suffix(".safetensors")
@@ -167,21 +169,21 @@ def load_projector(folder: str | PathLike[str], name: str = "projector") -> nn.M
 
 
 def saved_projectors(folder: str | PathLike[str]) -> dict[str, Path]:
-    """The JSON files of the projectors that were saved with the student in a folder, by name."""
+    """The JSON files of all projectors that were saved with the student in a folder, by name."""
     # Earlier versions wrote them beside the student's own files.
     paths = [*Path(folder).glob("*projector*.json"), *Path(folder, FOLDER).glob("*.json")]
     return {path.stem: path for path in paths}
 
 
 class Projectors(nn.ModuleDict):
-    """The projectors of a run by name: parts of the student while it trains, never of what is saved of it.
+    """The projectors of a run, by name. They are submodules of the student during training, but not in its saved state.
 
-    So they are zeroed, clipped, reduced and moved with the student; by themselves they would drift between processes.
+    So they are zeroed, clipped, reduced and moved with the student. On their own, they would drift between processes.
     """
 
     @contextmanager
     def attached(self, student: nn.Module) -> Iterator[None]:
-        """Within it they are a submodule of the student, where there are any."""
+        """Makes them a submodule of the student inside the context, if there are any."""
         if len(self):
             student.projectors = self
         try:
@@ -192,7 +194,7 @@ class Projectors(nn.ModuleDict):
 
     @contextmanager
     def detached(self, student: nn.Module) -> Iterator[None]:
-        """Within it they are not, whatever they are outside."""
+        """Takes them off the student inside the context, and puts them back if they were attached."""
         attached = hasattr(student, "projectors")
         if attached:
             del student.projectors
@@ -203,24 +205,24 @@ class Projectors(nn.ModuleDict):
                 student.projectors = self
 
     def without(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The entries of a student's state that are not theirs."""
+        """The entries of a student's state without those of the projectors."""
         return {key: tensor for key, tensor in state_dict.items() if "projectors." not in key}
 
     def save(self, folder: str | PathLike[str], *, is_writer: bool = True) -> None:
-        """Writes each into a folder of their own in the student's."""
+        """Writes all projectors into the folder `projectors` inside the student's folder."""
         for name, projector in self.items():
             save_projector(projector, Path(folder, FOLDER), name, is_writer=is_writer)
 
     def misfit(self, folder: str | PathLike[str]) -> str | None:
-        """Compares a folder's projectors with these.
+        """The difference between a folder's projectors and these, or None.
 
-        Returns the difference as the end of a sentence that starts with the folder's name, or None.
+        It is the end of a sentence that starts with the folder's name.
         """
         saved = saved_projectors(folder)
         if missing := [name for name in self if name not in saved]:
             return f"has no {missing[0]}.safetensors and {missing[0]}.json: it is not of a run with this projector"
         if strange := sorted(saved.keys() - set(self)):
-            return f"has a {strange[0]}.json: it is of a run with a projector, which this one has none for"
+            return f"has a {strange[0]}.json: it is of a run with a projector, and this run has none of that name"
         for name, projector in self.items():
             found, mine = json.loads(saved[name].read_text(encoding="utf-8")), _settings(projector)
             if found != mine:
@@ -228,16 +230,16 @@ class Projectors(nn.ModuleDict):
         return None
 
     def load(self, folder: str | PathLike[str]) -> None:
-        """Reads back what `save` wrote.
+        """Loads the weights that `save` wrote.
 
         Raises:
-            `ValueError`: one of them is missing there.
+            `ValueError`: a projector is missing in the folder.
         """
         for name, projector in self.items():
             projector.load_state_dict(load_projector(folder, name).state_dict())
 
     def give_own_group(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-        """Takes their parameters out of the optimizer's groups into new ones with a learning rate of their own."""
+        """Moves their parameters from the optimizer's groups to new groups with this learning rate."""
         own = {id(parameter) for parameter in self.parameters()}
         for group in list(optimizer.param_groups):
             mine = [parameter for parameter in group["params"] if id(parameter) in own]

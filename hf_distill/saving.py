@@ -1,4 +1,4 @@
-"""Saving a model: tried before the work, with its base model's settings, in a folder without an earlier run's files."""
+"""Saving a model: tried before training, with the base model's settings, in a folder without an earlier run's files."""
 
 import copy
 import itertools
@@ -21,12 +21,12 @@ from hf_distill.modeling import causal_lm
 
 logger = logging.getLogger(__name__)
 
-# Where what an earlier run left is moved to. The underscore keeps it out of what transformers pushes to the hub.
+# Prefix of the folder for the files of an earlier run. transformers does not push names with an underscore to the hub.
 ASIDE = "_earlier-"
 TRIAL = "_tmp-trial-"
 ADAPTER_CONFIG = "adapter_config.json"
 
-# Files that a run, `prune` or `merge` leaves in its folder, and that loading would take for a part of the next model.
+# Files that a run, `prune` or `merge` writes to its folder. Loading would mistake them for a part of the next model.
 LEFT_BY_A_RUN = (
     "config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json", "pytorch_model*",
     ADAPTER_CONFIG, "adapter_model.*", "projectors", "*projector*.safetensors", "*projector*.json", "training_args.bin",
@@ -38,9 +38,9 @@ LEFT_BY_A_RUN = (
     "checkpoint-*", "emergency",
 )  # fmt: skip
 
-# Settings of a configuration that a training changes for itself.
+# Settings of a configuration that training changes temporarily.
 CHANGED_BY_TRAINING = ("use_cache", "pad_token_id", "output_router_logits", "router_aux_loss_coef")
-# How a tokenizer was found on this machine, which transformers writes to its file.
+# Settings that say how a tokenizer was found on this machine. transformers writes them to the tokenizer's file.
 FOUND_BY = ("is_local", "local_files_only")
 
 
@@ -48,9 +48,9 @@ FOUND_BY = ("is_local", "local_files_only")
 
 
 def set_aside(folder: str | os.PathLike[str]) -> None:
-    """Moves the files of an earlier run to a new folder `_earlier-<number>` beside them, and logs where.
+    """Moves the files of an earlier run in `folder` to a new subfolder `_earlier-<number>`, and logs its name.
 
-    Everything else stays: rows, bundles, the restored model that a stage's adapters belong to.
+    All other files stay: rows, bundles, the restored model that the adapters of a stage belong to.
     """
     folder = Path(folder)
     if not (left := _left_in(folder)):
@@ -69,18 +69,18 @@ def _left_in(folder: Path) -> list[Path]:
 
 
 def refuse_moving(folder: str | os.PathLike[str], needed: Mapping[str, str | os.PathLike[str]]) -> None:
-    """Raises `ValueError` for a model, by its role, that [`set_aside`] would move and that is `needed` in its place."""
+    """Raises `ValueError` if [`set_aside`] would move a model that is `needed` (role -> path) where it is."""
     moved = [path.resolve() for path in _left_in(Path(folder))]
     for role, name in needed.items():
         if os.path.isdir(name) and any(Path(name).resolve().is_relative_to(path) for path in moved):
             raise ValueError(
-                f"{role} {os.fspath(name)!r} lies in what an earlier run left in {os.fspath(folder)!r}, which is moved "
-                "aside: choose another folder for what is made"
+                f"{role} {os.fspath(name)!r} belongs to an earlier run in {os.fspath(folder)!r}, whose files are moved "
+                "aside: choose another output folder"
             )
 
 
 def refuse_folder(folder: str | os.PathLike[str], in_use: Mapping[str, Any] | None = None) -> None:
-    """Raises `ValueError` for a folder that nothing can be written to, or that holds a model `in_use`, by its role."""
+    """Raises `ValueError` for a folder that cannot be written to, or that holds a model `in_use` (role -> path)."""
     path, there = Path(folder).absolute(), _existing(folder)
     if not there.is_dir() or not os.access(there, os.W_OK):
         reason = "cannot be written to" if there.is_dir() else "is a file"
@@ -88,33 +88,37 @@ def refuse_folder(folder: str | os.PathLike[str], in_use: Mapping[str, Any] | No
     for role, name in (in_use or {}).items():
         if name and os.path.isdir(name) and os.path.samefile(name, there) and there == path:
             raise ValueError(
-                f"{os.fspath(folder)!r} is the folder of {role}, which would be written over: choose another one for "
-                "what is made"
+                f"{os.fspath(folder)!r} is the folder of {role}, which would be overwritten: choose another one for "
+                "the output"
             )
 
 
 def _existing(folder: str | os.PathLike[str]) -> Path:
-    """A folder, or the one above it that is there already."""
+    """The folder, or the nearest folder above it that exists."""
     path = Path(folder).absolute()
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def absolute(name: str | None) -> str | None:
-    """A name of a model that means the same in every working directory."""
+    """The name of a model, made an absolute path if it is a local folder."""
     return os.path.abspath(name) if name and os.path.isdir(name) else name
 
 
 def name_bases_absolutely(model: nn.Module) -> None:
-    """Lets adapters name their base model so that it is found from every working directory."""
+    """Makes the paths of base models in adapter configurations absolute, so they work in every working directory."""
     for config in getattr(model, "peft_config", {}).values():
         config.base_model_name_or_path = absolute(config.base_model_name_or_path)
 
 
 def base_of(adapter_folder: str | os.PathLike[str], name: str) -> str:
-    """The place of an adapter's base model, for the `name` that the adapter has for it.
+    """The path of an adapter's base model, or `name` itself if no such folder is found.
 
-    Earlier versions saved paths relative to the training's working directory, which mostly is above the adapter. Of an
-    absolute path, the end is looked for above the adapter, because both may have been moved together.
+    Earlier versions saved paths relative to the training's working directory, which usually is above the adapter. If an
+    absolute path does not exist, its end is searched for above the adapter, because both may have been moved together.
+
+    Args:
+        adapter_folder: the folder of the adapter.
+        name: the base model's name in the adapter's configuration.
     """
     folders = [folder := Path(adapter_folder).absolute(), *folder.parents]
     if not name:
@@ -129,7 +133,7 @@ def base_of(adapter_folder: str | os.PathLike[str], name: str) -> str:
 
 
 def base_and_adapter(name: str) -> tuple[str, str | None]:
-    """The model to load and the adapter to put on it, if the name is that of a folder with an adapter alone."""
+    """The model to load, and the adapter to put on it if the name is a folder with an adapter only."""
     path = Path(name, ADAPTER_CONFIG)
     if not path.is_file() or Path(name, "config.json").is_file():
         return name, None
@@ -137,7 +141,7 @@ def base_and_adapter(name: str) -> tuple[str, str | None]:
 
 
 def adapters_on(base: str | os.PathLike[str], folder: str | os.PathLike[str]) -> list[Path]:
-    """The folders in `folder` with adapters that belong to a base model in it."""
+    """The folders inside `folder` with adapters that belong to the model `base`."""
     found = []
     for path in sorted(Path(folder).rglob(ADAPTER_CONFIG)):
         name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
@@ -146,7 +150,7 @@ def adapters_on(base: str | os.PathLike[str], folder: str | os.PathLike[str]) ->
     return found
 
 
-# ------------------------------------------------------------------------------------------------------ before the work
+# ----------------------------------------------------------------------------------------------------- before training
 
 
 def try_saving(
@@ -157,28 +161,29 @@ def try_saving(
     save: Callable[[str, dict[str, Tensor]], Any] | None = None,
     others: Mapping[str, Callable[[str], Any]] | None = None,
 ) -> None:
-    """Saves everything but the weights to a folder beside the others in `folder`, and removes it again.
+    """Saves everything except the weights to a temporary folder inside `folder`, and removes it again.
 
-    What fails only when it is saved would fail after the work. The model is left as it is.
+    Without this trial, an error of saving would appear only after training. The model is not changed, except for a
+    generation configuration that cannot be saved.
 
     Args:
-        model: with what it is saved from, except for weights.
-        tokenizer: saved beside it.
-        folder: where the model is to go.
+        model: the model, with its configurations.
+        tokenizer: saved with the model.
+        folder: the folder where the model will be saved.
         save (*optional*):
-            Saves model and tokenizer, given a folder and a state; by default their `save_pretrained`, for which a
-            generation configuration that cannot be saved is replaced by one that can.
-        others (*optional*): what else is saved there, by what it is called.
+            Saves model and tokenizer, given a folder and a state. The default is their `save_pretrained`; a generation
+            configuration that cannot be saved is then replaced by one that can.
+        others (*optional*): further functions that save something to a folder, by the name for error messages.
 
     Raises:
-        `ValueError`: something cannot be saved: what, and why.
+        `ValueError`: something cannot be saved; the message says what, and why.
     """
     refuse_folder(folder)
     student = causal_lm(model)
     if save is None:
         mend_generation_config(student)
     refuse_undeclared_ties(model)
-    # PEFT looks up names while it saves; a plain model is saved from any state.
+    # PEFT looks up names while it saves. A plain model can be saved from any state.
     names = model.state_dict() if isinstance(model, PeftModel) else {}
     state = {name: tensor.flatten()[:1] for name, tensor in names.items()}
     parts: dict[str, Callable[[str], Any]] = {
@@ -188,7 +193,7 @@ def try_saving(
     }
     for config in getattr(model, "peft_config", {}).values():
         parts["the adapter's configuration"] = config.save_pretrained
-    before = dict(vars(student.config))  # saving notes dtype and class in it
+    before = dict(vars(student.config))  # saving writes dtype and class into it
     try:
         with tempfile.TemporaryDirectory(dir=_existing(folder), prefix=TRIAL) as trial, _without_bars():
             try:
@@ -218,7 +223,7 @@ def _failures(parts: Mapping[str, Callable[[str], Any]], folder: str) -> Iterato
 
 
 def _no_json(config: PreTrainedConfig, what: str) -> str:
-    """Names the settings that JSON does not know, where it is the model's configuration that fails."""
+    """The settings that are not JSON, if the model's configuration cannot be saved; else an empty string."""
     if what != "the model's configuration":
         return ""
     names = []
@@ -244,8 +249,8 @@ def _without_bars() -> Iterator[None]:
 
 
 def refuse_undeclared_ties(model: nn.Module) -> None:
-    """Raises `ValueError` for weights that share memory, unless loading ties them again: only one of them is saved."""
-    if isinstance(model, PeftModel):  # its adapters are saved each by itself
+    """Raises `ValueError` for weights that share memory but are not tied on loading: only one would be saved."""
+    if isinstance(model, PeftModel):  # PEFT saves each adapter separately
         return
     tied = getattr(model, "all_tied_weights_keys", {})
     spans = [
@@ -263,13 +268,13 @@ def refuse_undeclared_ties(model: nn.Module) -> None:
 
 
 def mend_generation_config(model: PreTrainedModel) -> None:
-    """Replaces a generation configuration that transformers refuses to save by one without what is at fault."""
+    """Removes the invalid settings from a generation configuration that transformers refuses to save."""
     config = getattr(model, "generation_config", None)
     if config is None or _fits(config):
         return
     fitting, left = GenerationConfig(), dict(config.to_diff_dict())
     left.pop("transformers_version", None)
-    while True:  # what needs another setting fits after that one
+    while True:  # a setting that needs another one fits after that one
         fits = {}
         for name, value in left.items():
             trial = copy.deepcopy(fitting)
@@ -295,19 +300,19 @@ def _fits(config: GenerationConfig) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------- as the base model is
+# ---------------------------------------------------------------------------------- with the settings of the base model
 
 
 _MISSING = object()
 
 
 class AsItCame:
-    """Settings of a student and its tokenizer that a training changes for itself, as they were before.
+    """The original values of settings of student and tokenizer that training changes temporarily.
 
     Args:
         config (`PreTrainedConfig`), generation_config (`GenerationConfig`, *optional*): the student's.
         tokenizer: the student's.
-        keep (sequence of names): of settings that are changed because somebody asked for it.
+        keep (sequence of names): settings that the user asked to change; they are not restored.
     """
 
     def __init__(
@@ -325,7 +330,7 @@ class AsItCame:
         self._pad_token = _MISSING if "pad_token_id" in keep else tokenizer.pad_token
 
     def restore(self, model: nn.Module) -> None:
-        """Gives a student's configuration its own settings back."""
+        """Restores the original settings in a student's configuration."""
         student = causal_lm(model)
         for config in (student.config, student.config.get_text_config()):
             for name, value in self._settings.items():
@@ -339,7 +344,7 @@ class AsItCame:
 
     @contextmanager
     def restored(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-        """Within it student and tokenizer are as they came, to be saved so."""
+        """Restores the original settings of student and tokenizer inside the context, for saving."""
         student = causal_lm(model)
         configs = {id(config): config for config in (student.config, student.config.get_text_config())}.values()
         before = [(config, {name: getattr(config, name, _MISSING) for name in self._settings}) for config in configs]
@@ -361,14 +366,14 @@ class AsItCame:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str]) -> None:
-    """Saves a tokenizer without how it was found on this machine."""
+    """Saves a tokenizer without the settings in `FOUND_BY`."""
     with portable(tokenizer):
         tokenizer.save_pretrained(folder)
 
 
 @contextmanager
 def portable(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Within it a tokenizer does not know how it was found on this machine."""
+    """Removes the settings in `FOUND_BY` from a tokenizer inside the context."""
     found_by = {name: tokenizer.init_kwargs.pop(name) for name in FOUND_BY if name in tokenizer.init_kwargs}
     try:
         yield
@@ -377,7 +382,7 @@ def portable(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 
 def keep_paths_off_the_card(folder: str | os.PathLike[str]) -> None:
-    """Takes a base model that is a local path off the model card in a folder: nobody else could follow it."""
+    """Removes a base model from the model card in a folder if it is a local path, which is useless to others."""
     path = Path(folder, "README.md")
     if not path.exists():
         return

@@ -225,7 +225,7 @@ OTHER_RUNS = {
     "kd to skd": ("full", {"kind": SpeculativeKDTrainer}, "of a run of KDTrainer, and this one is of SpeculativeKDTr"),
     "skd to kd": ("skd", {}, "of a run of SpeculativeKDTrainer, and this one is of KDTrainer: resume with Specul"),
     "kd to kv": ("full", {"kind": KVProjectionTrainer, "projector": "pca"}, "of a run with this projector"),
-    "kv to kd": ("kv", {}, "is of a run with a projector, which this one has none for"),
+    "kv to kd": ("kv", {}, "is of a run with a projector, and this run has none of that name"),
     "another projector": ("kv", {"kind": KVProjectionTrainer, "projector": "mlp"}, "projector.*pca.*mlp"),
     "a wider projector": (
         "kv, trained", {"kind": KVProjectionTrainer, "projector": "mlp", "projector_mlp_ratio": 2.0}, "mlp_ratio",
