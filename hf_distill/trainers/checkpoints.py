@@ -1,4 +1,4 @@
-"""Checkpoints that a kill cannot break: written beside their place, marked when whole, renamed; and the way back."""
+"""Checkpoints that survive a kill: written to a temporary folder, marked when whole, renamed; and finding them."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ STAGING = "_tmp-"
 # The names of all files of a folder, written when they are on the disk.
 MARK = "complete.json"
 
-# What a checkpoint without the mark (of another tool) has to have: one file or folder of each kind.
+# A checkpoint without the mark (of another tool) needs one file or folder of each kind.
 PARTS = {
     "weights": (
         "model.safetensors",
@@ -41,19 +41,20 @@ PARTS = {
         "*/adapter_model.*",
         "pytorch_model_fsdp*",
     ),
-    "optimizer": ("optimizer*", "global_step*"),  # DeepSpeed has a folder of its own for both
+    "optimizer": ("optimizer*", "global_step*"),  # DeepSpeed has one folder for optimizer and scheduler
     "scheduler": ("scheduler.pt", "global_step*"),
     "random number state": ("rng_state*.pth",),
 }
 
 
-# ---------------------------------------------------------------------------------------------------- which are whole
+# -------------------------------------------------------------------------------------------- finding whole checkpoints
 
 
 def problem_of(checkpoint: Path) -> str | None:
-    """Why a run cannot go on from a checkpoint, as the end of a sentence that starts with its name; None if it can.
+    """The reason why a checkpoint is not whole, or None.
 
-    Cheap and safe: looks at names and at the heads and ends of files, and unpickles nothing.
+    The reason is the end of a sentence that starts with the checkpoint's name. The check is cheap and safe: it reads
+    names, and the heads and ends of files, and unpickles nothing.
     """
     for path in sorted(checkpoint.rglob("*")):
         try:
@@ -63,10 +64,10 @@ def problem_of(checkpoint: Path) -> str | None:
                 with safe_open(path, framework="pt"):
                     pass
             elif path.suffix in (".pt", ".pth", ".bin"):
-                zipfile.ZipFile(path).close()  # torch's format; its directory comes last
+                zipfile.ZipFile(path).close()  # the format of torch; its directory is at the end
         except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
             return f"has an unreadable {path.relative_to(checkpoint)} ({error})"
-    if (checkpoint / "checkpoint-is-incomplete.txt").exists():  # of transformers' enable_jit_checkpoint
+    if (checkpoint / "checkpoint-is-incomplete.txt").exists():  # written by enable_jit_checkpoint of transformers
         return "is half-written, as its checkpoint-is-incomplete.txt says"
     if (checkpoint / MARK).exists():
         names = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
@@ -81,7 +82,7 @@ def problem_of(checkpoint: Path) -> str | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Folders called `checkpoint-<step>`, whole or not, by their step."""
+    """All folders `checkpoint-<step>`, whole or not, sorted by step."""
     found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
     steps = {path: int(match[1]) for path, match in found.items() if match and path.is_dir()}
     return sorted(steps, key=steps.__getitem__)
@@ -92,10 +93,10 @@ def find_checkpoint(
     output_dir: str | os.PathLike[str],
     problem: Callable[[Path], str | None] = problem_of,
 ) -> str | None:
-    """The checkpoint to go on from: for True the newest whole one, with a warning for each that is passed over.
+    """The checkpoint to resume from. For True, it is the newest whole one; a warning names each skipped checkpoint.
 
     Raises:
-        `ValueError`: there is none, or the one that is named is not whole.
+        `ValueError`: there is none, or the checkpoint that was named is not whole.
     """
     if not resume:
         return None
@@ -104,7 +105,7 @@ def find_checkpoint(
             raise ValueError(f"there is no checkpoint {os.fspath(resume)!r} to resume from")
         if (reason := problem(Path(resume))) is not None:
             raise ValueError(
-                f"{resume} {reason}. A run cannot go on from it: name another checkpoint, or take "
+                f"{resume} {reason}. A run cannot go on from it: name another checkpoint, or set "
                 "resume_from_checkpoint=True for the newest whole one"
             )
         return str(resume)
@@ -125,15 +126,15 @@ def find_checkpoint(
 
 @contextmanager
 def replacing(final: Path, is_writer: bool = True, wait: Callable[[], Any] = lambda: None) -> Iterator[Path]:
-    """A folder to write to, which takes the place of `final` when everything is written, and not before.
+    """A temporary folder to write to. It is renamed to `final` when everything is written, and not before.
 
     Args:
-        final (`Path`): where the folder belongs; an older one there is replaced.
-        is_writer (`bool`): whether this process renames; exactly one does.
-        wait (`Callable`): returns when all processes have come as far.
+        final (`Path`): the final path; an older folder there is replaced.
+        is_writer (`bool`): True in exactly one process, which renames the folder.
+        wait (`Callable`): a barrier over all processes.
 
     Raises:
-        `OSError`: it could not be written (the disk is full, say). What was there before stays.
+        `OSError`: the folder could not be written (for example, the disk is full). An older folder stays.
     """
     staging = final.with_name(STAGING + final.name)
     staged = staging / final.name
@@ -154,10 +155,10 @@ def replacing(final: Path, is_writer: bool = True, wait: Callable[[], Any] = lam
 def try_saving_run(
     trainer: Any, save: Callable[[str, dict[str, torch.Tensor]], Any], create_card: Callable[..., Any] | None = None
 ) -> None:
-    """Raises `ValueError` for what could not be saved of a run, as [`try_saving`] does.
+    """Raises `ValueError` if a part of a run cannot be saved, as [`try_saving`] does.
 
     Args:
-        trainer: whose run it is.
+        trainer: the trainer of the run.
         save: saves model and tokenizer, given a folder and a state.
         create_card (*optional*): writes the model card to `trainer.args.output_dir`.
     """
@@ -193,7 +194,7 @@ def try_saving_run(
 
 @contextmanager
 def naming(folder: Path, more: str = "") -> Iterator[None]:
-    """Within it, an error of writing names the folder and what is free on its disk, as an `OSError`."""
+    """Turns errors of writing inside the context into an `OSError` with the folder and the free space on its disk."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError for a full disk
@@ -205,7 +206,7 @@ def _commit(staged: Path, final: Path) -> None:
     files = [path for path in sorted(staged.rglob("*")) if path.is_file()]
     for path in files:
         _sync(path)
-    mark = staged.with_name(MARK)  # outside, until it is whole itself
+    mark = staged.with_name(MARK)  # outside the folder until the mark itself is whole
     mark.write_text(json.dumps([str(path.relative_to(staged)) for path in files], indent=0))
     _sync(mark)
     mark.rename(staged / MARK)
@@ -218,7 +219,7 @@ def _commit(staged: Path, final: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Has the disk keep a file, and a directory where the system can: a rename must not overtake what it renames."""
+    """Flushes a file to the disk, or a directory if the system can. Files must be on the disk before a rename."""
     if path.is_dir():
         with suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY)
@@ -230,7 +231,7 @@ def _sync(path: Path) -> None:
 
 
 def _settle(staging: Path) -> None:
-    """Puts a folder that is whole in its place, if an interruption came right before that; removes what is not."""
+    """Renames a whole folder to its final path, if a kill prevented that. Removes an incomplete one."""
     final = staging.with_name(staging.name.removeprefix(STAGING))
     if (staging / final.name / MARK).exists() and not final.exists():
         (staging / final.name).rename(final)
@@ -238,7 +239,7 @@ def _settle(staging: Path) -> None:
 
 
 def settle_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Finishes or removes what killed runs were writing in `folder`; other folders may be the user's own."""
+    """Finishes or removes the temporary folders of killed runs in `folder`. Other folders may belong to the user."""
     names = (f"{STAGING}checkpoint-*", f"{STAGING}emergency", f"{TRIAL}*")
     for staging in [path for name in names for path in Path(folder).glob(name)]:
         logger.warning("%s was not finished when a run was killed: it is cleared away", staging)
@@ -246,9 +247,9 @@ def settle_leftovers(folder: str | os.PathLike[str]) -> None:
 
 
 def rotate(folder: Path, limit: int | None, keep: Collection[Path]) -> None:
-    """Removes the oldest checkpoints but for `limit` whole ones, of which those in `keep` stay in any case.
+    """Removes the oldest whole checkpoints until `limit` are left. Those in `keep` are never removed.
 
-    Half-written ones neither count nor go.
+    Incomplete checkpoints are neither counted nor removed.
     """
     if limit is None or limit <= 0:
         return
@@ -256,7 +257,7 @@ def rotate(folder: Path, limit: int | None, keep: Collection[Path]) -> None:
     whole.sort(key=lambda checkpoint: checkpoint.stat().st_mtime)  # the steps of an earlier run may be larger
     removable = [checkpoint for checkpoint in whole if checkpoint not in keep]
     for checkpoint in removable[: max(len(whole) - limit, 0)]:
-        # Renamed first: a kill in the middle must leave nothing that looks like a checkpoint.
+        # Renamed first, so that a kill in the middle leaves nothing that looks like a checkpoint.
         trash = checkpoint.with_name(STAGING + checkpoint.name)
         with suppress(OSError):
             checkpoint.rename(trash)
@@ -268,9 +269,10 @@ def rotate(folder: Path, limit: int | None, keep: Collection[Path]) -> None:
 
 @contextmanager
 def noticing_sigterm() -> Iterator[list[int]]:
-    """A list that is empty until SIGTERM comes, which then does nothing else; only a main thread can notice it.
+    """A list that is empty until SIGTERM arrives. The signal has no other effect inside the context.
 
-    A signal that nobody has acted upon in the end goes to the handler of before.
+    Only the main thread can receive the signal. If the context ends normally after a signal, the signal is raised again
+    for the previous handler.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -286,9 +288,9 @@ def noticing_sigterm() -> Iterator[list[int]]:
 
 
 def leave_sigterm_to_the_trainer(worker_id: int, then: Callable[[int], Any] | None = None) -> None:
-    """A `worker_init_fn`: the trainer needs its rows to finish an update, also when all processes get the signal.
+    """A `worker_init_fn` that blocks SIGTERM, because the trainer needs the worker's rows to finish an update.
 
-    Linux only; elsewhere a worker that gets it dies, and the run with it.
+    It works on Linux only. Elsewhere, a worker that gets the signal dies, and the run with it.
     """
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -305,9 +307,9 @@ def leave_sigterm_to_the_trainer(worker_id: int, then: Callable[[int], Any] | No
 
 
 class CheckpointTiming(TrainerCallback):
-    """Checkpoints come when nothing of their update is left to do, and one when the run has been told to stop.
+    """Delays a checkpoint until all work of its update is done, and saves one when the run is told to stop.
 
-    An evaluation at the end of an epoch draws random numbers: a checkpoint of the epoch's last update waits for it.
+    An evaluation at the end of an epoch draws random numbers, so a checkpoint of the epoch's last update waits for it.
     """
 
     def __init__(
@@ -319,13 +321,13 @@ class CheckpointTiming(TrainerCallback):
         self.waits = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # A resumed run may be in another working directory, or its folder in another place.
+        # A resumed run may have another working directory, or its folder may have been moved.
         for folder in self.own_folders if state.best_model_checkpoint is not None else ():
             if (best := folder / f"checkpoint-{state.best_global_step}").exists():
                 state.best_model_checkpoint = str(best)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.make_room()  # not before: a run that fails to start leaves the folder as it was
+        self.make_room()  # not earlier: a run that fails to start must not change the folder
         control.should_save |= self.is_told_to_stop()
         self.waits = control.should_save and state.epoch == int(state.epoch)
         control.should_save &= not self.waits

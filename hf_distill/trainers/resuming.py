@@ -1,7 +1,7 @@
-"""Comparison of a checkpoint with the run that is to go on from it.
+"""Comparison of a checkpoint with the run that resumes from it.
 
-Everything is read off the checkpoint's own files, so that those of earlier versions are compared as well. `run.json`
-adds what no other file says.
+The comparison reads the checkpoint's own files, so it also works for checkpoints of earlier versions. `run.json` adds
+the facts that no other file has.
 """
 
 import json
@@ -23,19 +23,19 @@ from hf_distill.trainers.checkpoints import PARTS
 logger = logging.getLogger(__name__)
 
 RUN = "run.json"
-# Beside the fields of hf_distill's own configurations: what changes the updates of a resumed run.
+# Settings that change the updates of a resumed run, in addition to the fields of hf_distill's own configurations.
 SETTINGS = (
     "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay",
     "lr_scheduler_type", "max_grad_norm", "num_train_epochs", "max_steps", "max_length", "packing",
 )  # fmt: skip
-# How a step is computed, not what: PyTorch takes another one without a word.
+# Implementations of the same step. PyTorch accepts a change of these silently.
 _IMPLEMENTATIONS = {"foreach", "fused", "capturable", "differentiable"}
 
 
 def other_run(checkpoint: Path, trainer: Any) -> str | None:
-    """Compares a whole checkpoint with a trainer.
+    """The reason why a trainer cannot resume from a whole checkpoint, or None.
 
-    Returns why the trainer cannot go on from it, as the end of a sentence that starts with its name, or None.
+    The reason is the end of a sentence that starts with the checkpoint's name.
     """
     run, mine = _saved_run(checkpoint), describe_run(trainer)
     problem = no_state(checkpoint) or other_trainer(checkpoint, type(trainer.args))
@@ -53,7 +53,7 @@ def other_run(checkpoint: Path, trainer: Any) -> str | None:
 
 
 def no_state(checkpoint: Path) -> str | None:
-    """Looks for the training's state, which a whole checkpoint may lack; returns what [`other_run`] does."""
+    """The reason, as in [`other_run`], if a whole checkpoint has no training state; else None."""
     for part, patterns in PARTS.items():
         if part != "weights" and not any(any(checkpoint.glob(pattern)) for pattern in patterns):
             return (
@@ -64,9 +64,9 @@ def no_state(checkpoint: Path) -> str | None:
 
 
 def other_trainer(checkpoint: Path, args: type[TrainingArguments]) -> str | None:
-    """Compares the trainer of a checkpoint with the one of these arguments; returns what [`other_run`] does.
+    """The reason, as in [`other_run`], if a checkpoint is of another trainer than these arguments; else None.
 
-    The checkpoint's arguments are pickled; their class is read without unpickling them.
+    The checkpoint's arguments are pickled. Their class is read without unpickling them.
     """
     found = _pickled_class(checkpoint / "training_args.bin")
     mine = _own_config(args)
@@ -81,7 +81,7 @@ def other_trainer(checkpoint: Path, args: type[TrainingArguments]) -> str | None
 
 
 def _own_config(args: type[TrainingArguments]) -> type[TrainingArguments]:
-    """The class of hf_distill among the bases of a configuration."""
+    """The first hf_distill class among the bases of a configuration."""
     return next(cls for cls in args.__mro__ if cls.__module__.partition(".")[0] == "hf_distill")
 
 
@@ -89,7 +89,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     """The content of `run.json`."""
     args = trainer.args
     own = {field.name for field in fields(_own_config(type(args)))} - {field.name for field in fields(SFTConfig)}
-    # Arguments for loading may hold a password.
+    # Arguments for loading may contain a password.
     values = {name: getattr(args, name) for name in (*SETTINGS, *sorted(own)) if not name.endswith("_kwargs")}
     settings = {
         **values,
@@ -100,7 +100,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         "training_rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
     }
     return {
-        "engine": "none" if trainer.engine == "DDP" else trainer.engine,  # which differ in the number of processes
+        "engine": "none" if trainer.engine == "DDP" else trainer.engine,  # they differ in the processes alone
         "optimizer": _optimizer_name(trainer),
         "quantization": _quantization(trainer.student),
         "settings": json.loads(json.dumps(settings, default=str)),
@@ -113,7 +113,7 @@ def save_run(checkpoint: Path, trainer: Any) -> None:
 
 
 def tell_differing_settings(checkpoint: Path, trainer: Any) -> None:
-    """Warns, in one line, of settings that differ from those of the checkpoint's run."""
+    """Warns, in one line, about settings that differ from those of the checkpoint's run."""
     theirs, mine = _saved_run(checkpoint).get("settings", {}), describe_run(trainer)["settings"]
     if other := [
         f"{name} {mine[name]} ({theirs[name]})" for name in mine if mine[name] != theirs.get(name, mine[name])
@@ -124,7 +124,7 @@ def tell_differing_settings(checkpoint: Path, trainer: Any) -> None:
         )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------- read off the files
+# ----------------------------------------------------------------------------------------- facts read from the files
 
 
 def _saved_run(checkpoint: Path) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _saved_run(checkpoint: Path) -> dict[str, Any]:
 
 
 def _pickled_class(path: Path) -> str:
-    """The class of the object in a file of torch's, with its module; "" where there is no such file."""
+    """The class, with its module, of the object in a file of torch; "" if the file does not exist."""
     if not path.exists():
         return ""
     with zipfile.ZipFile(path) as file:
@@ -148,18 +148,18 @@ def _other_engine(checkpoint: Path, run: dict[str, Any], mine: dict[str, Any]) -
     found = run.get("engine", found)
     if mine["engine"] == found or mine["engine"].startswith(found):
         return None
-    theirs, ours = ("no engine that splits anything" if name == "none" else name for name in (found, mine["engine"]))
+    theirs, ours = ("no sharding engine" if name == "none" else name for name in (found, mine["engine"]))
     return f"is of a run under {theirs}, and this one is under {ours}: resume under the engine that it began with"
 
 
 def _other_optimizer(checkpoint: Path, trainer: Any) -> str | None:
-    """Compares settings and groups of the optimizer that is saved with those of the one that would go on."""
+    """The reason, as in [`other_run`], if settings or groups of the saved optimizer differ; else None."""
     saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)["param_groups"]
     groups = _optimizer(trainer).param_groups
     theirs, mine = (
         {name: value for name, value in side[0].items() if name != "initial_lr"} for side in (saved, groups)
     )
-    # Versions add settings to an optimizer; two that both lack some of the other's are not the same.
+    # New versions add settings to an optimizer. If both sides lack a setting of the other, the optimizers differ.
     strange, missing = sorted(theirs.keys() - mine.keys()), sorted(mine.keys() - theirs.keys())
     flags = [name for name in theirs.keys() & mine.keys() - _IMPLEMENTATIONS if isinstance(theirs[name], bool)]
     other = [f"{name}={theirs[name]}" for name in sorted(flags) if theirs[name] != mine[name]]
@@ -175,7 +175,7 @@ def _other_optimizer(checkpoint: Path, trainer: Any) -> str | None:
 
 
 def _optimizer(trainer: Any) -> Any:
-    """The optimizer that the training will go on with."""
+    """The optimizer that training will use."""
     if trainer.optimizer is None:
         with trainer.projectors.attached(trainer.student):
             trainer.create_optimizer()
@@ -183,10 +183,10 @@ def _optimizer(trainer: Any) -> Any:
 
 
 def _optimizer_name(trainer: Any) -> str:
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # they make it later, and wrap it
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # they create the optimizer later, and wrap it
         return trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)[0].__qualname__
     optimizer = _optimizer(trainer)
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's is around it
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     bits = getattr(getattr(optimizer, "args", None), "optim_bits", None)
     name = f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__qualname__}"
     return f"{name} of {bits} bits" if bits else name
