@@ -1,6 +1,7 @@
-"""A student made of some of a model's own layers. The removed ones are kept as bundles and can be put back.
+"""A student made of some of a model's own layers. The removed layers are kept in bundles and can be put back.
 
-Layers are numbered as they are in the model at hand; in bundles and in `config.pruned_from`, as in the first model.
+Layers have the numbers that they have in the model at hand; in bundles and in `config.pruned_from`, those of the first
+model.
 
 Shapes: B batch, T tokens, D hidden width, L layers.
 """
@@ -8,32 +9,35 @@ Shapes: B batch, T tokens, D hidden width, L layers.
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import init_empty_weights
 from datasets import Dataset, IterableDataset
 from datasets.utils import tqdm
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.modeling import (
     causal_lm,
+    check_function,
+    check_layers,
     decoder_layers,
-    embedding_weight,
     evaluating,
+    input_device,
     keep_4bit_weights,
     last_hidden_states,
-    layer_output,
+    layer_settings,
+    layer_states,
+    named_tensors,
     num_positions,
     num_token_ids,
     public_name,
+    rebuilt,
+    set_layer_settings,
     trying,
 )
 from hf_distill.rows import tokenized_row
@@ -41,20 +45,12 @@ from hf_distill.token_rows import Limits, check_row, pad
 
 MANIFEST = "manifest.json"
 
-# Settings that speak of single layers, but are not lists with an entry for each: which layers, and how many from the
-# first on. Everything else that families compute from the number of a layer is found by comparing (`_check_layers`).
-WHICH_LAYERS = ("mlp_only_layers", "moe_layers", "attn_layer_indices")
-FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
-
-# What a layer may have otherwise than one that is made anew: its place, and what a training switches on and off.
-CHANGES_FREELY = {"layer_idx", "layer_id", "layer_number", "training", "gradient_checkpointing", "p"}
-
 
 class LayerSpan(NamedTuple):
-    """Consecutive layers and how much they change."""
+    """Consecutive layers and how much they turn the hidden states."""
 
     start: int
-    distance: float  # 0: the same direction comes out; 0.5: an orthogonal one
+    distance: float  # 0: the direction stays; 0.5: the output is orthogonal to the input
     layers: list[int]
 
 
@@ -69,45 +65,44 @@ def rank_layers(
 ) -> list[LayerSpan]:
     """All spans of `num_layers` consecutive layers, those that change their input least first.
 
-    The distance is the angle between what goes into the first layer of a span and what comes out of the last one,
-    `arccos(cosine) / pi`, at the last token of each row, averaged over rows (Gromov et al., 2403.17887, eq. 7): the one
-    token that has read the whole row. First tokens, whose hidden states are huge and hardly turn in any layer, would
-    make all spans alike. `rank_layers(...)[0].layers` are the layers to drop.
+    The distance of a span is the angle between its input and its output, `arccos(cosine) / pi`, at the last token of
+    each row, averaged over rows (Gromov et al., 2403.17887, eq. 7). Only the last token has read the whole row. First
+    tokens would make all spans alike: their hidden states are huge, and no layer turns them much.
+    `rank_layers(...)[0].layers` are the layers to drop.
 
     Args:
-        model (`PreTrainedModel`): also with adapters or in 4 bits; each row is read once.
-        dataset: a few hundred rows of what the student will read: `text`, `messages`, `prompt` and `completion`, or
-            `input_ids`; a progress bar counts them.
+        model (`PreTrainedModel`): may have adapters or 4-bit weights; each row is read once.
+        dataset: a few hundred rows like those that the student will read: `text`, `messages`, `prompt` and
+            `completion`, or `input_ids`. A progress bar counts them.
         tokenizer: the model's.
-        num_layers (`int`): how many layers are to go, at least 1, not all.
-        batch_size (`int`): rows per forward; (batch_size, L + 1, D) is all that is kept of it.
-        max_length (`int`): tokens at which rows are cut, at most as many as the model has positions.
+        num_layers (`int`): the number of layers to remove, at least 1, not all.
+        batch_size (`int`): rows per forward, of which (batch_size, L + 1, D) numbers are kept.
+        max_length (`int`): rows are cut at this many tokens, and at the number of positions of the model.
 
     Raises:
         `ValueError`: too many layers or none, no row, or a row without any of the columns above; layers that do not
-            hand on one vector per token, once each.
+            return one vector per token, or do not run once each.
     """
     model = causal_lm(model)
     keep_4bit_weights(model)
-    _, blocks = decoder_layers(model)
-    if not 1 <= num_layers < len(blocks):
-        raise ValueError(f"num_layers has to be at least 1 and below {len(blocks)}, all layers; got {num_layers}")
+    depth = len(decoder_layers(model)[1])
+    if not 1 <= num_layers < depth:
+        raise ValueError(f"num_layers has to be at least 1 and below {depth}, all layers; got {num_layers}")
     max_length = min(max_length, num_positions(model) or max_length)
-    total, count = torch.zeros(len(blocks) - num_layers + 1, dtype=torch.float64), 0
-    device = embedding_weight(model).device
+    total, count = torch.zeros(depth - num_layers + 1, dtype=torch.float64), 0
+    device = input_device(model)
     refusal = f"the layers of a {type(model).__name__} cannot be ranked by how they turn the hidden states"
     with torch.no_grad(), evaluating(model):
         for ids, is_token in _batches(dataset, tokenizer, num_token_ids(model), batch_size, max_length):
             states: list[Tensor] = []
-            last = is_token.sum(1) - 1  # (B,)
-            with _watching(blocks, states, last, ids.shape[1]), trying(refusal):
+            with layer_states(model, _last_states(states, is_token)), trying(refusal):
                 last_hidden_states(model, input_ids=ids.to(device), attention_mask=is_token.long().to(device))
-            if len(states) != len(blocks) + 1:
+            if len(states) != depth + 1:
                 raise ValueError(f"{refusal}: they do not run once each")
             hidden = nn.functional.normalize(torch.stack(states).double(), dim=-1)  # (L + 1, B, D)
             cosine = (hidden[:-num_layers] * hidden[num_layers:]).sum(-1)  # (spans, B)
             total += cosine.clamp(-1, 1).arccos().sum(1) / torch.pi
-            count += len(last)
+            count += len(ids)
     if not count:
         raise ValueError("the dataset has no row with a token to rank layers on")
     spans = [
@@ -125,32 +120,32 @@ def drop_layers(
     *,
     share_weights: bool = False,
 ) -> PreTrainedModel:
-    """A new model without these layers, an ordinary one of its family; the model itself stays as it is.
+    """A copy of a model without these layers, an ordinary model of its family. The model itself stays as it is.
 
-    The layers' settings go with them, so that the student's configuration makes just the layers that it has; whether it
-    does is checked, and whether the student computes what the model computes when it skips these layers.
-    `config.pruned_from` says which layers of which model are left.
+    The layers' settings leave the configuration as well, so that it builds the layers that are left. Two checks follow:
+    the configuration builds these layers, and the student computes what the model computes when it skips the others.
+    `config.pruned_from` holds the name of the model and the numbers of the layers that are left.
 
     Args:
         model (`PreTrainedModel`): a decoder-only model without adapters, not quantised, on one device.
-        layers (sequence of `int`): the layers to drop, from 0.
-        bundle_dir (*optional*): a folder in which the removed layers are kept for [`restore_layers`].
+        layers (sequence of `int`): the layers to drop, counted from 0.
+        bundle_dir (*optional*): a folder for the removed layers, from which [`restore_layers`] takes them.
         groups (mapping of names to layers, *optional*):
-            Bundles into which the layers are sorted, restored one by one; by default all are in one, "B".
+            Bundles of layers that can be restored separately; by default there is one with all of them, "B".
         share_weights (`bool`):
-            By default the kept weights are copied: model and student are independent, and both are in memory. With True
-            the student uses the model's own tensors and takes no memory; then whatever changes the weights of one
-            (training, merging adapters) changes the other. Fine if the model is deleted or the student only gets
-            adapters that are not merged in place.
+            By default the kept weights are copied: model and student are independent, and both take memory. With True
+            the student uses the model's own tensors and takes no memory. Then everything that changes the weights of
+            one (training, merging adapters) changes those of the other. This is fine if the model is deleted, or if
+            the student only gets adapters that are not merged in place.
 
     Returns:
-        The student, on the model's device and in its dtype; all of it is trainable, also that of a frozen model. It
+        The student, on the model's device and in its dtype. All of it is trainable, even if the model is frozen. It
         has no name (`config.name_or_path`) before it is saved and loaded.
 
     Raises:
-        `ValueError`: layers that do not exist, twice or all of them; groups that are not the layers; a folder with
-            bundles; adapters, quantised weights or several devices; and an architecture in which a layer's number
-            decides what it computes, in a way that its configuration cannot say of the layers that are left.
+        `ValueError`: layers that do not exist, occur twice, or are all layers; groups that do not hold just these
+            layers; a folder with bundles; adapters, quantised weights or several devices; an architecture in which the
+            number of a layer decides what it computes, in a way that the configuration cannot express.
     """
     _refuse_unfit(model, "drop layers of")
     _, blocks = decoder_layers(model)
@@ -171,16 +166,16 @@ def drop_layers(
         "num_layers": len(blocks), "layers": list(range(len(blocks))),
     }  # fmt: skip
     kept = [i for i in range(len(blocks)) if i not in layers]
-    settings = {name: _per_layer(source, name) for name in _per_layer_names(source)}
-    config = copy.deepcopy(model.config)
-    _set_layers(
-        config.get_text_config(),
-        {name: [values[i] for i in kept] for name, values in settings.items()},
+    settings = layer_settings(source)
+    student = _with_layers(
+        model,
         {**origin, "layers": [origin["layers"][i] for i in kept]},
+        {name: [values[i] for i in kept] for name, values in settings.items()},
+        [dict(named_tensors(blocks[i])) for i in kept],
+        share_weights,
     )
-    student = _assemble(model, config, [dict(_tensors(blocks[i])) for i in kept], share_weights)
-    _check_layers(student, {i: blocks[old] for i, old in enumerate(kept)})
-    _check_function(model, layers, student)
+    check_layers(student, {i: blocks[old] for i, old in enumerate(kept)})
+    check_function(model, layers, student)
     if bundle_dir is not None:
         bundles = {
             name: {
@@ -201,20 +196,20 @@ def restore_layers(
     *,
     share_weights: bool = False,
 ) -> PreTrainedModel:
-    """A new model with the layers of some bundles back in their places; the model itself stays as it is.
+    """A copy of a model with the layers of some bundles back in their places. The model itself stays as it is.
 
-    The other layers, embeddings and head are the model's, trained or not. With none of them changed and all bundles
-    restored it is the original: weights, configuration and logits, bit for bit.
+    The other layers, the embeddings and the head are the model's, trained or not. If none of them has changed and all
+    bundles are restored, the result is the original: weights, configuration and logits, bit for bit.
 
     Args:
-        model (`PreTrainedModel`): what [`drop_layers`] has made, also after training, merging, saving and loading.
+        model (`PreTrainedModel`): made by [`drop_layers`]; it may have been trained, merged, saved and loaded since.
         bundle_dir: the folder with the bundles.
-        groups (sequence of names, *optional*): which bundles; by default all that the model does not have yet.
+        groups (sequence of names, *optional*): the bundles to restore; by default all that the model lacks.
         share_weights (`bool`): as in [`drop_layers`], for the weights that come from the model.
 
     Raises:
-        `ValueError`: bundles of another model, damaged or missing ones, names that there are not, layers that the model
-            has already, and what [`drop_layers`] refuses.
+        `ValueError`: bundles of another model, damaged or missing ones, unknown names, layers that the model already
+            has, and what [`drop_layers`] refuses.
     """
     _refuse_unfit(model, "restore layers of")
     manifest = read_manifest(bundle_dir)
@@ -242,44 +237,44 @@ def restore_layers(
     if not restored or len(set(origin["layers"] + restored)) < len(origin["layers"]) + len(restored):
         raise ValueError(f"the model has layers {origin['layers']} already; there is nothing to restore from {groups}")
 
-    tensors = dict(zip(origin["layers"], (dict(_tensors(block)) for block in blocks), strict=True))
+    tensors = dict(zip(origin["layers"], (dict(named_tensors(block)) for block in blocks), strict=True))
     for name in groups:
         tensors |= _load_bundle(Path(bundle_dir), name, bundles[name], model, manifest["dtype"])
     settings = {
-        name: dict(zip(origin["layers"], _per_layer(source, name), strict=True))
-        for name in bundles[groups[0]]["config"]
+        name: dict(zip(origin["layers"], values, strict=True))
+        for name, values in layer_settings(source, bundles[groups[0]]["config"]).items()
     }
     for group in (bundles[name] for name in groups):
         for name, values in settings.items():
             values.update(zip(group["layers"], group["config"][name], strict=True))
     layers = sorted(tensors)
-    config = copy.deepcopy(model.config)
-    _set_layers(
-        config.get_text_config(),
-        {name: [values[layer] for layer in layers] for name, values in settings.items()},
+    whole = _with_layers(
+        model,
         {**origin, "layers": layers},
+        {name: [values[layer] for layer in layers] for name, values in settings.items()},
+        [tensors[layer] for layer in layers],
+        share_weights,
     )
-    whole = _assemble(model, config, [tensors[layer] for layer in layers], share_weights)
-    _check_layers(whole, {layers.index(old): block for old, block in zip(origin["layers"], blocks, strict=True)})
+    check_layers(whole, {layers.index(old): block for old, block in zip(origin["layers"], blocks, strict=True)})
     return whole
 
 
 def original_layers(model: PreTrainedModel) -> list[int]:
-    """For each of a model's layers, its number in the model that layers have been dropped of."""
-    config = causal_lm(model).config.get_text_config()
-    origin = getattr(config, "pruned_from", None)
-    return list(range(config.num_hidden_layers)) if origin is None else list(origin["layers"])
+    """For each layer of a model, its number in the model that it was pruned from."""
+    model = causal_lm(model)
+    origin = getattr(model.config.get_text_config(), "pruned_from", None)
+    return list(range(len(decoder_layers(model)[1]))) if origin is None else list(origin["layers"])
 
 
 def missing_bundles(model: PreTrainedModel, bundle_dir: str | PathLike[str]) -> list[str]:
-    """The bundles whose layers a model does not have, in the order in which they were named."""
+    """The names of the bundles whose layers a model lacks, in the order in which they were given."""
     present = set(original_layers(model))
     bundles = read_manifest(bundle_dir)["bundles"]
     return [name for name, bundle in bundles.items() if not present & set(bundle["layers"])]
 
 
 def read_manifest(bundle_dir: str | PathLike[str]) -> dict[str, Any]:
-    """What is in a folder of bundles; `ValueError` for one without."""
+    """The contents of a folder of bundles; `ValueError` where there are none."""
     path = Path(bundle_dir) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -294,7 +289,7 @@ def read_manifest(bundle_dir: str | PathLike[str]) -> dict[str, Any]:
 
 
 def check_groups(layers: Sequence[int], groups: Mapping[str, Sequence[int]]) -> None:
-    """Raises `ValueError` for groups that do not hold each of the layers once, or cannot be names of files."""
+    """Raises `ValueError` for groups that do not hold each layer once, or whose names cannot be those of files."""
     if bad := [name for name in groups if not name.replace("_", "").replace("-", "").isalnum()]:
         raise ValueError(f"groups are named by letters and digits (they become files), not {bad[0]!r}")
     if sorted(layer for group in groups.values() for layer in group) != sorted(layers) or not all(groups.values()):
@@ -304,12 +299,9 @@ def check_groups(layers: Sequence[int], groups: Mapping[str, Sequence[int]]) -> 
 
 
 def refuse_bundles(bundle_dir: str | PathLike[str]) -> None:
-    """Raises `ValueError` for a folder that has bundles: the layers in them may be nowhere else."""
+    """Raises `ValueError` for a folder with bundles: their layers may exist nowhere else."""
     if (Path(bundle_dir) / MANIFEST).exists():
         raise ValueError(f"{bundle_dir} has bundles already; choose another folder, or delete it")
-
-
-# ------------------------------------------------------------------------------------------ the insides of a model
 
 
 def _refuse_unfit(model: PreTrainedModel, action: str) -> None:
@@ -331,146 +323,22 @@ def _refuse_unfit(model: PreTrainedModel, action: str) -> None:
         raise ValueError(f"cannot {action} a {name} with a per_layer_config")
 
 
-def _per_layer_names(config: PreTrainedConfig) -> list[str]:
-    """The settings that have a value for each layer."""
-    lists = [
-        name
-        for name, value in vars(config).items()
-        if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers
-    ]
-    ignored = {"architectures", "eos_token_id", *WHICH_LAYERS}
-    named = [name for name in (*WHICH_LAYERS, *FIRST_LAYERS) if getattr(config, name, None) is not None]
-    return [name for name in lists if not name.startswith("_") and name not in ignored] + named
-
-
-def _per_layer(config: PreTrainedConfig, name: str) -> list[Any]:
-    value, layers = getattr(config, name), range(config.num_hidden_layers)
-    if name in WHICH_LAYERS:
-        return [i in value for i in layers]
-    return [i < value for i in layers] if name in FIRST_LAYERS else list(value)
-
-
-def _set_layers(config: PreTrainedConfig, settings: dict[str, list[Any]], origin: dict[str, Any]) -> None:
-    """Makes a configuration that of `origin["layers"]`, with the values of `_per_layer` for each of them."""
-    config.num_hidden_layers = len(origin["layers"])
-    for name, values in settings.items():
-        if _per_layer(config, name) == values:
-            continue  # as it was written: mlp_only_layers in any order, more dense layers than there are
-        if name in WHICH_LAYERS:
-            setattr(config, name, [i for i, chosen in enumerate(values) if chosen])
-        else:
-            setattr(config, name, sum(values) if name in FIRST_LAYERS else values)
-    if len(origin["layers"]) < origin["num_layers"]:
-        config.pruned_from = origin
-    else:
-        delattr(config, "pruned_from")
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, saved or not, by all of their names."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
-
-
-def _assemble(
-    model: PreTrainedModel, config: PreTrainedConfig, layers: list[dict[str, Tensor]], share_weights: bool
+def _with_layers(
+    model: PreTrainedModel,
+    origin: dict[str, Any],
+    settings: dict[str, list[Any]],
+    layers: list[dict[str, Tensor]],
+    share_weights: bool,
 ) -> PreTrainedModel:
-    """A model of this configuration with these layers, and everything else from `model`.
-
-    It is made as `from_pretrained` makes it, so that what is computed from the configuration fits it.
-    """
-    name = type(model).__name__
-    config.name_or_path = ""  # adapters would give the model of that name as the one they belong to
-    try:
-        if type(config).from_dict(config.to_dict()).to_dict() != config.to_dict():
-            raise ValueError("it is another one after loading")
-        with init_empty_weights(include_buffers=False):
-            built = type(model)._from_config(config)
-    except (ValueError, IndexError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise ValueError(
-            f"{name} cannot have these layers only, its configuration does not allow it: {error}"
-        ) from error
-    prefix = decoder_layers(model)[0]
-    tensors = {key: tensor for key, tensor in _tensors(model) if not key.startswith(f"{prefix}.")}
-    tensors |= {f"{prefix}.{i}.{key}": tensor for i, layer in enumerate(layers) for key, tensor in layer.items()}
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    for key, parameter in built.named_parameters(remove_duplicate=False):
-        if shapes.get(key) != tuple(parameter.shape):
-            raise ValueError(
-                f"{name} cannot have these layers only: its configuration asks for {key} {tuple(parameter.shape)}, "
-                f"there is {shapes.get(key, 'none')}"
-            )
-    if not share_weights:
-        tensors = copy.deepcopy(tensors)  # at once, so that tied weights are copied once
-    for key, old in list(_tensors(built)):
-        if key not in tensors or shapes[key] != tuple(old.shape):
-            continue  # a buffer that is not saved, of a layer from a bundle or of layers of a kind that is new
-        owner, _, leaf = key.rpartition(".")
-        module, tensor = built.get_submodule(owner), tensors.pop(key).detach()
-        if leaf in module._parameters:
-            setattr(module, leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
-        else:
-            module._buffers[leaf] = tensor
-    built.tie_weights()
-    built.generation_config = copy.deepcopy(model.generation_config)
-    return built.to(model.device).train(model.training)  # pyright: ignore[reportArgumentType]
-
-
-def _check_layers(built: PreTrainedModel, originals: dict[int, nn.Module]) -> None:
-    """Compares layers that a configuration has made with those they are to be: submodules, and every plain attribute.
-
-    Raises:
-        `ValueError`: they differ (a window, no rotary embedding, ...): the family makes a layer by its number.
-    """
-
-    def contents(layer: nn.Module) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, module in layer.named_modules():
-            found[name or "layer"] = type(module).__name__
-            for key, value in vars(module).items():
-                plain = value is None or isinstance(value, (bool, int, float, str))
-                if plain and key not in CHANGES_FREELY and not key.startswith("_"):
-                    found[f"{name}.{key}".lstrip(".")] = value
-        return found
-
-    blocks = decoder_layers(built)[1]
-    for i, original in originals.items():
-        new, old = contents(blocks[i]), contents(original)
-        if different := sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key)):
-            key = different[0]
-            raise ValueError(
-                f"{type(built).__name__} cannot have these layers only: layer {i} would be made with {key} = "
-                f"{new.get(key)}, but that layer has {old.get(key)}; its configuration decides it by the layer's number"
-            )
-
-
-def _check_function(model: PreTrainedModel, skipped: Sequence[int], student: PreTrainedModel) -> None:
-    """Compares the student with the model when it skips layers.
-
-    Raises:
-        `ValueError`: they compute something else: what a layer computes depends on its number.
-    """
-    embeddings = embedding_weight(model)
-    ids = torch.arange(8, device=embeddings.device).unsqueeze(0) % len(embeddings)
-    blocks = decoder_layers(model)[1]
-    hooks = [blocks[i].register_forward_hook(_pass_through, with_kwargs=True) for i in skipped]
-    try:
-        with torch.no_grad(), evaluating(model):
-            expected = model(input_ids=ids, use_cache=False).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    with torch.no_grad(), evaluating(student):
-        found = student(input_ids=ids, use_cache=False).logits
-    if not (found - expected).abs().max() <= 1e-3 * expected.abs().max():
-        raise ValueError(
-            f"{type(model).__name__} cannot do without these layers: what the others compute depends on their number"
-        )
-
-
-def _pass_through(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    """A copy of a model with these layers and their settings; `origin` is noted where some are still missing."""
+    config = copy.deepcopy(model.config)
+    text_config = config.get_text_config()
+    set_layer_settings(text_config, len(layers), settings)
+    if len(layers) < origin["num_layers"]:
+        text_config.pruned_from = origin
+    else:
+        delattr(text_config, "pruned_from")
+    return rebuilt(model, config, layers, share_weights=share_weights)
 
 
 # ------------------------------------------------------------------------------------------------ files of bundles
@@ -499,7 +367,7 @@ def _save_bundles(
 def _load_bundle(
     folder: Path, name: str, bundle: dict[str, Any], model: PreTrainedModel, dtype: str
 ) -> dict[int, dict[str, Tensor]]:
-    """The tensors of each layer of a bundle, on the model's device; in its dtype, where it has another than it had."""
+    """The tensors of each layer of a bundle, on the model's device, and in its dtype if that has changed since."""
     path = folder / f"{name}.safetensors"
     if not path.exists():
         raise ValueError(f"{path} is missing: {folder / MANIFEST} says that it holds layers {bundle['layers']}")
@@ -520,7 +388,7 @@ def _hash(path: Path) -> str:
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """Tells a model from others of its shape: a hash of the first numbers of every weight, whatever its dtype."""
+    """A hash of the first numbers of every weight, whatever its dtype: it tells a model from others of its shape."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         first = parameter.detach().flatten()[:16].float().cpu().numpy()
@@ -531,32 +399,17 @@ def _fingerprint(model: PreTrainedModel) -> str:
 # ------------------------------------------------------------------------------------------------ rows to rank with
 
 
-@contextmanager
-def _watching(blocks: nn.ModuleList, states: list[Tensor], last: Tensor, length: int) -> Iterator[None]:
-    """Within it, a forward of (B, `length`) tokens appends what goes into each layer, and comes out of the last.
-
-    Of both, what is at `last` (B,) of each row.
-    """
+def _last_states(states: list[Tensor], is_token: Tensor) -> Callable[[Tensor], None]:
+    """A function that appends the hidden states (B, D) at the last token of each row, `is_token` (B, T)."""
+    last = is_token.sum(1) - 1  # (B,)
 
     def keep(hidden: Tensor) -> None:
-        if hidden.dim() != 3 or hidden.shape[:2] != (len(last), length):
+        if hidden.dim() != 3 or hidden.shape[:2] != is_token.shape:
             raise ValueError(f"{tuple(hidden.shape)} is not one vector per token")
         rows = torch.arange(len(last), device=hidden.device)
-        states.append(hidden[rows, last.to(hidden.device)].cpu())  # (B, D)
+        states.append(hidden[rows, last.to(hidden.device)].cpu())
 
-    def before(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        keep(args[0] if args else kwargs["hidden_states"])
-
-    def after(layer: nn.Module, args: tuple, output: Any) -> None:
-        keep(layer_output(output))
-
-    hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-    hooks.append(blocks[-1].register_forward_hook(after))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return keep
 
 
 def _batches(
@@ -566,7 +419,7 @@ def _batches(
     batch_size: int,
     max_length: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Right-padded token ids (B, T), and where they are (B, T)."""
+    """Right-padded token ids (B, T), and a mask (B, T) that is True at tokens."""
     rows: list[list[int]] = []
     limits = Limits(num_ids, known_to="the model has embeddings only for")
     for index, row in enumerate(tqdm(dataset, desc="ranking layers", unit="row", leave=False)):

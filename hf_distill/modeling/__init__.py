@@ -13,6 +13,7 @@ from hf_distill.modeling.capture import (
     KVCapture,
     hidden_widths,
     kv_widths,
+    layer_states,
 )
 from hf_distill.modeling.engines import (
     WholeCopy,
@@ -33,6 +34,7 @@ from hf_distill.modeling.parts import (
     input_device,
     label_positions,
     last_hidden_states,
+    layer_input,
     layer_output,
     load_balancing_loss,
     num_layers,
@@ -51,6 +53,14 @@ from hf_distill.modeling.probes import (
     check_load_balancing,
     ensure,
 )
+from hf_distill.modeling.rebuilding import (
+    check_function,
+    check_layers,
+    layer_settings,
+    named_tensors,
+    rebuilt,
+    set_layer_settings,
+)
 
 __all__ = [
     "CachedReader",
@@ -60,7 +70,9 @@ __all__ = [
     "cache_keyword",
     "causal_lm",
     "check_cache",
+    "check_function",
     "check_head",
+    "check_layers",
     "check_length",
     "check_load_balancing",
     "decoder_layers",
@@ -78,14 +90,20 @@ __all__ = [
     "kv_widths",
     "label_positions",
     "last_hidden_states",
+    "layer_input",
     "layer_output",
+    "layer_settings",
+    "layer_states",
     "load_balancing_loss",
+    "named_tensors",
     "num_layers",
     "num_positions",
     "num_token_ids",
     "public_name",
     "readable",
+    "rebuilt",
     "select_positions",
+    "set_layer_settings",
     "shared_parameters",
     "shared_vocabulary",
     "trying",

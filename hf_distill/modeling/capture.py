@@ -23,6 +23,7 @@ from hf_distill.modeling.parts import (
     evaluating,
     input_device,
     last_hidden_states,
+    layer_input,
     layer_output,
     num_token_ids,
     select_positions,
@@ -134,6 +135,22 @@ def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str, kv_posit
             "width per token (a state-space or another attention layer); choose other layers with kv_layers"
         )
     return {layer: keys.shape[1] for layer, (keys, _) in found.items()}
+
+
+@contextmanager
+def layer_states(model: PreTrainedModel, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within it, a forward calls `keep` with the input of every layer, and then with the output of the last one."""
+    blocks = decoder_layers(model)[1]
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args, kwargs: keep(layer_input(args, kwargs)), with_kwargs=True)
+        for block in blocks
+    ]
+    hooks.append(blocks[-1].register_forward_hook(lambda _, __, output: keep(layer_output(output))))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def hidden_widths(model: PreTrainedModel, layers: Iterable[int], name: str) -> dict[int, int]:

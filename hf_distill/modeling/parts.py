@@ -197,6 +197,11 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return outermost[0]
 
 
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states in the arguments of a layer."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 def layer_output(output: Any) -> Tensor:
     """The hidden states in what a layer returns."""
     return output if isinstance(output, Tensor) else output[0]
