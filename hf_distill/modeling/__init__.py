@@ -1,7 +1,11 @@
-"""The insides of transformers models. No other file looks past `model(...)`.
+"""The insides of transformers models. Other modules ask here instead of looking past `model(...)` themselves.
 
-`parts` is what a model is made of; `probes` asks a model whether that is true; `cache` reads texts in pieces; `capture`
-takes what inner layers compute; `engines` deals with weights that are split or quantised.
+- `parts`: backbone, head, layers, positions, vocabulary, device.
+- `probes`: checks that run the model itself.
+- `cache`: reading texts in pieces, removing tokens from a cache.
+- `capture`: the output of inner layers: hidden states, keys and values.
+- `engines`: split or quantised weights; the loss inside the forward.
+- `rebuilding`: a model with fewer or more layers.
 """
 
 from hf_distill.modeling.cache import (
