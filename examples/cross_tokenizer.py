@@ -1,8 +1,8 @@
-"""A teacher with another tokenizer, such as Mistral-7B for Phi-2, and how the two read a text.
+"""Distil from a teacher with another tokenizer, such as Mistral-7B for Phi-2, and print the alignment of a text.
 
     python examples/cross_tokenizer.py --student microsoft/phi-2 --teacher mistralai/Mistral-7B-v0.1 --data rows.jsonl
 
-Rows have a "text" column. KDTrainer finds out by itself that the vocabularies differ.
+Rows have a "text" column. KDTrainer detects that the vocabularies differ.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from hf_distill.token_alignment import align, vocabulary_pieces
 
 
 def show_alignment(student: str, teacher: str, text: str) -> None:
-    """Prints which tokens of both sides cover the same part of a text."""
+    """Prints the groups of tokens that cover the same part of a text."""
     tokenizers = [AutoTokenizer.from_pretrained(name) for name in (student, teacher)]
     sides = []
     for tokenizer in tokenizers:

@@ -3,7 +3,7 @@
     python examples/kd.py --model Qwen/Qwen2.5-0.5B --teacher_model Qwen/Qwen2.5-7B-Instruct \
         --dataset trl-lib/Capybara --output_dir qwen2.5-0.5b-distilled --kd_weight 0.5 --temperature 2 --use_peft
 
-Every field of KDConfig is an option, and TRL's ModelConfig adds those of LoRA, quantisation and dtype; on several GPUs
+Every field of KDConfig is an option. TRL's ModelConfig adds options for LoRA, quantisation and dtype. On several GPUs,
 start it with `accelerate launch`.
 """
 

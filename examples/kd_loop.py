@@ -1,8 +1,8 @@
-"""Distillation as a plain loop: what KDTrainer computes, without a trainer.
+"""Distillation as a plain loop: the computation of KDTrainer, without a trainer.
 
     python examples/kd_loop.py --student path/or/id --teacher path/or/id --data rows.jsonl
 
-Rows have a "text" column. KDTrainer adds chunked logits, accumulation, PEFT, checkpoints and many processes to this.
+Rows have a "text" column. KDTrainer adds chunked logits, accumulation, PEFT, checkpoints and several processes.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def distillation_loss(student, teacher, input_ids, attention_mask, kd_weight, temperature):
-    """kd_weight * T^2 * KL(teacher || student) at T + (1 - kd_weight) * CE, a mean over the tokens that count."""
+    """kd_weight * T^2 * KL(teacher || student) at T + (1 - kd_weight) * CE, a mean over predicted tokens."""
     student_logits = student(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]  # (B, T-1, V)
     with torch.no_grad():
         teacher_logits = teacher(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
-    counts = attention_mask[:, 1:].bool()  # the token that is predicted has to be a real one
+    counts = attention_mask[:, 1:].bool()  # the predicted token must not be padding
     student_logits, teacher_logits, labels = student_logits[counts], teacher_logits[counts], input_ids[:, 1:][counts]
 
     student_log_probs = F.log_softmax(student_logits / temperature, dim=-1)  # (N, V)

@@ -1,4 +1,4 @@
-"""Distil into LoRA adapters: what they train, the training, what it made of them, one model in the end.
+"""Distil into LoRA adapters: describe them, train them, describe their updates, merge them into one model.
 
     python examples/kd_lora.py --model Qwen/Qwen2.5-1.5B --teacher_model Qwen/Qwen2.5-7B-Instruct \
         --dataset trl-lib/Capybara --output_dir out/kd_lora --kd_weight 0.1 --temperature 2 --learning_rate 2e-4 \
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> KDTrainer:
     arguments, args, model_config = parser.parse_args_and_config(argv)
     peft_config = get_peft_config(model_config)
 
-    # Shapes are enough to see what is trained: nothing of the model is loaded.
+    # Shapes are enough to describe the trained parameters, so no weights are loaded.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(arguments.model))
     print(describe_lora(model, peft_config))
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> KDTrainer:
     trainer.save_model()
 
     print(describe_updates(trainer.model))
-    # Into the weights as they were saved, also where the student was trained over 4-bit ones.
+    # The adapter is merged into the weights as they were saved, even if it was trained over 4-bit weights.
     merge_adapter(args.output_dir, f"{args.output_dir}/merged")
     return trainer
 

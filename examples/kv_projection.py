@@ -1,8 +1,8 @@
-"""The teacher's keys and values, by direction, beside its logits: five settings side by side.
+"""Compare keys and values, by direction, in addition to the logits: five settings side by side.
 
     python examples/kv_projection.py --student path/or/id --teacher path/or/id --data rows.jsonl --steps 200
 
-Rows have a "text" column; the last tenth is held out. A high cosine is no success: look at KL and CKA.
+Rows have a "text" column; a tenth of them is held out. A high cosine is not success: look at KL and CKA.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, str]]:
         )
         trainer.train()
         found = trainer.evaluate()
-        trainer.save_model()  # the student, and the projector beside it
+        trainer.save_model()  # the student, with its projector
         table.append({"": name, **{title: f"{found[f'eval_{key}']:.4f}" for title, key in COLUMNS.items()}})
     print(markdown(table))
     return table

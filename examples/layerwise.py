@@ -2,9 +2,9 @@
 
     python examples/layerwise.py --teacher path/or/id --data rows.jsonl
 
-The student starts as every second layer of the teacher and learns its distributions at temperature 2, the hard labels,
-and the directions of its hidden states (Sanh et al., 1910.01108, section 3: weights 5, 2 and 1). Rows have a "text"
-column.
+The student starts as every second layer of the teacher. It learns the teacher's distributions at temperature 2, the
+hard labels, and the directions of the teacher's hidden states (Sanh et al., 1910.01108, section 3: weights 5, 2 and 1).
+Rows have a "text" column.
 """
 
 import argparse

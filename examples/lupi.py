@@ -1,10 +1,10 @@
-"""Learning using privileged information: what only the teacher's prompt holds ends up in the student's weights.
+"""Learning using privileged information: facts move from the teacher's prompt into the student's weights.
 
     python examples/lupi.py
 
-A fact book holds facts that no model has seen. The teacher can read: on thousands of other, contradicting facts it
-learns to take the answer out of its prompt, or to say "unknown". A LUPICollator shows it each fact beside the question,
-while the student, and the teacher of a control student, read the question alone. A minute or two on a CPU.
+A fact book has facts that no model has seen. The teacher can read: it is trained on thousands of other, contradicting
+facts to take the answer from its prompt, or to answer "unknown". A LUPICollator shows the teacher each fact with the
+question. The student, and the teacher of a control student, read the question alone. Takes a minute or two on a CPU.
 """
 
 import argparse
@@ -33,14 +33,14 @@ def make_models():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, chat_template=CHAT_TEMPLATE, **special)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.08,  # with 0.02 it is slow to copy
+        max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.08,  # 0.02 learns slowly to copy
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return tokenizer, transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)
 
 
 def make_fact(place):
-    """Such as "The capital of Beloria is Cormere Dunquin."; an answer is one to three names."""
+    """A fact such as "The capital of Beloria is Cormere Dunquin."; the answer has one to three names."""
     thing, answer = f"{random.choice(THINGS)} of {place}", " ".join(random.sample(NAMES, random.randint(1, 3)))
     return {"query": f"What is the {thing}?", "knowledge": f"The {thing} is {answer}.", "answer": answer}
 
@@ -56,7 +56,7 @@ def teach_to_read(teacher, tokenizer, places, **settings):
 
 
 def accuracy(model, collator, facts):
-    """The share of answers that greedy decoding gets right, word for word."""
+    """The share of answers that greedy decoding reproduces word for word."""
     batch = collator(facts)
     ids, mask = batch["teacher_prompt_ids"], batch["teacher_prompt_mask"]
     written = model.eval().generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False)

@@ -1,4 +1,4 @@
-"""Several teachers at once: their mixture, a sum of divergences, or each row its own.
+"""Distil from several teachers: their mixture, a sum of divergences, or one teacher per row.
 
     python examples/multi_teacher.py --student path/or/id --teachers big=path/or/id maths=path/or/id --data rows.jsonl
 
@@ -17,9 +17,9 @@ def main(argv: list[str] | None = None) -> KDTrainer:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", required=True)
     parser.add_argument("--teachers", required=True, nargs="+", metavar="NAME=MODEL", help="model may be 'base'")
-    parser.add_argument("--weights", type=float, nargs="+", help="one for each teacher; equal by default")
+    parser.add_argument("--weights", type=float, nargs="+", help="one weight per teacher; equal by default")
     parser.add_argument("--combination", default="mixture", choices=["mixture", "sum", "route"])
-    parser.add_argument("--quantization", choices=["4bit", "8bit"], help="of the teachers")
+    parser.add_argument("--quantization", choices=["4bit", "8bit"], help="quantisation of the teachers")
     parser.add_argument("--data", required=True)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--output_dir", default="out/multi_teacher")
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> KDTrainer:
     parser.add_argument("--use_cpu", action="store_true")
     options = parser.parse_args(argv)
     if unnamed := [teacher for teacher in options.teachers if "=" not in teacher]:
-        parser.error(f"--teachers are NAME=MODEL, got {unnamed[0]}")
+        parser.error(f"--teachers have the form NAME=MODEL, got {unnamed[0]}")
 
     rows = load_dataset("json", data_files=options.data, split="train").train_test_split(0.1, seed=0)
     args = KDConfig(

@@ -1,10 +1,10 @@
-"""Drop layers of a model, win back what was lost with adapters, and put the layers back, stage by stage.
+"""Drop layers of a model, recover its quality with adapters, and restore the layers stage by stage.
 
     python examples/prune_and_recover.py --model Qwen/Qwen2.5-0.5B --dataset trl-lib/Capybara --num_layers 6 \
         --output_dir qwen2.5-0.5b-pruned --kd_weight 0.3 --temperature 2 --learning_rate 2e-4 --max_steps 500
 
-The whole model is the teacher. `A`, `B` and `C` in the output directory are the models after each stage: the layers
-that are left, half of the removed ones restored, all of them restored. Stop at the one that is good enough.
+The whole model is the teacher. `A`, `B` and `C` in the output directory are the models after each stage: with the kept
+layers, with half of the removed layers restored, and with all of them restored. Stop at the first that is good enough.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     teacher = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").to(args.device)
 
-    # The consecutive layers that change their input least; the first half of them will come back first.
+    # The consecutive layers that change their input least. The first half of them is restored first.
     probe = rows.take(min(arguments.probe_rows, len(rows)))
     layers = rank_layers(teacher, probe, tokenizer, arguments.num_layers)[0].layers
     half = (len(layers) + 1) // 2
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         student = trainer.model.merge_and_unload()
         student.save_pretrained(f"{args.output_dir}/{stage}")
         tokenizer.save_pretrained(f"{args.output_dir}/{stage}")
-        # On the rows of the probe; measure on held-out ones where there are any.
+        # This uses the rows of the probe. Use held-out rows if you have them.
         fidelity[stage] = evaluate_fidelity(student, teacher, probe, tokenizer, max_length=args.max_length)["kl"]
         print(f"stage {stage}: layers {original_layers(student)}, KL {fidelity[stage]:.4f} nats per token")
     return fidelity

@@ -1,8 +1,8 @@
-"""What 4 bits cost a teacher: how far the quantised model is from the model as it was saved.
+"""Measure the cost of quantising a teacher: the divergence of the quantised model from the model as it was saved.
 
     python examples/quantized_teacher.py --teacher path/or/id --data rows.jsonl
 
-Rows have a "text" column. A student cannot learn better than this what the quantisation has lost.
+Rows have a "text" column. A student cannot learn from the quantised teacher what it has lost.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Distil on text that student and teacher write together.
+"""Distil on text that student and teacher generate together.
 
     python examples/speculative_kd.py --model Qwen/Qwen2.5-0.5B-Instruct --teacher_model Qwen/Qwen2.5-7B-Instruct \
         --dataset prompts.jsonl --output_dir out --top_k 25 --draft_length 5 --max_new_tokens 256
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> SpeculativeKDTrainer:
         teacher_model=arguments.teacher_model,
         args=args,
         train_dataset=dataset["train"],
-        eval_dataset=dataset.get("test"),  # prompts: what is measured is written anew
+        eval_dataset=dataset.get("test"),  # prompts; evaluation generates new completions
         peft_config=get_peft_config(model_config),
     )
     trainer.add_callback(RolloutSamplesCallback(trainer, steps=50))
