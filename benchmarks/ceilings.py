@@ -1,9 +1,9 @@
-"""The least that a measured step could take, and what it makes the host and the device do.
+"""The lower bound of a measured step's time, and counts of its launches, synchronisations, products and reads.
 
-Work is a formula of shapes, the same for every implementation: FLOPs of matrix products (2 per multiplication and
-addition; nothing element-wise), and bytes that have to move through the device's memory: each input is read once, each
-output written once. The floor is the larger of `flops / ceiling` and `bytes / ceiling`, with the ceilings of this
-very device: one large product and one large copy.
+Work is a formula of shapes, the same for every implementation. It counts the FLOPs of matrix products (2 per
+multiplication and addition; nothing element-wise) and the bytes that have to move through the device's memory: each
+input is read once, each output is written once. The floor is the larger of `flops / ceiling` and `bytes / ceiling`. The
+ceilings are measured on the same device by one large product and one large copy.
 
 Shapes: B rows, T tokens of a row, N label-bearing positions, Ds and Dt hidden widths, V vocabulary.
 """
@@ -40,7 +40,7 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(device: str, dtype: torch.dtype, *, size: int, copied: int, repeats: int = 10) -> Ceilings:
-    """Of one product of (size, size) matrices of random numbers, and one copy of `copied` bytes."""
+    """The ceilings of this device: from a product of random (size, size) matrices, and a copy of `copied` bytes."""
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(copied // 4, device=device)
     target = torch.empty_like(source)
@@ -54,10 +54,10 @@ def measure_ceilings(device: str, dtype: torch.dtype, *, size: int, copied: int,
 
 
 def loss_work(rows: int, vocab: int, student_width: int, teacher_width: int, *, item: int, frozen_head=False) -> Work:
-    """Hidden states and heads to loss and gradients: student's logits and their two gradients, teacher's logits.
+    """The work of the loss: the student's logits, their two gradients, and the teacher's logits.
 
-    Read are both hidden states and heads, written the gradients of the student's. With a frozen head there is one
-    product and one gradient less.
+    Both hidden states and both heads are read; the gradients of the student's are written. A frozen head saves one
+    product and one gradient.
     """
     student, teacher = rows * vocab * student_width, rows * vocab * teacher_width
     written = rows * student_width + (0 if frozen_head else vocab * student_width)
@@ -66,7 +66,7 @@ def loss_work(rows: int, vocab: int, student_width: int, teacher_width: int, *, 
 
 
 def layer_parameters(config: Any) -> int:
-    """Of the linear layers of all blocks: queries, keys, values, output, and the three of a gated MLP."""
+    """The parameters of the linear layers of all blocks: queries, keys, values, output, and a gated MLP."""
     width, heads = config.hidden_size, config.num_attention_heads
     head_width = getattr(config, "head_dim", None) or width // heads
     queries, keys = heads * head_width, config.num_key_value_heads * head_width
@@ -76,15 +76,16 @@ def layer_parameters(config: Any) -> int:
 def backbone_work(
     config: Any, lengths: Sequence[int], *, item: int, trained: str = "nothing", weight_bytes: float | None = None
 ) -> Work:
-    """All blocks over texts of these lengths, each of which sees itself alone; embeddings, norms and the head are not.
+    """The work of all blocks over separate texts of these lengths, without embeddings, norms and head.
 
-    Attention counts the pairs of a token with itself and those before it, in two products.
+    Attention counts the pairs of a token with itself and with earlier tokens, in two products.
 
     Args:
         trained (`str`):
-            "nothing": the forward. "weights": forward and backward, three times the products, and the gradients are
-            written. "adapters": forward and the hidden states' gradients, twice the products of the linear layers.
-        weight_bytes (`float`, *optional*): of a block's weights, where they are quantised.
+            "nothing": the forward only. "weights": forward and backward, with three times the products, and the
+            gradients are written. "adapters": forward and the gradients of hidden states, with twice the products of
+            the linear layers.
+        weight_bytes (`float`, *optional*): bytes of a block's weights, if they are quantised.
     """
     linear, attention = {"nothing": (1, 1), "adapters": (2, 3), "weights": (3, 3)}[trained]
     parameters, tokens = layer_parameters(config), sum(lengths)
@@ -98,7 +99,7 @@ def backbone_work(
 
 
 def reading_work(config: Any, rows: int, new: int, context: float, *, item: int) -> Work:
-    """A forward of `new` tokens of each row over a cache of `context` tokens each: blocks, cache and the head."""
+    """The work of a forward of `new` tokens per row over a cache of `context` tokens: blocks, cache and head."""
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers, keys = config.num_hidden_layers, config.num_key_value_heads * head_width
     parameters = layer_parameters(config) + config.vocab_size * config.hidden_size
@@ -120,9 +121,9 @@ HOST_READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select
 
 
 def count_events(step: Callable[[], Any]) -> dict[str, float]:
-    """Launches and synchronisations of one step, matrix products and reads by the host, and the kernels' seconds.
+    """Counts of one step: launches, synchronisations, matrix products, reads by the host; and seconds in kernels.
 
-    On the CPU the first two are 0, and the reads are what would synchronise.
+    On the CPU, the first two are 0, and each read would be a synchronisation on a GPU.
     """
     always = _of_the_profiler() if torch.cuda.is_available() else {}
     counts = _count_events(step)
@@ -132,7 +133,7 @@ def count_events(step: Callable[[], Any]) -> dict[str, float]:
 
 @functools.cache
 def _of_the_profiler() -> Counter:
-    """The counts of an empty profile: the profiler synchronises where it begins and ends."""
+    """The counts of an empty profile, because the profiler itself synchronises at its start and end."""
     return _count_events(lambda: None)
 
 
@@ -155,7 +156,7 @@ def _count_events(step: Callable[[], Any]) -> Counter:
 
 
 def compiled_graphs() -> int:
-    """How many graphs torch.compile has made in this process: more of them in a steady state are recompilations."""
+    """The number of graphs that torch.compile has made in this process. In the steady state, new ones recompile."""
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]

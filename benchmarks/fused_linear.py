@@ -1,12 +1,12 @@
-"""Hard labels and a divergence from hidden states and heads, forward and backward, against three other ways.
+"""Hard labels and a divergence from hidden states and heads, forward and backward, against three alternatives.
 
     python -m benchmarks.fused_linear                    # a CPU: 1,024 positions of a 151,936-row vocabulary, float32
     python -m benchmarks.fused_linear --preset h100      # 8,192 positions of a 128,256-row vocabulary, bfloat16
 
-Each implementation runs in a process of its own. Dense logits need about 7 GB with the first preset. Liger's row needs
-`pip install 'hf_distill[benchmarks]'`. Ratios are ours / this one. The gradients that a step makes count as its memory;
-the differences are those of the loss and of its gradients (all of the hidden states', a sample of the head's rows) from
-dense logits. TRL's function has no hard labels, so its loss is another one.
+Each implementation runs in a separate process. Dense logits need about 7 GB with the first preset. Liger's row needs
+`pip install 'hf_distill[benchmarks]'`. Ratios are ours / this row. The gradients of a step count as its memory. The
+differences are relative to dense logits: of the loss, and of its gradients (all of the hidden states, a sample of the
+head's rows). TRL's function has no hard labels, so its loss is different.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks.measure import Measurement, NotMeasured, columns, in_fresh_process, machine, measure, print_table
 from hf_distill.losses.fused_linear import fused_linear_distillation_loss
 
-# The weight of the teacher in the mixture, as TRL and Liger call the divergences; ours has a name for each.
+# TRL and Liger name a divergence by the teacher's weight in the mixture. Ours has a name for each.
 BETAS = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}
 KD_WEIGHT = 0.5
 SAMPLED_HEAD_ROWS = 2048
@@ -103,7 +103,7 @@ TITLES = {"ours": "hf_distill", "trl": "TRL, divergence alone", "dense": "dense 
 
 
 def run(name: str, divergence: str, options: argparse.Namespace) -> Result:
-    """One implementation, in this process."""
+    """Measures one implementation in this process."""
     x = make_inputs(options)
     losses = []
 
@@ -123,7 +123,7 @@ def run(name: str, divergence: str, options: argparse.Namespace) -> Result:
 
 
 def merged(first: Result, second: Result) -> Result:
-    """Both rounds' times and the larger memory; loss and gradients are the same in every round."""
+    """The times of both rounds and the larger memory. Loss and gradients are the same in every round."""
     times, memory = zip(first.measurement, second.measurement, strict=True)
     return first._replace(measurement=Measurement([*times[0], *times[1]], max(memory)))
 

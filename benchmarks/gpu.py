@@ -1,17 +1,17 @@
-"""Every row of the benchmarks that needs a GPU, in one call of 450 seconds; the most important ones first.
+"""All benchmark rows that need a GPU, in one call of 450 seconds, the most important rows first.
 
     python -m benchmarks.gpu --output out/gpu                            # a CUDA device
-    python -m benchmarks.gpu --output out/gpu-tiny --tiny --device cpu   # a rehearsal of all rows, in small
+    python -m benchmarks.gpu --output out/gpu-tiny --tiny --device cpu   # a rehearsal of all rows, with small shapes
 
-Each group of rows has a process of its own and a limit in seconds, each row has a limit, and everything together has
-`--budget`. After every row `results.md` and `results.json` are written anew in the output folder, so that a run that is
-cut keeps what it has; `log.txt` has the rest. Rows that are in the folder already stay until they are measured again.
+Each group of rows has its own process and a limit in seconds. Each row has a limit, and the whole call has `--budget`.
+After every row, `results.md` and `results.json` in the output folder are rewritten, so an interrupted run keeps its
+results. `log.txt` has all other output. Rows that are already in the folder stay until they are measured again.
 
-Time is the median of steps in the steady state; warm-up and compilation are a column of their own. The floor is the
-larger of FLOPs and bytes over the ceilings of this very card (benchmarks/ceilings.py), `of floor` the share of it that
-is reached. Launches, synchronisations, products (matrix multiplications that torch was asked for) and reads of the host
-are counted by torch's profiler, per step; for rollouts per block, for `generate` per token. Memory is the most that
-a step needs beyond what was there before.
+Time is the median of steps in the steady state. Warm-up and compilation have a separate column. The floor is the larger
+of two times: FLOPs and bytes, each divided by the ceiling of this card (benchmarks/ceilings.py). `of floor` is the
+reached share of it. torch's profiler counts launches, synchronisations, products (requested matrix multiplications) and
+reads by the host: per step, per block of a rollout, per token of `generate`. Memory is the peak memory of a step minus
+the memory before it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.timed_rows import MARKDOWN, Group, Results, run_groups, seconds, size
 
-# In this order, and with these limits in seconds. What one does not use is there for the last.
+# Groups in this order, with their limits in seconds. Time that a group does not use is left for later groups.
 GROUPS = {
     "tests": ("The tests marked gpu", 60),
     "loss": ("The loss: CE and a divergence, bfloat16, N=8,192, V=128,256, Ds=2,048, Dt=4,096", 75),
@@ -39,7 +39,7 @@ GROUPS = {
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """The text of a row, by column."""
+    """The cells of a row as text, by column."""
 
     def text(name: str, form: Any) -> str:
         return form(row[name]) if name in row else ""

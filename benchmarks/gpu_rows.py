@@ -1,7 +1,7 @@
 """The rows of benchmarks/gpu.py: one function per group. This is the process of a group; gpu.py starts it.
 
-Models are made on the device, of random weights in bfloat16; nothing is read from a file or a network. With `tiny`
-everything has the same form and nothing has its size: a rehearsal on a CPU, whose numbers mean nothing.
+Models are created on the device, with random weights in bfloat16. Nothing is read from a file or a network. `tiny` runs
+the same rows with small shapes: a rehearsal on a CPU, whose numbers have no meaning.
 
 Shapes: B rows, T tokens of a row, N label-bearing positions, Ds and Dt hidden widths, V vocabulary.
 """
@@ -91,12 +91,12 @@ TINY = Sizes(
 
 
 class Bench:
-    """The device, sizes, ceilings and models of a group of rows. Models are made when they are asked for."""
+    """The device, sizes, ceilings and models of a group of rows. Models are created on first use."""
 
     def __init__(self, device: str, tiny: bool) -> None:
         self.device, self.tiny, self.sizes = device, tiny, TINY if tiny else FULL
         self.is_cuda = device.startswith("cuda")
-        self.folder = tempfile.TemporaryDirectory()  # nothing is saved; trainers want one
+        self.folder = tempfile.TemporaryDirectory()  # nothing is saved, but trainers need a folder
 
     @cached_property
     def ceilings(self):
@@ -123,7 +123,7 @@ class Bench:
         return self.model(self.config("teacher"))
 
     def student(self) -> PreTrainedModel:
-        """A new one each time: trainers change its forward."""
+        """A new student on each call, because trainers change its forward."""
         return self.model(self.config("student"))
 
     # ------------------------------------------------------------------------------------------------- measurements
@@ -139,14 +139,14 @@ class Bench:
         repeats: int | None = None,
         counted: Callable[[], Any] | None = None,
     ) -> Cells:
-        """Time and memory of a step in the steady state, its floor, and what it makes host and device do.
+        """Time and memory of a step in the steady state, its floor, and its counts.
 
         Args:
-            work (`Work`): the least that the step has to do.
-            reset (`Callable`): before each step, outside of the measurement.
-            first (`Callable`, *optional*): what warms up, once; by default a few steps.
-            counted (`Callable`, *optional*): what the profiler watches, by default one step; returns by what its
-                counts are to be divided, if not by 1.
+            work (`Work`): the work that the step has to do at least.
+            reset (`Callable`): called before each step, outside the measurement.
+            first (`Callable`, *optional*): the warm-up, called once; by default a few steps.
+            counted (`Callable`, *optional*): the function under the profiler, by default one step. It returns the
+                divisor of its counts if it is not 1.
         """
         once = partial(measure, reset=reset, device=self.device, warmup=0)
         graphs = [compiled_graphs()]
@@ -219,7 +219,7 @@ class Bench:
         return {**cells, "tokens/s": tokens / cells["seconds"]}
 
     def step_work(self, *sides: tuple[str, str, float | None], lengths: Sequence[int] | None = None) -> Work:
-        """Of a training step: each side with what is trained of it, and its weights' bytes where they are quantised."""
+        """The work of a training step; for each side, its trained part and the bytes of quantised weights."""
         rows, length = self.sizes.batch
         lengths = lengths or [length] * rows
         work, labels = Work(), sum(length - 1 for length in lengths)
@@ -312,7 +312,7 @@ def sft_step(bench: Bench, budget: Budget) -> Cells:
 
 
 def limit_step(bench: Bench, budget: Budget) -> Cells:
-    """Both backbones and the products of both heads, and nothing else: no loss, no trainer, no mask."""
+    """A step of both backbones and the products of both heads alone: no loss, no trainer, no mask."""
     student, teacher = bench.student().train(), bench.teacher.eval()
     ids = torch.tensor(bench.ids[: bench.sizes.batch[0]], device=bench.device)
     head, teacher_head = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
@@ -326,7 +326,7 @@ def limit_step(bench: Bench, budget: Budget) -> Cells:
             for start in range(0, len(hidden), PRODUCT_CHUNK):
                 chunk = slice(start, start + PRODUCT_CHUNK)
                 torch.mm(teacher_hidden[chunk], teacher_head.t())
-                logits = torch.mm(hidden[chunk], head.t())  # (n, V), which stand for their gradient
+                logits = torch.mm(hidden[chunk], head.t())  # (n, V), used in place of their gradient
                 torch.mm(logits, head, out=gradient[chunk])
                 head_gradient.addmm_(logits.t(), hidden[chunk])
         hidden.backward(gradient)
@@ -337,7 +337,7 @@ def limit_step(bench: Bench, budget: Budget) -> Cells:
 
 
 def gkd_step(bench: Bench, budget: Budget) -> Cells:
-    """TRL's GKDTrainer on the data set's own text, with the collator of the same batches."""
+    """A step of TRL's GKDTrainer on the text of the dataset, with the collator of the same batches."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # or TRL warns that this trainer is experimental
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -368,7 +368,7 @@ def steps(bench: Bench) -> list[Row]:
 
 
 def memory_by_component(bench: Bench, budget: Budget) -> list[Cells]:
-    """A step of KDTrainer in its parts: what each needs at its peak beyond what was there, and what it leaves."""
+    """The memory of each part of a KDTrainer step: its peak above the memory before it, and the memory it keeps."""
     teacher, student = bench.teacher, bench.student()
     trainer = bench.kd_trainer(student, teacher)
     model, batch, num_items = first_batch(trainer)
@@ -426,16 +426,16 @@ def memory(bench: Bench) -> list[Row]:
 TOP_K = 25
 DRAFT = 5
 COUNTED = DRAFT + 1  # new tokens a row while the profiler counts
-SEARCHED = 256  # positions that the acceptance is estimated from
+SEARCHED = 256  # positions for the estimate of the acceptance
 
 
 class Pair:
-    """A student, and a teacher of other widths that says the same, but for what its own layers add.
+    """A student and a wider teacher whose distributions differ only by what the teacher's layers add.
 
-    Student and teacher have one table of embeddings and one head, turned isometrically into the teacher's width. With
-    large embeddings next to what the layers add, both are the same function of the last token; the smaller the
-    teacher's embeddings, the more its random layers disturb it. So any rate of acceptance can be had without training,
-    at the cost of real forwards.
+    Student and teacher share one table of embeddings and one head, rotated isometrically into the teacher's width. If
+    the embeddings are large compared with the output of the layers, both models are the same function of the last
+    token. With smaller embeddings, the teacher's random layers disturb it more. So any acceptance rate is possible
+    without training, and the forwards cost as much as real ones.
     """
 
     def __init__(self, bench: Bench) -> None:
@@ -446,14 +446,14 @@ class Pair:
         wide = self.teacher.config.hidden_size
         options = {"device": bench.device, "generator": torch.Generator(bench.device).manual_seed(0)}
         turn = torch.linalg.qr(torch.randn(wide, narrow, **options))[0].t()  # (Ds, Dt), orthonormal rows
-        # Logits of this deviation have nearly all of their probability on fewer than TOP_K tokens.
+        # With logits of this deviation, fewer than TOP_K tokens have nearly all of the probability.
         deviation = 2.5 * math.sqrt(2 * math.log(vocab))
         tables = [torch.randn(vocab, narrow, **options) for _ in range(2)]
         with torch.no_grad():
             self.student.get_input_embeddings().weight.copy_(tables[0] * 1000)
             self.student.get_output_embeddings().weight.copy_(tables[1] * deviation / narrow**0.5)
             self.teacher_embeddings = (tables[0] @ turn).to(torch.bfloat16)
-            # Normed, the teacher's hidden states are longer by the root of the widths' ratio.
+            # After the norm, the teacher's hidden states are longer by the square root of the ratio of widths.
             head = tables[1] @ turn * deviation / narrow**0.5 * (narrow / wide) ** 0.5
             self.teacher.get_output_embeddings().weight.copy_(head)
         for model in (self.student, self.teacher):
@@ -461,7 +461,7 @@ class Pair:
 
     @torch.no_grad()
     def acceptance(self, ids: Tensor, scale: float) -> float:
-        """How likely a token of the student's is among the teacher's `TOP_K`."""
+        """The probability that a token of the student is among the teacher's `TOP_K`."""
         self.teacher.get_input_embeddings().weight.copy_(self.teacher_embeddings * scale)
         hidden = [last_hidden_states(model, input_ids=ids) for model in (self.student, self.teacher)]
         student, teacher = (
@@ -474,7 +474,7 @@ class Pair:
 
     @cache  # noqa: B019 - one pair lives as long as its process
     def scale(self, acceptance: float) -> float:
-        """The teacher's embeddings times this give that acceptance: halved intervals of its logarithm."""
+        """The factor of the teacher's embeddings that gives that acceptance, by bisection of its logarithm."""
         ids = self.prompts(8)["student_prompt_ids"].to(self.bench.device)
         low, high = -8.0, 12.0
         for _ in range(8):
@@ -491,7 +491,7 @@ class Pair:
         return dict(zip(names, (ids, mask) * 2, strict=True))
 
     def work(self, stats: RolloutStats, rows: int) -> Work:
-        """Of the forwards that were made: weights and cache are read in each of them."""
+        """The work of the forwards that were run; each reads the weights and the cache."""
         context = self.bench.sizes.prompt + self.bench.sizes.new_tokens / 2
         read = partial(reading_work, rows=rows, context=context, item=BFLOAT16)
         student = read(self.student.config, new=1).times(stats.student_forwards)
@@ -559,7 +559,7 @@ def rollouts(bench: Bench) -> list[Row]:
 
 
 def packed_step(bench: Bench, budget: Budget, make: Callable[..., Any], sides: Sequence[Any], longest: int) -> Cells:
-    """One row of many texts, up to `longest` tokens each; the floor counts pairs of tokens of one text."""
+    """A step on one row of many texts with up to `longest` tokens each. The floor counts token pairs inside a text."""
     generator, vocab, size = torch.Generator().manual_seed(0), bench.sizes.vocab, bench.sizes.packed
     number = 4 * size // longest + 4  # enough for two rows
     lengths = torch.randint(max(longest // 16, 2), longest + 1, (number,), generator=generator).tolist()
@@ -599,7 +599,7 @@ def packed(bench: Bench) -> list[Row]:
 
 
 def to_nf4(model: PreTrainedModel) -> PreTrainedModel:
-    """Replaces the linear layers of the blocks by bitsandbytes' 4-bit ones, on the device, as loading would do it."""
+    """Replaces the linear layers of the blocks by 4-bit layers of bitsandbytes, on the device, as loading does."""
     if not is_bitsandbytes_available():
         raise NotMeasured("bitsandbytes is not installed: pip install 'hf_distill[quantization]'")
     import bitsandbytes as bnb
@@ -618,7 +618,7 @@ def to_nf4(model: PreTrainedModel) -> PreTrainedModel:
                 new.bias = bias
                 new.requires_grad_(False)
                 block.set_submodule(path, new)
-    model.is_loaded_in_4bit = True  # what PEFT and TRL ask for
+    model.is_loaded_in_4bit = True  # PEFT and TRL check this
     return model
 
 
@@ -634,7 +634,7 @@ def nf4_teacher_step(bench: Bench, budget: Budget, teacher: Callable[[], PreTrai
 
 
 def qlora_step(bench: Bench, budget: Budget, teacher: Callable[[], PreTrainedModel]) -> Cells:
-    """A 4-bit student of the teacher's size with adapters on all linear layers, from that teacher."""
+    """A step of a 4-bit student of the teacher's size, with adapters on all linear layers, taught by that teacher."""
     from peft import LoraConfig
 
     moved = weight_bytes(teacher())
@@ -728,7 +728,7 @@ GROUPS: dict[str, Callable[[Bench], list[Row]]] = {
 
 
 def is_fatal(error: Exception) -> bool:
-    """After an error of the device itself nothing more can be measured in this process; lack of memory is none."""
+    """True for an error of the device, after which this process cannot measure anything. Out of memory is not one."""
     is_of_device = any(words in str(error) for words in ("CUDA error", "[CUDA]", "CUBLAS_STATUS", "CUDNN_STATUS"))
     return is_of_device and not isinstance(error, torch.OutOfMemoryError)
 

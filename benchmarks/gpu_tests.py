@@ -1,4 +1,4 @@
-"""The tests marked `gpu` as one row of benchmarks/gpu.py; nothing slow is imported for it."""
+"""The tests marked `gpu` as one row of benchmarks/gpu.py, without slow imports."""
 
 import importlib.util
 import subprocess
@@ -13,7 +13,7 @@ WORKERS = 6  # most of the time of these tests is compilation
 
 
 def run_tests(budget: Budget, device: str) -> dict[str, str]:
-    """How many passed and failed, also when time was over; without a GPU they are collected only."""
+    """The numbers of passed and failed tests, also after a timeout. Without a GPU, the tests are only collected."""
     files = [path for path in (ROOT / "tests").rglob("test_*.py") if "@pytest.mark.gpu" in path.read_text("utf-8")]
     options = ["-v", "-m", "gpu", "-p", "no:cacheprovider"]
     if not device.startswith("cuda"):

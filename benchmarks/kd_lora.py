@@ -1,10 +1,10 @@
-"""Seven settings of LoRA distillation on a pruned student: what do rank, weight, temperature and epochs buy?
+"""Seven settings of LoRA distillation on a pruned student: the effects of rank, weight, temperature and epochs.
 
     OMP_NUM_THREADS=1 python -m benchmarks.kd_lora --teacher stories260K --data tinystories
 
-The settings are those that are passed on for 7B models. The student has some of the teacher's layers, and adapters on
-all of its projections; rows as in benchmarks/tinystories.py. Every run is one of `hf-distill kd`, and the numbers come
-from `compare_runs`. All learning rates are multiplied by one factor: a model this small learns next to nothing at 2e-4.
+The settings are common for 7B models. The student has some of the teacher's layers, and adapters on all of its
+projections. Rows are those of benchmarks/tinystories.py. Every run is one call of `hf-distill kd`, and the numbers come
+from `compare_runs`. One factor multiplies all learning rates, because a model this small learns almost nothing at 2e-4.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SETTINGS = {
     "rank16": (2e-4, 4, 16, 32, 0.2, 2),
     "softer": (2e-4, 1, 8, 16, 0.1, 3),
 }
-# For `--only`: one thing at a time, where the seven change several.
+# For `--only`: these change one setting at a time, while the seven change several.
 SINGLE = {
     "hard_labels": (2e-4, 1, 8, 16, 0.0, 2),
     "kd_0.2": (2e-4, 1, 8, 16, 0.2, 2),
@@ -46,7 +46,7 @@ MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 
 
 def run(name: str, seed: int, folder: Path, options: argparse.Namespace) -> Path:
-    """One `hf-distill kd`; its output directory."""
+    """Runs `hf-distill kd` once and returns its output directory."""
     output_dir = folder / f"{name}_{seed}"
     settings = dict(zip(NAMES, (SETTINGS | SINGLE)[name], strict=True))
     settings["learning_rate"] *= options.learning_rate_factor
@@ -65,7 +65,7 @@ def run(name: str, seed: int, folder: Path, options: argparse.Namespace) -> Path
 
 
 def means(rows: list[dict], names: list[str], seeds: list[int]) -> list[dict[str, str]]:
-    """A row per setting: the mean over seeds, and each of them."""
+    """One row per setting, with the mean over seeds and each seed."""
     by_name = {row["run"]: row for row in rows}
     found = []
     for name in names:

@@ -1,9 +1,9 @@
-"""What the term of keys and values costs on top of KDTrainer's step.
+"""The cost of the term for keys and values, in addition to KDTrainer's step.
 
     python -m benchmarks.kv_capture
 
-Random rows, every token label-bearing. Ratios are KDTrainer / this one. Diagnostics (CKA, ranks) are made on logging
-steps only and are no part of it.
+Rows are random, and every token has a label. Ratios are KDTrainer / this row. Diagnostics (CKA, ranks) are computed on
+logging steps only and are not included.
 """
 
 import argparse
@@ -27,13 +27,13 @@ VARIANTS = {
 
 
 def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """One whose tokens are the numbers below `vocab`, for rows that are token ids already."""
+    """A tokenizer whose tokens are the numbers below `vocab`, for rows of token ids."""
     words = Tokenizer(models.WordLevel({str(i): i for i in range(vocab)}))
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", pad_token="1")
 
 
 def run(variant: str, options: argparse.Namespace) -> Measurement:
-    """One variant, in this process."""
+    """Measures one variant in this process."""
     disable_progress_bars()
     torch.manual_seed(0)
     tokenizer = word_tokenizer(options.vocab)

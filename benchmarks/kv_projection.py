@@ -1,10 +1,10 @@
-"""Do the teacher's keys and values help, beside its logits? Distances and projectors at equal budgets.
+"""Do the teacher's keys and values help in addition to its logits? Distances and projectors at equal budgets.
 
     OMP_NUM_THREADS=1 python -m benchmarks.kv_projection --teacher stories260K --data tinystories
 
-Rows, students and budgets as in benchmarks/tinystories.py. Half of the loss are hard labels, half forward KL; the term
-of keys and values comes on top. Cosine, centred cosine and CKA are of held-out rows. `--curve` shows how they and the
-KL to the teacher go over the steps of one seed, `--picture` draws it, with the training batches' as lines.
+Rows, students and budgets are those of benchmarks/tinystories.py. Half of the loss is hard labels, half is forward KL.
+The term for keys and values is added. Cosine, centred cosine and CKA are those of held-out rows. `--curve` shows them
+and the KL to the teacher over the steps of one seed. `--picture` draws the same, with lines for the training batches.
 """
 
 import argparse
@@ -37,8 +37,8 @@ VARIANTS: dict[str, dict] = {"KD alone": {"kv_weight": 0.0}} | {
 }
 VARIANTS["KD + mercator, mlp frozen after 50"] = {"projector": "mlp", "projector_freeze_after": 50}
 VARIANTS["KD + 0.1 mercator, pca"] = {"kv_weight": 0.1, "projector": "pca"}
-# The other terms stay. Where only they reach (the last layer's MLP, an untied head), AdamW, which knows no scale, would
-# follow them at any weight, were they not far below its epsilon, too: gradients are clipped.
+# The other terms stay. They alone reach some weights (the last layer's MLP, an untied head). AdamW ignores the scale of
+# a gradient, so it would follow them at any weight. But clipping makes their gradients far smaller than its epsilon.
 VARIANTS["mercator alone, mlp"] = {"kv_weight": 1e12, "projector": "mlp"}
 CURVES = ["KD + mercator, mlp", "KD + mercator, pca", "mercator alone, mlp"]
 COLUMNS = {
@@ -75,7 +75,7 @@ def train(
 
 
 def held_out_rows(histories: dict[str, list[dict[str, float]]]) -> list[dict[str, str]]:
-    """A row for each evaluation of the runs: a step, and for each run its numbers."""
+    """One row per evaluation: the step, and the numbers of each run."""
     steps = sorted({entry["step"] for history in histories.values() for entry in history if "eval_loss" in entry})
     keys = ("eval_kv/cosine", "eval_kv/centered_cosine", "eval_kv/cka", "eval_kd")
     rows = []
@@ -90,7 +90,7 @@ def held_out_rows(histories: dict[str, list[dict[str, float]]]) -> list[dict[str
 
 
 def save_curves(path: str, students: dict[str, dict[str, list[dict[str, float]]]]) -> None:
-    """A PNG: a row for each student, a panel for each run; lines of the training batches, dots of held-out rows."""
+    """Saves a PNG: one row per student, one panel per run, lines for training batches, dots for held-out rows."""
     shape = len(students), max(map(len, students.values()))
     figure = Figure(figsize=(4.5 * shape[1], 3.2 * shape[0]), layout="constrained")
     panels = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True)

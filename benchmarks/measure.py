@@ -1,4 +1,4 @@
-"""Time and extra memory of a step, in a process of its own, and how the numbers are written."""
+"""Time and extra memory of a step in a separate process, and the tables of these numbers."""
 
 import ctypes
 import platform
@@ -24,7 +24,7 @@ SAMPLING_INTERVAL = 0.002  # seconds
 
 class Measurement(NamedTuple):
     times: list[float]  # seconds, one per step
-    memory: int  # bytes, the most that any step needed beyond what was there before it
+    memory: int  # bytes: the largest peak of a step minus the memory before it
 
     @property
     def time(self) -> float:
@@ -32,10 +32,10 @@ class Measurement(NamedTuple):
 
 
 def in_fresh_process(function: Callable, *args: Any) -> Any:
-    """`function(*args)` in a new process: no memory, cache or compiled kernel of another variant is there.
+    """The result of `function(*args)` in a new process, without memory, caches or compiled kernels of other variants.
 
     Raises:
-        `NotMeasured`: what `function` itself raised so, or the process died, most likely for want of memory.
+        `NotMeasured`: `function` raised it, or the process died, most likely because it ran out of memory.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
@@ -51,8 +51,8 @@ def measure(
 ) -> Measurement:
     """Calls `step` once on each of `inputs`, after `warmup` calls on the first.
 
-    `reset` runs before each step, outside of the measurement: it drops the gradients of the step before, so that those
-    which a step makes count as its memory.
+    `reset` runs before each step, outside the measurement. It drops the gradients of the previous step, so that the
+    gradients of a step count as its memory.
     """
     times, memories = [], []
     for i, value in enumerate([*inputs[:1] * warmup, *inputs]):
@@ -66,13 +66,13 @@ def measure(
 
 
 def watched(device: str) -> AbstractContextManager[dict[str, float]]:
-    """Gives a dict that afterwards has the `time` of what ran in it and the `memory` that it needed at its peak."""
+    """Yields a dict. After the context, it has the `time` of the code inside and its peak `memory`."""
     return _cuda_step() if device.startswith("cuda") else _cpu_step()
 
 
 @contextmanager
 def _cpu_step() -> Iterator[dict[str, float]]:
-    # glibc keeps freed blocks below 32 MB; what a step takes from those would not be seen as its memory.
+    # glibc keeps freed blocks below 32 MB. Memory that a step takes from them would not be counted.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -90,7 +90,7 @@ def _cpu_step() -> Iterator[dict[str, float]]:
         start = time.perf_counter()
         yield found
         found["time"] = time.perf_counter() - start
-    finally:  # a step that raises must not leave the thread, and so the process, running
+    finally:  # after an error, the thread must not keep the process running
         done.set()
         sampler.join()
     found["memory"] = max(peak, process.memory_info().rss) - before
@@ -111,7 +111,7 @@ def _cuda_step() -> Iterator[dict[str, float]]:
 
 
 def columns(found: Measurement, ours: Measurement | None) -> dict[str, str]:
-    """Time and memory as text, with ratios: what ours takes, divided by what this one takes."""
+    """Time and memory as text, with ratios ours / this row."""
     row = {"time": seconds(found.time), "time ratio": "", "extra memory": size(found.memory), "memory ratio": ""}
     if ours is not None:
         row["time ratio"] = f"{ours.time / found.time:.2f}x"
@@ -122,7 +122,7 @@ def columns(found: Measurement, ours: Measurement | None) -> dict[str, str]:
 def print_table(
     title: str, rows: Sequence[Mapping[str, Any]], as_markdown: bool, not_measured: Mapping[str, str] | None = None
 ) -> None:
-    """One table on standard output, under it the reasons for rows without numbers; missing cells are left empty."""
+    """Prints one table, and below it the reasons for rows without numbers. Missing cells are empty."""
     names = dict.fromkeys(name for row in rows for name in row)
     rows = [{name: row.get(name, "") for name in names} for row in rows]
     if as_markdown:
@@ -136,7 +136,7 @@ def print_table(
 
 
 def machine(device: str) -> str:
-    """What the numbers were measured on."""
+    """The description of this machine."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 

@@ -1,12 +1,12 @@
-"""What a pruned model wins back with adapters: hard labels against distillation at equal budgets, then in stages.
+"""Recovery of a pruned model with adapters: hard labels against distillation at equal budgets, then in stages.
 
     OMP_NUM_THREADS=1 python -m benchmarks.pruning --teacher stories260K --data tinystories
 
-Rows as in benchmarks/tinystories.py. Two of the teacher's layers are dropped: those that `rank_layers` chooses on rows
-of the training data, and the last two. The rest gets LoRA adapters, with hard labels or with forward KL to the whole
-model. The stages go on from what forward KL has made of the first choice (A): the first removed layer is restored and
-adapters are trained on it alone, or on all layers (A+B), then the second is (A+B+C). To compare with A+B there is a
-model that has lost only the second layer, trained for as long as both stages.
+Rows are those of benchmarks/tinystories.py. Two of the teacher's layers are dropped: the two that `rank_layers` chooses
+on training rows, or the last two. The other layers get LoRA adapters, trained on hard labels or on forward KL to the
+whole model. The stages continue from the result of forward KL on the first choice (A). The first removed layer is
+restored, and adapters are trained on it alone, or on all layers (A+B). Then the second layer is restored (A+B+C). For
+comparison with A+B, another model loses only the second layer and is trained for as long as both stages.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def train(
     layers: list[int] | None = None,
     stages: int = 1,
 ) -> PreTrainedModel:
-    """The student after training with adapters, on all of its layers or on some, and merging them."""
+    """The student after training adapters on all or some of its layers and merging them."""
     lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=TARGETS, layers_to_transform=layers)
     changes = {"max_steps": stages * options.steps, **OBJECTIVES[objective]}
     return train_kd(
@@ -73,7 +73,7 @@ def main() -> None:
     table = []
 
     def add(name: str, make: Callable[[int], PreTrainedModel], seeds: list[int]) -> dict[int, PreTrainedModel]:
-        """A row of the table: what is made with each seed, measured."""
+        """Adds a row to the table: the measurements of the model for each seed."""
         models = {}
         for seed in seeds:
             set_seed(seed)

@@ -1,11 +1,11 @@
-"""Rollouts of many rows at once against one row at a time, the student's own `generate`, and assisted generation.
+"""Rollouts of batches, against rollouts of single rows, `generate` of the student, and assisted generation.
 
     OMP_NUM_THREADS=1 python -m benchmarks.rollout --teacher stories260K --data tinystories
 
-`--teacher` is a causal language model, `--data` a folder with test.jsonl, a `text` in each line; the prompts are the
-beginnings of the texts, of different lengths. The student is some of the teacher's layers. Nothing ends a text, so that
-every row has the same number of new tokens. `generate` is transformers', of the student alone; assisted generation is
-transformers' speculative decoding, one row at a time, which keeps the teacher's distribution where ours has its rule.
+`--teacher` is a causal language model. `--data` is a folder with test.jsonl, a `text` in each line; the prompts are the
+beginnings of the texts, with different lengths. The student has some of the teacher's layers. No token ends a text,
+so every row gets the same number of new tokens. `generate` is that of transformers, for the student alone. Assisted
+generation is the speculative decoding of transformers: one row at a time, with exactly the teacher's distribution.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from hf_distill.speculative import RolloutConfig, RolloutStats, rollout
 
 
 def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel, list[dict[str, Tensor]], int]:
-    """Student, teacher, batches of prompts of `options.rows` rows, and a token that fills rows."""
+    """Student, teacher, batches of prompts with `options.rows` rows, and a token for padding."""
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher).to(options.device).eval()
     student = some_layers(teacher, options.layers).eval()
@@ -36,8 +36,8 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel,
 def write_together(
     student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], config: RolloutConfig, pad: int
 ) -> RolloutStats:
-    """Statistics of the blocks of a rollout that nothing ends before `max_new_tokens`."""
-    never = len(student.get_input_embeddings().weight)  # a token that is never written
+    """The statistics of a rollout that always reaches `max_new_tokens`."""
+    never = len(student.get_input_embeddings().weight)  # a token that is never generated
     generator = torch.Generator().manual_seed(0)
     result = rollout(
         student, teacher, **batch, config=config, eos_token_id=never, pad_token_id=pad, generator=generator
@@ -52,7 +52,7 @@ def write_alone(
     pad: int,
     assistant: PreTrainedModel | None = None,
 ) -> None:
-    """So many tokens a row with transformers' `generate`."""
+    """Generates this many tokens per row with `generate` of transformers."""
     config = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=True, pad_token_id=pad)
     inputs = {"input_ids": batch["student_prompt_ids"], "attention_mask": batch["student_prompt_mask"].long()}
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -60,7 +60,7 @@ def write_alone(
 
 
 def run(what: str, options: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second, and for rollouts what the blocks were like."""
+    """Tokens per second, and the statistics of the blocks of rollouts."""
     student, teacher, batches, pad = load(options)
     config = RolloutConfig(options.max_new_tokens, options.draft_length, adaptive=options.adaptive, top_k=options.top_k)
     stats: list[RolloutStats] = []
@@ -79,7 +79,7 @@ def run(what: str, options: argparse.Namespace) -> dict[str, float]:
         stats = stats[1:]  # the first was a warm-up
         accepted, drafted = (sum(int(getattr(s.blocks, name).sum()) for s in stats) for name in ("accepted", "drafted"))
         found["accepted"] = accepted / drafted
-        # Per row: one forward serves all rows of a batch.
+        # Per row, because one forward serves all rows of a batch.
         found["forwards"] = 100 * sum(len(s.blocks.row) for s in stats) / (num_rows * options.max_new_tokens)
         found["batch_forwards"] = 100 * sum(s.teacher_forwards for s in stats) / (num_rows * options.max_new_tokens)
     return found

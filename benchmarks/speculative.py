@@ -1,10 +1,10 @@
-"""Where should the training text come from? Speculative, student, teacher, data set and mixes, at equal tokens.
+"""Where should the training text come from? Speculative, student, teacher, dataset and mixes, at equal tokens.
 
     OMP_NUM_THREADS=1 python -m benchmarks.speculative --teacher stories260K --data tinystories
 
-Prompts are the first tokens of stories, completions what follows: from the data set, or written anew for every update.
-Every run ends when it has trained on the same number of tokens; the loss is forward KL alone. The student is some of
-the teacher's layers. What is measured are held-out pieces of real stories.
+Prompts are the first tokens of stories. Completions are the next tokens of the dataset, or generated for every update.
+Every run ends when it has trained on the same number of tokens. The loss is forward KL alone. The student has some of
+the teacher's layers. Held-out pieces of real stories are measured.
 """
 
 import argparse
@@ -38,7 +38,7 @@ MIXES = {
 
 
 class Budget(TrainerCallback):
-    """Ends a run when it has trained on so many tokens."""
+    """Ends a run after this many trained tokens."""
 
     def __init__(self, tokens: int) -> None:
         self.left = tokens

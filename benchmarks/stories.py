@@ -1,4 +1,4 @@
-"""What the benchmarks on stories share: options, rows, students, quiet trainers, and how results are written."""
+"""Common code of the benchmarks on stories: options, rows, students, quiet trainers, results as text."""
 
 import argparse
 import copy
@@ -60,7 +60,7 @@ def load_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]
 
 
 def load_chunks(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, by_story: bool = False) -> Dataset:
-    """The stories as one stream of tokens, or one by one, cut into rows of `length`; what is left over is dropped."""
+    """The stories as one stream of tokens, or story by story, cut into rows of `length`. The remainder is dropped."""
     texts = load_texts(path, tokenizer)
     streams = texts if by_story else [[token for text in texts for token in text]]
     rows = [stream[i : i + length] for stream in streams for i in range(0, len(stream) - length + 1, length)]
@@ -70,7 +70,7 @@ def load_chunks(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, by_
 def load_rows(
     options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, by_story: bool = False
 ) -> tuple[Dataset, Dataset]:
-    """Rows to train on, and held-out ones."""
+    """Training rows and held-out rows."""
     train, test = (
         load_chunks(options.data / f"{name}.jsonl", tokenizer, options.length, by_story) for name in ("train", "test")
     )
@@ -86,8 +86,8 @@ def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def some_layers(teacher: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
-    """A copy of the teacher that has only these of its layers."""
-    student = copy.deepcopy(teacher).requires_grad_()  # a teacher that has taught is frozen
+    """A copy of the teacher with only these layers."""
+    student = copy.deepcopy(teacher).requires_grad_()  # the trainer has frozen the teacher
     student.model.layers = nn.ModuleList(student.model.layers[i] for i in layers)
     for i, layer in enumerate(student.model.layers):
         layer.self_attn.layer_idx = i
@@ -96,14 +96,14 @@ def some_layers(teacher: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
 
 
 def random_model(teacher: PreTrainedModel, num_layers: int) -> PreTrainedModel:
-    """A random model of the teacher's width."""
+    """A random model with the teacher's width."""
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = num_layers
     return AutoModelForCausalLM.from_config(config).to(teacher.device)
 
 
 def make_students(teacher: PreTrainedModel, options: argparse.Namespace) -> dict[str, Callable[[], PreTrainedModel]]:
-    """The two students of most benchmarks, by name; each call makes one."""
+    """Functions that create the two students of most benchmarks, by name."""
     return {
         f"its layers {', '.join(map(str, options.layers))}": lambda: some_layers(teacher, options.layers),
         f"random, {options.random_layers} layers": lambda: random_model(teacher, options.random_layers),
@@ -123,7 +123,7 @@ def make_trainer(
     settings: Mapping[str, Any],
     **kwargs: Any,
 ) -> Any:
-    """A trainer that prints and saves nothing; `settings` on top of those of all benchmarks."""
+    """A trainer that prints and saves nothing. `settings` are added to the common ones."""
     common = {
         "output_dir": "out/benchmarks", "lr_scheduler_type": "cosine", "max_grad_norm": 1.0, "bf16": False,
         "gradient_checkpointing": False, "use_cpu": not torch.cuda.is_available(), "logging_strategy": "no",
@@ -131,12 +131,12 @@ def make_trainer(
     }  # fmt: skip
     kwargs = {"processing_class": tokenizer, "teacher_processing_class": tokenizer, **kwargs}
     trainer = trainer_class(student, teacher, config_class(**{**common, **settings}), rows, **kwargs)
-    trainer.remove_callback(PrinterCallback)  # prints to where the table goes
+    trainer.remove_callback(PrinterCallback)  # it prints to the output of the table
     return trainer
 
 
 def budget(options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """The settings that come from `add_budget`."""
+    """The settings from the options of `add_budget`."""
     return {
         "max_steps": options.steps, "per_device_train_batch_size": options.batch_size, "max_length": options.length,
         "learning_rate": options.learning_rate, "seed": seed,
@@ -153,7 +153,7 @@ def train_kd(
     options: argparse.Namespace,
     **kwargs: Any,
 ) -> KDTrainer:
-    """KDTrainer after training within the budget of the options, with `changes` in its settings."""
+    """KDTrainer after training with the budget of the options and `changes` to its settings."""
     settings = {**budget(options, seed), **changes}
     trainer = make_trainer(KDTrainer, KDConfig, student, teacher, rows, tokenizer, settings, **kwargs)
     trainer.train()
@@ -163,16 +163,16 @@ def train_kd(
 def measure_fidelity(
     student: PreTrainedModel, teacher: PreTrainedModel, held_out: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
-    """What `evaluate_fidelity` finds, and `nats`, those of the student per token."""
+    """The results of `evaluate_fidelity`, and `nats`, the student's nats per token."""
     found = evaluate_fidelity(student, teacher, held_out, tokenizer, batch_size=32)
     return {**found, "nats": math.log(found["student_perplexity"])}
 
 
 def describe(values: list[float], form: str) -> str:
-    """The mean and the values."""
+    """The mean and all values as text."""
     return f"{form.format(statistics.mean(values))} ({', '.join(map(form.format, values))})"
 
 
 def describe_all(found: list[dict[str, float]], columns: Mapping[str, tuple[str, str]] = FIDELITY) -> dict[str, str]:
-    """Cells of a table: for each column, given as key and format, the mean and the values of every seed."""
+    """Cells of a table: for each column (key and format), the mean and the values of all seeds."""
     return {title: describe([values[key] for values in found], form) for title, (key, form) in columns.items()}

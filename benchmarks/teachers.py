@@ -4,10 +4,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.teachers ensemble --teacher stories260K --data tinystories
     OMP_NUM_THREADS=1 python -m benchmarks.teachers hidden --teacher stories260K --data tinystories
 
-Data and budgets as in benchmarks/tinystories.py. `cross`: a random student of two layers with a vocabulary of 1,000
-byte-level tokens, trained on the same stories; what is measured is bits per byte of held-out text. `ensemble`: a second
-teacher, made of all but one of the first one's layers and trained on hard labels. `hidden`: the teacher's hidden states
-beside its logits.
+Data and budgets are those of benchmarks/tinystories.py. `cross` has a random student of two layers with 1,000
+byte-level tokens, trained on the same stories; it measures bits per byte of held-out text. `ensemble` has a second
+teacher, made of all but one of the first teacher's layers and trained on hard labels. `hidden` adds the teacher's
+hidden states to its logits.
 """
 
 import argparse
@@ -54,7 +54,7 @@ HIDDEN = {"KD alone": {}} | {
 
 
 def byte_level_tokenizer(texts: list[str], vocab_size: int = 1000) -> PreTrainedTokenizerFast:
-    """A vocabulary of the student's own, from the training texts."""
+    """A tokenizer for the student, trained on the training texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -65,7 +65,7 @@ def byte_level_tokenizer(texts: list[str], vocab_size: int = 1000) -> PreTrained
 
 @torch.no_grad()
 def bits_per_byte(model: PreTrainedModel, texts: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> float:
-    """Of the first `length` tokens of each text, after a bos token."""
+    """Bits per byte of the first `length` tokens of each text, after a bos token."""
     nats = num_bytes = 0
     for text in texts:
         ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]][:length]
@@ -83,7 +83,7 @@ def load_stories(path: Path) -> list[str]:
 def compare_across(teacher: PreTrainedModel, teacher_tokenizer, options: argparse.Namespace) -> list[dict[str, str]]:
     texts, held_out = (load_stories(options.data / f"{name}.jsonl") for name in ("train", "test"))
     tokenizer = byte_level_tokenizer(texts)
-    # A bos token, as the teacher was trained; the student's own text ends where max_length cuts it.
+    # Texts begin with a bos token, as in the teacher's training. max_length cuts the student's own text.
     rows = Dataset.from_dict({"text": [tokenizer.bos_token + text for text in texts]})
     table = []
     for name in options.only or CROSS:
@@ -127,7 +127,7 @@ def compare_layers(teacher: PreTrainedModel, tokenizer, options: argparse.Namesp
 
 
 def _compare_students(teacher, variants, rows, held_out, tokenizer, options) -> list[dict[str, str]]:
-    """Both students with every variant, which is one teacher or several and what changes in the settings."""
+    """Trains both students with every variant: one or several teachers, and changes to the settings."""
     students = make_students(teacher, options)
     table = []
     for student_name, name in product(students, options.only or variants):

@@ -1,9 +1,9 @@
-"""Groups of measurements, each group in a process of its own, each row within a time limit, kept as they come in.
+"""Groups of measurements: each group in a separate process, each row with a time limit, saved after every row.
 
-One process, which imports nothing slow, starts the others, watches their rows, ends those that hang and writes what is
-there after every row. A row that fails, hangs or takes the process down with it costs its own number only.
+One process without slow imports starts the others. It watches their rows, stops those that hang, and writes all results
+after every row. A row that fails, hangs or kills its process loses only its own number.
 
-The process of a group is a module whose main part is `serve`. It says what happens as lines of JSON in a file:
+The process of a group is a module that calls `serve`. It writes its events as lines of JSON to a file:
 
     {"group": "loss", "event": "rows", "names": [...]}           what it is going to measure
     {"group": "loss", "event": "start", "row": "ours", "limit": 20.0}
@@ -24,23 +24,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-POLL = 0.05  # seconds between two looks at what a group has said
-GRACE = 5.0  # seconds that a row may take to notice that its time is over, and a group to end
+POLL = 0.05  # seconds between two reads of a group's events
+GRACE = 5.0  # seconds for a row to stop after its time is over, and for a group to end
 STARTUP = 120.0  # seconds that a group's imports may take
-MIN_SECONDS = 1.0  # with less left nothing is begun
+MIN_SECONDS = 1.0  # with less time left, no row is started
 
 EVENTS, LOG, JSON, MARKDOWN = "events.jsonl", "log.txt", "results.json", "results.md"
 
 
 class NotMeasured(Exception):
-    """Why a row has no number."""
+    """A row has no number; the message says why."""
 
 
 # ---------------------------------------------------------------------------------------------- the process of a group
 
 
 class Budget:
-    """The time that a row has left. Repeats stop when it is over; those measured until then count."""
+    """The remaining time of a row. Repeats stop when it is over; the finished ones count."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -51,7 +51,7 @@ class Budget:
         return self._end - time.monotonic()
 
     def repeats(self, number: int) -> Iterator[int]:
-        """0 to `number - 1`, fewer when no other repeat fits the time, but at least one."""
+        """Yields 0 to `number - 1`; fewer if no other repeat fits the time, but at least one."""
         longest = 0.0
         for i in range(number):
             if i and self.left < longest:
@@ -64,7 +64,7 @@ class Budget:
 class Row(NamedTuple):
     name: str
     limit: float  # seconds
-    # One row of numbers, or several with names of their own.
+    # One row of numbers, or several rows with their own names.
     measure: Callable[[Budget], Mapping[str, Any] | Sequence[Mapping[str, Any]]]
 
 
@@ -75,13 +75,13 @@ def serve(
     clean_up: Callable[[], Any] = lambda: None,
     is_fatal: Callable[[Exception], bool] = lambda error: False,
 ) -> None:
-    """Measures the rows of a group, once a line with its seconds comes in on standard input.
+    """Measures the rows of a group, after a line with its seconds arrives on standard input.
 
     Args:
-        options: what `group_parser` has parsed.
-        make_rows (`Callable`): makes the rows; what it takes counts as the group's time.
+        options: the result of `group_parser`.
+        make_rows (`Callable`): creates the rows; its time counts as the group's time.
         clean_up (`Callable`): called after each row.
-        is_fatal (`Callable`): whether no further row can be measured in this process after such an error.
+        is_fatal (`Callable`): true for errors after which this process cannot measure any other row.
     """
 
     def say(event: str, **more: Any) -> None:
@@ -90,11 +90,11 @@ def serve(
 
     line = sys.stdin.readline()
     if not line:
-        return  # nobody needs it any more
+        return  # the group is not needed any more
     whole = Budget(float(line))
     try:
         rows = [row for row in make_rows() if row.name not in options.skip]
-    except Exception as error:  # noqa: BLE001 - one group must not take the others with it
+    except Exception as error:  # noqa: BLE001 - one group must not stop the others
         traceback.print_exc()
         rows = [Row("all rows", MIN_SECONDS, lambda budget, error=error: _raise(error))]
     say("rows", names=[row.name for row in rows])
@@ -112,7 +112,7 @@ def serve(
             found = [found] if isinstance(found, Mapping) else found
         except NotMeasured as reason:
             found = [{"error": str(reason)}]
-        except Exception as failure:  # noqa: BLE001 - the other rows go on
+        except Exception as failure:  # noqa: BLE001 - the other rows continue
             traceback.print_exc()
             error, found = failure, [{"error": _first_line(failure)}]
         faulthandler.cancel_dump_traceback_later()
@@ -125,7 +125,7 @@ def serve(
 
 
 def group_parser(description: str | None) -> argparse.ArgumentParser:
-    """The settings of every process of a group."""
+    """The parser of the options of a group's process."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group")
     parser.add_argument("--events", type=Path, required=True, help="where it says what happens")
@@ -149,14 +149,14 @@ def _first_line(error: Exception) -> str:
 
 
 class Results:
-    """Rows by group, in a folder as JSON and as Markdown that are rewritten, each as a whole, after every row.
+    """Rows by group. They are saved in a folder as JSON and as Markdown; both files are rewritten after every row.
 
-    Rows of a folder that is there already stay, until a row of the same name replaces them.
+    Rows of an existing folder stay until a row of the same name replaces them.
 
     Args:
-        folder (`Path`): made if it is missing.
-        titles (mapping of `str` to `str`): of the groups, in their order.
-        to_cells (`Callable`): the text of a row, by column.
+        folder (`Path`): created if it is missing.
+        titles (mapping of `str` to `str`): titles of the groups, in their order.
+        to_cells (`Callable`): gives the cells of a row as text, by column.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Results:
         _replace(self.folder / MARKDOWN, self.markdown())
 
     def markdown(self) -> str:
-        """A table per group; columns that nothing stands in are left out."""
+        """One table per group, without empty columns."""
         parts = [f"{name}: {value}\n" for name, value in self.notes.items()]
         for group in [*self.titles, *(group for group in self.rows if group not in self.titles)]:
             if rows := [self._to_cells(row) for row in self.rows.get(group, {}).values()]:
@@ -197,7 +197,7 @@ class Results:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes a file that is whole at every moment."""
+    """Writes a file by renaming, so that it is whole at any time."""
     beside = path.with_name(path.name + ".new")
     with open(beside, "w", encoding="utf-8") as file:
         file.write(text)
@@ -219,18 +219,18 @@ def size(value: float) -> str:
 
 class Group(NamedTuple):
     name: str
-    limit: float  # seconds from its first row on; its imports are no part of them
+    limit: float  # seconds from its first row on, without its imports
     command: Sequence[str]  # starts its process; the name, `--events=FILE` and any number of `--skip=ROW` follow
 
 
 class _Child:
-    """The process of a group. It makes its imports at once, and measures when it is told its seconds."""
+    """The process of a group. It imports at once, and measures when it receives its seconds."""
 
     def __init__(self, group: Group, folder: Path, skip: Iterable[str] = ()) -> None:
         self.name, self._events, self._position = group.name, folder / EVENTS, 0
         arguments = [*group.command, group.name, f"--events={self._events}", *(f"--skip={name}" for name in skip)]
         with open(folder / LOG, "a", encoding="utf-8") as log:
-            # A process group of its own, so that what it starts ends with it; no session, which could outlive this one.
+            # A separate process group, so that its children end with it. A separate session could outlive this process.
             self.process = subprocess.Popen(
                 arguments, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, process_group=0
             )
@@ -241,7 +241,7 @@ class _Child:
             print(seconds, file=self.process.stdin, flush=True)
 
     def said(self) -> list[dict[str, Any]]:
-        """Its messages since the last call."""
+        """The events since the last call."""
         if not self._events.exists():
             return []
         with open(self._events, "rb") as file:
@@ -257,11 +257,11 @@ class _Child:
 
 
 class _GroupRun:
-    """The results of the rows of a group, from one process or several."""
+    """The results of the rows of a group, from one or several processes."""
 
     def __init__(self, group: Group, results: Results, whole: Budget, grace: float) -> None:
         self.group, self.results, self.whole, self.grace = group, results, whole, grace
-        self.names: list[str] | None = None  # until the first process has said them
+        self.names: list[str] | None = None  # None until the first process has sent them
         self.ended: list[str] = []
         self._clock: Budget | None = None
 
@@ -279,12 +279,12 @@ class _GroupRun:
             self.results.add(self.group.name, {"row": row, **cells})
 
     def watch(self, child: _Child) -> None:
-        """Takes in what a process says until it is over, or has to be; a row that it leaves unfinished has failed."""
+        """Reads the events of a process until it ends or is stopped. A row that it leaves unfinished has failed."""
         child.go(self.left)
         startup, before = Budget(min(STARTUP, self.left)), len(self.ended)
         row, limit, reason, is_heard = None, None, "", False
         while not reason:
-            is_over = child.process.poll() is not None  # before its last words are read
+            is_over = child.process.poll() is not None  # checked before its last events are read
             for event in child.said():
                 if event["event"] == "rows":
                     is_heard, self.names = True, self.names or event["names"]
@@ -295,7 +295,7 @@ class _GroupRun:
                     row, limit = None, None
                     self.end(event["row"], event["rows"])
             if self.names and not self.missing:
-                reason = "done"  # a process with a device takes seconds to end by itself
+                reason = "done"  # a process with a device needs seconds to end by itself
             elif is_over:
                 reason = f"its process ended with code {child.process.returncode}; see {LOG}"
             elif self.whole.left < 0:
@@ -314,13 +314,13 @@ class _GroupRun:
 
 
 def run_groups(groups: Sequence[Group], results: Results, budget: float, *, grace: float = GRACE) -> None:
-    """Measures all groups one after the other within `budget` seconds; the imports of the next are made meanwhile.
+    """Measures all groups one after the other within `budget` seconds. The next group imports meanwhile.
 
     Args:
-        groups: in the order of their importance.
-        results ([`Results`]): where rows go.
-        budget (`float`): seconds for everything.
-        grace (`float`): how much longer than its limit a row may take before its process is ended.
+        groups: the groups, the most important first.
+        results ([`Results`]): receives the rows.
+        budget (`float`): seconds for all groups.
+        grace (`float`): seconds that a row may exceed its limit before its process is stopped.
     """
     whole, children = Budget(budget), {}
     try:

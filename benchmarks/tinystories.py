@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.tinystories --teacher stories260K --data tinystories
 
-`--teacher` is a causal language model, `--data` a folder with train.jsonl and test.jsonl, a `text` in each line. Rows
-are 128-token pieces of all stories in one stream, each story after the tokenizer's bos token, as the teacher was
-trained. Two students: some of the teacher's own layers, and a random model of the teacher's width. Every run goes
-through KDTrainer; the seed draws the order of the rows and the random weights. `--plain` runs the same in a plain torch
-loop with dense logits, which has to end at the same numbers.
+`--teacher` is a causal language model. `--data` is a folder with train.jsonl and test.jsonl, with a `text` in each
+line. Rows are 128-token pieces of one stream of all stories. Each story begins with the tokenizer's bos token, as in
+the teacher's training. There are two students: some of the teacher's own layers, and a random model with the teacher's
+width. Every run uses KDTrainer; the seed sets the order of the rows and the random weights. `--plain` runs the same in
+a plain torch loop with dense logits, which has to end at the same numbers.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def train_plainly(
     seed: int,
     options: argparse.Namespace,
 ) -> None:
-    """What `train_kd` does, without KDTrainer: forward KL and hard labels from dense logits, rows in the same order."""
+    """Trains as `train_kd`, without KDTrainer: forward KL and hard labels from dense logits, rows in the same order."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).split(options.batch_size)
     input_ids = torch.tensor(rows["input_ids"], device=student.device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.learning_rate, weight_decay=0.0)

@@ -1,11 +1,11 @@
-"""Alignment of every pair of tokenizers on real texts: is it right, how much is aligned one to one, how fast is it.
+"""Alignment of every pair of tokenizers on real texts: correctness, share of one-to-one tokens, speed.
 
     python -m benchmarks.token_alignment --tokenizers gpt2 llama-2 --data stories.jsonl math.jsonl
 
-`--tokenizers` are hub ids or paths. `--data` are files of rows, a JSON object in each line or one list of them; a text
-is all strings of a row. Every group is checked: both sides cover the same bytes, but for white space where the group is
-not compared, and every token is in exactly one group. The last column aligns all texts as one, and half of them: the
-speed is the same if the time is linear.
+`--tokenizers` are hub ids or paths. `--data` are files of rows, with a JSON object in each line or one list of objects.
+A text consists of all strings of a row. Every group is checked: both sides cover the same bytes (except for white
+space, if the group is not compared), and every token is in exactly one group. The last column aligns all texts as one
+text, and half of them. The two speeds are equal if the time is linear.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def load_texts(path: Path, limit: int) -> list[str]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """All strings inside of a JSON value."""
+    """All strings inside a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
@@ -51,7 +51,7 @@ def covered(pieces: Sequence[Piece], tokens: range) -> bytes:
 
 
 def check(groups: Sequence[Group], student: Sequence[Piece], teacher: Sequence[Piece]) -> int:
-    """How many groups are wrong: another text on either side, or tokens missing, twice or out of order."""
+    """The number of wrong groups: different texts on the two sides, or tokens missing, repeated or out of order."""
     wrong = sum(
         list(itertools.chain.from_iterable(ranges)) != list(range(len(tokens)))
         for ranges, tokens in zip(zip(*(group[:2] for group in groups), strict=True), (student, teacher), strict=True)
@@ -66,7 +66,7 @@ def check(groups: Sequence[Group], student: Sequence[Piece], teacher: Sequence[P
 
 
 def measure(texts: Sequence[Sides]) -> dict[str, float]:
-    """Counts over texts in two tokenisations, and tokens of both per CPU second of aligning, the median of three."""
+    """Counts over texts in two tokenisations, and aligned tokens of both per CPU second (the median of three)."""
     times, groups = [], []
     for _ in range(3):
         start = time.process_time()

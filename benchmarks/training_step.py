@@ -1,15 +1,15 @@
-"""A training step on long prompts with short answers: KDTrainer, TRL's GKDTrainer, and the least it could cost.
+"""A training step on long prompts with short answers: KDTrainer, TRL's GKDTrainer, and a lower limit.
 
     python -m benchmarks.training_step --data squad/train.jsonl --tokenizer Qwen1.5-1.8B
 
-`--data` has a JSON object a line with `context`, `question` and `answers`, `--tokenizer` is a folder or hub id. Student
-and teacher are random Qwen2 models of 4 layers (their cost does not depend on their weights). All variants get the same
-token ids in the same batches; each runs in a process of its own. A step is `trainer.training_step` on a ready batch:
-teacher, student, loss and backward, without the optimizer's step. Tokens are those that are not padding; the gradients
-that a step makes count as its memory. GKDTrainer needs about 11 GB with the defaults.
+`--data` has one JSON object per line with `context`, `question` and `answers`. `--tokenizer` is a folder or hub id.
+Student and teacher are random Qwen2 models of 4 layers (their cost does not depend on their weights). All variants get
+the same token ids in the same batches, and each runs in a separate process. A step is `trainer.training_step` on a
+ready batch: teacher, student, loss and backward, without the optimizer's step. Padding is not counted as tokens. The
+gradients of a step count as its memory. GKDTrainer needs about 11 GB with the defaults.
 
-The limit is our own step without a teacher (hard labels alone) and the teacher's backbone and head on the label-bearing
-tokens, measured apart and added. Ratios are ours / this one.
+The limit is the sum of two separate measurements: our own step without a teacher (hard labels alone), and the teacher's
+backbone and head on the label-bearing tokens. Ratios are ours / this row.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class Result(NamedTuple):
 
 
 class HardLabels(torch.autograd.Function):
-    """The cross-entropy with its gradients made in the forward, as our fused loss makes them: autograd needs more."""
+    """The cross-entropy with gradients computed in the forward, as in our fused loss. Autograd needs more memory."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, num_items):
@@ -56,7 +56,7 @@ class HardLabels(torch.autograd.Function):
 
 
 class HardLabelsTrainer(KDTrainer):
-    """KDTrainer without its teacher: the same step with the cross-entropy of the label-bearing tokens alone."""
+    """KDTrainer without its teacher: the same step with the cross-entropy of label-bearing tokens alone."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -71,7 +71,7 @@ class HardLabelsTrainer(KDTrainer):
 
 
 def load_rows(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """As many rows as the measured batches need, tokenised the way SFTTrainer does it."""
+    """Enough rows for the measured batches, tokenised as in SFTTrainer."""
     rows = []
     with open(options.data, encoding="utf-8") as file:
         for line in islice(file, options.batch_size * options.steps):
@@ -122,7 +122,7 @@ def make_trainer(variant: str, output_dir: str, options: argparse.Namespace) -> 
 
 
 def run(variant: str, options: argparse.Namespace) -> Result:
-    """One variant, in this process."""
+    """Measures one variant in this process."""
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer("ours" if variant == "teacher" else variant, folder, options)
