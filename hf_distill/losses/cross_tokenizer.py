@@ -375,8 +375,8 @@ class _CrossTokenizer(torch.autograd.Function):
         return sums[0] / ctx.divisor, sums
 
     @staticmethod
-    def backward(ctx, grad_loss, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *ctx.gradients.handed_out(grad_loss / ctx.divisor), *(None,) * 14
+    def backward(ctx, *gradients):
+        return *ctx.gradients.handed_out(gradients[0] / ctx.divisor), *(None,) * 14
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -220,8 +220,8 @@ class _Divergence(torch.autograd.Function):
         return term.sum(-1)
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (gradient,) = ctx.saved_tensors
+    def backward(ctx, *grad_outputs: Tensor):
+        (gradient,), (grad_output,) = ctx.saved_tensors, grad_outputs
         return gradient * grad_output.unsqueeze(-1).to(gradient.dtype), None, None, None
 
 

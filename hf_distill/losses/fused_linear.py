@@ -38,7 +38,8 @@ class TeacherSignal(NamedTuple):
         """The divergence to this teacher, and hard labels ([`Signal.loss`])."""
         return chunked_loss(hidden, head, labels, objective, [(1.0, self)])
 
-    def step(self, num_rows: int, vocab_size: int, device: torch.device) -> Step:
+    def step(self, num_rows: int, vocab_size: int, device: torch.device, objective: Objective) -> Step:
+        """As in [`ChunkedSignal.step`]."""
         return _dense_step([self], num_rows, vocab_size, device)
 
 
@@ -55,7 +56,8 @@ class MixtureSignal(NamedTuple):
         """One divergence to the mixture, and hard labels ([`Signal.loss`])."""
         return chunked_loss(hidden, head, labels, objective, [(1.0, self)])
 
-    def step(self, num_rows: int, vocab_size: int, device: torch.device) -> Step:
+    def step(self, num_rows: int, vocab_size: int, device: torch.device, objective: Objective) -> Step:
+        """As in [`ChunkedSignal.step`]."""
         return _dense_step(self.signals, num_rows, vocab_size, device)
 
 

@@ -71,7 +71,8 @@ class Step(Protocol):
                 gradient.scatter_add_(-1, ids, -scale * weights)
                 return StepResult(gradient, (kd * token_weights).sum(), None)
 
-    Its signal checks shapes, moves tensors and makes the step in `ChunkedSignal.step`, and calls `chunked_loss`.
+    Its signal ([`ChunkedSignal`]) checks shapes and settings, moves its tensors and makes the step in `step`, and its
+    `loss` is `chunked_loss(hidden, head, labels, objective, [(1.0, self)])`.
     """
 
     @property
@@ -106,11 +107,11 @@ class Step(Protocol):
 class ChunkedSignal(Signal, Protocol):
     """A signal that runs through the loop; several of them share the student's products."""
 
-    def step(self, num_rows: int, vocab_size: int, device: torch.device) -> Step:
+    def step(self, num_rows: int, vocab_size: int, device: torch.device, objective: Objective) -> Step:
         """The step at N = `num_rows` positions over the true vocabulary, with its tensors on `device`.
 
         Raises:
-            `ValueError`: tensors that do not fit these numbers.
+            `ValueError`: tensors that do not fit these numbers, or a setting that this signal cannot follow.
         """
         ...
 
@@ -134,7 +135,7 @@ def chunked_loss(
     for name, tensor in (("labels", labels), ("token_weights", token_weights)):
         if tensor is not None and len(tensor) != num_rows:
             raise ValueError(f"{name} has {len(tensor)} rows, student_hidden has {num_rows}")
-    steps = [(float(weight), signal.step(num_rows, vocab_size, device)) for weight, signal in signals]
+    steps = [(float(weight), signal.step(num_rows, vocab_size, device, objective)) for weight, signal in signals]
     if not objective.checked:
         check_tokens("labels", labels, vocab_size, allowed=-100)
     if token_weights is None:
@@ -211,8 +212,8 @@ class _ChunkedLoss(torch.autograd.Function):
         return sums[0] / divisor, sums
 
     @staticmethod
-    def backward(ctx, grad_loss, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *ctx.gradients.handed_out(grad_loss / ctx.divisor), *(None,) * 9
+    def backward(ctx, *gradients):
+        return *ctx.gradients.handed_out(gradients[0] / ctx.divisor), *(None,) * 9
 
 
 def _differentiate_(

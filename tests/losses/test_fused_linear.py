@@ -361,7 +361,11 @@ def test_the_compiled_elementwise_part_equals_plain_torch(name):
     student = Head(torch.empty(50, 4), logit_scale=0.5, softcap=3.0).with_product_dtype(torch.empty(1, 4))
     teacher = TeacherSignal(torch.empty(5, 4), Head(torch.empty(50, 4)))
     constants = loop.Constants(DIVERGENCE_TERMS[name], {}, 0.5, 0.5, 2.0)
-    options = {"student": student, "step": teacher.step(5, 50, torch.device("cpu")), "constants": constants}
+    options = {
+        "student": student,
+        "step": teacher.step(5, 50, torch.device("cpu"), Objective()),
+        "constants": constants,
+    }
     labels = torch.tensor([3, -100, 7, 0, 49])
     for rows in (5, 3):
         logits = torch.randn(2, rows, 50)

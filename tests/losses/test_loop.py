@@ -36,7 +36,7 @@ class Sparse(NamedTuple):
     def loss(self, hidden, head, labels, objective):
         return chunked_loss(hidden, head, labels, objective, [(1.0, self)])
 
-    def step(self, num_rows, vocab_size, device):
+    def step(self, num_rows, vocab_size, device, objective):
         return self
 
     def inputs_(self, chunk, buffers, constants):
@@ -174,7 +174,7 @@ def test_a_step_is_compiled_anew_for_other_numbers_only(make):
         if make is not None:
             signal = make(torch.float32)
             signal = signal._replace(**{signal._fields[0]: signal[0][:length]})
-            step = signal.step(length, VOCAB, torch.device("cpu"))
+            step = signal.step(length, VOCAB, torch.device("cpu"), Objective())
             inputs = step.inputs_(slice(0, length), [torch.empty(length, VOCAB)], constants)
             inputs = [x[:length] for x in inputs]
         with torch.no_grad():
