@@ -370,7 +370,7 @@ class _CrossTokenizer(torch.autograd.Function):
         for rows in _slices(num_groups, len(labels), chunk_size):
             differentiate(rows, later_terms)
 
-        ctx.gradients, ctx.divisor = gradients, objective.divisor(len(labels))
+        ctx.gradients, ctx.divisor = gradients, objective.divisor(len(labels), hidden.device)
         ctx.mark_non_differentiable(sums)
         return sums[0] / ctx.divisor, sums
 

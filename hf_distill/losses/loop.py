@@ -148,7 +148,7 @@ def chunked_loss(
     chunk_size = objective.chunk_size or default_chunk_size(device, vocab_size)
     loss, sums = _ChunkedLoss.apply(
         hidden, head.weight, head.bias, labels, token_weights.detach().to(device), student, steps, constants,
-        objective.divisor(num_rows), chunk_size, objective.compiled, torch.is_grad_enabled(),
+        objective.divisor(num_rows, device), chunk_size, objective.compiled, torch.is_grad_enabled(),
     )  # fmt: skip
     num_paired = num_rows * sum(weight for weight, step in steps if step.has_agreement)
     return DistillationLoss(loss, *sums[1:].unbind(), num_paired=sums.new_full((), num_paired))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from hf_distill.losses.divergence import check_divergence, check_temperature, temperature_factor
@@ -76,10 +77,10 @@ class Objective:
         """The factor of the hard-label losses' sum."""
         return 1 - self.kd_weight if self.ce_weight is None else self.ce_weight
 
-    def divisor(self, num_rows: int) -> int | float | Tensor:
-        """What sums over N = `num_rows` positions are divided by."""
+    def divisor(self, num_rows: int, device: torch.device | None = None) -> int | float | Tensor:
+        """The divisor of sums over N = `num_rows` positions; a tensor is moved to `device`."""
         num_items = num_rows if self.num_items is None else self.num_items
-        return num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
+        return num_items.to(device=device).clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
 
 
 class DistillationLoss(NamedTuple):

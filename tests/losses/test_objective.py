@@ -41,3 +41,9 @@ def test_the_factor_of_the_divergence_has_a_power_of_the_temperature():
 def test_the_divisor_is_the_number_of_rows_by_default_and_never_below_one(num_items, expected):
     assert Objective(num_items=num_items).divisor(5) == expected
     assert Objective().divisor(0) == 1
+
+
+def test_the_divisor_comes_to_the_device_of_the_loss():
+    device = torch.device("meta")
+    assert Objective(num_items=torch.tensor(7)).divisor(5, device).device == device
+    assert Objective(num_items=torch.tensor(7)).divisor(5).device.type == "cpu"
