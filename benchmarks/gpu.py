@@ -84,7 +84,7 @@ def main() -> None:
     results = Results(options.output, {name: title for name, (title, _) in GROUPS.items()}, cells)
     tiny = ["--tiny"] if options.tiny else []
     if options.tiny:
-        results.note(rehearsal="everything in small: the numbers mean nothing, whatever the titles say")
+        results.note(rehearsal="small shapes on this machine: the numbers have no meaning, in spite of the titles")
     results.note(command=f"python -m benchmarks.gpu {' '.join(sys.argv[1:])}", python=platform.python_version())
     groups = []
     for name in GROUPS:

@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", required=True, help="hub id or path")
     parser.add_argument("--data", required=True, help="folder with test.jsonl")
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 4], help="the teacher's layers in the student")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16], help="rows that are written at a time")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16], help="rows that are generated at a time")
     parser.add_argument("--total", type=int, default=16, help="rows that every variant writes")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--draft-length", type=int, default=5)

@@ -5,7 +5,7 @@ after every row. A row that fails, hangs or kills its process loses only its own
 
 The process of a group is a module that calls `serve`. It writes its events as lines of JSON to a file:
 
-    {"group": "loss", "event": "rows", "names": [...]}           what it is going to measure
+    {"group": "loss", "event": "rows", "names": [...]}           the rows that it will measure
     {"group": "loss", "event": "start", "row": "ours", "limit": 20.0}
     {"group": "loss", "event": "end", "row": "ours", "rows": [{...}]}
 """
@@ -128,7 +128,7 @@ def group_parser(description: str | None) -> argparse.ArgumentParser:
     """The parser of the options of a group's process."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group")
-    parser.add_argument("--events", type=Path, required=True, help="where it says what happens")
+    parser.add_argument("--events", type=Path, required=True, help="file for the events")
     parser.add_argument(
         "--skip", action="append", default=[], help="a row that another process has measured, or died of"
     )
@@ -145,7 +145,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"[:200]
 
 
-# -------------------------------------------------------------------------------------------------------- what is kept
+# ------------------------------------------------------------------------------------------------------------- results
 
 
 class Results:

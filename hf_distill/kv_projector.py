@@ -126,7 +126,7 @@ class HiddenProjector(nn.Module):
 
 
 PROJECTORS = {"mlp": KVProjector, "pca": PCAProjector}  # of keys and values
-# A separate folder: beside the student's weights, servers would mistake a projector's weights for a part of them.
+# A separate folder, because servers would mistake a projector's weights in the student's folder for a part of it.
 FOLDER = "projectors"
 _KINDS = {**PROJECTORS, "linear": HiddenProjector}
 

@@ -61,7 +61,7 @@ def set_aside(folder: str | os.PathLike[str]) -> None:
     for path in left:
         path.rename(aside / path.name)
     names = ", ".join(path.name for path in left[:3]) + (", ..." if len(left) > 3 else "")
-    logger.warning("%s holds files of an earlier run (%s): they are moved to %s", folder, names, aside)
+    logger.warning("%s has files of an earlier run (%s): they are moved to %s", folder, names, aside)
 
 
 def _left_in(folder: Path) -> list[Path]:
@@ -207,7 +207,7 @@ def try_saving(
             except Exception as error:
                 what, reason = next(_failures(parts, trial), ("the model", error))
                 raise ValueError(
-                    f"{what} cannot be saved, so that the work would be lost: {reason}" + _no_json(student.config, what)
+                    f"{what} cannot be saved, so the work would be lost: {reason}" + _no_json(student.config, what)
                 ) from error
     finally:
         vars(student.config).clear()
@@ -218,7 +218,7 @@ def _failures(parts: Mapping[str, Callable[[str], Any]], folder: str) -> Iterato
     for what, write in parts.items():
         try:
             write(folder)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised
+        except Exception as error:  # noqa: BLE001 - the caller raises it
             yield what, error
 
 
@@ -262,7 +262,7 @@ def refuse_undeclared_ties(model: nn.Module) -> None:
     for (device, _, end, name), (other_device, start, _, other) in itertools.pairwise(spans):
         if device == other_device and start < end:
             raise ValueError(
-                f"{name} and {other} share their memory, but nothing in the configuration says so: only one of them "
+                f"{name} and {other} share their memory, but the configuration does not tie them: only one of them "
                 "would be saved. Tie them by the configuration (tie_word_embeddings), or copy one (clone)"
             )
 
@@ -285,7 +285,7 @@ def mend_generation_config(model: PreTrainedModel) -> None:
         if not fits:
             break
     logger.warning(
-        "the generation_config of %s cannot be saved as it is: it goes on without %s",
+        "the generation_config of %s cannot be saved as it is: these settings are removed: %s",
         type(model).__name__, ", ".join(f"{name}={value!r}" for name, value in left.items()),
     )  # fmt: skip
     model.generation_config = fitting

@@ -65,7 +65,7 @@ def vocabulary_pieces(tokenizer: Any) -> list[Piece | None]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
-            f"{type(tokenizer).__name__} does not tell how its tokens become text; load the fast tokenizer "
+            f"the text of single tokens cannot be read from a {type(tokenizer).__name__}; load the fast tokenizer "
             "(AutoTokenizer with use_fast=True)"
         )
     spell, spell_added = _spelling(backend.decoder)
@@ -357,8 +357,8 @@ def _spelling(decoder: Any) -> tuple[Callable[[str], bytes], Callable[[str], byt
         return lambda token: (token[len(prefix) :] if token.startswith(prefix) else f" {token}").encode(), str.encode
     if "Metaspace" not in kinds and "Replace" not in kinds:
         raise ValueError(
-            f"the tokenizer's decoder ({', '.join(kinds) or 'none'}) does not tell how its tokens become text; those "
-            "of byte-level, SentencePiece and WordPiece tokenizers do"
+            f"the text of single tokens cannot be derived from the tokenizer's decoder ({', '.join(kinds) or 'none'}); "
+            "the decoders of byte-level, SentencePiece and WordPiece tokenizers are supported"
         )
     replacements = [_replacement(step) for step in steps if step["type"] in ("Metaspace", "Replace")]
     is_byte = re.compile("<0x[0-9A-F]{2}>" if "ByteFallback" in kinds else "(?!)").fullmatch
@@ -380,8 +380,8 @@ def _replacement(step: dict[str, Any]) -> tuple[str, str]:
     if "String" not in step["pattern"]:
         (pattern,) = step["pattern"].values()
         raise ValueError(
-            f"the tokenizer's decoder replaces what matches the regular expression {pattern!r}, which does not tell "
-            "how single tokens become text; replacements of plain strings do"
+            f"the text of single tokens cannot be derived from the tokenizer's decoder, which replaces the regular "
+            f"expression {pattern!r}; only replacements of plain strings are supported"
         )
     return step["pattern"]["String"], step["content"]
 

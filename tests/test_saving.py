@@ -97,7 +97,7 @@ def test_a_sampling_temperature_without_sampling_is_left_out_with_one_line(tmp_p
     student.generation_config.temperature, student.generation_config.max_new_tokens = 0.9, 7
     trainer = make_trainer(tmp_path / "out", student, teacher, tokenizer, kind)
     (line,) = [message for message in caplog.messages if "generation_config" in message]
-    assert line.endswith("cannot be saved as it is: it goes on without temperature=0.9")
+    assert line.endswith("cannot be saved as it is: these settings are removed: temperature=0.9")
     trainer.save_model()
     saved = GenerationConfig.from_pretrained(tmp_path / "out")
     saved.validate(strict=True)

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill: written to a temporary folder, marked when whole, renamed; and finding them."""
+"""Checkpoints that survive a kill: writing (temporary folder, mark, rename), finding whole ones, and SIGTERM."""
 
 import copy
 import json
@@ -26,9 +26,9 @@ from hf_distill.saving import TRIAL, try_saving
 
 logger = logging.getLogger(__name__)
 
-# A folder is written as `_tmp-NAME/NAME`. The underscore keeps it out of what transformers pushes to the hub.
+# A folder is written as `_tmp-NAME/NAME`. transformers does not push names with an underscore to the hub.
 STAGING = "_tmp-"
-# The names of all files of a folder, written when they are on the disk.
+# The file with the names of all files of a folder. It is written when they are on the disk.
 MARK = "complete.json"
 
 # A checkpoint without the mark (of another tool) needs one file or folder of each kind.
@@ -105,7 +105,7 @@ def find_checkpoint(
             raise ValueError(f"there is no checkpoint {os.fspath(resume)!r} to resume from")
         if (reason := problem(Path(resume))) is not None:
             raise ValueError(
-                f"{resume} {reason}. A run cannot go on from it: name another checkpoint, or set "
+                f"{resume} {reason}. A run cannot resume from it: name another checkpoint, or set "
                 "resume_from_checkpoint=True for the newest whole one"
             )
         return str(resume)
@@ -113,7 +113,7 @@ def find_checkpoint(
     for checkpoint in reversed(checkpoints(Path(output_dir))):
         if (reason := problem(checkpoint)) is None:
             return str(checkpoint)
-        logger.warning("%s %s: it is passed over", checkpoint, reason)
+        logger.warning("%s %s: it is skipped", checkpoint, reason)
         reasons.append(f" ({checkpoint.name} {reason})")
     raise ValueError(
         f"there is no checkpoint to resume from in {os.fspath(output_dir)!r}{''.join(reasons[:1])}: start without "
@@ -140,11 +140,11 @@ def replacing(final: Path, is_writer: bool = True, wait: Callable[[], Any] = lam
     staged = staging / final.name
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with naming(final, ". What was saved before stays"):
+        with naming(final, ". Older files stay"):
             yield staged
         wait()
         if is_writer:
-            with naming(final, ". What was saved before stays"):
+            with naming(final, ". Older files stay"):
                 _commit(staged, final)
         wait()
     finally:
@@ -242,7 +242,7 @@ def settle_leftovers(folder: str | os.PathLike[str]) -> None:
     """Finishes or removes the temporary folders of killed runs in `folder`. Other folders may belong to the user."""
     names = (f"{STAGING}checkpoint-*", f"{STAGING}emergency", f"{TRIAL}*")
     for staging in [path for name in names for path in Path(folder).glob(name)]:
-        logger.warning("%s was not finished when a run was killed: it is cleared away", staging)
+        logger.warning("%s was left by a killed run: it is completed if it is whole, and removed if not", staging)
         _settle(staging)
 
 
@@ -340,7 +340,7 @@ class CheckpointTiming(TrainerCallback):
             return
         if state.is_world_process_zero:
             logger.warning(
-                "SIGTERM: the run stops after update %d, which is saved in %s. It goes on with "
+                "SIGTERM: the run stops after update %d, which is saved in %s. Resume it with "
                 "trainer.train(resume_from_checkpoint=True); on the command line, add --resume_from_checkpoint true",
                 state.global_step, Path(str(args.output_dir), f"checkpoint-{state.global_step}"),
             )  # fmt: skip

@@ -57,8 +57,8 @@ def no_state(checkpoint: Path) -> str | None:
     for part, patterns in PARTS.items():
         if part != "weights" and not any(any(checkpoint.glob(pattern)) for pattern in patterns):
             return (
-                f"has no {part}, as save_only_model leaves it: the optimizer would start anew. For a new run from its "
-                "weights, take its folder as the model"
+                f"has no {part}, as save_only_model leaves it: the optimizer would start from scratch. For a new run "
+                "from its weights, take its folder as the model"
             )
     return None
 
@@ -119,7 +119,7 @@ def tell_differing_settings(checkpoint: Path, trainer: Any) -> None:
         f"{name} {mine[name]} ({theirs[name]})" for name in mine if mine[name] != theirs.get(name, mine[name])
     ]:
         logger.warning(
-            "this run differs from the checkpoint's, in brackets: %s. It goes on with these, but learning rate and "
+            "this run differs from the checkpoint's, in brackets: %s. It uses its own values, but learning rate and "
             "weight decay stay those of the checkpoint's optimizer", ", ".join(other),
         )  # fmt: skip
 

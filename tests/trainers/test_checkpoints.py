@@ -130,7 +130,7 @@ def test_a_checkpoint_without_a_file_or_with_half_of_it_is_passed_over_for_an_ol
         os.truncate(file, file.stat().st_size // 2 if damage == "cut" else 0)
     assert find_checkpoint(True, out) == str(out / "checkpoint-1")
     assert "checkpoint-2 has " in caplog.text
-    assert "it is passed over" in caplog.text
+    assert "it is skipped" in caplog.text
     with pytest.raises(ValueError, match=r"checkpoint-2 has .*for the newest whole one"):
         find_checkpoint(str(out / "checkpoint-2"), out)
 
@@ -432,7 +432,7 @@ def test_sigterm_ends_the_run_with_a_checkpoint_and_the_resumed_run_is_bit_ident
     assert stopped.value.code == 0
     assert signal.getsignal(signal.SIGTERM) is handler
     assert trainer.state.global_step == step
-    assert f"saved in {tmp_path}/checkpoint-{step}. It goes on with trainer.train(resume_from" in caplog.text
+    assert f"saved in {tmp_path}/checkpoint-{step}. Resume it with trainer.train(resume_from" in caplog.text
     assert not (tmp_path / "emergency").exists()
     assert find_checkpoint(True, tmp_path) == str(tmp_path / f"checkpoint-{step}")
 
@@ -547,6 +547,6 @@ def test_leftovers_of_a_killed_run_are_removed_when_the_next_one_starts(out, row
     for name in ("_tmp-trial-x1", "_tmp-data"):
         (out / name / "rows").mkdir(parents=True)
     make_trainer(out, rows, tokenizer, teacher, max_steps=2).train(resume_from_checkpoint=True)
-    assert "checkpoint-3 was not finished when a run was killed" in caplog.text
+    assert "checkpoint-3 was left by a killed run" in caplog.text
     assert [path.name for path in out.glob("_tmp-*")] == ["_tmp-data"]  # which is the user's
     assert not (out / "checkpoint-3").exists()

@@ -257,7 +257,7 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_changes(
     shutil.copytree(checkpoint, tmp_path / "checkpoint-1")
     with pytest.raises(ValueError, match=r"no checkpoint to resume from .*checkpoint-1.*" + message):
         trainer.train(resume_from_checkpoint=True)
-    assert "it is passed over" in caplog.text
+    assert "it is skipped" in caplog.text
     assert_same(weights(trainer), before)
     assert trainer.state.global_step == 0
 
@@ -303,7 +303,7 @@ def test_the_newest_checkpoint_of_the_same_kind_is_taken(tmp_path, make, made, c
         shutil.copytree(made(kind), tmp_path / f"checkpoint-{step}")
     trainer = make(tmp_path, max_steps=2)
     trainer.train(resume_from_checkpoint=True)
-    passed = [record.getMessage() for record in caplog.records if "it is passed over" in record.getMessage()]
+    passed = [record.getMessage() for record in caplog.records if "it is skipped" in record.getMessage()]
     assert ["checkpoint-3 is of a student with adapters" in passed[0], "checkpoint-2 has no opt" in passed[1]] == [
         True
     ] * 2
