@@ -187,3 +187,22 @@ def test_signals_of_the_loop_are_known_by_their_step():
     assert isinstance(make_teacher(), ChunkedSignal)
     assert isinstance(MixtureSignal([make_teacher()]), ChunkedSignal)
     assert not isinstance(SumSignal([]), ChunkedSignal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [make_sparse, make_teacher, None], ids=["sparse", "dense", "hard labels"])
+def test_cuda_equals_the_cpu_whatever_device_the_tensors_come_on(make):
+    hidden, head, labels = make_student(torch.float32)
+    objective = Objective(temperature=2.0, vocab_size=VOCAB, chunk_size=4, num_items=torch.tensor(7))
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [x.detach().to(device).requires_grad_() for x in (head.weight, head.bias)]
+        on_device = head._replace(weight=leaves[0], bias=leaves[1])
+        signal = make and make(torch.float32)
+        if isinstance(signal, Sparse):
+            signal = Sparse(*(x.to(device) for x in signal))
+        loss = hard_label_loss if signal is None else signal.loss
+        result = loss(hidden, on_device, labels, objective)
+        results.append([x.cpu() for x in (*result[:6], *torch.autograd.grad(result.loss, [hidden, *leaves]))])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
