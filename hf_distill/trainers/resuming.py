@@ -100,7 +100,8 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         "training_rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
     }
     return {
-        "engine": "none" if trainer.engine == "DDP" else trainer.engine,  # they differ in the processes alone
+        # DDP and no engine differ only in the number of processes.
+        "engine": "none" if trainer.engine == "DDP" else trainer.engine,
         "optimizer": _optimizer_name(trainer),
         "quantization": _quantization(trainer.student),
         "settings": json.loads(json.dumps(settings, default=str)),
