@@ -19,7 +19,7 @@ from benchmarks.measure import print_table
 from benchmarks.stories import FIDELITY, describe_all, load_rows, load_teacher, make_parser, some_layers
 from hf_distill import cli
 from hf_distill.report import compare_runs, save_comparison
-from hf_distill.rows import first_rows
+from hf_distill.row_files import first_rows
 
 NAMES = "learning_rate num_train_epochs lora_r lora_alpha kd_weight temperature".split()
 TITLES = "lr epochs rank alpha kd_weight T".split()

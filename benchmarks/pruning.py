@@ -31,7 +31,7 @@ from benchmarks.stories import (
 )
 from benchmarks.tinystories import OBJECTIVES
 from hf_distill.pruning import drop_layers, original_layers, rank_layers, restore_layers
-from hf_distill.rows import first_rows
+from hf_distill.row_files import first_rows
 
 TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 

@@ -1,12 +1,11 @@
-"""Rows of a dataset: where they are, what templates make of their columns, and which tokens they are."""
+"""Rows of a dataset: what templates make of their columns, their conversations, and their tokens."""
 
-import os
 import reprlib
 import string
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 # Columns that may hold a conversation.
@@ -20,41 +19,6 @@ ROLES = {
 }
 # Those that no template knows: they are renamed in messages with `role` and `content`, too.
 ALIASES = {"human", "gpt", "chatgpt", "bing", "bard"}
-
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
-def load_rows(name: str, split: str, config: str | None = None) -> Dataset:
-    """Rows of a hub dataset, a folder (of files, or written by `save_to_disk`) or a single file.
-
-    `split` is a name, or parts and sums of splits as in `datasets`: `train[:20000]`, `train[90%:]+test`. A file and a
-    folder written from a single data set have one split, `train`.
-
-    Raises:
-        `ValueError`: the file's kind is unknown, or the split does not exist.
-    """
-    extension = os.path.splitext(name)[1]
-    if os.path.isfile(name):
-        if extension not in FILE_FORMATS:
-            raise ValueError(f"dataset {name!r} has to be one of {', '.join(FILE_FORMATS)}, a folder or a hub id")
-        loaded = load_dataset(FILE_FORMATS[extension], data_files=name)
-    elif extension in FILE_FORMATS:
-        raise ValueError(f"dataset {name!r} does not exist")
-    else:
-        saved = any(os.path.exists(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json"))
-        loaded = load_from_disk(name) if saved else load_dataset(name, config)
-    if isinstance(loaded, Dataset):
-        loaded = DatasetDict({"train": loaded})
-    try:
-        parts = ReadInstruction.from_spec(split).to_absolute({part: len(rows) for part, rows in loaded.items()})
-    except ValueError as error:
-        raise ValueError(f"dataset {name!r} has the splits {', '.join(map(str, loaded))}, not {split!r}") from error
-    return concatenate_datasets([loaded[part.splitname].select(range(part.from_, part.to)) for part in parts])
-
-
-def first_rows(rows: Dataset, number: int) -> Dataset:
-    """The first rows, all of them where there are fewer: `Dataset.take` of datasets 4 fails past the end."""
-    return rows.select(range(min(number, len(rows))))
 
 
 def fill_templates(rows: Dataset, prompt_template: str, completion_template: str) -> Dataset:

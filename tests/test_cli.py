@@ -152,13 +152,13 @@ def test_a_wrong_setting_is_told_in_words_without_a_traceback(folder, tmp_path, 
     assert message in error_of(capsys, options(folder, output_dir=tmp_path, **changes))
 
 
-def error_of(capsys, arguments) -> str:
+def error_of(capsys, arguments, command="kd") -> str:
     """The one line that the command line ends with."""
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["kd", *arguments])
+        cli.main([command, *arguments])
     assert stopped.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("hf-distill kd: error: ")
+    assert error.startswith(f"hf-distill {command}: error: ")
     return error
 
 

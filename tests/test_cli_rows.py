@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from hf_distill import cli
 from hf_distill.evaluate_metrics import Squad
-from hf_distill.rows import fill_templates, first_rows, load_rows
+from hf_distill.row_files import first_rows, load_rows
+from hf_distill.rows import fill_templates
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.test_cli import error_of, options
 

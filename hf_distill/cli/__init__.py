@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from hf_distill.cli.arguments import (
     CompareArguments,
@@ -20,6 +20,7 @@ from hf_distill.cli.arguments import (
     SKDArguments,
     StagedArguments,
 )
+from hf_distill.cli.parsing import CommandParser
 from hf_distill.cli.pruning import merge, prune
 from hf_distill.cli.training import start_kd, start_kv, start_skd
 from hf_distill.report import save_comparison
@@ -96,11 +97,11 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("hf_distill").setLevel(logging.INFO)
 
     command = COMMANDS[name]
-    options = TrlParser(command.options, prog=f"hf-distill {name}")
+    options = CommandParser(command.options, prog=f"hf-distill {name}")
     for word, help_text in command.words.items():
         options.add_argument(word, nargs="+", help=help_text)
     try:
-        run = command.start(*options.parse_args_and_config(argv[1:]))
+        run = command.start(*options.parse(argv[1:]))
     except ValueError as error:
         options.exit(2, f"{options.prog}: error: {error}\n")
     if run is not None:

@@ -4,43 +4,42 @@ import json
 import os
 from dataclasses import fields
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.cli.arguments import KDArguments, SKDArguments
 from hf_distill.collators import LUPICollator
-from hf_distill.rows import fill_templates, first_rows, load_rows
+from hf_distill.row_files import first_rows, load_rows, load_splits, take_split
+from hf_distill.rows import fill_templates
 
 
 def load_datasets(arguments: KDArguments) -> tuple[Dataset, Dataset | None]:
-    """Training rows, and held-out rows where there are any, with the templates filled in.
+    """Training rows, and held-out rows if there are any, with the templates filled in.
 
     Raises:
         `ValueError`: rows that cannot be loaded, or one template without the other.
     """
-    train_rows = load_rows(arguments.dataset, arguments.train_split, arguments.dataset_config)
-    eval_rows = _held_out_rows(arguments)
-    if arguments.prompt_template is None and arguments.completion_template is None:
-        return train_rows, eval_rows
-    if arguments.prompt_template is None or arguments.completion_template is None:
+    if (arguments.prompt_template is None) != (arguments.completion_template is None):
         raise ValueError("prompt_template and completion_template go together: give both or neither")
-    templates = arguments.prompt_template, arguments.completion_template
-    return fill_templates(train_rows, *templates), eval_rows and fill_templates(eval_rows, *templates)
+    splits = load_splits(arguments.dataset, arguments.dataset_config)
+    train_rows = take_split(splits, arguments.dataset, arguments.train_split)
+    eval_rows = _held_out_rows(arguments, splits)
+    if arguments.prompt_template is not None and arguments.completion_template is not None:
+        templates = arguments.prompt_template, arguments.completion_template
+        train_rows, eval_rows = (rows and fill_templates(rows, *templates) for rows in (train_rows, eval_rows))
+    assert train_rows is not None
+    return train_rows, eval_rows
 
 
-def _held_out_rows(arguments: KDArguments) -> Dataset | None:
+def _held_out_rows(arguments: KDArguments, splits: DatasetDict) -> Dataset | None:
+    """Rows of `eval_dataset`; without it the `eval_split` or the split `test` of the training rows' dataset."""
     if arguments.eval_dataset is not None:
-        only_split = "train" if os.path.isfile(arguments.eval_dataset) else "test"
+        only_split = "train" if os.path.isfile(os.path.expanduser(arguments.eval_dataset)) else "test"
         rows = load_rows(arguments.eval_dataset, arguments.eval_split or only_split)
-    elif arguments.eval_split is not None:
-        rows = load_rows(arguments.dataset, arguments.eval_split, arguments.dataset_config)
-    elif os.path.isfile(arguments.dataset):
-        return None
+    elif arguments.eval_split is not None or "test" in splits:
+        rows = take_split(splits, arguments.dataset, arguments.eval_split or "test")
     else:
-        try:
-            rows = load_rows(arguments.dataset, "test", arguments.dataset_config)
-        except ValueError:
-            return None  # a dataset without a test split, and none was asked for
+        return None
     return first_rows(rows, arguments.max_eval_rows)
 
 
@@ -48,8 +47,15 @@ def with_prompts(rows: Dataset, arguments: SKDArguments) -> Dataset:
     """Rows with the columns `prompt` and `completion`, whatever they are called in the file."""
     names = {arguments.prompt_column: "prompt", arguments.completion_column: "completion"}
     for column, name in names.items():
-        if column not in (None, name):
-            rows = rows.rename_column(column, name)
+        if column in (None, name):
+            continue
+        if column not in rows.column_names:
+            raise ValueError(f"--{name}_column {column!r} is no column; the rows have {', '.join(rows.column_names)}")
+        if name in rows.column_names:
+            raise ValueError(
+                f"--{name}_column {column!r}: the rows have a column {name!r} as well; rename or remove it in the file"
+            )
+        rows = rows.rename_column(column, name)
 
     def as_chat(row: dict[str, str]) -> dict[str, list]:
         roles = {"prompt": "user", "completion": "assistant"}
@@ -77,10 +83,7 @@ def lupi_collator(arguments: SKDArguments, tokenizer: PreTrainedTokenizerBase) -
     """The collator of `skd` with `--knowledge_column`."""
     few_shot = ()
     if arguments.few_shot is not None:
-        if not os.path.isfile(arguments.few_shot):
-            raise ValueError(f"few_shot file {arguments.few_shot!r} does not exist")
-        with open(arguments.few_shot, encoding="utf-8") as file:
-            few_shot = json.load(file)
+        few_shot = _read_turns(arguments.few_shot)
     template = {} if arguments.knowledge_template is None else {"knowledge_template": arguments.knowledge_template}
     return LUPICollator(
         tokenizer,
@@ -93,3 +96,18 @@ def lupi_collator(arguments: SKDArguments, tokenizer: PreTrainedTokenizerBase) -
         max_prompt_length=arguments.max_prompt_length,
         **template,
     )
+
+
+def _read_turns(path: str) -> list[dict[str, str]]:
+    if not os.path.isfile(path):
+        raise ValueError(f"few_shot file {path!r} does not exist")
+    try:
+        with open(path, encoding="utf-8") as file:
+            turns = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"few_shot file {path!r} is no JSON: {error}") from error
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(
+            f"few_shot file {path!r} has to hold a list of turns, each an object with query, knowledge and answer"
+        )
+    return turns

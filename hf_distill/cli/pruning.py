@@ -13,7 +13,7 @@ from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.lora import merge_adapter
 from hf_distill.pruning import drop_layers, original_layers, rank_layers, read_manifest, refuse_bundles
 from hf_distill.report import markdown, result_rows, table
-from hf_distill.rows import first_rows, load_rows
+from hf_distill.row_files import first_rows, load_rows
 from hf_distill.saving import refuse_folder, save_tokenizer, set_aside, try_saving
 
 
