@@ -1,6 +1,6 @@
-"""How well a model predicts rows that it was not trained on, and how close it is to its teacher.
+"""Measurements on held-out rows: perplexity, and the student's distance from its teacher.
 
-Shapes: B batch, T tokens, N label-bearing positions, n those of a chunk, V vocabulary.
+Shapes: B batch, T tokens, N label-bearing positions, n positions of a chunk, V vocabulary.
 """
 
 import math
@@ -47,31 +47,31 @@ def evaluate_fidelity(
     max_length: int | None = None,
     vocab_size: int | None = None,
 ) -> dict[str, float]:
-    """Perplexities of both models and how far the student's distributions are from the teacher's.
+    """Perplexities of both models, and the distance between the student's and the teacher's distributions.
 
-    Rows are `text` (measured as it stands: nothing is appended), `prompt` and `completion` (the completion counts),
-    `messages` (every token counts), or `input_ids` with optional `labels` or, in their place, `completion_mask` and
-    `assistant_masks`; `trainer.eval_dataset` has the very rows that a trainer evaluates on (packed ones are measured
-    document by document). Every value is a mean over label-bearing tokens, whatever the batch size.
+    Rows are `text` (without anything appended), `prompt` and `completion` (the completion counts), `messages` (every
+    token counts), or `input_ids` with optional `labels` or, in their place, `completion_mask` and `assistant_masks`.
+    `trainer.eval_dataset` has the very rows that a trainer evaluates on; packed rows are measured document by document.
+    Every value is a mean over label-bearing tokens and does not depend on the batch size.
 
     Args:
-        student, teacher (`PreTrainedModel`): with the same vocabulary, each on its own device; PEFT models too.
+        student, teacher (`PreTrainedModel`): models of one vocabulary, each on its own device; may be PEFT models.
         dataset: the rows; a progress bar counts them.
-        tokenizer: of both.
+        tokenizer: the tokenizer of both.
         batch_size (`int`): rows per forward.
-        max_length (`int`, *optional*): tokens at which rows are cut.
+        max_length (`int`, *optional*): the number of tokens at which rows are cut.
         vocab_size (`int`, *optional*):
-            The true vocabulary, `trainer.vocab_size`; by default that of the tokenizer. Ids past it get no probability.
+            The true vocabulary, `trainer.vocab_size`; by default the tokenizer's. Ids past it get no probability.
 
     Returns:
         A dict with `student_perplexity`, `teacher_perplexity`, `kl` (KL(teacher || student), nats per token),
-        `agreement` (share of positions with the same most likely token), `expected_acceptance` (mean of
+        `agreement` (the share of positions with the same most likely token), `expected_acceptance` (the mean of
         `sum_v min(p_s, p_t)`, the rate at which speculative decoding would accept the student's tokens: 2211.17192,
         corollary 3.6) and `num_tokens`.
 
     Raises:
-        `ValueError`: no row has a label-bearing token, or a row has none of the columns above, or tokens that a model
-            does not know; a model whose output layer is not as `head_of` knows it.
+        `ValueError`: no row has a label-bearing token; a row has none of the columns above, or tokens that a model does
+            not know; a model computes its logits in a way that `head_of` does not know.
     """
     means = TokenMeans()
     num_tokens = 0
@@ -116,33 +116,34 @@ def perplexity(
 ) -> dict[str, float]:
     """Perplexity of a model on the label-bearing tokens of the rows that `evaluate_fidelity` takes.
 
-    What is longer than `max_length` is read in windows of that length, each `stride` tokens further than the one before
-    and the last flush with the end. Every token counts once, in the first window that has it: behind at least
-    `max_length - stride` tokens of context, or all there are. With a stride of 1 each has as much as fits.
+    Text longer than `max_length` is read in windows of that length. Each window starts `stride` tokens after the one
+    before, and the last one ends with the text. Every token counts once, in the first window that contains it. So it
+    has at least `max_length - stride` tokens of context, or all that the text has. With a stride of 1 each token has as
+    much context as fits.
 
     Args:
-        model (`PreTrainedModel`): PEFT models too.
+        model (`PreTrainedModel`): may be a PEFT model.
         dataset: the rows; a progress bar counts them.
         tokenizer: the model's.
         batch_size (`int`): windows per forward.
-        max_length (`int`, *optional*): tokens of a window, by default as many as the model has positions.
+        max_length (`int`, *optional*): tokens of a window; by default the number of positions of the model.
         stride (`int`, *optional*):
-            Tokens by which the window moves; by default half the window, which reads what is long twice.
+            Tokens from one window to the next; by default half a window, so that long text is read twice.
         vocab_size (`int`, *optional*): as in `evaluate_fidelity`.
 
     Returns:
-        A dict with `perplexity`, `nats_per_token`, `num_tokens` and, where the dataset has the text (`text`, or
-        `prompt` and `completion` that are no conversations) and the tokenizer says where its tokens end in it,
-        `bits_per_character`, which compares models with different tokenizers.
+        A dict with `perplexity`, `nats_per_token` and `num_tokens`. If the dataset has text (`text`, or `prompt` and
+        `completion` that are no conversations) and the tokenizer is fast, also `bits_per_character`, which compares
+        models with different tokenizers.
 
     Raises:
-        `ValueError`: no row has a label-bearing token, a row has none of the known columns, or a window or stride that
-            leaves tokens out.
+        `ValueError`: no row has a label-bearing token; a row has none of the known columns; a window or stride leaves
+            tokens out.
     """
     length = window_length(model, max_length, stride)
     means = TokenMeans()
     num_tokens = 0
-    num_characters: list[int | None] = []  # of each row
+    num_characters: list[int | None] = []  # per row
 
     def windows() -> Iterator[dict[str, list[int]]]:
         for row, tokens in _tokenized(dataset, tokenizer, (model,), vocab_size):
@@ -156,16 +157,17 @@ def perplexity(
             means.add(len(labels), ce=_cross_entropy(log_probs, labels))
     nats = _totals(means)["ce"]
     found = {"perplexity": _exp(nats), "nats_per_token": nats, "num_tokens": num_tokens}
-    if None not in num_characters and (characters := sum(num_characters)):  # pyright: ignore
+    known = [count for count in num_characters if count is not None]
+    if len(known) == len(num_characters) and (characters := sum(known)):
         found["bits_per_character"] = nats * num_tokens / math.log(2) / characters
     return found
 
 
 def window_length(model: PreTrainedModel, max_length: int | None, stride: int | None) -> int | None:
-    """Tokens of the windows in which `perplexity` reads long text; None where neither caller nor model sets a limit.
+    """The window of `perplexity` in tokens; None if neither caller nor model has a limit.
 
     Raises:
-        `ValueError`: windows that predict nothing, or a stride after which a token would be left out.
+        `ValueError`: a window that predicts no token, or a stride that leaves tokens out.
     """
     if max_length is None:
         max_length = num_positions(model)
@@ -184,10 +186,10 @@ def window_length(model: PreTrainedModel, max_length: int | None, stride: int | 
 
 @contextmanager
 def _measuring(**models: PreTrainedModel) -> Iterator[None]:
-    """No gradient, no dropout, 4-bit weights as they are; afterwards each model is in the mode it was in.
+    """Eval mode without gradients for a while, with 4-bit weights in the layout that they have.
 
     Raises:
-        `ValueError`: the logits of a model are not what its hidden states and its head make of them.
+        `ValueError`: `head_of` does not describe how a model computes its logits.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -199,12 +201,12 @@ def _measuring(**models: PreTrainedModel) -> Iterator[None]:
 
 
 def _cross_entropy(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """Nats, summed over labels (n,)."""
+    """The sum over labels (n,), in nats."""
     return -log_probs.gather(-1, labels.to(log_probs.device).unsqueeze(-1)).sum()
 
 
 def _exp(nats: float) -> float:
-    """exp, infinite where a float ends."""
+    """exp, or infinity where a float overflows."""
     return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf
 
 
@@ -221,7 +223,7 @@ def _log_probs(
     batch_size: int,
     vocab_size: int | None,
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Labels (n,) and each model's log-probabilities (n, V), in float32 on the first one's device, chunk by chunk."""
+    """Labels (n,) and the log-probabilities (n, V) of each model, chunk by chunk, on the device of the first model."""
     size = _vocab_size(tokenizer, models, vocab_size)
     for batch in _batches(documents, batch_size):
         positions, labels = label_positions(batch.pop("labels"))  # (N,)
@@ -244,7 +246,7 @@ def _log_probs(
 
 
 def _vocab_size(tokenizer: PreTrainedTokenizerBase, models: tuple[PreTrainedModel, ...], vocab_size: int | None) -> int:
-    """The true vocabulary: tokens that the tokenizer and all heads have."""
+    """The true vocabulary: the tokens that the tokenizer and all heads have."""
     vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1
     return min(vocab_size, *(len(head_of(causal_lm(model)).weight) for model in models))
 
@@ -255,7 +257,7 @@ def _tokenized(
     models: tuple[PreTrainedModel, ...],
     vocab_size: int | None,
 ) -> Iterator[tuple[dict[str, Any], dict[str, list[int]]]]:
-    """Rows and their tokens, with a progress bar; `ValueError` for what the models cannot read or predict."""
+    """Rows and their tokens, with a progress bar; `ValueError` for tokens that a model cannot read or predict."""
     num_ids = min(num_token_ids(causal_lm(model)) for model in models)
     limits = Limits(_vocab_size(tokenizer, models, vocab_size), num_ids, known_to="the models have embeddings only for")
     for index, row in enumerate(tqdm(dataset, desc="measuring", unit="row", leave=False)):
@@ -278,7 +280,7 @@ def _batches(documents: Iterable[dict[str, list[int]]], batch_size: int) -> Iter
 
 
 def _windows(document: dict[str, list[int]], length: int | None, stride: int | None) -> Iterator[dict[str, list[int]]]:
-    """Overlapping pieces of a document; in each, the labels of what an earlier one has counted are masked."""
+    """Overlapping windows of a document; labels that an earlier window has counted are masked."""
     ids, labels = document["input_ids"], document["labels"]
     length = length or len(ids)
     counted, end = 0, min(length, len(ids))
@@ -289,7 +291,7 @@ def _windows(document: dict[str, list[int]], length: int | None, stride: int | N
 
 
 def _documents(row: dict[str, list[int]]) -> list[dict[str, list[int]]]:
-    """The documents of a packed row, each by itself; a row that is not packed is one document."""
+    """The documents of a packed row; a row that is not packed is one document."""
     lengths = row.pop("seq_lengths", None) or [len(row["input_ids"])]
     ends = list(accumulate(lengths))
     starts = [0, *ends[:-1]]
@@ -303,10 +305,11 @@ def _batch(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 def _num_characters(row: dict[str, Any], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Characters of the text that the counted tokens of a row stand for; None where it is not known."""
+    """The number of characters that the counted tokens of a row stand for; None if it is unknown."""
     text = row["prompt"] + row["completion"] if {"prompt", "completion"} <= set(row) else row.get("text")
     if "input_ids" in row or not isinstance(text, str) or not tokenizer.is_fast:
         return None
-    ends = [end for _, end in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]  # pyright: ignore
+    offsets: Any = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    ends = [end for _, end in offsets]
     first = next((i for i, label in enumerate(labels) if i and label != -100), None)
     return 0 if first is None else len(text) - ends[first - 1]

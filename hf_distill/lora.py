@@ -1,6 +1,6 @@
-"""What a LoraConfig really trains, what training has made of it, and how an adapter becomes part of its model.
+"""Reports of what a LoraConfig trains and of what training has changed, and merging an adapter into its model.
 
-Shapes: a module that maps I features to O gets A (r, I) and B (O, r); its update is B @ A * scaling.
+Shapes: a module from I to O features gets A (r, I) and B (O, r); its update is B @ A * scaling.
 """
 
 import copy
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_distill.losses.feature import effective_rank_of
-from hf_distill.modeling import causal_lm
+from hf_distill.modeling import causal_lm, without_values
 from hf_distill.report import table
 from hf_distill.saved_weights import ADAPTER_FILES, lacking
 from hf_distill.saving import (
@@ -41,7 +41,7 @@ from hf_distill.saving import (
     try_saving,
 )
 
-# What part of a module's path says about it, from its own name outwards.
+# Kinds of modules by patterns in their paths; the part nearest to the module's own name decides.
 KINDS = {"attention": r"attn|attention", "mlp": r"mlp|ffn|feed_forward|moe|expert|^fc\d"}
 
 
@@ -50,7 +50,7 @@ KINDS = {"attention": r"attn|attention", "mlp": r"mlp|ffn|feed_forward|moe|exper
 
 @dataclass(frozen=True)
 class TrainedModule:
-    """A module that a LoraConfig trains: with an adapter, or (`rank` is None) itself or its bias."""
+    """A module that a LoraConfig trains: by an adapter, or directly (`rank` is None): all of it, or its bias."""
 
     name: str
     kind: str  # attention, mlp, embedding, head, other
@@ -64,7 +64,7 @@ class TrainedModule:
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What `describe_lora` has found; printed, it is a table with a line for the same module of all layers."""
+    """The result of `describe_lora`. Printed, it is a table with one line for the same module of all layers."""
 
     modules: list[TrainedModule]
     trainable_parameters: int
@@ -91,10 +91,10 @@ class LoraReport:
 
 
 def describe_lora(model: PreTrainedModel, config: LoraConfig) -> LoraReport:
-    """Which modules of a model a LoraConfig trains, with which shapes, and what looks like a mistake.
+    """The modules of a model that a LoraConfig trains, their shapes, and warnings of likely mistakes.
 
-    PEFT itself adapts a copy of the model that has shapes but no values, so every setting means what it means to
-    `get_peft_model`. Nothing is allocated, and model and config stay as they are; the model may be on the meta device.
+    PEFT itself adapts a copy of the model that has shapes but no values, so every setting has the effect that it has in
+    `get_peft_model`. No memory is allocated, and model and config are not changed. The model may be on the meta device.
 
     Args:
         model (`PreTrainedModel`): without adapters; quantised or not.
@@ -104,8 +104,8 @@ def describe_lora(model: PreTrainedModel, config: LoraConfig) -> LoraReport:
         [`LoraReport`] with `.modules`, `.trainable_parameters`, `.total_parameters` and `.warnings`.
 
     Raises:
-        `ValueError`: another kind of config, a model that has adapters, or what PEFT refuses: no module matches,
-            no default for this family, settings that exclude each other.
+        `ValueError`: another kind of config, a model with adapters, or whatever PEFT refuses: no module matches, there
+            is no default for this family, settings exclude each other.
     """
     if not isinstance(config, LoraConfig):
         raise ValueError(f"config has to be a LoraConfig, got {type(config).__name__}")
@@ -114,10 +114,10 @@ def describe_lora(model: PreTrainedModel, config: LoraConfig) -> LoraReport:
     asked, config = config, copy.deepcopy(config)
     config.base_model_name_or_path = None
     if config.init_lora_weights != "mica":
-        config.init_lora_weights = True  # Some first values need data or weights; only MiCA's way trains less.
+        config.init_lora_weights = True  # Other ways need data or weights; of these, only MiCA changes what is trained.
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        adapted = get_peft_model(_without_values(model), config, low_cpu_mem_usage=True)
+        adapted = get_peft_model(without_values(model), config, low_cpu_mem_usage=True)
     modules = _trained_modules(causal_lm(adapted), model)
     heard = dict.fromkeys(str(w.message) for w in said if issubclass(w.category, UserWarning | RuntimeWarning))
     return LoraReport(
@@ -126,21 +126,9 @@ def describe_lora(model: PreTrainedModel, config: LoraConfig) -> LoraReport:
         total_parameters=model.num_parameters(),
         warnings=[
             *_mistakes(modules, model, _target_names(asked, config)),
-            *(message for message in heard if "fan_in_fan_out" not in message),  # PEFT sets it right by itself
+            *(message for message in heard if "fan_in_fan_out" not in message),  # PEFT corrects it
         ],
     )
-
-
-def _without_values(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy on the meta device, in which 4-bit and 8-bit layers are plain linear ones."""
-    copies: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
-    for parameter in model.parameters():
-        copies[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-    for module in model.modules():
-        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
-            shape = module.in_features, module.out_features
-            copies[id(module)] = nn.Linear(*shape, module.bias is not None, device="meta")  # pyright: ignore
-    return copy.deepcopy(model, copies)
 
 
 def _trained_modules(adapted: nn.Module, model: PreTrainedModel) -> list[TrainedModule]:
@@ -167,7 +155,7 @@ def _trained_modules(adapted: nn.Module, model: PreTrainedModel) -> list[Trained
 
 
 def _name(path: str, module: nn.Module | LoraLayer) -> str:
-    """The name before it was wrapped; several parameters of one module are wrapped one in the other."""
+    """The name of a module before PEFT wrapped it. Parameters of one module are wrapped one inside the other."""
     name = path.replace(".base_layer", "")
     return f"{name}.{module.parameter_name}" if isinstance(module, ParamWrapper) else name
 
@@ -219,10 +207,10 @@ def _mistakes(modules: list[TrainedModule], model: PreTrainedModel, names: list[
 
 
 def _target_names(asked: LoraConfig, used: LoraConfig) -> list[str]:
-    """Names that were listed one by one; nobody has listed those of a pattern or of "all-linear"."""
+    """The names that were listed one by one; a pattern or "all-linear" lists none."""
     names = set(used.target_parameters or ())
     if not isinstance(asked.target_modules, str):
-        # PEFT may have put others in their place.
+        # PEFT may have replaced some.
         names |= set(used.target_modules or ()) & set(asked.target_modules or used.target_modules or ())
     return sorted(names)
 
@@ -232,18 +220,18 @@ def _target_names(asked: LoraConfig, used: LoraConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class ModuleUpdate:
-    """What an adapter adds to one weight."""
+    """The update that an adapter adds to one weight."""
 
     name: str
     rank: int
-    effective_rank: float  # of several experts in one weight, their mean
+    effective_rank: float  # if one weight holds several experts, their mean
     norm: float  # Frobenius
-    relative_norm: float | None  # to the weight's; None where there is no telling the weight's
+    relative_norm: float | None  # norm / norm of the weight; None where that is unknown
 
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What `describe_updates` has found; printed, it is a table of means over the same module of all layers."""
+    """The result of `describe_updates`. Printed, it is a table of means over the same module of all layers."""
 
     modules: list[ModuleUpdate]
 
@@ -266,11 +254,11 @@ class UpdateReport:
 
 @torch.no_grad()
 def describe_updates(model: PeftModel | PreTrainedModel) -> UpdateReport:
-    """Effective rank and size of every update B @ A * scaling of a model with LoRA adapters.
+    """Effective rank and norm of every update B @ A * scaling of a model with LoRA adapters.
 
-    The effective rank is `exp` of the entropy of the normalised singular values (Roy and Vetterli, 2007), at most r;
-    far below r, a smaller rank would have done. It comes from A and B alone: their product is never formed. For the
-    relative norm, 4-bit and 8-bit weights are dequantised, one at a time. DoRA's magnitudes are not counted.
+    The effective rank is `exp` of the entropy of the normalised singular values (Roy and Vetterli, 2007), at most r. If
+    it is far below r, a smaller rank would have been enough. It is computed from A and B without their product. For the
+    relative norm, 4-bit and 8-bit weights are dequantised one at a time. DoRA's magnitudes are not counted.
 
     Raises:
         `ValueError`: the model has no LoRA adapter.
@@ -297,12 +285,13 @@ def _factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, float]:
     """B (O, r), A (r, I) and the scaling of an adapter."""
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter], layer.scaling[adapter]
-    b, a = (side[adapter].weight.flatten(1) for side in (layer.lora_B, layer.lora_A))  # pyright: ignore
+    sides: tuple[Any, Any] = layer.lora_B, layer.lora_A
+    b, a = (side[adapter].weight.flatten(1) for side in sides)
     return b, a, layer.scaling[adapter]
 
 
 def _singular_values(b: Tensor, a: Tensor) -> Tensor:
-    """Of B @ A, (..., r), for B (..., O, r) and A (..., r, I), by way of an (r, r) matrix with the same ones."""
+    """The singular values (..., r) of B @ A, for B (..., O, r) and A (..., r, I), by way of an (r, r) matrix."""
     right_b, right_a = (torch.linalg.qr(side.float(), mode="r").R for side in (b, a.mT))
     return torch.linalg.svdvals(right_b @ right_a.mT)
 
@@ -310,7 +299,7 @@ def _singular_values(b: Tensor, a: Tensor) -> Tensor:
 def _weight_norm(layer: LoraLayer) -> float | None:
     base = layer.get_base_layer()
     weight = layer.get_param() if isinstance(layer, ParamWrapper) else getattr(base, "weight", None)
-    # On some CPUs bitsandbytes repacks weights into an order that its own dequantisation does not know.
+    # On some CPUs bitsandbytes repacks weights into an order that its own dequantisation does not support.
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         return None
     if type(weight).__name__ in ("Params4bit", "Int8Params"):
@@ -328,20 +317,21 @@ def merge_adapter(
     base: str | PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> None:
-    """Adds a saved LoRA adapter to its unquantised base model and saves model and tokenizer.
+    """Merges a saved LoRA adapter into its unquantised base model, and saves the model with its tokenizer.
 
-    An adapter that was trained over 4-bit weights is merged into the weights that those were made from: merged into the
-    4-bit ones, it would be rounded with them. What an earlier run left in the output folder is moved aside.
+    An adapter that was trained on 4-bit weights is merged into the weights that these were quantised from. If it were
+    merged into the 4-bit weights, it would be rounded with them. Files of an earlier run in the output folder are moved
+    aside.
 
     Args:
-        adapter_folder: what `trainer.save_model()` or a checkpoint wrote.
-        output_folder: where the model goes; `from_pretrained` then loads it without PEFT.
-        base (*optional*): hub id or path of the base model, by default the one the adapter was trained on.
-        dtype (*optional*): of the merged model, by default the one the base was saved in.
+        adapter_folder: a folder written by `trainer.save_model()`, or a checkpoint.
+        output_folder: the folder of the merged model, which `from_pretrained` loads without PEFT.
+        base (*optional*): hub id or path of the base model, by default the one that the adapter was trained on.
+        dtype (*optional*): dtype of the merged model, by default the one that the base was saved in.
 
     Raises:
-        `ValueError`: no adapter, no base, a base that is quantised, that the adapter does not fit, or has no tokenizer;
-            an output folder with an adapter, which loading would add again, or that is the base's own, or that cannot
+        `ValueError`: no adapter; no base; a base that is quantised, has no tokenizer, or does not fit the adapter; an
+            output folder with an adapter, which loading would add again, or that is the base's folder, or that cannot
             be written to, or from which base or adapter would be moved aside.
     """
     adapter_folder, output_folder = Path(adapter_folder), Path(output_folder)
@@ -369,7 +359,7 @@ def merge_adapter(
     except OSError as error:
         raise ValueError(f"base {base!r} is no folder or hub id of a model: {_short(error)}") from error
     folders = [folder for folder in (adapter_folder, Path(base)) if any(folder.glob("tokenizer*"))]
-    if not folders and Path(base).is_dir():  # transformers would make an empty one
+    if not folders and Path(base).is_dir():  # transformers would make an empty tokenizer
         raise ValueError(f"neither {adapter_folder} nor base {base!r} has a tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(str((folders or [base])[0]))
 
@@ -387,9 +377,9 @@ def _with_adapter(model: PreTrainedModel, config: LoraConfig, folder: Path, base
     try:
         adapted = PeftModel(model, config)
         found = adapted.load_adapter(str(folder), "default")
-    except (KeyError, RuntimeError, ValueError) as error:  # KeyError: of what is trained as a whole
+    except (KeyError, RuntimeError, ValueError) as error:  # KeyError: from modules_to_save
         raise ValueError(f"the adapter in {folder} does not fit base {base!r}: {_short(error)}") from error
-    # Where the base has more or fewer layers, PEFT loads what there is.
+    # If the base has more or fewer layers, PEFT loads the layers that both have.
     if differing := [*found.missing_keys, *found.unexpected_keys] or lacking(adapted, folder):
         raise ValueError(
             f"the adapter in {folder} does not fit base {base!r}: {len(differing)} of its weights have no counterpart "
@@ -403,13 +393,13 @@ def _short(error: Exception) -> str:
 
 
 def _untie(adapted: PeftModel) -> None:
-    """Gives embedding and output layer weights of their own where an adapter changes one of them."""
+    """Separates the weights of embedding and output layer where they are tied and an adapter changes one of them."""
     model = causal_lm(adapted)
     head = model.get_output_embeddings()
     sides = model.get_input_embeddings(), head
     if model.config.get_text_config().tie_word_embeddings and any(isinstance(side, BaseTunerLayer) for side in sides):
-        layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-        layer.weight = nn.Parameter(layer.weight.detach().clone())  # pyright: ignore
+        layer: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
         model.config.get_text_config().tie_word_embeddings = False
 
 
@@ -417,7 +407,7 @@ def _untie(adapted: PeftModel) -> None:
 
 
 def _grouped(modules: Sequence[Any], key: Callable[[Any], Any]) -> list[tuple[str, list[Any]]]:
-    """The same module of all layers, where it has the same key: its path within the layer, and the modules."""
+    """Groups of the same module of all layers that have the same key: the path within a layer, and the modules."""
     groups: dict[Any, list[Any]] = defaultdict(list)
     for module in modules:
         parts = ["*" if part.isdigit() else part for part in module.name.split(".")]

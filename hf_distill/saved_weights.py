@@ -1,7 +1,7 @@
-"""The weights of a saved folder, back in the model that saved them: in place, all of them, or an error in words.
+"""Saved weights copied back into the live model: in place and completely, or an error that says why not.
 
-`save_pretrained` writes the weights of some families under other names and in other pieces than their modules have (one
-tensor per expert, say). transformers' way back into a live model passes over what does not match.
+`save_pretrained` renames, splits or joins the weights of some families (one tensor per expert). transformers' own way
+back into a live model skips whatever does not match.
 """
 
 import copy
@@ -23,7 +23,7 @@ MODEL_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
 )  # fmt: skip
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# Settings of an adapter that its tensors show, that name its base, or that a run may change on its way.
+# Settings of an adapter that need not match: its tensors show them, they name its base, or a run may change them.
 FREE_SETTINGS = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
     "layers_to_transform", "lora_dropout", "modules_to_save", "peft_version", "r", "rank_pattern", "revision",
@@ -33,14 +33,14 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def load_weights(model: nn.Module, folder: str | PathLike[str]) -> None:
-    """Copies what `model.save_pretrained(folder)` wrote into the model's own tensors, bit for bit.
+    """Copies the weights that `model.save_pretrained(folder)` saved into the model's own tensors, bit for bit.
 
-    Parameters stay the objects that optimizers, DDP and a teacher that is the student's base hold, and tied ones stay
-    tied. Of a model with adapters, these alone are saved and loaded.
+    Parameters stay the same objects, because optimizers, DDP and a teacher that is the student's base hold them. Tied
+    parameters stay tied. For a model with adapters, only these are saved and loaded.
 
     Raises:
-        `ValueError`: the folder lacks a weight of this model, has one that the model lacks, or one of another shape.
-            Nothing has been copied.
+        `ValueError`: the folder lacks a weight of this model, or has one that the model lacks, or one of another shape.
+            Nothing has been copied then.
     """
     pairs = []
     if isinstance(model, PeftModel):
@@ -62,12 +62,12 @@ def load_weights(model: nn.Module, folder: str | PathLike[str]) -> None:
 
 
 def misfit(model: nn.Module, folder: str | PathLike[str], *, dtypes: bool = True) -> str | None:
-    """Compares a folder's weights with a model's by names, shapes and configurations; no weight is read.
+    """Compares the weights in a folder with a model's by names, shapes and configurations, without reading them.
 
     Returns the difference as the end of a sentence that starts with the folder's name, or None.
 
     Args:
-        dtypes (`bool`): whether another dtype counts. An engine that splits a model may save it in one of its own.
+        dtypes (`bool`): whether dtypes have to match. An engine that splits a model may save it in another dtype.
     """
     folder = Path(folder)
     if isinstance(model, PeftModel):
@@ -78,7 +78,7 @@ def misfit(model: nn.Module, folder: str | PathLike[str], *, dtypes: bool = True
 
 
 def other_adapters(folder: str | PathLike[str], configs: Mapping[str, PeftConfig]) -> str | None:
-    """Compares the configurations of adapters alone, as [`misfit`] does; a full student has none."""
+    """Compares only the configurations of adapters, as [`misfit`] does; a student without adapters has none."""
     folder = Path(folder)
     saved = {name: _settings(path.parent) for name, path in _adapter_files(folder).items()}
     if not saved and configs:
@@ -97,10 +97,10 @@ def other_adapters(folder: str | PathLike[str], configs: Mapping[str, PeftConfig
 
 
 def lacking(model: PeftModel, folder: str | PathLike[str]) -> list[str]:
-    """Names of weights that a folder lacks of the model's adapter "default", with those of the base that PEFT saves."""
+    """Names of weights of the model's adapter "default", saved base weights included, that a folder lacks."""
     saved = _read(_adapter_file(Path(folder), "default"), values=False)
     tensors = _adapter_tensors(model, "default", saved)
-    # Strange names may be those of another version, which PEFT translates.
+    # Unknown names may come from another version; PEFT translates them.
     return [] if saved.keys() - tensors.keys() else sorted(tensors.keys() - saved.keys())
 
 
@@ -126,7 +126,7 @@ def _other_model_tensors(model: nn.Module, folder: Path, dtypes: bool) -> str | 
     if not any(_differing_names(model, tensors, saved)):
         tensors = {name: tensor for name, tensor in tensors.items() if name in saved}
         return _other_tensors(model, tensors, saved) or ((dtypes or None) and _other_dtypes(tensors.values(), saved))
-    # Other names: of another model, or of a family that is saved under others, with as many numbers.
+    # The names differ: another model, or a family that is saved under other names, with equally many numbers.
     found, expected = (sum(_shape(t).numel() for t in side) for side in (saved.values(), _once(tensors.values())))
     if found != expected and not getattr(model, "_keys_to_ignore_on_load_missing", None):
         missing, strange = _differing_names(model, tensors, saved)
@@ -135,7 +135,7 @@ def _other_model_tensors(model: nn.Module, folder: Path, dtypes: bool) -> str | 
 
 
 def _other_config(model: nn.Module, folder: Path) -> str | None:
-    """Compares the whole numbers of two configurations, which are sizes and counts; ids of tokens may differ."""
+    """Compares the integers of two configurations, which are sizes and counts; ids of tokens may differ."""
     if not isinstance(model, PreTrainedModel) or not (folder / "config.json").exists():
         return None
 
@@ -158,12 +158,12 @@ def _other_config(model: nn.Module, folder: Path) -> str | None:
 def _differing_names(
     model: nn.Module, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]
 ) -> tuple[list[str], list[str]]:
-    """Names of the model's that are missing in a file, and strange ones in it, but for those that need not match."""
+    """Names of the model that a file lacks, and names in the file that the model lacks, if they have to match."""
     loads: Any = None if isinstance(model, PeftModel) else model
     may_miss, may_come, never_saved = (
         getattr(loads, f"_keys_to_ignore_on_{when}", None) or () for when in ("load_missing", "load_unexpected", "save")
     )
-    present = {id(tensors[name]) for name in tensors if name in saved}  # of tied ones, one is enough
+    present = {id(tensors[name]) for name in tensors if name in saved}  # one of several tied names is enough
     missing = [
         name
         for name, tensor in tensors.items()
@@ -192,7 +192,7 @@ def _other_dtypes(tensors: Iterable[Tensor], saved: Mapping[str, Tensor]) -> str
 
 
 def _untied(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> str | None:
-    """Compares what was saved under the names of one tied tensor."""
+    """Compares the values that were saved under the names of one tied tensor."""
     first: dict[int, str] = {}
     for name in tensors.keys() & saved.keys():
         other = first.setdefault(id(tensors[name]), name)
@@ -202,11 +202,11 @@ def _untied(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> str |
 
 
 def _shape(tensor: Tensor) -> torch.Size:
-    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 leaves an empty tensor
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 leaves an empty tensor in its place
 
 
 def _once(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Tied ones count once."""
+    """The tensors, tied ones once."""
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
@@ -216,7 +216,7 @@ def _examples(missing: list[str], strange: list[str]) -> str:
 
 
 def _said(settings: Mapping[str, Any]) -> str:
-    if len(settings) > 5:  # the whole configuration of an adapter
+    if len(settings) > 5:  # a whole configuration of an adapter
         settings = {key: settings[key] for key in ("peft_type", "r", "target_modules") if key in settings}
     return ", ".join(f"{key}={value!r}" for key, value in settings.items())
 
@@ -225,9 +225,9 @@ def _said(settings: Mapping[str, Any]) -> str:
 
 
 def _converted(model: nn.Module, tensors: Mapping[str, Tensor], saved: Any, folder: Path) -> dict[str, Tensor]:
-    """The saved weights under the names of the model's modules, as a user would load them.
+    """The saved weights under the names of the model's modules, loaded as a user would load them.
 
-    They are loaded in the widest dtype of the model: so each tensor gets back the bits that it had.
+    They are loaded in the widest dtype of the model, so that each tensor gets its bits back.
     """
     problem = f"{folder} does not hold the weights of this {type(model).__name__}"
     examples = _examples(*_differing_names(model, tensors, saved))
@@ -235,10 +235,11 @@ def _converted(model: nn.Module, tensors: Mapping[str, Tensor], saved: Any, fold
         raise ValueError(f"{problem} ({examples})")
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     try:
-        loaded, found = type(model).from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+        both: Any = type(model).from_pretrained(
             folder, config=copy.deepcopy(model.config), dtype=reduce(torch.promote_types, dtypes),
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
+        loaded, found = both
     except (AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{problem} ({examples}): {error}") from error
     if wrong := {kind: names for kind, names in found.items() if names}:
@@ -247,10 +248,10 @@ def _converted(model: nn.Module, tensors: Mapping[str, Tensor], saved: Any, fold
 
 
 def _adapter_tensors(model: PeftModel, name: str, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter, the very objects, under the names that PEFT saves them by."""
+    """The tensors of an adapter, the same objects, under the names that PEFT saves them by."""
     state = model.state_dict(keep_vars=True)
     tensors = get_peft_model_state_dict(model, dict(state), name, save_embedding_layers=False)
-    if saved.keys() - tensors.keys():  # PEFT adds embeddings that were resized
+    if saved.keys() - tensors.keys():  # PEFT saves resized embeddings too
         tensors = get_peft_model_state_dict(model, dict(state), name, save_embedding_layers=True)
     if {id(tensor) for tensor in tensors.values()} - {id(tensor) for tensor in state.values()}:
         raise ValueError(f"adapters of type {model.peft_config[name].peft_type} cannot be loaded in place: take LoRA")
@@ -263,7 +264,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _as_json(config: PeftConfig) -> dict[str, Any]:
-    """The settings as `save_pretrained` would write them."""
+    """The settings as `save_pretrained` would save them."""
     return json.loads(
         json.dumps(config.to_dict(), default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     )
@@ -273,7 +274,7 @@ def _as_json(config: PeftConfig) -> dict[str, Any]:
 
 
 def _adapter_files(folder: Path) -> dict[str, Path]:
-    """By the names of the adapters: "default" lies in the folder itself, others in one of their own."""
+    """The files by adapter: "default" is in the folder itself, others are in a subfolder each."""
     found = [path for name in ADAPTER_FILES for path in (folder / name, *folder.glob(f"*/{name}")) if path.exists()]
     return {"default" if path.parent == folder else path.parent.name: path for path in reversed(found)}
 
@@ -292,7 +293,7 @@ def _model_file(folder: Path) -> Path:
 
 
 def _read(path: Path, *, values: bool = True) -> dict[str, Tensor]:
-    """The tensors of a file, or of those that an index names; without values on the meta device."""
+    """The tensors of a file, or of the files that an index names; without values, on the meta device."""
     if path.suffix == ".json":
         parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         return {name: tensor for part in parts for name, tensor in _read(path.parent / part, values=values).items()}

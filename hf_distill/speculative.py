@@ -1,7 +1,7 @@
-"""Text that student and teacher write together: the student drafts, the teacher checks, and corrects (2410.11325).
+"""Rollouts: text that student and teacher generate together. The student drafts, the teacher corrects (2410.11325).
 
-All rows of a batch advance at their own pace. Both caches live from the first block to the last; the tokens that a row
-does not keep are taken back from them. Texts are token ids from beginning to end.
+Each row of a batch advances at its own pace. Both caches are kept from the first block to the last; tokens that a row
+rejects are removed from them. Texts are token ids throughout.
 
 Shapes: B rows, R of them unfinished, P prompt tokens, C completion tokens, G tokens of the longest draft, V vocabulary.
 """
@@ -31,24 +31,26 @@ from hf_distill.modeling import (
     num_token_ids,
 )
 
-# Logits of a draft that exist at one time, in bytes.
+# Size limit of the logits that exist at one time, in bytes.
 CHUNK_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How a text is written. A temperature of 0 is greedy.
+    """The settings of a rollout. A temperature of 0 is greedy.
 
     Args:
-        max_new_tokens (`int`): a row ends here, or at the end-of-sequence token.
-        draft_length (`int`): tokens that the student drafts per block; with 0 the teacher writes alone.
+        max_new_tokens (`int`): the longest completion; an end-of-sequence token ends it earlier.
+        draft_length (`int`): tokens that the student drafts per block; with 0 the teacher generates alone.
         adaptive (`bool`):
-            Each row drafts two tokens more, up to `draft_length`, after a block that was kept whole, otherwise as many
-            as were accepted and one more.
-        top_k (`int`): a drafted token is accepted only among the teacher's `top_k` most likely ones.
-        min_prob (`float`): and only with at least this probability at the teacher's temperature (at 1 if that is 0).
-        student_temperature, student_top_p (`float`): how the student draws its draft.
-        teacher_temperature, teacher_top_p (`float`): how the teacher draws the token that replaces a rejected one.
+            The draft length of a row grows by two, up to `draft_length`, after a block that was kept whole. Otherwise
+            it becomes the number of accepted tokens plus one.
+        top_k (`int`): a drafted token is accepted only if it is among the teacher's `top_k` most likely tokens.
+        min_prob (`float`):
+            A drafted token is accepted only with at least this probability, at the teacher's temperature (at 1 if that
+            is 0).
+        student_temperature, student_top_p (`float`): sampling of the student's drafts.
+        teacher_temperature, teacher_top_p (`float`): sampling of the teacher's corrections.
 
     Raises:
         `ValueError`: a value out of its range.
@@ -79,13 +81,13 @@ class RolloutConfig:
 
 
 class Blocks(NamedTuple):
-    """What happened, one entry per block and row, in the order of writing; all of shape (K,)."""
+    """Counts of each block and row, in the order of generation; all of shape (K,)."""
 
     row: Tensor
-    draft_length: Tensor  # the row's draft length at this block
-    drafted: Tensor  # tokens drafted: fewer than that at the end of a text
+    draft_length: Tensor  # the row's draft length in this block
+    drafted: Tensor  # drafted tokens, fewer than that at the end of a text
     accepted: Tensor
-    corrected: Tensor  # 1 where the teacher replaced or, without a draft, wrote a token
+    corrected: Tensor  # 1 where the teacher replaced a token or, without a draft, generated one
 
 
 class RolloutStats(NamedTuple):
@@ -96,23 +98,23 @@ class RolloutStats(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Completions, on the student's device, and what the teacher had in mind, on the teacher's."""
+    """Completions, on the student's device, and the teacher's hidden states, on the teacher's device."""
 
     completion_ids: Tensor  # (B, C), right-padded
     completion_mask: Tensor  # (B, C), bool
-    drafted_mask: Tensor  # (B, C), bool: the student's own token was kept
-    teacher_hidden: Tensor  # (B, C, Dt): what predicts each completion token; zeros past a row's end
+    drafted_mask: Tensor  # (B, C), bool: True at drafted tokens that were accepted
+    teacher_hidden: Tensor  # (B, C, Dt): hidden states that predict each completion token; zeros past a row's end
     stats: RolloutStats
 
 
 class Block(NamedTuple):
-    """One block of all unfinished rows, for whoever wants to watch; the lengths say what of `drafts` counts."""
+    """One block of all unfinished rows, for a watcher; of a row of `drafts`, the first `drafted` tokens are valid."""
 
     rows: Tensor  # (R,)
     drafts: Tensor  # (R, G)
     drafted: Tensor  # (R,)
     accepted: Tensor  # (R,)
-    corrections: Tensor  # (R,): counts where accepted < drafted, or nothing was drafted
+    corrections: Tensor  # (R,): valid where accepted < drafted, or nothing was drafted
 
 
 @torch.no_grad()
@@ -134,47 +136,37 @@ def rollout(
 ) -> Rollout:
     """Completes prompts: the student drafts, one teacher forward per block checks the whole draft (2410.11325, alg. 1).
 
-    A draft is accepted up to its first token that the teacher does not hold likely (`top_k`, `min_prob`); that one is
-    replaced by a token of the teacher's own, and the rest is dropped. A draft that is accepted whole gets no extra
-    token. A token's random numbers depend on its row and its place only, so draft lengths, batches and padding change
-    nothing in what is written, however it is sampled.
+    A draft is accepted up to the first token that is unlikely for the teacher (`top_k`, `min_prob`). The teacher
+    replaces that token with its own, and the rest of the draft is dropped. A draft that is accepted whole gets no extra
+    token. The random numbers of a token depend only on its row and its place, so the text does not depend on draft
+    lengths, batches or padding, even when it is sampled.
 
     Args:
         student (`PreTrainedModel`), teacher (`PreTrainedModel`):
             Causal language models of one vocabulary, on any devices, with or without adapters.
         student_prompt_ids, student_prompt_mask (`torch.Tensor` of shape `(B, Ps)`): left-padded prompts.
         teacher_prompt_ids, teacher_prompt_mask (`torch.Tensor` of shape `(B, Pt)`):
-            The same, or what the teacher knows in addition: any other text.
+            The same prompts, or any other text, such as prompts with knowledge that the student lacks.
         config (`RolloutConfig`): lengths, rule of acceptance, temperatures.
-        eos_token_id (`int` or list of `int`): any of these ends a row; it belongs to the completion.
-        pad_token_id (`int`): fills completions on the right.
-        generator (`torch.Generator`, *optional*): where all random numbers come from, on any device.
-        vocab_size (`int`, *optional*): ids from here on are never written; by default the smaller head's rows.
-        student_context (`Callable`, *optional*): makes what the student's forwards run in, such as autocast.
+        eos_token_id (`int` or list of `int`): tokens that end a row; they belong to the completion.
+        pad_token_id (`int`): pads completions on the right.
+        generator (`torch.Generator`, *optional*): the source of all random numbers, on any device.
+        vocab_size (`int`, *optional*): ids from here on are never generated; by default the rows of the smaller head.
+        student_context (`Callable`, *optional*): makes a context for the student's forwards, such as autocast.
         watch (`Callable`, *optional*): called with every [`Block`].
 
     Raises:
-        `ValueError`: empty, right-padded or too long prompts, ids or `top_k` outside of the vocabulary, no eos, and a
-            model that cannot take back what it has read or computes its logits in an unknown way.
+        `ValueError`: empty, right-padded or too long prompts; ids or `top_k` outside of the vocabulary; no eos; a model
+            whose cache cannot forget tokens, or that computes its logits in an unknown way.
     """
     start = time.perf_counter()
-    smaller = min(len(head_of(causal_lm(model)).weight) for model in (student, teacher))
-    vocab_size = smaller if vocab_size is None else vocab_size
-    if not 0 < vocab_size <= smaller:
-        raise ValueError(f"vocab_size has to lie in [1, {smaller}], the rows of the smaller head, got {vocab_size}")
-    if config.top_k > vocab_size:
-        raise ValueError(f"top_k={config.top_k} is more than the vocabulary has tokens ({vocab_size})")
-    eos = np.atleast_1d(eos_token_id if eos_token_id is not None else []).tolist()
-    if not eos or None in eos:
-        raise ValueError(f"eos_token_id is missing (got {eos_token_id}): nothing could end a text")
-    if pad_token_id is None:
-        raise ValueError("pad_token_id is missing: any token will do, such as the one that ends a text")
+    vocab_size = _vocab_size(student, teacher, vocab_size, config)
+    eos = _ends_of_text(eos_token_id, pad_token_id)
     student_prompt_mask, teacher_prompt_mask = student_prompt_mask.long(), teacher_prompt_mask.long()
     _check_prompts("student", student, student_prompt_ids, student_prompt_mask, config.max_new_tokens)
     _check_prompts("teacher", teacher, teacher_prompt_ids, teacher_prompt_mask, config.max_new_tokens)
     if len(student_prompt_ids) != len(teacher_prompt_ids):
         raise ValueError(f"{len(student_prompt_ids)} student prompts, but {len(teacher_prompt_ids)} teacher prompts")
-
     if config.draft_length:
         with student_context():
             _check_model(student, "student")
@@ -187,11 +179,10 @@ def rollout(
     end_of_text = torch.tensor(eos, device=device)
     shape = len(student_prompt_ids), config.max_new_tokens
     texts = _Texts(shape, pad_token_id, device)
-    noise_device = device if generator is None else generator.device
-    noise = torch.rand(*shape, 2, generator=generator, device=noise_device, dtype=sum_dtype(noise_device)).to(device)
+    noise = _noise(shape, generator, device)
     draft_length = torch.full_like(texts.lengths, config.draft_length)  # (B,)
     rows = torch.arange(shape[0], device=device)  # (R,), the unfinished ones
-    blocks, forwards = [], {"student": 0, "teacher": 0}
+    blocks, student_forwards = [], 0
 
     with evaluating(student), evaluating(teacher):
         while len(rows):
@@ -202,21 +193,18 @@ def rollout(
             with student_context():
                 drafts, drafted = _draft(drafter, student_head, limits, student_noise, end_of_text, config)
             width = max(drafts.shape[1], 1)
-            states = checker.read(drafts[:, :-1])[:, -width:]  # (R, width, Dt): what predicts drafts[:, j]
+            states = checker.read(drafts[:, :-1])[:, -width:]  # (R, width, Dt); states[:, j] predict drafts[:, j]
             accepted = _accepted(teacher_head, states, drafts, drafted, config).to(device)  # (R,)
             is_corrected = (accepted < drafted) | (drafted == 0)
-            # Rows that keep a whole draft get a correction too; nobody reads it.
+            # Rows that keep a whole draft get a correction too, which is not used.
             corrections = _correct(teacher_head, states, accepted.clamp(max=width - 1), teacher_noise, config)
 
-            forwards["student"] += drafts.shape[1]
-            forwards["teacher"] += 1
+            student_forwards += drafts.shape[1]
             blocks.append(Blocks(rows, draft, drafted, accepted, is_corrected.long()))
             if watch is not None:
                 watch(Block(rows, drafts, drafted, accepted, corrections))
 
-            tokens = torch.nn.functional.pad(drafts, (0, width - drafts.shape[1]))  # (R, width)
-            is_correction = torch.arange(width, device=device) == accepted[:, None]
-            tokens = torch.where(is_correction, corrections[:, None], tokens)
+            tokens = _corrected(drafts, width, accepted, corrections)  # (R, width)
             kept = accepted + is_corrected  # (R,), at least 1
             texts.append(rows, tokens, kept, accepted, states)
             if config.adaptive:
@@ -229,14 +217,11 @@ def rollout(
                     reader.rewind(goes_on.nonzero().squeeze(1), (width - kept)[goes_on], last[goes_on])
 
     history = Blocks(*(torch.cat(column).cpu() for column in zip(*blocks, strict=True)))
-    stats = RolloutStats(history, forwards["student"], forwards["teacher"], time.perf_counter() - start)
-    longest = int(texts.lengths.max())
-    mask = torch.arange(longest, device=device) < texts.lengths[:, None]
-    return Rollout(texts.ids[:, :longest], mask, texts.is_draft[:, :longest], texts.hidden[:, :longest], stats)
+    return texts.finished(RolloutStats(history, student_forwards, len(blocks), time.perf_counter() - start))
 
 
 class _Texts:
-    """The completions of all rows while they are written."""
+    """The completions of all rows while they are generated."""
 
     def __init__(self, shape: tuple[int, int], pad_token_id: int, device: torch.device) -> None:
         self.ids = torch.full(shape, pad_token_id, device=device)  # (B, C)
@@ -245,7 +230,7 @@ class _Texts:
         self.hidden = torch.empty(0)  # (B, C, Dt), on the teacher's device
 
     def append(self, rows: Tensor, tokens: Tensor, kept: Tensor, accepted: Tensor, states: Tensor) -> None:
-        """Appends the first `kept` (R,) of `tokens` (R, width) to `rows` (R,), with what predicts them."""
+        """Appends the first `kept` (R,) of `tokens` (R, width) to `rows` (R,), with the states that predict them."""
         if not self.hidden.numel():
             self.hidden = states.new_zeros(*self.ids.shape, states.shape[-1])
         offsets = torch.arange(tokens.shape[1], device=rows.device).expand_as(tokens)
@@ -256,16 +241,22 @@ class _Texts:
         self.hidden[row.to(states.device), place.to(states.device)] = states[is_kept.to(states.device)]
         self.lengths[rows] += kept
 
+    def finished(self, stats: RolloutStats) -> Rollout:
+        """The completions, cut at the end of the longest one."""
+        longest = int(self.lengths.max())
+        mask = torch.arange(longest, device=self.ids.device) < self.lengths[:, None]
+        return Rollout(self.ids[:, :longest], mask, self.is_draft[:, :longest], self.hidden[:, :longest], stats)
+
 
 @torch.no_grad()
 def completion_hidden(
     model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor
 ) -> Tensor:
-    """What predicts each token of given completions (B, C), right-padded, after left-padded prompts: (B, C, D).
+    """The hidden states (B, C, D) that predict the tokens of right-padded completions (B, C) after left-padded prompts.
 
     Raises:
-        `ValueError`: the model has no cache of keys and values alone, which left padding needs; empty, right-padded or
-            too long prompts, or ids that it does not have.
+        `ValueError`: the cache of the model holds more than keys and values, but left padding needs such a cache;
+            empty, right-padded or too long prompts; unknown ids.
     """
     _check_prompts("model", model, prompt_ids, prompt_mask, completion_ids.shape[1])
     ensure(check_cache, causal_lm(model), "model")
@@ -275,18 +266,18 @@ def completion_hidden(
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Token ids (R,) from logits (R, V) and one number (R,) in [0, 1) each: the inverse of the distribution function.
+    """Token ids (R,) from logits (R, V) and one number in [0, 1) each (R,), by the inverse distribution function.
 
     Args:
         temperature (`float`): 0 takes the most likely token.
-        top_p (`float`): only the most likely tokens are drawn whose mass first reaches this, after the temperature.
+        top_p (`float`): samples from the smallest set of most likely tokens whose mass reaches this.
     """
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probs.sort(descending=True)
-        unlikely = ordered.cumsum(-1) - ordered >= top_p  # more likely tokens have that mass already
+        unlikely = ordered.cumsum(-1) - ordered >= top_p  # more likely tokens already have that mass
         probs = probs.scatter(-1, order, ordered.masked_fill(unlikely, 0.0))
     cumulative = probs.cumsum(-1, dtype=sum_dtype(probs.device))
     threshold = uniform[:, None].to(cumulative.dtype) * cumulative[:, -1:]
@@ -296,7 +287,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
 def _draft(
     reader: CachedReader, head: Head, limits: Tensor, uniform: Tensor, end_of_text: Tensor, config: RolloutConfig
 ) -> tuple[Tensor, Tensor]:
-    """Drafts (R, G) of the student, and how many tokens of each row count (R,): up to its limit, or the end of text."""
+    """Drafts (R, G) of the student, and the valid tokens of each row (R,), which its limit or an end of text ends."""
     drafts = []
     drafted = torch.zeros_like(limits)
     is_open = drafted < limits
@@ -310,11 +301,11 @@ def _draft(
 
 
 def _accepted(head: Head, states: Tensor, drafts: Tensor, drafted: Tensor, config: RolloutConfig) -> Tensor:
-    """How many tokens of each draft (R, G) come before the first one that the teacher rejects, (R,)."""
+    """The number (R,) of tokens of each draft (R, G) before the first one that the teacher rejects."""
     drafts, drafted = drafts.to(states.device), drafted.to(states.device)
     counts = torch.arange(drafts.shape[1], device=states.device) < drafted[:, None]  # (R, G)
     if drafts.numel() == 0 or (config.top_k >= len(head.weight) and config.min_prob == 0):
-        return drafted  # whatever the teacher thinks
+        return drafted  # no token can be rejected
     likely = torch.zeros_like(counts)
     rows_per_chunk = max(1, CHUNK_BYTES // (4 * len(head.weight)))
     chunks = zip(
@@ -325,7 +316,7 @@ def _accepted(head: Head, states: Tensor, drafts: Tensor, drafted: Tensor, confi
 
 
 def _is_likely(logits: Tensor, tokens: Tensor, config: RolloutConfig) -> Tensor:
-    """The rule of acceptance for tokens (M,) under the teacher's logits (M, V)."""
+    """The acceptance rule for tokens (M,) under the teacher's logits (M, V)."""
     chosen = logits.gather(1, tokens[:, None])  # (M, 1)
     rank = (logits > chosen).sum(1)
     temperature = config.teacher_temperature or 1.0
@@ -334,17 +325,53 @@ def _is_likely(logits: Tensor, tokens: Tensor, config: RolloutConfig) -> Tensor:
 
 
 def _correct(head: Head, states: Tensor, offsets: Tensor, uniform: Tensor, config: RolloutConfig) -> Tensor:
-    """The teacher's own token (R,) at `offsets` (R,) of a block, on their device."""
+    """The teacher's own token (R,) at `offsets` (R,) of a block, on the device of `offsets`."""
     state = states[torch.arange(len(states), device=states.device), offsets.to(states.device)]  # (R, Dt)
     chosen = uniform.gather(1, offsets[:, None]).squeeze(1).to(states.device)
     tokens = sample(head.logits(state), chosen, config.teacher_temperature, config.teacher_top_p)
     return tokens.to(offsets.device)
 
 
+def _corrected(drafts: Tensor, width: int, accepted: Tensor, corrections: Tensor) -> Tensor:
+    """Drafts (R, G) as (R, width) tokens, with the correction (R,) behind the accepted ones."""
+    tokens = torch.nn.functional.pad(drafts, (0, width - drafts.shape[1]))
+    is_correction = torch.arange(width, device=tokens.device) == accepted[:, None]
+    return torch.where(is_correction, corrections[:, None], tokens)
+
+
+def _noise(shape: tuple[int, int], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """The random numbers of student and teacher for every token, (B, C, 2)."""
+    source = device if generator is None else generator.device
+    return torch.rand(*shape, 2, generator=generator, device=source, dtype=sum_dtype(source)).to(device)
+
+
 def _from_place(table: Tensor, place: Tensor) -> Tensor:
-    """Each row of (R, C) from its own place (R,) on, with anything behind its end."""
+    """Each row of (R, C) from its own place (R,) on; values behind its end are arbitrary."""
     columns = place[:, None] + torch.arange(table.shape[1], device=table.device)
     return table.gather(1, columns.clamp(max=table.shape[1] - 1))
+
+
+def _vocab_size(
+    student: PreTrainedModel, teacher: PreTrainedModel, vocab_size: int | None, config: RolloutConfig
+) -> int:
+    """The number of ids that may be generated; `ValueError` if a head, or `top_k`, does not fit it."""
+    smaller = min(len(head_of(causal_lm(model)).weight) for model in (student, teacher))
+    vocab_size = smaller if vocab_size is None else vocab_size
+    if not 0 < vocab_size <= smaller:
+        raise ValueError(f"vocab_size has to lie in [1, {smaller}], the rows of the smaller head, got {vocab_size}")
+    if config.top_k > vocab_size:
+        raise ValueError(f"top_k={config.top_k} is more than the vocabulary has tokens ({vocab_size})")
+    return vocab_size
+
+
+def _ends_of_text(eos_token_id: int | Sequence[int], pad_token_id: int) -> list[int]:
+    """The end-of-sequence tokens as a list; `ValueError` if there is none, or no padding."""
+    eos = np.atleast_1d(eos_token_id if eos_token_id is not None else []).tolist()
+    if not eos or None in eos:
+        raise ValueError(f"eos_token_id is missing (got {eos_token_id}): nothing could end a text")
+    if pad_token_id is None:
+        raise ValueError("pad_token_id is missing: any token will do, such as the one that ends a text")
+    return eos
 
 
 def _check_model(model: PreTrainedModel, side: str) -> None:

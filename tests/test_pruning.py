@@ -226,7 +226,7 @@ def test_a_configuration_that_does_not_allow_what_is_left_is_refused():
 
 def test_models_without_one_list_of_layers_are_refused():
     config = T5Config(vocab_size=64, d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8)
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration has not one list of 2 layers"):
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration has no single list of 2 layers"):
         drop_layers(T5ForConditionalGeneration(config), [0])
 
 

@@ -17,14 +17,17 @@ from hf_distill.modeling.capture import (
     KVCapture,
     hidden_widths,
     kv_widths,
+    layer_outputs,
     layer_states,
 )
 from hf_distill.modeling.engines import (
     WholeCopy,
     expose_hidden_states,
     gathered,
+    is_split,
     keep_4bit_weights,
     whole_state,
+    without_values,
 )
 from hf_distill.modeling.parts import (
     backbone,
@@ -90,12 +93,14 @@ __all__ = [
     "head_of",
     "hidden_widths",
     "input_device",
+    "is_split",
     "keep_4bit_weights",
     "kv_widths",
     "label_positions",
     "last_hidden_states",
     "layer_input",
     "layer_output",
+    "layer_outputs",
     "layer_settings",
     "layer_states",
     "load_balancing_loss",
@@ -112,4 +117,5 @@ __all__ = [
     "shared_vocabulary",
     "trying",
     "whole_state",
+    "without_values",
 ]

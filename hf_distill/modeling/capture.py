@@ -1,4 +1,4 @@
-"""What the inner layers compute: hidden states, and keys and values on their way into the attention.
+"""The output of inner layers: hidden states, and keys and values on their way into the attention.
 
 Shapes: B batch, T tokens, N positions, H heads of keys, E width of a head.
 """
@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -32,19 +31,19 @@ from hf_distill.modeling.parts import (
 
 
 class KVCapture:
-    """Keys and values of some layers of a causal language model, as its attention gets them, with their gradient.
+    """Keys and values of some layers of a causal language model, as its attention receives them, with their gradient.
 
-    They are taken where every family hands them to the attention function, after key norms, fused projections and
-    adapters, before heads are repeated; so there is one way for all families, with and without gradient checkpointing,
-    and no cache. Keys before the rotary embedding are what the family's own rotary function is given.
+    They are captured where every family calls the attention function: after key norms, fused projections and adapters,
+    before heads are repeated. So one way serves all families, with and without gradient checkpointing, and no cache is
+    needed. Keys before the rotary embedding are captured where the family calls its own rotary function.
 
         with capture(positions):
             model(**inputs)
         keys, values = capture.features(layer)  # (N, F) each
 
     Args:
-        model (`PreTrainedModel`): with softmax attention in all captured layers.
-        layers (`Iterable[int]`): which layers.
+        model (`PreTrainedModel`): has softmax attention in all captured layers.
+        layers (`Iterable[int]`): the layers to capture.
         kv_positions (`str`): "pre" or "post": keys before or after the rotary embedding.
     """
 
@@ -60,7 +59,7 @@ class KVCapture:
 
     @contextmanager
     def __call__(self, positions: Tensor | None = None) -> Iterator[None]:
-        """Within it, the model's forwards are watched; of each layer only flat `positions` (N,) of (B * T) are kept."""
+        """Captures the model's forwards for a while; `features` returns flat `positions` (N,) of (B * T) only."""
         self.heads, self.positions, self._unrotated = {}, positions, None
         with ExitStack() as stack:
             choose = ALL_ATTENTION_FUNCTIONS.get_interface
@@ -68,13 +67,13 @@ class KVCapture:
             stack.enter_context(patch.object(ALL_ATTENTION_FUNCTIONS, "get_interface", watched))
             for file in self._files:
                 if rotate := getattr(file, "apply_rotary_pos_emb", None):
-                    # Of two models of one file, the second finds the first one's in its place, and its signature.
+                    # For two models of one file, the second wraps the wrapper of the first, and needs its signature.
                     watched = functools.update_wrapper(functools.partial(self._rotate, rotate), rotate)
                     stack.enter_context(patch.object(file, "apply_rotary_pos_emb", watched))
             yield
 
     def _rotate(self, rotate: Callable, *args, **kwargs):
-        # Most families rotate queries and keys together; some one by one, the keys last.
+        # Most families rotate queries and keys in one call; some in two, the keys last.
         one_by_one = next(iter(inspect.signature(rotate).parameters)) == "x"
         key = args[0] if one_by_one else args[1]
         self._unrotated = key.transpose(1, 2) if kwargs.get("unsqueeze_dim") == 2 else key  # (B, H, T, E)
@@ -86,15 +85,15 @@ class KVCapture:
         if id(module) in self._modules and layer in self._layers:
             kept = key
             if self._pre and unrotated is not None:
-                # Of a partial rotary embedding only the first numbers of each head go through it.
+                # A partial rotary embedding turns only the first numbers of each head.
                 kept = torch.cat([unrotated, key[..., unrotated.shape[-1] :]], -1)
-            # Nothing that autograd would remember may happen here: checkpointing would miss it when it recomputes.
+            # No operation here may be recorded by autograd: checkpointing would not find it again when it recomputes.
             self.heads[layer] = kept, value
             self.num_calls[layer] += 1
         return attend(module, query, key, value, *args, **kwargs)
 
     def features(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (N, H * E) of a layer, at the positions asked for."""
+        """Keys and values (N, H * E) of a layer, at the chosen positions."""
         keys, values = (heads.transpose(1, 2).flatten(2) for heads in self.heads[layer])  # (B, T, H * E)
         if self.positions is None:
             return keys.flatten(0, 1), values.flatten(0, 1)
@@ -102,17 +101,17 @@ class KVCapture:
 
 
 def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str, kv_positions: str = "pre") -> dict[int, int]:
-    """The width of the keys of each layer, found by capturing those of a few tokens.
+    """The width of the keys of each layer, measured by capturing those of a few tokens.
 
     Raises:
-        `ValueError`: a layer has no keys and values that can be captured: latent (MLA) or no softmax attention.
+        `ValueError`: the keys and values of a layer cannot be captured: latent attention (MLA), or no softmax.
     """
     layers = list(layers)
     config = model.config.get_text_config()
     if getattr(config, "kv_lora_rank", None) is not None:
         raise ValueError(
-            f"the {name} ({type(model).__name__}) has multi-head latent attention: its keys are made anew from a "
-            "latent vector, so keys and values cannot be compared; distil hidden states instead"
+            f"the {name} ({type(model).__name__}) has multi-head latent attention: its keys are computed from a latent "
+            "vector, so keys and values cannot be compared; distil hidden states instead"
         )
     ids = torch.arange(5, device=input_device(model)).unsqueeze(0) % num_token_ids(model)
     capture = KVCapture(model, layers, kv_positions)
@@ -126,7 +125,7 @@ def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str, kv_posit
     strange = [
         i
         for i, (keys, values) in found.items()
-        # Differential attention attends twice, with halves of its values.
+        # Differential attention calls its attention twice, with halves of its values.
         if len(keys) != 5 or keys.shape != values.shape or capture.num_calls[i] > 1
     ]
     if missing or strange:
@@ -139,7 +138,7 @@ def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str, kv_posit
 
 @contextmanager
 def layer_states(model: PreTrainedModel, keep: Callable[[Tensor], None]) -> Iterator[None]:
-    """Within it, a forward calls `keep` with the input of every layer, and then with the output of the last one."""
+    """Calls `keep(hidden)`, during a forward, with the input of every layer and then with the output of the last."""
     blocks = decoder_layers(model)[1]
     hooks = [
         block.register_forward_pre_hook(lambda _, args, kwargs: keep(layer_input(args, kwargs)), with_kwargs=True)
@@ -153,38 +152,48 @@ def layer_states(model: PreTrainedModel, keep: Callable[[Tensor], None]) -> Iter
             hook.remove()
 
 
+@contextmanager
+def layer_outputs(model: PreTrainedModel, layers: Iterable[int], keep: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Calls `keep(layer, hidden)`, during a forward, with the output of each of these layers."""
+    blocks = decoder_layers(model)[1]
+    hooks = [
+        blocks[layer].register_forward_hook(lambda _, __, output, layer=layer: keep(layer, layer_output(output)))
+        for layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def hidden_widths(model: PreTrainedModel, layers: Iterable[int], name: str) -> dict[int, int]:
-    """The width of the hidden states after each layer, found with a few tokens.
+    """The width of the hidden states after each layer, measured with a few tokens.
 
     Raises:
-        `ValueError`: what comes out of a layer is no vector per token, or not what transformers returns as the hidden
-            states after that layer (after the last one: after the final norm).
+        `ValueError`: the output of a layer is not one vector per token, or not what transformers returns as the hidden
+            states of that layer (those of the last layer come after the final norm).
     """
     called = f"the {name} ({type(model).__name__})"
-    blocks = decoder_layers(model)[1]
+    depth = len(decoder_layers(model)[1])
     ids = torch.arange(8, 13, device=input_device(model)).unsqueeze(0) % num_token_ids(model)
-    found: dict[int, list[Any]] = {index: [] for index in range(len(blocks))}
-    with torch.no_grad(), evaluating(model), ExitStack() as stack:
-        for index, block in enumerate(blocks):
-            stack.enter_context(
-                block.register_forward_hook(
-                    lambda _, __, output, index=index: found[index].append(layer_output(output))
-                )
-            )
-        with trying(f"{called} does not return its hidden states, which hidden_weight compares"):
+    found: dict[int, list[Tensor]] = {layer: [] for layer in range(depth)}
+    refusal = f"{called} does not return its hidden states, which hidden_weight compares"
+    with torch.no_grad(), evaluating(model), trying(refusal):
+        with layer_outputs(model, found, lambda layer, hidden: found[layer].append(hidden)):
             outputs = backbone(model)(input_ids=ids, use_cache=False, output_hidden_states=True)
-            states = outputs.hidden_states
-            found[len(blocks) - 1][-1:] = [outputs.last_hidden_state]
-            right = {
-                index: outputs[0].shape[:-1] == ids.shape
-                and len(outputs) == 1
-                and len(states) == len(blocks) + 1
-                and torch.equal(states[index + 1].to(outputs[0].device), outputs[0])
-                for index, outputs in found.items()
-            }
+        states = outputs.hidden_states
+        found[depth - 1][-1:] = [outputs.last_hidden_state]
+        right = {
+            layer: hidden[0].shape[:-1] == ids.shape
+            and len(hidden) == 1
+            and len(states) == depth + 1
+            and torch.equal(states[layer + 1].to(hidden[0].device), hidden[0])
+            for layer, hidden in found.items()
+        }
     if strange := [layer for layer in layers if not right[layer]]:
         raise ValueError(
-            f"what comes out of layer {strange[0]} of {called} is not the hidden states that it returns for it, "
-            "one vector per token: choose other layers with hidden_layers, or set hidden_weight to 0"
+            f"the output of layer {strange[0]} of {called} is not the hidden states that the model returns for it, one "
+            "vector per token: choose other layers with hidden_layers, or set hidden_weight to 0"
         )
     return {layer: found[layer][0].shape[-1] for layer in layers}

@@ -1,13 +1,11 @@
-"""Models inside their engines (DDP, FSDP2, ZeRO-3, bitsandbytes): where weights are whole, and where a loss sees them.
-
-Shapes: B batch, T tokens, D hidden width.
-"""
+"""Weights that are split or quantised (FSDP2, ZeRO-3, bitsandbytes), and a loss inside a model's forward."""
 
 import copy
 import functools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -19,9 +17,14 @@ from hf_distill.modeling.parts import backbone, causal_lm, head_layer, head_of, 
 from hf_distill.modeling.probes import PASSED
 
 
+def is_split(model: nn.Module) -> bool:
+    """True if ZeRO-3 has split a model, as it does while it loads one."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 @contextmanager
 def gathered(*models: nn.Module) -> Iterator[None]:
-    """Within it, models that ZeRO-3 has split are whole on every process; all processes have to come here."""
+    """Makes models that ZeRO-3 has split whole on every process for a while; all processes have to come here."""
     split = [parameter for model in models for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     if not split:
         yield
@@ -33,7 +36,7 @@ def gathered(*models: nn.Module) -> Iterator[None]:
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module that any engine may have split, whole and on the CPU; all processes have to come here."""
+    """The state of a module that an engine may have split, whole and on the CPU; all processes have to come here."""
     with gathered(module):
         return {
             name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
@@ -42,13 +45,13 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 class WholeCopy:
-    """A model that its engine will split over processes, whole on each of them for a while: to write text with.
+    """A copy of a split model that is whole on each process for a while, to generate text.
 
-    The engine's hooks stay behind, so the copy's forwards need no other process, which may make more or fewer of them.
-    Between uses it has no weights.
+    It has none of the engine's hooks, so its forwards involve no other process: processes may make different numbers of
+    forwards. Between uses it has no weights.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): not prepared by the engine yet; ZeRO-3 may have split it.
+        model (`PreTrainedModel` or `PeftModel`): not prepared by the engine yet; ZeRO-3 may have split it already.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,13 +68,13 @@ class WholeCopy:
 
     @contextmanager
     def __call__(self, dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
-        """Within it the copy is there, its floating-point weights in `dtype`; all processes have to come here."""
+        """The copy, with its floating-point weights in `dtype`; all processes have to come here."""
         whole: dict[int, nn.Parameter] = {}  # tied weights once
         try:
             with gathered(self._model):
                 for name, parameter in self._model.named_parameters(remove_duplicate=False):
                     if (slot := self._slots.get(name.replace("_checkpoint_wrapped_module.", ""))) is None:
-                        continue  # of a projector
+                        continue  # a projector's parameter
                     if id(parameter) not in whole:
                         tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.data
                         tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
@@ -79,7 +82,7 @@ class WholeCopy:
                     slot[0]._parameters[slot[1]] = whole[id(parameter)]
                 self._copy.to(next(iter(whole.values())).device)  # buffers
                 copy_ = causal_lm(self._copy)
-                # The copy of a checked model need not be checked, and could not be: its `forward` is the original's.
+                # A copy inherits the checks of its model. It could not be checked: its `forward` is the original's.
                 PASSED[copy_] = PASSED.get(causal_lm(self._model), set())
                 yield copy_
         finally:
@@ -90,12 +93,12 @@ class WholeCopy:
 def expose_hidden_states(model: PreTrainedModel) -> None:
     """Lets `model(..., with_hidden=function)` return `function(backbone_outputs, head)`, called as the head's forward.
 
-    A loss that reads the head's weight runs in the place of the head, inside the forward of the outermost wrapper: only
-    there DDP, FSDP and ZeRO have the weight whole, and only so do they see its gradient. Without `with_hidden` the
-    forward is the one it was.
+    So a loss that reads the head's weight runs in place of the head, inside the forward of the outermost wrapper. Only
+    there DDP, FSDP and ZeRO hold the whole weight, and only there do they see its gradient. Without `with_hidden` the
+    forward is unchanged.
     """
     original_forward = model.forward
-    num_ids = num_token_ids(model)  # here: in a forward, ZeRO-3 would gather the embeddings to look at their shape
+    num_ids = num_token_ids(model)  # not in the forward, where ZeRO-3 would gather the embeddings for it
 
     @functools.wraps(original_forward)
     def forward(self, *args, with_hidden: Callable | None = None, **kwargs):
@@ -108,7 +111,7 @@ def expose_hidden_states(model: PreTrainedModel) -> None:
         layer = head_layer(self)
 
         def in_place_of_logits(hidden: Tensor):
-            outputs.last_hidden_state = hidden  # engines mark what enters a layer
+            outputs.last_hidden_state = hidden  # engines wrap the inputs of a layer
             return with_hidden(outputs, head_of(self))
 
         with patch.object(layer, "forward", in_place_of_logits):
@@ -117,11 +120,25 @@ def expose_hidden_states(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def without_values(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy on the meta device, in which 4-bit and 8-bit layers are plain linear layers."""
+    copies: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        copies[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+            shape = module.in_features, module.out_features
+            copies[id(module)] = nn.Linear(*shape, module.bias is not None, device="meta")
+    return copy.deepcopy(model, copies)
+
+
 def keep_4bit_weights(model: nn.Module) -> None:
     """Stops bitsandbytes from repacking 4-bit weights in place on CPUs with avx512_bf16.
 
-    It does so in the first forward in eval mode; gradients are zero from then on, and saves and merges wrong.
+    It does so in the first forward in eval mode. From then on gradients are zero, and saved or merged weights wrong.
     """
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
+            module.support_avx512bf16_for_cpu = False

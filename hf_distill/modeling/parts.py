@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, N label-bearing positions, D hidden width, V vocabula
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,21 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_distill.losses.fused_linear import Head
 
-# Where a configuration keeps the factor of its logits, and whether the logits are divided by it.
+# Settings of configurations that scale the logits, and whether the logits are divided by them.
 LOGIT_SCALES = {"logit_scale": False, "output_multiplier": False, "lm_head_multiplier": False, "logits_scaling": True}
 MULTIPLIES_BY_LOGITS_SCALING = {"hyperclovax"}
-# Where a configuration keeps the number of positions.
-LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
-# Rotary embeddings that are stretched beyond the length in the configuration. That of the others (llama3, longrope) is
-# the stretched one; YaRN is written in both ways.
-STRETCHED_BY_FACTOR = {"linear", "dynamic", "proportional"}
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Settings that hold the number of positions.
+LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+# Types of rotary embeddings whose configurations hold the length before stretching. Those of llama3 and longrope hold
+# the stretched length; those of YaRN hold either.
+STRETCHED_BY_FACTOR = {"linear", "dynamic", "proportional"}
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside PEFT's wrapper, adapters included; the model itself where there is none."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    """The transformers model inside PEFT's wrapper, adapters included; without a wrapper, the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return cast(PreTrainedModel, model if unwrap is None else unwrap())
 
 
 def public_name(model: str | PreTrainedModel) -> str:
@@ -41,7 +42,7 @@ def public_name(model: str | PreTrainedModel) -> str:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, and no gradient checkpointing, which would keep the cache empty; afterwards all is as it was."""
+    """Eval mode for a while: no dropout, and no gradient checkpointing, which would leave the cache empty."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -53,7 +54,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def trying(action: str) -> Iterator[None]:
-    """Within it a model is tried out; an error becomes a `ValueError` that begins with what the model cannot do."""
+    """Turns errors of a model that is tried out into a `ValueError` that begins with `action`, what it cannot do."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -65,19 +66,21 @@ def trying(action: str) -> Iterator[None]:
 def embedding_weight(model: PreTrainedModel) -> Tensor:
     """The input embeddings, (V, D)."""
     with trying(f"{type(model).__name__} has no table of token embeddings and cannot read texts"):
-        return model.get_input_embeddings().weight  # pyright: ignore[reportReturnType]
+        embeddings: Any = model.get_input_embeddings()
+        return embeddings.weight
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model wants its inputs; of an offloaded one, whose weights are elsewhere, where it is computed."""
+    """The device of a model's inputs. An offloaded model computes on another device than its weights are on."""
     weight = embedding_weight(model)
     if weight.device.type != "meta":
         return weight.device
-    return torch.device(model.get_input_embeddings()._hf_hook.execution_device)  # pyright: ignore
+    embeddings: Any = model.get_input_embeddings()
+    return torch.device(embeddings._hf_hook.execution_device)
 
 
 def num_token_ids(model: PreTrainedModel) -> int:
-    """How many token ids a model has embeddings for, split by ZeRO-3 or not."""
+    """The number of token ids that a model has embeddings for, also where ZeRO-3 has split them."""
     weight = embedding_weight(model)
     return getattr(weight, "ds_shape", weight.shape)[0]
 
@@ -85,8 +88,8 @@ def num_token_ids(model: PreTrainedModel) -> int:
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The module whose output the head is applied to.
 
-    Where `base_model` is the model itself, because its class gives that part another name (Llama 4, Mllama), it is the
-    part with the input embeddings.
+    Some classes do not name that part as `base_model` promises (Llama 4, Mllama): `base_model` is then the model
+    itself, and the backbone is the part that holds the input embeddings.
 
     Raises:
         `ValueError`: there is no such part.
@@ -104,20 +107,20 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 
 def last_hidden_states(model: PreTrainedModel, *, input_ids: Tensor, **inputs: Tensor) -> Tensor:
-    """What the head is applied to, (B, T, D), without running the head."""
+    """The hidden states (B, T, D) that the head is applied to; the head is not run."""
     return backbone(model)(
         input_ids=readable(input_ids, num_token_ids(model)), **inputs, use_cache=False
     ).last_hidden_state
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The output layer of a causal language model with its bias, logit scale and soft-cap."""
+    """The head of a causal language model: the output layer's weight and bias, logit scale and soft-cap."""
     layer, config = _output_layer(model), model.config.get_text_config()
     return Head(layer.weight, getattr(layer, "bias", None), _logit_scale(config), _softcap(config))
 
 
 def head_layer(model: PreTrainedModel) -> nn.Module:
-    """The layer whose weight `head_of` takes; of a head that PEFT trains (`modules_to_save`) its own copy."""
+    """The layer whose weight `head_of` takes. Where PEFT trains the head (`modules_to_save`), that is PEFT's copy."""
     layer = _output_layer(model)
     return next((part for part in layer.modules() if part._parameters.get("weight") is layer.weight), layer)
 
@@ -125,11 +128,11 @@ def head_layer(model: PreTrainedModel) -> nn.Module:
 def _output_layer(model: PreTrainedModel) -> Any:
     layer = model.get_output_embeddings()
     if not isinstance(getattr(layer, "weight", None), Tensor):  # several for audio codes, or none
-        raise ValueError(f"{type(model).__name__} has not one output layer over tokens; it is not supported")
+        raise ValueError(f"{type(model).__name__} has no single output layer over tokens; it is not supported")
     return layer
 
 
-def _logit_scale(config) -> float:
+def _logit_scale(config: PreTrainedConfig) -> float:
     for name, divides in LOGIT_SCALES.items():
         scale = getattr(config, name, None)
         if scale is not None:
@@ -137,31 +140,32 @@ def _logit_scale(config) -> float:
     return 1.0
 
 
-def _softcap(config) -> float | None:
+def _softcap(config: PreTrainedConfig) -> float | None:
     return next((cap for name in SOFT_CAPS if (cap := getattr(config, name, None)) is not None), None)
 
 
 def readable(input_ids: Tensor, num_ids: int) -> Tensor:
-    """Token ids with 0 for those that a model of `num_ids` embeddings has none for: padding, which nobody reads.
+    """Token ids, with 0 in place of those without an embedding, in a model of `num_ids` embeddings.
 
-    A pad token is often added without a row for it, and -1 pads, too. Everything that reads tokens comes through here.
+    Only padding has such ids: a pad token is often added without an embedding for it, and some rows are padded with -1.
+    Whatever passes tokens to a model calls this first.
     """
     return input_ids.masked_fill((input_ids < 0) | (input_ids >= num_ids), 0)
 
 
 def drop_unreadable_padding(model: PreTrainedModel) -> None:
-    """Takes a pad token that has no embedding out of the configurations: a model saved with it would not load."""
+    """Removes a pad token without an embedding from the configurations: a model saved with it would not load."""
     for config in (model.config.get_text_config(), model.generation_config):
         pad = getattr(config, "pad_token_id", None)
-        if pad is not None and not 0 <= pad < num_token_ids(model):
-            config.pad_token_id = None  # pyright: ignore[reportOptionalMemberAccess]
+        if config is not None and pad is not None and not 0 <= pad < num_token_ids(model):
+            config.pad_token_id = None
 
 
 def label_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Positions that predict a label-bearing token, and those tokens.
 
     Args:
-        labels (`torch.Tensor` of shape `(B, T)`): as a causal language model takes them, not shifted, -100 is masked.
+        labels (`torch.Tensor` of shape `(B, T)`): not shifted, as causal language models take them; -100 is masked.
 
     Returns:
         Indices `(N,)` into the flattened (B * T) positions, and the labels `(N,)` of the tokens that follow them.
@@ -177,7 +181,7 @@ def select_positions(hidden: Tensor, positions: Tensor) -> Tensor:
 
 
 def num_layers(config: PreTrainedConfig) -> int:
-    """How many layers a configuration has; `ValueError` where it does not say."""
+    """The number of layers in a configuration; `ValueError` where it has none."""
     number = getattr(config, "num_hidden_layers", None)
     if number is None:
         raise ValueError(
@@ -187,13 +191,17 @@ def num_layers(config: PreTrainedConfig) -> int:
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of a model's layers: the outermost list with as many modules as its configuration has layers."""
+    """The layers of a model, with their name: the outermost list whose length is the configuration's number of layers.
+
+    Raises:
+        `ValueError`: there is no such list, or several.
+    """
     number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == number]
     depth = min((name.count(".") for name, _ in lists), default=0)
     outermost = [(name, blocks) for name, blocks in lists if name.count(".") == depth]
     if len(outermost) != 1 or model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} has not one list of {number} layers: only decoder-only models have")
+        raise ValueError(f"{type(model).__name__} has no single list of {number} layers: only decoder-only models do")
     return outermost[0]
 
 
@@ -203,19 +211,20 @@ def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def layer_output(output: Any) -> Tensor:
-    """The hidden states in what a layer returns."""
+    """The hidden states in the output of a layer."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 def num_positions(model: nn.Module | PreTrainedConfig) -> int | None:
-    """The number of tokens that a model was made to read; None where nothing limits it (ALiBi, recurrent models).
+    """The number of tokens that a model was made to read; None where there is no limit (ALiBi, recurrent models).
 
-    A table of positions ends there, and a longer text is an error or, on a GPU, the end of the process. Rotary
-    embeddings go on beyond it, with poor predictions. Some configurations state the length with the stretching of the
-    rotary embedding, others without; where layers differ, the shortest length counts.
+    A table of positions ends there: a longer text is an error or, on a GPU, ends the process. Rotary embeddings go on
+    beyond it, with poor predictions. Some configurations hold the length that the rotary embedding is stretched to,
+    others the length before. If types of layers differ, the shortest length counts.
 
     Args:
-        model (`nn.Module` or `PreTrainedConfig`): a table that keeps rows for padding (RoBERTa) is found in the model.
+        model (`nn.Module` or `PreTrainedConfig`):
+            In a model, tables are found whose first rows are for padding (RoBERTa); a configuration does not say so.
     """
     config = model if isinstance(model, PreTrainedConfig) else causal_lm(model).config
     config = config.get_text_config()
@@ -231,37 +240,39 @@ def num_positions(model: nn.Module | PreTrainedConfig) -> int | None:
 
 
 def _stretched(size: int, rope: Mapping[str, Any]) -> int:
-    """The length up to which a rotary embedding is stretched, where the configuration states `size`."""
+    """The length that a rotary embedding is stretched to, in a configuration that says `size`."""
     factor = rope.get("factor") or 1.0
     rope_type = rope.get("rope_type") or rope.get("type")
     if rope_type == "yarn":
-        # Qwen's `size` is without stretching, and not always the original length; DeepSeek's is with it.
+        # In Qwen's configurations `size` is a length before stretching, in DeepSeek's the one after it.
         return max(size, int((rope.get("original_max_position_embeddings") or size) * factor))
-    # Dynamic scaling is computed anew for any length; its factor says how far it was meant to go.
+    # transformers recomputes dynamic scaling for any length; its factor is how far it is meant to go.
     return max(size, int(size * factor)) if rope_type in STRETCHED_BY_FACTOR else size
 
 
 def _table_lengths(model: nn.Module) -> Iterator[int]:
-    """The lengths of tables of positions whose first rows, up to that of the padding token, are for padding."""
+    """The usable lengths of tables of positions whose first rows, up to `padding_idx`, are for padding."""
     for name, table in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
             yield table.num_embeddings - table.padding_idx - 1
 
 
-def load_balancing_loss(model: PreTrainedModel, outputs, attention_mask: Tensor | None) -> Tensor:
+def load_balancing_loss(model: PreTrainedModel, outputs: Any, attention_mask: Tensor | None) -> Tensor:
     """The auxiliary loss of a mixture-of-experts model, without its coefficient (Switch, 2101.03961, eq. 4)."""
     # Nearly every family takes this function from Mixtral; `check_load_balancing` finds the others.
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     config = model.config.get_text_config()
     num_experts = getattr(config, "num_experts", None) or config.num_local_experts
-    return load_balancing_loss_func(outputs.router_logits, num_experts, config.num_experts_per_tok, attention_mask)  # pyright: ignore
+    return torch.as_tensor(
+        load_balancing_loss_func(outputs.router_logits, num_experts, config.num_experts_per_tok, attention_mask)
+    )
 
 
 def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> int:
-    """How many token ids, from 0 on, mean the same to both tokenizers.
+    """The number of token ids, counted from 0, that mean the same to both tokenizers.
 
-    Tokens that one side has added at the end (`<pad>`) do not make another vocabulary.
+    Tokens that one tokenizer adds at the end (`<pad>`) do not make another vocabulary.
 
     Raises:
         `ValueError`: the vocabularies differ before one of them ends.
@@ -281,7 +292,7 @@ def shared_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
 
 
 def shared_parameters(student: nn.Module, teacher: nn.Module) -> list[str]:
-    """Names of the student's trainable parameters whose memory is also the teacher's."""
+    """The names of the student's trainable parameters that share memory with the teacher."""
     taken = {parameter.data_ptr() for parameter in teacher.parameters() if parameter.numel()}
     trainable = [(name, p) for name, p in student.named_parameters() if p.requires_grad and p.numel()]
     return [name for name, parameter in trainable if parameter.data_ptr() in taken]

@@ -1,4 +1,4 @@
-"""Checks that ask the model itself: whether its head, its length and its load-balancing loss are what we take them for.
+"""Checks that run the model itself: whether its head, its length and its load-balancing loss are what we assume.
 
 A table of families would be outdated with every release of transformers, and remote code is in no table.
 """
@@ -25,12 +25,12 @@ from hf_distill.modeling.parts import (
     trying,
 )
 
-# The checks that a model has passed. A copy of a checked model (`WholeCopy`) takes over its entry.
+# The checks that each model has passed. A copy of a checked model (`WholeCopy`) inherits its entry.
 PASSED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def remembered(check: Callable[[PreTrainedModel, str], None]) -> Callable[[PreTrainedModel, str], None]:
-    """A check that notes which models have passed it."""
+    """A check that records the models that pass it."""
 
     @functools.wraps(check)
     def checked(model: PreTrainedModel, name: str) -> None:
@@ -41,7 +41,7 @@ def remembered(check: Callable[[PreTrainedModel, str], None]) -> Callable[[PreTr
 
 
 def ensure(check: Callable[[PreTrainedModel, str], None], model: PreTrainedModel, name: str) -> None:
-    """Runs `check(model, name)` unless this model has passed it: what is called in a loop checks a model once."""
+    """Runs `check(model, name)` unless this model has passed it, so that functions called in a loop check only once."""
     if check.__name__ not in PASSED.get(model, ()):
         check(model, name)
 
@@ -52,7 +52,7 @@ def check_head(model: PreTrainedModel, name: str) -> None:
 
     Raises:
         `ValueError`: the model computes its logits in a way that `head_of` does not know, so that every loss would be
-            wrong; it reads ahead; or it does not read plain token ids at all.
+            wrong; it reads ahead; or it does not take plain token ids.
     """
     called = f"the {name} ({type(model).__name__})"
     ids = torch.tensor([[8, 9, 10, 11], [8, 9, 10, 12]], device=input_device(model)) % num_token_ids(model)
@@ -65,7 +65,7 @@ def check_head(model: PreTrainedModel, name: str) -> None:
         raise ValueError(f"the {name}'s output layer is quantised; load it with the output layer left out (lm_head)")
     with torch.no_grad(), evaluating(model), trying(unfit):
         hidden = last_hidden_states(model, input_ids=ids)
-        # A head of another dtype than the body's is no hindrance to the losses, but to the model by itself.
+        # The losses accept a head of another dtype than the backbone's; the model by itself does not.
         lower = min(hidden.dtype, head.weight.dtype, key=lambda dtype: dtype.itemsize)
         is_mixed = hidden.dtype != head.weight.dtype
         is_exact = lower == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
@@ -75,27 +75,27 @@ def check_head(model: PreTrainedModel, name: str) -> None:
     if not expected.isfinite().all():
         raise ValueError(f"the {name}'s logits are not finite: its weights are damaged, or its dtype cannot hold them")
     scale = expected.abs().max().clamp(min=1.0)
-    # In float32, TF32 included, a soft-cap far above the logits shows as well.
+    # Float32, even as TF32, is precise enough to notice a soft-cap far above the logits.
     tolerance = (2e-3 if is_exact else 0.05) * scale.to(found.device)
     if expected.shape != found.shape or not (expected.to(found.device) - found).abs().max() <= tolerance:
         raise ValueError(
             f"{called} does not compute its logits as its output layer, bias, logit scale and soft-cap say, so losses "
             "on hidden states would be wrong; this architecture is not supported"
         )
-    # Nothing but the last token differs; where it cannot be seen, the difference is 0.
+    # The two rows differ in their last token only, so a causal model has equal hidden states before it.
     if (hidden[0, :3] - hidden[1, :3]).abs().max() > 5e-3 * hidden.abs().max():
         raise ValueError(
-            f"{called} reads ahead: it knows the tokens that it is to predict. It is no causal language model"
+            f"{called} reads ahead: it sees the tokens that it has to predict, so it is no causal language model"
         )
 
 
 def check_length(model: PreTrainedModel, name: str, length: int) -> None:
-    """Tries a text of one token more than a model was made for, if `length` goes beyond that.
+    """If `length` exceeds the number of positions of a model, tries a text of one token more than that number.
 
-    Rotary positions go on, more or less well. Learned ones are a table that ends, and on a GPU its end kills the run.
+    Rotary embeddings go on, more or less well. A table of positions ends, and on a GPU that ends the process.
 
     Raises:
-        `ValueError`: the model cannot read as much.
+        `ValueError`: the model cannot read beyond its number of positions.
     """
     limit = num_positions(model)
     if limit is None or length <= limit:
@@ -103,14 +103,14 @@ def check_length(model: PreTrainedModel, name: str, length: int) -> None:
     ids = torch.zeros(1, limit + 1, dtype=torch.long, device=input_device(model))
     refusal = f"the {name} ({type(model).__name__}) has {limit} positions, and a text has {length} tokens"
     with torch.no_grad(), evaluating(model), trying(f"{refusal}: set max_length to at most {limit}"):
-        last_hidden_states(model, input_ids=ids).sum().item()  # which waits for what has failed
+        last_hidden_states(model, input_ids=ids).sum().item()  # waits for the device, where errors come late
 
 
 def check_load_balancing(model: PreTrainedModel, name: str) -> None:
     """Compares `load_balancing_loss` with the auxiliary loss that the model itself returns for a few tokens.
 
     Raises:
-        `ValueError`: the model has another one, or none.
+        `ValueError`: the model has another loss, or none.
     """
     called = f"the load-balancing loss of the {name} ({type(model).__name__})"
     remedy = "set router_aux_loss_coef=0.0 to train without it"

@@ -137,7 +137,7 @@ def test_check_cache_notices_a_cache_that_does_not_work(what, monkeypatch):
         return outputs
 
     monkeypatch.setattr(model.base_model, "forward", broken)
-    with pytest.raises(ValueError, match="its hidden states are others than those of the whole text"):
+    with pytest.raises(ValueError, match="its hidden states differ from those of the whole text"):
         check_cache(model, "teacher")
 
 

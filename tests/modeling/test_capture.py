@@ -38,7 +38,7 @@ def test_two_models_of_one_file_are_captured_at_the_same_time(family):
 def test_layers_with_several_vectors_per_token_have_no_width():
     model = tiny_model("deepseek_v4")  # four streams; the last layer's are merged
     assert hidden_widths(model, [model.config.num_hidden_layers - 1], "student") == {2: 32}
-    with pytest.raises(ValueError, match=r"what comes out of layer 0 of the student \(DeepseekV4ForCausalLM\)"):
+    with pytest.raises(ValueError, match=r"the output of layer 0 of the student \(DeepseekV4ForCausalLM\)"):
         hidden_widths(model, [0], "student")
 
 

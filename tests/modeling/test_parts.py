@@ -120,7 +120,7 @@ def test_load_balancing_loss_is_the_models_own(inputs, config_class, with_mask):
 def test_models_of_several_heads_are_refused_in_words():
     model = tiny_model("musicgen_decoder")
     for function in (head_of, head_layer):
-        with pytest.raises(ValueError, match="MusicgenForCausalLM has not one output layer"):
+        with pytest.raises(ValueError, match="MusicgenForCausalLM has no single output layer"):
             function(model)
 
 
