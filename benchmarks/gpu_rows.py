@@ -47,7 +47,7 @@ from hf_distill.losses.fused_linear import Head
 from hf_distill.modeling import last_hidden_states
 from hf_distill.speculative import RolloutConfig, RolloutStats, sample
 from hf_distill.token_alignment import shared_tokens
-from hf_distill.trainers.config import checkpointing
+from hf_distill.trainers.hard_label_config import checkpointing
 
 Cells = dict[str, Any]
 

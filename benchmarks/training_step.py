@@ -134,7 +134,7 @@ def run(variant: str, options: argparse.Namespace) -> Result:
 
         def ask_teacher(batch: tuple[dict[str, Any], Any]) -> None:
             inputs = {name: batch[0][name] for name in ("input_ids", "attention_mask")}
-            (signal,) = trainer.teacher(inputs, label_positions(batch[0]["labels"])[0])
+            signal = trainer.teacher(inputs, label_positions(batch[0]["labels"])[0])
             signal.head.logits(signal.hidden)
 
         chosen = ask_teacher if variant == "teacher" else step

@@ -12,23 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template
 
 from hf_distill.rows import refuse_other_form, with_messages
-from hf_distill.token_alignment import Piece, align, group_numbers
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-
-# What only the teachers see of a row or a batch: which of them it is for, and a text that differs from the student's.
-TEACHER_COLUMNS = ("teacher_index", "teacher_input_ids", "teacher_labels", "teacher_attention_mask")
-# With another tokenizer, under names that begin with `teacher_<index>_`: the teacher's tokens, and for each token of
-# both sides the number of its group, -1 for none; how many of the student's tokens face exactly one of the teacher's.
-OWN_COLUMNS = ("input_ids", "labels", "groups", "student_groups", "exact")
 
 
 class PromptCollator:
@@ -67,7 +59,7 @@ class PromptCollator:
         if is_chat := not isinstance(prompt, str):
             check_chat_template(self.tokenizer)
             turns = {"prompt": prompt, **({"completion": completion} if completion else {})}
-            texts = apply_chat_template(turns, self.tokenizer, **_template_arguments(row))
+            texts = apply_chat_template(turns, self.tokenizer, **template_arguments(row))
             prompt, completion = texts["prompt"], texts.get("completion")
         ids = prompt_ids(self.tokenizer, prompt, add_special_tokens=not is_chat)
         answer = completion_ids(self.tokenizer, prompt, completion, ids, ends=is_chat) if completion else []
@@ -244,191 +236,10 @@ class LUPICollator:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
-class TeacherColumnsCollator:
-    """Adds `TEACHER_COLUMNS` to the batches of another collator, padded on the right.
-
-    Args:
-        collator: makes batches of `input_ids` and `labels`, row by row; not one that joins rows.
-        num_teachers (`int`): how many may have tokens of their own.
-    """
-
-    def __init__(self, collator: Any, num_teachers: int = 1) -> None:
-        self.collator = collator
-        self.num_teachers = num_teachers
-
-    def __call__(self, rows: Sequence[Row]) -> Row:
-        """A batch. `ValueError` for a row with other label-bearing tokens for the teacher than for the student."""
-        batch = self.collator([{k: v for k, v in row.items() if not k.startswith("teacher_")} for row in rows])
-        for index in range(self.num_teachers):
-            if f"teacher_{index}_input_ids" in rows[0]:
-                batch |= _own_tokens(rows, index)
-        if "teacher_index" in rows[0]:
-            index = torch.tensor([row["teacher_index"] for row in rows])
-            if strange := [i for i in index.tolist() if not 0 <= i < self.num_teachers]:
-                raise ValueError(f"a row has teacher_index {strange[0]}; there are {self.num_teachers} teachers")
-            batch["teacher_index"] = index
-        if "teacher_input_ids" in rows[0]:
-            for row in rows:
-                both = row.get("labels", row["input_ids"]), row["teacher_labels"]
-                sides = [[int(i) for i in labels[1:] if i != -100] for labels in both]
-                if sides[0] != sides[1]:
-                    raise ValueError(
-                        f"a row has {len(sides[0])} label-bearing tokens for the student and {len(sides[1])} for the "
-                        "teacher, or others: both have to end with the same completion"
-                    )
-            ids, mask = _pad([row["teacher_input_ids"] for row in rows], 0, "right")
-            batch |= {"teacher_input_ids": ids, "teacher_attention_mask": mask.long()}
-            batch["teacher_labels"], _ = _pad([row["teacher_labels"] for row in rows], -100, "right")
-        return batch
-
-
-def with_teacher_prompt(
-    row: Row, tokenizers: Sequence[PreTrainedTokenizerBase], positions: int | None, dataset_name: str
-) -> Row:
-    """What the teachers read of a tokenised row: its `teacher_prompt`, if there is one, before the same completion.
-
-    Raises:
-        `ValueError`: the row has no prompt that the teacher's could stand for, or it is another for each tokenizer, or
-            the teachers have not so many `positions`.
-    """
-    ids, labels = list(map(int, row["input_ids"])), list(map(int, row["labels"]))
-    if row.get("teacher_prompt"):
-        start = next(i for i, label in enumerate(labels) if label != -100)
-        if start == 0:
-            raise ValueError(
-                f"a row of the {dataset_name} dataset has a 'teacher_prompt', but no prompt that it could stand for: "
-                "it needs 'prompt' and 'completion', and labels on the completion alone"
-            )
-        name = f"a row of the {dataset_name} dataset"
-        prompt, *others = (PromptCollator(tokenizer).teacher_prompt_ids(row, name) for tokenizer in tokenizers)
-        if any(other != prompt for other in others):
-            raise ValueError(
-                f"the 'teacher_prompt' of {name} is for all teachers, but their chat templates or tokenizers make "
-                "different tokens of it: give 'prompt' and 'teacher_prompt' as text, or take teachers that agree"
-            )
-        ids, labels = prompt + ids[start:], [-100] * len(prompt) + labels[start:]
-        _refuse_length(ids, positions, "teacher_prompt and completion", name, "shorten it")
-    return {"teacher_input_ids": ids, "teacher_labels": labels}
-
-
-def with_own_tokens(
-    row: Row,
-    *,
-    index: int,
-    tokenizer: PreTrainedTokenizerBase,
-    student_tokenizer: PreTrainedTokenizerBase,
-    pieces: tuple[Sequence[Piece | None], Sequence[Piece | None]],
-    positions: int | None,
-    dataset_name: str,
-) -> Row:
-    """What the `index`-th teacher reads of a tokenised row, and which of its tokens cover which of the student's.
-
-    Conversations go through the teacher's own chat template; only what was said is compared. Groups count whose tokens
-    all bear a label and are predicted by another token.
-
-    Raises:
-        `ValueError`: messages that are no text, or that the teacher's template refuses; more tokens than the teacher
-            has `positions`, or one that it has no embedding for.
-    """
-    name = f"a row of the {dataset_name} dataset"
-    student_ids, labels = row["input_ids"], row["labels"]
-    ids: Any
-    messages = _messages(row)
-    text = student_tokenizer.decode(student_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    if messages is None:
-        ids = tokenizer(text)["input_ids"]
-        end = tokenizer.eos_token_id
-        if student_ids[-1] == student_tokenizer.eos_token_id and end not in (None, *ids[-1:]):
-            ids = [*ids, end]
-        contents = None
-    else:
-        try:
-            ids = tokenizer.apply_chat_template(messages, return_dict=True, **_template_arguments(row))["input_ids"]  # pyright: ignore
-        except TemplateError as error:
-            raise ValueError(
-                f"the chat template of the teacher's tokenizer refuses {name} ({error}): give it another, pass it as "
-                "teacher_processing_class, or give the rows as text"
-            ) from error
-        contents = [message.get("content") or "" for message in messages]  # A tool call has none.
-        if strange := [content for content in contents if not isinstance(content, str)]:
-            raise ValueError(f"messages for a teacher with another tokenizer have to be text, got {strange[0]!r}")
-        if not _has_in_order(text, contents):
-            whole: Any = student_tokenizer.apply_chat_template(messages, return_dict=True, **_template_arguments(row))
-            if len(whole["input_ids"]) > len(student_ids):
-                contents = None  # A row that has been cut is aligned by what is left of it.
-    if max(ids, default=0) >= len(pieces[1]):
-        raise ValueError(
-            f"the teacher's tokenizer makes token {max(ids)} of {name}, but the teacher has only {len(pieces[1])}: "
-            "they do not belong together"
-        )
-    _refuse_length(ids, positions, "the teacher's own tokens", name, "lower max_length or drop long rows")
-    sides = [
-        ["" if side[i] is None else side[i] for i in tokens]
-        for side, tokens in zip(pieces, (student_ids, ids), strict=True)
-    ]
-    groups = align(sides[0], sides[1], contents)
-    counts = [i > 0 and label != -100 for i, label in enumerate(labels)], [j > 0 for j in range(len(ids))]
-    student_groups, teacher_groups = group_numbers(groups, *counts)
-    kept = set(student_groups) - {-1}
-    view = {
-        "input_ids": ids,
-        "labels": [-100 if group == -1 else token for token, group in zip(ids, teacher_groups, strict=True)],
-        "groups": teacher_groups,
-        "student_groups": student_groups,
-        "exact": sum(len(groups[k].student) == len(groups[k].teacher) == 1 for k in kept),
-    }
-    return {f"teacher_{index}_{name}": value for name, value in view.items()}
-
-
-def _has_in_order(text: Any, contents: Sequence[str]) -> bool:
-    """Whether a text has all contents, one after the other."""
-    place = 0
-    for content in map(str.strip, contents):
-        place = text.find(content, place)
-        if place == -1:
-            return False
-        place += len(content)
-    return True
-
-
-def lost_messages(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The roles whose messages are not in what the chat template makes of a row, as a whole."""
-    messages = _messages(row) or []
-    text: Any = tokenizer.apply_chat_template(messages, tokenize=False, **_template_arguments(row)) if messages else ""
-    return [message["role"] for message in messages if (message.get("content") or "").strip() not in text]
-
-
-def _refuse_length(ids: list[int], positions: int | None, what: str, name: str, remedy: str) -> None:
-    if positions is not None and len(ids) > positions:
-        raise ValueError(f"{what} of {name} take {len(ids)} tokens, the teacher has {positions} positions: {remedy}")
-
-
-def _template_arguments(row: Row) -> dict[str, Any]:
-    """What a row brings for its chat template: its tools, which may be JSON, and arguments of its own."""
+def template_arguments(row: Row) -> dict[str, Any]:
+    """A row's own arguments of its chat template: its tools, which may be JSON, and `chat_template_kwargs`."""
     tools = row.get("tools")
     return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
-
-
-def _messages(row: Row) -> list[dict[str, str]] | None:
-    """The conversation that a row is, None for plain text."""
-    if row.get("messages"):
-        return row["messages"]
-    parts = row.get("prompt"), row.get("completion")
-    return [turn for part in parts for turn in part] if all(isinstance(part, list) for part in parts) else None  # pyright: ignore
-
-
-def _own_tokens(rows: Sequence[Row], index: int) -> dict[str, Tensor]:
-    """The columns of [`with_own_tokens`] as tensors (B, T) and (B, Tt), padded on the right; `exact` is (B,)."""
-    columns = {name: [row[f"teacher_{index}_{name}"] for row in rows] for name in OWN_COLUMNS}
-    padding = {"input_ids": 0, "labels": -100, "groups": -1, "student_groups": -1}
-    batch = {name: _pad(columns[name], value, "right")[0] for name, value in padding.items()}
-    sides = ("groups", "student_groups")
-    # No row has more groups than tokens of both sides.
-    first = torch.arange(len(rows)).unsqueeze(1) * sum(batch[name].shape[1] for name in sides)  # (B, 1)
-    batch |= {name: torch.where(batch[name] >= 0, batch[name] + first, -1) for name in sides}
-    batch["attention_mask"] = _pad(columns["input_ids"], 0, "right")[1].long()
-    batch["exact"] = torch.tensor(columns["exact"])
-    return {f"teacher_{index}_{name}": tensor for name, tensor in batch.items()}
 
 
 def encoded(collator: Any, row: Row, index: int) -> Row:
@@ -439,11 +250,11 @@ def encoded(collator: Any, row: Row, index: int) -> Row:
 def pad_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """Encoded rows as one batch: prompts padded on the left, completions, if all rows have one, on the right."""
     # Without any of them, 0: what the masks leave out is never read.
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     batch: dict[str, Tensor] = {}
     for name, side in {"student_prompt": "left", "teacher_prompt": "left", "completion": "right"}.items():
         if name != "completion" or all(row.get("completion_ids") for row in rows):
-            batch[f"{name}_ids"], batch[f"{name}_mask"] = _pad([row[f"{name}_ids"] for row in rows], pad, side)  # pyright: ignore
+            batch[f"{name}_ids"], batch[f"{name}_mask"] = pad([row[f"{name}_ids"] for row in rows], pad_id, side)  # pyright: ignore
     return batch
 
 
@@ -487,7 +298,8 @@ def warn_of_truncation(count: int, total: int, name: str) -> None:
         logger.warning("the knowledge of %d of %d rows of the %s is cut at max_prompt_length", count, total, name)
 
 
-def _pad(sequences: list[list[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
+def pad(sequences: list[list[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
+    """Sequences as one tensor (B, T), padded on one side ("left" or "right"), and where they are (B, T), bool."""
     tensors = [torch.tensor(sequence) for sequence in sequences]
     ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
     lengths = torch.tensor([len(sequence) for sequence in sequences])[:, None]

@@ -311,3 +311,36 @@ def _integers(values: np.ndarray, name: str) -> np.ndarray:
     if values.dtype.kind not in kinds and len(values):
         raise RowProblem(0, f"has {name} that are not integers ({values.dtype})")
     return values.astype(np.int8) if values.dtype.kind == "b" else values
+
+
+def check_batch(batch: Mapping[str, Any], prefix: str, num_ids: int, vocab_size: int, pad_token_id: int | None) -> None:
+    """Raises `ValueError` for a batch that would be trained on otherwise than it says.
+
+    Args:
+        batch: from a collator; `prefix` stands before the names of what one side reads.
+        num_ids (`int`): token ids that can be read; what the attention mask leaves out, and padding, may be any.
+        vocab_size (`int`): labels are -100 or below this.
+    """
+    names = [prefix + name for name in ("input_ids", "labels", "attention_mask")]
+    ids, labels, mask = (batch.get(name) for name in names)
+    if ids is None or labels is None:
+        raise ValueError(f"a batch has no {names[0 if ids is None else 1]!r}: the data collator has to make them")
+    if f"{prefix}shift_labels" in batch:
+        raise ValueError("a batch has 'shift_labels', but labels are shifted by the trainer: leave them out")
+    if labels.dim() != 2 or labels.shape != ids.shape:
+        raise ValueError(
+            f"a batch has {names[1]} of shape {tuple(labels.shape)} and {names[0]} of shape {tuple(ids.shape)}: both "
+            "have to be (B, T), a label for each token"
+        )
+    bad_labels = (labels != -100) & ((labels < 0) | (labels >= vocab_size))
+    bad_ids = (ids < 0) | (ids >= num_ids)
+    if pad_token_id is not None:
+        bad_ids = bad_ids & (ids != pad_token_id)
+    if mask is not None and mask.shape == ids.shape:
+        bad_ids = bad_ids & (mask != 0)
+    # One look at both: label_positions waits for the device anyway.
+    if len(strange := torch.stack([bad_labels, bad_ids]).nonzero()):
+        side, *place = strange[0].tolist()
+        value = (labels, ids)[side][tuple(place)].item()
+        limits = f"-100 and 0 to {vocab_size - 1} are" if side == 0 else f"0 to {num_ids - 1} are"
+        raise ValueError(f"a batch has the {prefix}{('label', 'token id')[side]} {value}; {limits} possible")

@@ -34,7 +34,7 @@ from hf_distill import (
 from hf_distill.kv_projector import KVProjector, Projectors, load_projector, save_projector
 from hf_distill.lora import merge_adapter
 from hf_distill.saving import base_of, mend_generation_config, refuse_folder, refuse_undeclared_ties, set_aside
-from hf_distill.teachers.local import load_teacher
+from hf_distill.teachers.loading import load_teacher
 from hf_distill.trainers.checkpoints import CheckpointTiming
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 

@@ -15,13 +15,13 @@ from hf_distill.cli.arguments import KDArguments, KVArguments, SKDArguments, Sta
 from hf_distill.cli.data import load_datasets, lupi_collator, refuse_ignored, with_prompts
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.lora import ADAPTER_CONFIG
+from hf_distill.named import student_tokenizer
 from hf_distill.pruning import missing_bundles, original_layers, read_manifest, restore_layers
 from hf_distill.report import EVALUATION_COLUMNS, FIDELITY_COLUMNS, ROLLOUT_COLUMNS, save_report, save_settings
 from hf_distill.saved_weights import other_adapters
 from hf_distill.saving import adapters_on, save_tokenizer
 from hf_distill.teachers.local import LocalTeacher
 from hf_distill.trainers.checkpoints import find_checkpoint, problem_of
-from hf_distill.trainers.checks import student_tokenizer
 from hf_distill.trainers.config import KDConfig, keywords
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.kv_projection import KVProjectionTrainer

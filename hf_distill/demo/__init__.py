@@ -31,7 +31,8 @@ from hf_distill.demo.text import stories
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.report import save_report
 from hf_distill.saving import set_aside
-from hf_distill.trainers.config import KDConfig, checkpointing
+from hf_distill.trainers.config import KDConfig
+from hf_distill.trainers.hard_label_config import checkpointing
 from hf_distill.trainers.kd import KDTrainer
 
 TEACHER = str(files("hf_distill.demo") / "teacher")

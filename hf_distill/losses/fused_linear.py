@@ -101,7 +101,7 @@ def _dense_step(teachers: Sequence[TeacherSignal], num_rows: int, vocab_size: in
     """The step of a mixture of teachers, as it is in `ChunkedSignal.step`."""
     ready = []
     for teacher in teachers:
-        hidden, head, weight = teacher.hidden.detach().to(device), teacher.head.to(device), teacher.weight
+        hidden, head, weight = teacher.hidden.to(device).detach(), teacher.head.to(device), teacher.weight
         check_side("teacher", hidden, head, vocab_size)
         if len(hidden) != num_rows:
             raise ValueError(f"teacher_hidden has {len(hidden)} rows, student_hidden has {num_rows}")

@@ -1,26 +1,85 @@
-"""Where the teacher's signal comes from."""
+"""Where the teacher's signal comes from.
 
-from collections.abc import Sequence
-from typing import Protocol
+A teacher is anything that can say something about a row: [`Teacher`]. A teacher that is a model in this process is a
+[`ModelTeacher`], which inner layers, keys and values, and rollouts need.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from hf_distill.losses.cross_tokenizer import AlignedSignal
-from hf_distill.losses.fused_linear import TeacherSignal
+from hf_distill.losses.fused_linear import Head, TeacherSignal
+from hf_distill.losses.objective import Signal
 
-__all__ = ["Signal", "Teacher"]
-
-Signal = TeacherSignal | AlignedSignal
+__all__ = ["ModelTeacher", "Signal", "Teacher", "model_teachers", "require_model"]
 
 
+@runtime_checkable
 class Teacher(Protocol):
-    """Anything that can be asked for the next-token distributions of a batch."""
+    """Anything that can say something about a row.
 
-    name: str  # for model cards and logs
+    Columns of the data set and tensors of the batch whose names begin with `teacher_` are the teacher's: they are kept
+    for it, and taken out before the student reads the batch. A row whose labels are all -100 fills up a batch, and the
+    teacher has nothing to say about it.
+    """
 
-    def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> Sequence[Signal]:
-        """The signals at flat `positions` (N,) of a batch's (B * T); `inputs` are what the forward takes.
+    name: str
+    """For model cards and logs."""
 
-        One signal per model; where there are several, they carry their weights.
+    def prepare(self, dataset: Any, name: str) -> Any:
+        """Called once for each data set (`Dataset` or `IterableDataset`), when its rows have `input_ids` and `labels`.
+
+        Returns the rows, with the columns that the teacher needs added. Raises `ValueError` for rows that it cannot
+        teach; `name` is what messages call the data set.
         """
         ...
+
+    @property
+    def collate(self) -> Callable[[Sequence[dict[str, Any]]], Mapping[str, Tensor]]:
+        """Called with the rows of a batch, in the workers of the data loader; returns tensors to add to the batch.
+
+        A method, or a function that can be pickled without the teacher.
+        """
+        ...
+
+    def __call__(self, inputs: Mapping[str, Any], positions: Tensor) -> Signal:
+        """The signal at flat `positions` (N,) of a batch (B * T), whose next token has a label.
+
+        Called outside of the student's forward, without labels: `inputs` are the batch on the student's device. The
+        signal's loss is called inside the student's forward.
+        """
+        ...
+
+
+@runtime_checkable
+class ModelTeacher(Teacher, Protocol):
+    """A teacher that is a causal language model in this process."""
+
+    model: PreTrainedModel
+    head: Head
+    """On the device of the losses."""
+    layers: tuple[int, ...]
+    """Inner layers whose output at the positions is asked for, as `TeacherSignal.layers`."""
+
+    def view(self, inputs: Mapping[str, Any], positions: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """What the model reads of a batch, and the positions (N,) there."""
+        ...
+
+    def __call__(self, inputs: Mapping[str, Any], positions: Tensor) -> TeacherSignal: ...
+
+
+def model_teachers(teachers: Mapping[str, Teacher]) -> dict[str, ModelTeacher]:
+    """Those that are a model in this process, and read the student's tokens."""
+    return {name: teacher for name, teacher in teachers.items() if isinstance(teacher, ModelTeacher)}
+
+
+def require_model(teacher: Teacher, what_for: str) -> ModelTeacher:
+    """The same teacher; `ValueError` if it is no model in this process, which `what_for` needs."""
+    if not isinstance(teacher, ModelTeacher):
+        raise ValueError(
+            f"{what_for} needs one teacher that is a model in this process and has the student's tokenizer; "
+            f"{teacher.name} ({type(teacher).__name__}) is none"
+        )
+    return teacher

@@ -3,30 +3,37 @@
 Shapes: B batch, T and Tt tokens of student and teacher, N and M label-bearing positions of student and teacher.
 """
 
+import logging
+from collections.abc import Mapping
+from functools import partial
+from itertools import islice
 from typing import Any
 
+from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.losses.cross_tokenizer import AlignedSignal, Spans
-from hf_distill.modeling import label_positions
+from hf_distill.modeling import label_positions, num_positions
+from hf_distill.teachers.columns import AnyDataset, collate_own_tokens, lost_messages, map_rows, with_own_tokens
 from hf_distill.teachers.local import LocalTeacher
 from hf_distill.token_alignment import shared_tokens, vocabulary_pieces
 
+logger = logging.getLogger(__name__)
+
 # With fewer names in common than this share of the smaller vocabulary, probabilities are compared by rank alone.
 ENOUGH_SHARED = 0.1
+PEEKED_ROWS = 1000  # rows of which the quality of the alignment is counted
+PEEKED_TEMPLATES = 20  # rows whose conversations are looked for in the teacher's text
 
 
 class AcrossTeacher:
     """A [`LocalTeacher`] for a student with another vocabulary.
 
-    It finds its view of a batch ([`~hf_distill.collators.with_own_tokens`]) under names that begin with
-    `teacher_<index>_`.
-
     Args:
-        teacher ([`LocalTeacher`]): the model.
-        tokenizer, student_tokenizer (`PreTrainedTokenizerBase`): fast ones.
-        index (`int`): its place among the teachers.
+        teacher ([`LocalTeacher`]): the model, with its tokenizer, a fast one.
+        student_tokenizer (`PreTrainedTokenizerBase`): a fast one.
+        index (`int`): its place among the teachers, part of the names of its columns.
         method (`str`): "aligned" or "uld" (`losses/cross_tokenizer.py`), or "auto": aligned, if enough is shared.
         student_rows (`int`): token ids that the student's head has.
 
@@ -37,19 +44,20 @@ class AcrossTeacher:
     def __init__(
         self,
         teacher: LocalTeacher,
-        tokenizer: PreTrainedTokenizerBase,
         student_tokenizer: PreTrainedTokenizerBase,
         *,
         index: int,
         method: str,
         student_rows: int,
     ) -> None:
-        self.teacher = teacher
-        self.model, self.name = teacher.model, teacher.name
-        self.index = index
+        assert teacher.tokenizer is not None
+        self.teacher, self.name = teacher, teacher.name
+        self.tokenizer, self.student_tokenizer = teacher.tokenizer, student_tokenizer
+        self.prefix = f"teacher_{index}_"
+        self.collate = partial(collate_own_tokens, prefix=self.prefix)
         self.pieces = (
             vocabulary_pieces(student_tokenizer)[:student_rows],
-            vocabulary_pieces(tokenizer)[: len(teacher.head.weight)],
+            vocabulary_pieces(self.tokenizer)[: len(teacher.head.weight)],
         )
         self.shared = shared_tokens(*self.pieces)
         sizes = [sum(piece is not None for piece in side) for side in self.pieces]
@@ -61,12 +69,43 @@ class AcrossTeacher:
             f"{num_shared:,} tokens mean the same to the student ({sizes[0]:,}) and to {self.name} ({sizes[1]:,})"
         )
 
-    def __call__(self, inputs: dict[str, Any], positions: Tensor) -> list[AlignedSignal]:
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.teacher.model
+
+    @property
+    def layout(self) -> str:
+        """As in [`LocalTeacher`]."""
+        return self.teacher.layout
+
+    def bind(self, student: PreTrainedModel, accelerator: Accelerator, *, sharded: bool) -> None:
+        """As in [`LocalTeacher`]."""
+        self.teacher.bind(student, accelerator, sharded=sharded)
+
+    def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
+        """Rows with their text in the teacher's tokens ([`~hf_distill.teachers.columns.with_own_tokens`]).
+
+        Raises:
+            `ValueError`: rows have a text of the teacher's own, which could not be aligned.
+        """
+        if set(next(iter(dataset))) & {"teacher_prompt", "teacher_input_ids"}:
+            raise ValueError(
+                f"the {name} dataset has a text of the teacher's own, but {self.name} has another tokenizer, and reads "
+                "the student's text: remove 'teacher_prompt' and 'teacher_input_ids'"
+            )
+        function = partial(
+            with_own_tokens, prefix=self.prefix, tokenizer=self.tokenizer, student_tokenizer=self.student_tokenizer,
+            pieces=self.pieces, positions=num_positions(self.model), dataset_name=name,
+        )  # fmt: skip
+        dataset = map_rows(dataset, function, f"Aligning {name} dataset with {self.name}", self.teacher.num_proc)
+        self._tell_alignment(dataset, name)
+        return dataset
+
+    def __call__(self, inputs: Mapping[str, Any], positions: Tensor) -> AlignedSignal:
         """The signal for flat `positions` (N,) of the student's batch (B * T), at M positions of the teacher's own."""
-        prefix = f"teacher_{self.index}_"
-        own = {name.removeprefix(prefix): value for name, value in inputs.items() if name.startswith(prefix)}
+        own = {name.removeprefix(self.prefix): value for name, value in inputs.items() if name.startswith(self.prefix)}
         teacher_positions, tokens = label_positions(own["labels"])  # (M,)
-        (signal,) = self.teacher({name: own[name] for name in ("input_ids", "attention_mask")}, teacher_positions)
+        signal = self.teacher({name: own[name] for name in ("input_ids", "attention_mask")}, teacher_positions)
         # The student's side may be padded further, to a multiple of something.
         missing = inputs["input_ids"].shape[1] - own["student_groups"].shape[1]
         student_groups = nn.functional.pad(own["student_groups"], (0, missing), value=-1)  # (B, T)
@@ -76,4 +115,29 @@ class AcrossTeacher:
             tokens,
             own["groups"].flatten()[teacher_positions + 1],
         )
-        return [AlignedSignal(signal.hidden, signal.head, spans, self.shared, self.method, own["exact"].sum())]
+        return AlignedSignal(signal.hidden, signal.head, spans, self.shared, self.method, own["exact"].sum())
+
+    def _tell_alignment(self, dataset: AnyDataset, name: str) -> None:
+        """Says once per data set how two tokenizers are brought together and how well that goes."""
+        exact, compared, total = 0, 0, 0
+        for row in islice(iter(dataset), PEEKED_ROWS):
+            exact += row[f"{self.prefix}exact"]
+            compared += sum(group >= 0 for group in row[f"{self.prefix}student_groups"])
+            total += sum(label != -100 for label in row["labels"][1:])
+        shares = [100 * count / max(total, 1) for count in (exact, compared)]
+        logger.warning(
+            "%s has another tokenizer: %s; compared by %s. In the %s dataset %.0f%% of the label-bearing tokens face "
+            "exactly one of its tokens, %.0f%% are compared at all",
+            self.name, self.reason, self.method, name, *shares,
+        )  # fmt: skip
+        peeked = islice(iter(dataset), PEEKED_TEMPLATES)
+        if lost := {role for row in peeked for role in lost_messages(row, self.tokenizer)}:
+            logger.warning(
+                "the chat template of %s leaves out or changes messages of %s in the %s dataset: it does not read what "
+                "the student reads", self.name, ", ".join(sorted(lost)), name,
+            )  # fmt: skip
+        if shares[1] < 50:
+            logger.warning(
+                "more than half of the %s dataset says nothing about %s: look whether its chat template keeps what is "
+                "said, and whether its tokenizer keeps the text", name, self.name,
+            )  # fmt: skip

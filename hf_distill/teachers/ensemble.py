@@ -3,16 +3,21 @@
 Shapes: B batch, T tokens, N label-bearing positions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_distill.losses.fused_linear import COMBINATIONS as LOSS_COMBINATIONS
+from hf_distill.collators import Row
+from hf_distill.losses.fused_linear import MixtureSignal, TeacherSignal
+from hf_distill.losses.sum import SumSignal
 from hf_distill.teachers import Signal, Teacher
+from hf_distill.teachers.columns import AnyDataset, map_rows
 
 # "mixture" and "sum" weigh all teachers everywhere; with "route" a column of the dataset names the teacher of a row.
-COMBINATIONS = (*LOSS_COMBINATIONS, "route")
+COMBINATIONS = ("mixture", "sum", "route")
 
 
 class EnsembleTeacher:
@@ -21,32 +26,63 @@ class EnsembleTeacher:
     Args:
         teachers (mapping of `str` to `Teacher`): by name; of any width, head, dtype and device.
         weights (`Sequence[float]`, *optional*): equal ones by default; they are made to sum to 1.
-        routed (`bool`): whether `inputs["teacher_index"]` (B,) says which teacher each row has.
+        combination (`str`):
+            "mixture": one divergence, to the mixture of their distributions. "sum": the weighted sum of the divergences
+            to each of them. "route": `inputs["teacher_index"]` (B,) says which teacher each row has. Of a mixture and
+            with routes, all are models with the student's tokenizer.
+        num_proc (`int`, *optional*): processes that prepare rows.
     """
 
     def __init__(
-        self, teachers: Mapping[str, Teacher], weights: Sequence[float] | None = None, *, routed: bool = False
+        self,
+        teachers: Mapping[str, Teacher],
+        weights: Sequence[float] | None = None,
+        *,
+        combination: str = "mixture",
+        num_proc: int | None = None,
     ) -> None:
         self.teachers = dict(teachers)
         weights = [1.0] * len(teachers) if weights is None else weights
         self.weights = [weight / sum(weights) for weight in weights]
-        self.routed = routed
+        self.combination, self.num_proc = combination, num_proc
+        routed = combination == "route"
         self.name = " + ".join(
             name if routed else f"{weight:.3g} {name}" for name, weight in zip(teachers, self.weights, strict=True)
         )
 
-    def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> list[Signal]:
-        if self.routed:
-            return self._ask_by_row(dict(inputs), positions)
+    @property
+    def collate(self) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """Those of all teachers, and the index of each row's teacher."""
+        return partial(_collate, collates=[teacher.collate for teacher in self.teachers.values()])
+
+    def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
+        """Rows with the columns of all teachers, and the index of the teacher that they name.
+
+        Raises:
+            `ValueError`: a row names a teacher that is not there, or what one of them refuses.
+        """
+        if self.combination == "route" and "teacher" in next(iter(dataset)):
+            function = partial(_with_index, names=list(self.teachers), dataset_name=name)
+            dataset = map_rows(dataset, function, f"Naming teachers of {name} dataset", self.num_proc)
+        for teacher in self.teachers.values():
+            dataset = teacher.prepare(dataset, name)
+        return dataset
+
+    def __call__(self, inputs: Mapping[str, Any], positions: Tensor) -> Signal:
+        """One signal, of all of them."""
+        if self.combination == "route":
+            return MixtureSignal(self._ask_by_row(dict(inputs), positions))
         # A teacher without weight is not asked: its forward would be for nothing.
-        return [
-            signal._replace(weight=weight)
+        signals: list[tuple[float, Any]] = [
+            (weight, teacher(inputs, positions))
             for teacher, weight in zip(self.teachers.values(), self.weights, strict=True)
             if weight
-            for signal in teacher(inputs, positions)
         ]
+        if self.combination == "sum":
+            return SumSignal(signals)
+        return MixtureSignal([signal._replace(weight=weight) for weight, signal in signals])
 
-    def _ask_by_row(self, inputs: dict[str, Tensor], positions: Tensor) -> list[Signal]:
+    def _ask_by_row(self, inputs: dict[str, Any], positions: Tensor) -> list[TeacherSignal]:
         index = inputs.pop("teacher_index")  # (B,)
         num_tokens = inputs["input_ids"].shape[1]
         row_of = torch.div(positions, num_tokens, rounding_mode="floor")  # (N,)
@@ -58,8 +94,28 @@ class EnsembleTeacher:
             mine = index[row_of] == i  # (N,)
             place = torch.searchsorted(rows, row_of[mine])  # of the row among those of this teacher
             part = {name: tensor[rows] for name, tensor in inputs.items()}
-            for signal in teacher(part, place * num_tokens + positions[mine] % num_tokens):
-                hidden = signal.hidden.new_zeros(len(positions), signal.hidden.shape[1])
-                hidden[mine.to(hidden.device)] = signal.hidden
-                signals.append(signal._replace(hidden=hidden, weight=mine.to(torch.float32)))
+            signal: Any = teacher(part, place * num_tokens + positions[mine] % num_tokens)
+            hidden = signal.hidden.new_zeros(len(positions), signal.hidden.shape[1])
+            hidden[mine.to(hidden.device)] = signal.hidden
+            signals.append(signal._replace(hidden=hidden, weight=mine.to(torch.float32)))
         return signals
+
+
+def _collate(rows: Sequence[Row], collates: Sequence[Callable[..., Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    batch: dict[str, Tensor] = {}
+    for collate in collates:
+        batch.update(collate(rows))
+    if "teacher_index" in rows[0]:
+        index = [row["teacher_index"] for row in rows]
+        if strange := [i for i in index if not 0 <= i < len(collates)]:
+            raise ValueError(f"a row has teacher_index {strange[0]}; there are {len(collates)} teachers")
+        batch["teacher_index"] = torch.tensor(index)
+    return batch
+
+
+def _with_index(row: dict[str, Any], names: list[str], dataset_name: str) -> dict[str, int]:
+    if row["teacher"] not in names:
+        raise ValueError(
+            f"a row of the {dataset_name} dataset has the teacher {row['teacher']!r}; there are {', '.join(names)}"
+        )
+    return {"teacher_index": names.index(row["teacher"])}

@@ -1,21 +1,19 @@
-"""A teacher in this process: any dtype, 4-bit, on the student's device or on another one, or the student's own base."""
+"""A teacher in this process: a model of its own, or the student's own base.
 
-import logging
-import os
-from collections.abc import Iterator, Sequence
+Shapes: B batch, T tokens, N label-bearing positions.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator, cpu_offload, dispatch_model, infer_auto_device_map
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, align_module_device, fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.integrations import deepspeed as deepspeed_integration
-from transformers.utils import is_bitsandbytes_available
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import prepare_deepspeed
 
 from hf_distill.losses.fused_linear import Head, TeacherSignal
@@ -30,18 +28,18 @@ from hf_distill.modeling import (
     head_of,
     input_device,
     keep_4bit_weights,
+    label_positions,
     last_hidden_states,
     layer_output,
+    num_positions,
+    num_token_ids,
     select_positions,
+    shared_parameters,
     trying,
 )
-from hf_distill.saving import base_and_adapter
-from hf_distill.teachers.placement import LAYOUTS, teacher_devices
-
-logger = logging.getLogger(__name__)
-
-BASE = "base"  # the name of a teacher that is the student's own base model
-QUANTIZATIONS = ("4bit", "8bit")
+from hf_distill.teachers.columns import PREFIX, AnyDataset, collate_own_text, map_rows, with_teacher_prompt
+from hf_distill.teachers.loading import is_split, public_name
+from hf_distill.token_rows import check_batch
 
 
 class LocalTeacher:
@@ -52,11 +50,20 @@ class LocalTeacher:
     Args:
         model (`PreTrainedModel`): frozen and put into eval mode here.
         signal_device (`torch.device`): where the losses are computed, the student's device.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): for prompts of the teacher's own.
+        num_proc (`int`, *optional*): processes that prepare rows.
     """
 
-    def __init__(self, model: PreTrainedModel, signal_device: torch.device) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        signal_device: torch.device,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        num_proc: int | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.name = public_name(model)
+        self.tokenizer, self.num_proc = tokenizer, num_proc
         self._causal_lm = causal_lm(model)
         keep_4bit_weights(model)  # A teacher is left as it came.
         with gathered(self._causal_lm), align_module_device(head_layer(self._causal_lm)):
@@ -69,15 +76,24 @@ class LocalTeacher:
         self.sharded = False
 
     @property
-    def place(self) -> str:
-        """Where the model is, for people."""
+    def layout(self) -> str:
+        """The devices that the weights are on, for people."""
         if self.sharded:
             return "split over all processes"
         devices = sorted({str(parameter.device) for parameter in self.model.parameters()})
         return "the CPU's memory, layer by layer on the student's device" if devices == ["meta"] else ", ".join(devices)
 
-    def shard(self, accelerator: Accelerator) -> None:
-        """Splits the model over all processes, with the student's engine. The copy of its head stays whole."""
+    def bind(self, student: PreTrainedModel, accelerator: Accelerator, *, sharded: bool) -> None:
+        """Called once, when the student is loaded. Splits the model over all processes if `sharded`.
+
+        The engine is the student's. The copy of the head stays whole.
+
+        Raises:
+            `ValueError`: training the student would change the teacher.
+        """
+        refuse_shared_memory(student, self.model)
+        if not (sharded or is_split(self.model)):
+            return
         self.sharded = True
         part = backbone(self._causal_lm)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -85,29 +101,51 @@ class LocalTeacher:
         else:
             fsdp2_prepare_model(accelerator, part)  # pyright: ignore[reportArgumentType]
 
+    def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
+        """Rows with the tokens of their `teacher_prompt` ([`~hf_distill.teachers.columns.with_teacher_prompt`])."""
+        return with_own_text(dataset, name, self.model, self.tokenizer, self.num_proc)
+
+    collate = staticmethod(collate_own_text)
+
+    def view(self, inputs: Mapping[str, Any], positions: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """What the model reads of a batch, and the positions (N,) there."""
+        return own_view(self._causal_lm, inputs, positions)
+
     @torch.no_grad()
-    def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> list[TeacherSignal]:
+    def __call__(self, inputs: Mapping[str, Any], positions: Tensor) -> TeacherSignal:
+        """The signal at flat `positions` (N,) of the student's batch (B * T)."""
+        inputs, positions = self.view(inputs, positions)
         self.model.eval()
         device = input_device(self._causal_lm)
-        inputs = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
-            if not name.startswith("teacher_")  # what others read
-        }
-        return [signal_of(self._causal_lm, self.head, inputs, positions, self.layers)]
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        return signal_of(self._causal_lm, self.head, inputs, positions, self.layers)
 
 
 class BaseTeacher:
     """The base model of a student with adapters, which are switched off while it is asked: no second copy in memory.
 
     Args:
-        student (`PeftModel`): trained in its adapters alone.
+        student (`PeftModel`, *optional*): trained in its adapters alone; may come later, by [`bind`].
+        tokenizer, num_proc: as in [`LocalTeacher`].
 
     Raises:
         `ValueError`: the student has no adapters, or trains parameters of its base model.
     """
 
-    def __init__(self, student: Any) -> None:
+    layout = "the student without its adapters"
+    name = "the student without adapters"
+
+    def __init__(
+        self, student: Any = None, tokenizer: PreTrainedTokenizerBase | None = None, num_proc: int | None = None
+    ) -> None:
+        self.tokenizer, self.num_proc = tokenizer, num_proc
+        self.layers: tuple[int, ...] = ()
+        self.model: Any = None
+        if student is not None:
+            self.bind(student)
+
+    def bind(self, student: Any, accelerator: Accelerator | None = None, *, sharded: bool = False) -> None:
+        """Called once, when the student is loaded."""
         if not isinstance(student, PeftModel):
             raise ValueError("teacher_model='base' needs a student with adapters: pass a peft_config")
         prefix = student.base_model.prefix
@@ -118,7 +156,6 @@ class BaseTeacher:
             )
         self.model = student
         self.name = f"{public_name(causal_lm(student))} without adapters"
-        self.layers: tuple[int, ...] = ()
         # Its head is the student's, which has been checked. It reads without the student's mixed precision.
         unfit = f"the teacher ({self.name}) cannot read by itself; load it in one dtype"
         with self._without_adapters() as base, torch.no_grad(), trying(unfit):
@@ -126,12 +163,25 @@ class BaseTeacher:
 
     @property
     def head(self) -> Head:
+        """The student's."""
         return head_of(causal_lm(self.model))
 
+    def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
+        """As in [`LocalTeacher`]."""
+        return with_own_text(dataset, name, self.model, self.tokenizer, self.num_proc)
+
+    collate = staticmethod(collate_own_text)
+
+    def view(self, inputs: Mapping[str, Any], positions: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """As in [`LocalTeacher`]."""
+        return own_view(causal_lm(self.model), inputs, positions)
+
     @torch.no_grad()
-    def __call__(self, inputs: dict[str, Tensor], positions: Tensor) -> list[TeacherSignal]:
+    def __call__(self, inputs: Mapping[str, Any], positions: Tensor) -> TeacherSignal:
+        """As in [`LocalTeacher`]."""
+        inputs, positions = self.view(inputs, positions)
         with self._without_adapters() as base:
-            return [signal_of(base, self.head, inputs, positions, self.layers)]
+            return signal_of(base, self.head, inputs, positions, self.layers)
 
     @contextmanager
     def _without_adapters(self) -> Iterator[PreTrainedModel]:
@@ -144,6 +194,31 @@ class BaseTeacher:
             self.model.requires_grad_(False)
             for parameter in trained:
                 parameter.requires_grad_(True)
+
+
+def with_own_text(
+    dataset: AnyDataset,
+    name: str,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    num_proc: int | None,
+) -> AnyDataset:
+    """Rows with a teacher's own text, if they have a `teacher_prompt`; `model` is None until it is loaded."""
+    if tokenizer is None or "teacher_prompt" not in next(iter(dataset), {}):
+        return dataset
+    positions = None if model is None else num_positions(model)
+    function = partial(with_teacher_prompt, tokenizer=tokenizer, positions=positions, dataset_name=name)
+    return map_rows(dataset, function, f"Tokenizing teacher prompts of {name} dataset", num_proc)
+
+
+def own_view(model: PreTrainedModel, inputs: Mapping[str, Any], positions: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """What a model reads of a batch, its own text or the student's, and the positions (N,) there."""
+    if f"{PREFIX}input_ids" not in inputs:
+        return {name: value for name, value in inputs.items() if not name.startswith(PREFIX)}, positions
+    num_ids = num_token_ids(model)
+    check_batch(inputs, PREFIX, num_ids, num_ids, None)
+    positions, _ = label_positions(inputs[f"{PREFIX}labels"])
+    return {name: inputs[PREFIX + name] for name in ("input_ids", "attention_mask")}, positions
 
 
 def signal_of(
@@ -175,148 +250,10 @@ def signal_of(
     return TeacherSignal(hidden, head, layers=inner)
 
 
-def load_teacher(
-    model: str | PreTrainedModel,
-    *,
-    device: str | None,
-    student_device: str | torch.device = "cpu",
-    quantization: str | None = None,
-    trust_remote_code: bool = False,
-    init_kwargs: dict[str, Any] | None = None,
-) -> PreTrainedModel:
-    """The teacher in its place, in the dtype it was saved in, quantised only if asked.
-
-    Args:
-        model (`str` or `PreTrainedModel`): hub id, local path, or a model.
-        device (`str`, *optional*):
-            What `teacher_device` says ([`teacher_devices`]). A model that is dispatched over devices (`device_map`),
-            quantised or split by ZeRO-3 stays where it is.
-        student_device (`torch.device`): the default, and where an offloaded teacher is computed.
-        quantization (`str`, *optional*): "4bit" (NF4, double quantisation) or "8bit", through bitsandbytes.
-        init_kwargs (`dict`, *optional*): for `AutoModelForCausalLM.from_pretrained`.
-
-    Raises:
-        `ValueError`: no such device; quantisation of a model that is already loaded or without bitsandbytes; a model
-            without weights.
-    """
-    devices = _devices(device, student_device)
-    if quantization is not None and device in ("offload", "sharded"):
-        raise ValueError(f"teacher_quantization={quantization!r} and teacher_device={device!r} exclude each other")
-    if isinstance(model, str):
-        model = _from_pretrained(
-            model, devices, quantization, device == "sharded", {"trust_remote_code": trust_remote_code}, init_kwargs
-        )
-    else:
-        if quantization is not None:
-            raise ValueError(
-                f"teacher_quantization={quantization!r} needs the teacher as a hub id or path; this one is already "
-                "loaded. Pass its name, or load it with a quantization_config yourself"
-            )
-        if init_kwargs:
-            raise ValueError(
-                "teacher_model_init_kwargs needs the teacher as a hub id or path; this one is already loaded"
-            )
-        if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
-            raise ValueError("the teacher is on the meta device: it has no weights. Load it with from_pretrained")
-        stays = getattr(model, "hf_device_map", None) or getattr(model, "quantization_method", None) or is_split(model)
-        if not stays:
-            model = model.to(devices[0]) if len(devices) == 1 else _laid_out(model, devices)  # pyright: ignore
-    if device == "offload" and not getattr(model, "hf_device_map", None):
-        cpu_offload(model.eval(), torch.device(student_device))
-    return model
-
-
-def is_split(model: PreTrainedModel) -> bool:
-    """Whether ZeRO-3 has split a model while it was loaded."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def _devices(setting: str | None, student_device: str | torch.device) -> list[str]:
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    accelerators = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    devices = teacher_devices(setting, str(student_device), local_rank, num_local_ranks, accelerators)
-    for device in devices:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"teacher_device={setting!r} is not a device of this machine, nor one of {', '.join(LAYOUTS)}: {error}"
-            ) from error
-    return devices
-
-
-def _from_pretrained(
-    name: str,
-    devices: list[str],
-    quantization: str | None,
-    sharded: bool,
-    kwargs: dict[str, Any],
-    init_kwargs: dict[str, Any] | None,
-) -> PreTrainedModel:
-    kwargs |= {"dtype": "auto", "device_map": {"": devices[0]}}
-    if len(devices) > 1:
-        kwargs |= {"device_map": "auto", "max_memory": _free_memory(devices)}
-    kwargs |= init_kwargs or {}
-    if quantization is not None:
-        kwargs["quantization_config"] = _quantization_config(quantization, torch.device(devices[0]))
-    base, adapter = base_and_adapter(name)
-    try:
-        if sharded and deepspeed_integration.is_deepspeed_zero3_enabled():
-            del kwargs["device_map"]  # Each process keeps its part only.
-            return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-        # ZeRO-3 would split it.
-        with patch.object(deepspeed_integration, "_hf_deepspeed_config_weak_ref", None):
-            model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
-        if adapter is not None:
-            model.load_adapter(adapter)
-    except OSError as error:
-        raise ValueError(f"teacher_model={name!r} cannot be loaded: {error}") from error
-    if quantization is not None:
-        size = model.get_memory_footprint() / 2**20
-        logger.warning("teacher loaded in %s by bitsandbytes: %.1f MiB on %s", quantization, size, devices[0])
-    return model
-
-
-def _laid_out(model: PreTrainedModel, devices: list[str]) -> PreTrainedModel:
-    device_map = infer_auto_device_map(
-        model,
-        max_memory=_free_memory(devices),  # pyright: ignore[reportArgumentType]
-        no_split_module_classes=model._no_split_modules,  # pyright: ignore[reportArgumentType]
-    )
-    return dispatch_model(model, device_map)  # pyright: ignore[reportReturnType]
-
-
-def _free_memory(devices: list[str]) -> dict[int, int]:
-    return {torch.device(device).index: torch.cuda.mem_get_info(device)[0] for device in devices}
-
-
-def check_quantization(quantization: str | None) -> None:
-    """Raises `ValueError` for an unknown quantisation, and for any where bitsandbytes is missing."""
-    if quantization is None:
-        return
-    if quantization not in QUANTIZATIONS:
-        raise ValueError(f"teacher_quantization has to be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
-    if not is_bitsandbytes_available():
+def refuse_shared_memory(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raises `ValueError` if training the student would change the teacher."""
+    if shared := shared_parameters(student, teacher):
         raise ValueError(
-            f"teacher_quantization={quantization!r} needs bitsandbytes: pip install 'hf_distill[quantization]'"
+            f"{len(shared)} of the student's trainable parameters are the teacher's own memory ({shared[0]}, ...): "
+            "training would change the teacher. Copy one of them (copy.deepcopy)"
         )
-
-
-def _quantization_config(quantization: str, device: torch.device) -> BitsAndBytesConfig:
-    check_quantization(quantization)
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
-    )
-
-
-def public_name(model: str | PreTrainedModel) -> str:
-    """What a model is called in logs and on model cards: its hub id, or the last part of its path."""
-    name = (model if isinstance(model, str) else model.config.name_or_path) or ""
-    # A local path is nobody's business on a model card; its last part usually is the model's name.
-    return (os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name) or type(model).__name__

@@ -8,16 +8,14 @@ import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from transformers.trainer_utils import SchedulerType
-from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
 from hf_distill.layer_mapping import NAMES as LAYER_MAPPINGS
 from hf_distill.losses.divergence import DIVERGENCES, check_divergence, check_temperature
 from hf_distill.losses.feature import HIDDEN_LOSSES
-from hf_distill.metrics import more_is_better
 from hf_distill.teachers.ensemble import COMBINATIONS
-from hf_distill.teachers.local import check_quantization
+from hf_distill.teachers.loading import check_quantization
+from hf_distill.trainers.hard_label_config import HardLabelConfig, as_number, keywords
 from hf_distill.trainers.schedules import check_schedule, value_at, with_default
 
 logger = logging.getLogger(__name__)
@@ -48,28 +46,8 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_MOVED[name]), name)
 
 
-def keywords(setting: dict[str, Any] | str | None) -> dict[str, Any]:
-    """A setting that is a dict or None, such as `model_init_kwargs`, as a dict.
-
-    The types of these fields allow text, because command lines give JSON, which is read at construction.
-    """
-    assert not isinstance(setting, str), f"{setting!r} was not read at construction"
-    return setting or {}
-
-
-def skips_preparation(args: SFTConfig) -> bool:
-    """Whether rows are token ids that SFTTrainer leaves as they are (`skip_prepare_dataset`)."""
-    return bool(keywords(args.dataset_kwargs).get("skip_prepare_dataset"))
-
-
-def checkpointing(enabled: bool) -> dict[str, bool]:
-    """The setting of gradient checkpointing by its name, which newer transformers change and warn of the old one."""
-    names = {field.name for field in fields(SFTConfig)}
-    return {"activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing": enabled}
-
-
 @dataclass
-class KDConfig(SFTConfig):
+class KDConfig(HardLabelConfig):
     """Settings of `KDTrainer`: every field of `trl.SFTConfig`, and those of the teacher and the distillation loss.
 
     Raises:
@@ -82,11 +60,6 @@ class KDConfig(SFTConfig):
     ]  # fmt: skip
     # What `schedule` may change, beside the parameters of the divergence.
     _SCHEDULED = ("kd_weight", "temperature", "hidden_weight")
-
-    # transformers would replace a non-finite loss by the mean of earlier ones and train on; KDTrainer stops instead.
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Whether to log the mean of earlier losses in place of a non-finite one."}
-    )
 
     kd_weight: float = field(
         default=0.5,
@@ -175,75 +148,16 @@ class KDConfig(SFTConfig):
             "other weights and parameters of the divergence. Evaluations use the last values."
         },
     )
-    loss_chunk_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Positions whose logits exist at one time. The default fits 128 MiB on the CPU, 512 on CUDA."
-        },
-    )
 
     def __post_init__(self):
-        self._check_json()
-        is_open = self.greater_is_better is None
         super().__post_init__()
-        self._check_dicts()
-        self._choose_direction(is_open)
-        self._check_numbers()
+        if not 0 <= self.kd_weight <= 1:
+            raise ValueError(f"kd_weight has to lie in [0, 1], got {self.kd_weight}")
+        check_temperature(self.temperature)
         self._check_divergence()
         self._check_teachers()
         self._check_hidden()
         check_quantization(self.teacher_quantization)
-        self._check_inherited()
-
-    def _check_json(self) -> None:
-        """Raises `ValueError` that names the setting whose JSON is broken; transformers would not say which it is."""
-        for name in set(self._VALID_DICT_FIELDS) - set(SFTConfig._VALID_DICT_FIELDS):
-            value = getattr(self, name)
-            if isinstance(value, str) and value.startswith("{"):
-                try:
-                    json.loads(value)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{name} has to be JSON, got {value!r}: {error}") from error
-
-    def _check_dicts(self) -> None:
-        """Raises `ValueError` for text that is no JSON object, and for other values that are no dict."""
-        examples = {
-            "divergence_params": '{"beta": 0.5}',
-            "schedule": '{"kd_weight": [1, 0.5]}',
-            "teacher_model_init_kwargs": '{"revision": "main"}',
-            "model_init_kwargs": '{"revision": "main"}',
-            "dataset_kwargs": '{"skip_prepare_dataset": true}',
-            "lr_scheduler_kwargs": '{"num_cycles": 2}',
-            "gradient_checkpointing_kwargs": '{"use_reentrant": false}',
-        }
-        for name, example in examples.items():
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, dict):
-                raise ValueError(f"{name} has to be JSON such as '{example}', got {value!r}")
-
-    def _choose_direction(self, is_open: bool) -> None:
-        """Sets whether more of the best model's metric is better; `is_open` if the user has not said it."""
-        metric = self.metric_for_best_model
-        if is_open and metric is not None:
-            self.greater_is_better = more_is_better(metric)
-            if self.greater_is_better is None:
-                raise ValueError(
-                    f"metric_for_best_model={metric!r} does not say by itself whether more of it is better: set "
-                    "greater_is_better"
-                )
-        if self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU and self.greater_is_better:
-            self.lr_scheduler_kwargs = {"mode": "max", **keywords(self.lr_scheduler_kwargs)}
-
-    def _check_numbers(self) -> None:
-        inherited = {entry.name for entry in fields(SFTConfig)}
-        for entry in fields(self):
-            if entry.name not in inherited and entry.type is float:
-                setattr(self, entry.name, as_number(entry.name, getattr(self, entry.name)))
-        if not 0 <= self.kd_weight <= 1:
-            raise ValueError(f"kd_weight has to lie in [0, 1], got {self.kd_weight}")
-        check_temperature(self.temperature)
-        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
-            raise ValueError(f"loss_chunk_size has to be at least 1, got {self.loss_chunk_size}")
 
     def _check_divergence(self) -> None:
         params, schedule = keywords(self.divergence_params), self.schedule
@@ -285,30 +199,6 @@ class KDConfig(SFTConfig):
                 f"projector_learning_rate has to be above 0 and finite, got {self.projector_learning_rate}"
             )
 
-    def _check_inherited(self) -> None:
-        """Raises `ValueError` for settings of SFTTrainer that do not go together with a teacher."""
-        if self.loss_type != "nll":
-            raise ValueError(
-                f"loss_type={self.loss_type!r} is a loss of SFTTrainer's own; KDTrainer trains on hard labels and a "
-                "divergence. Remove it and set kd_weight and divergence"
-            )
-        if self.enable_jit_checkpoint:
-            raise ValueError(
-                "enable_jit_checkpoint=True saves in the middle of an update, from which no run goes on as it was. "
-                "Remove it: SIGTERM makes the trainer finish the update, save a checkpoint and exit"
-            )
-        if self.label_smoothing_factor != 0:
-            raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the teacher's distribution is "
-                "the soft label. Set it to 0 and choose kd_weight and temperature"
-            )
-        if self.use_liger_kernel:
-            # TRL keeps to Liger's layers, which go together with any loss. They fail only when training starts.
-            if not is_liger_kernel_available():
-                raise ValueError("use_liger_kernel=True needs Liger: pip install liger-kernel, or remove it")
-            if self.device.type == "cpu":
-                raise ValueError("use_liger_kernel=True needs a GPU: its kernels do not run on the CPU. Remove it")
-
     @property
     def has_hidden(self) -> bool:
         """Whether inner hidden states are a part of the loss."""
@@ -317,14 +207,6 @@ class KDConfig(SFTConfig):
     def scheduled(self, name: str, progress: float) -> float:
         """The value of a setting at `progress`, from 0 in the first update to 1 in the last."""
         return value_at(keywords(self.schedule)[name], progress)
-
-
-def as_number(name: str, value: Any) -> float:
-    """The value of a setting, text of a command line or a file among them; `ValueError` if it is no number."""
-    try:
-        return value if isinstance(value, int | float) else float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} has to be a number, got {value!r}") from error
 
 
 def read_layers(name: str, layers: Any) -> Any:

@@ -13,11 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
-from hf_distill.collators import OWN_COLUMNS
 from hf_distill.rows import ALIASES, CHAT_COLUMNS, is_chat, refuse_other_form, with_messages
+from hf_distill.teachers.columns import OWN_COLUMNS
 from hf_distill.token_rows import COLUMNS, Limits, check_row, check_rows, has_label, rows_with_label
 from hf_distill.trainers.checks import PEEKED_ROWS, AnyDataset
-from hf_distill.trainers.config import skips_preparation
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ def check_columns(dataset: AnyDataset, name: str, args: Any, has_formatting: boo
         )
     refuse_unread(columns, name, READ_BY_TEACHERS)
     for_tokens = columns & {"labels", "completion_mask", "assistant_masks"}
-    is_prepared = skips_preparation(args)
+    is_prepared = args.skips_preparation
     if for_tokens and not is_prepared and "input_ids" not in columns:
         raise ValueError(
             f"the {name} dataset has {sorted(for_tokens)[0]!r}, which speaks of tokens, but no 'input_ids': remove or "

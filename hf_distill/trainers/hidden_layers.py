@@ -4,19 +4,35 @@ Shapes: B batch, T tokens, N label-bearing positions, Ds and Dt hidden widths.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_distill.kv_projector import HiddenProjector
 from hf_distill.layer_mapping import Mapping, cka_mapping, describe_mapping, layer_mapping, teacher_layers
 from hf_distill.losses.feature import HIDDEN_LOSSES
 from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.modeling import causal_lm, evaluating, head_of, hidden_widths, num_layers, select_positions
-from hf_distill.teachers.local import BaseTeacher, LocalTeacher, signal_of
+from hf_distill.teachers import ModelTeacher
+from hf_distill.teachers.local import signal_of
+from hf_distill.trainers.checks import refuse_other_layers
+from hf_distill.trainers.config import KDConfig
 
 PROJECTOR = "hidden_projector"
+
+
+class Run(Protocol):
+    """What the term has to know of a trainer to be set up."""
+
+    args: Any
+    student: PreTrainedModel
+
+    def trying_out(self) -> AbstractContextManager[None]: ...
+
+    def probe_batch(self) -> tuple[dict[str, Any], Tensor]: ...
 
 
 class HiddenLayers:
@@ -24,63 +40,73 @@ class HiddenLayers:
 
     As transformers counts hidden states, the last one comes after the final norm.
 
+    Attributes:
+        mapping: which layers of the teacher each of the student's learns from, with their weights.
+        widths: the hidden widths of student and teacher.
+        projector ([`HiddenProjector`], *optional*): where these differ.
+
     Args:
-        trainer ([`KDTrainer`]): with student and teacher; it gets a projector where their widths differ.
+        run ([`Run`]): the trainer.
+        teacher ([`ModelTeacher`]): its signal gets the layers that are learned from.
 
     Raises:
-        `ValueError`: layers that do not exist, that do not give one vector per token or vectors of several widths, and
-            an optimizer that would leave the projector out.
+        `ValueError`: layers that do not exist, that do not give one vector per token, or vectors of several widths.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        args, student, teacher = trainer.args, trainer.student, trainer.teacher
-        configs = [causal_lm(side).config.get_text_config() for side in (student, teacher.model)]
-        depths = [num_layers(config) for config in configs]
-        if args.hidden_layers == "cka":
-            self._widths(trainer, range(depths[0]), range(depths[1]))
-            inputs, positions = trainer.probe_batch()
-            view = trainer.teacher_view(inputs, positions)
-            teacher.layers = tuple(range(depths[1]))
-            with torch.no_grad(), evaluating(student), trainer.trying_out():
-                mine = signal_of(student, head_of(student), inputs, positions, range(depths[0]))
-            (found,) = teacher(*view)
-            sides = ([layer.cpu() for layer in side.layers.values()] for side in (mine, found))  # pyright: ignore
-            mapping = cka_mapping(*sides)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        else:
-            mapping = layer_mapping(args.hidden_layers, *depths)
-        self.use(mapping, teacher)
-        trainer._tell(f"hidden states, student's layer <- teacher's: {describe_mapping(mapping)}")
+    def __init__(self, run: Run, teacher: ModelTeacher) -> None:
+        args: KDConfig = run.args
+        self._teacher = teacher
+        self._is_measured = args.hidden_layers == "cka"
+        depths = [num_layers(causal_lm(side).config.get_text_config()) for side in (run.student, teacher.model)]
+        mapping = self._measured(run, depths) if self._is_measured else layer_mapping(args.hidden_layers, *depths)
+        self.use(mapping)
         self.distance = HIDDEN_LOSSES[args.hidden_loss]
-        self.projector = None
-        widths = self._widths(trainer, mapping, teacher_layers(mapping))
+        self._settings = f"{args.hidden_loss}, weight {args.hidden_weight:g}"
+        widths = self._widths(run, mapping, teacher_layers(mapping))
         for name, found in zip(("student", "teacher"), widths, strict=True):
             if len(found) > 1:
                 raise ValueError(
                     f"the {name}'s mapped layers have hidden states of widths {sorted(found)}: choose others with "
                     "hidden_layers"
                 )
-        widths = [found.pop() for found in widths]
-        if widths[0] != widths[1]:
-            if trainer.optimizer is not None:
-                raise ValueError(
-                    f"student and teacher have hidden sizes {widths[0]} and {widths[1]}, and the projector between "
-                    "them would not be in an optimizer of your own: leave optimizers out"
-                )
-            self.projector = HiddenProjector(widths[0], widths[1], len(self.mapping)).to(args.device)
-            trainer.projectors[PROJECTOR] = self.projector
+        self.widths = mine, theirs = tuple(found.pop() for found in widths)
+        self.projector = None
+        if mine != theirs:
+            self.projector = HiddenProjector(mine, theirs, len(mapping)).to(args.device)
 
-    @staticmethod
-    def _widths(trainer: Any, layers: Iterable[int], teacher_layers: Iterable[int]) -> list[set[int]]:
+    def _measured(self, run: Run, depths: Sequence[int]) -> Mapping:
+        """The mapping by CKA, on a few training rows."""
+        self._widths(run, range(depths[0]), range(depths[1]))
+        inputs, positions = run.probe_batch()
+        self._teacher.layers = tuple(range(depths[1]))
+        own = {name: value for name, value in inputs.items() if not name.startswith("teacher_")}
+        with torch.no_grad(), evaluating(run.student), run.trying_out():
+            mine = signal_of(run.student, head_of(run.student), own, positions, range(depths[0]))
+        sides = (mine, self._teacher(inputs, positions))
+        student, teacher = ([layer.cpu() for layer in (side.layers or {}).values()] for side in sides)
+        return cka_mapping(student, teacher)
+
+    def _widths(self, run: Run, layers: Iterable[int], teacher_layers: Iterable[int]) -> list[set[int]]:
         """The hidden widths after some layers of student and teacher."""
-        with trainer.trying_out():
-            student = hidden_widths(trainer.student, layers, "student")
-        teacher = hidden_widths(causal_lm(trainer.teacher.model), teacher_layers, "teacher")
+        with run.trying_out():
+            student = hidden_widths(run.student, layers, "student")
+        teacher = hidden_widths(causal_lm(self._teacher.model), teacher_layers, "teacher")
         return [set(student.values()), set(teacher.values())]
 
-    def use(self, mapping: Mapping, teacher: LocalTeacher | BaseTeacher) -> None:
+    def use(self, mapping: Mapping) -> None:
         """Learns from these layers of the teacher, which then are part of its signal."""
         self.mapping = mapping
-        teacher.layers = tuple(teacher_layers(mapping))
+        self._teacher.layers = tuple(teacher_layers(mapping))
+
+    def resume(self, mapping: Mapping) -> None:
+        """Goes on with the layers of a checkpoint; `ValueError` for others than the settings name."""
+        if not self._is_measured:
+            refuse_other_layers(mapping, self.mapping)
+        self.use(mapping)
+
+    def describe(self) -> str:
+        """The settings, for the model card."""
+        return f"{self._settings}, layers {describe_mapping(self.mapping)}"
 
     def loss(self, hidden_states: Sequence[Tensor], signal: TeacherSignal, positions: Tensor) -> Tensor:
         """The mean over mapped layers of the distances, summed over N positions; a scalar.

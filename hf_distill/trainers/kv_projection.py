@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -14,10 +14,12 @@ from hf_distill.kv_projector import KVProjector, PCAProjector
 from hf_distill.layer_mapping import Mapping as LayerMapping
 from hf_distill.layer_mapping import cka_mapping, describe_mapping, layer_mapping, linear_cka, teacher_layers
 from hf_distill.losses.feature import FEATURE_LOSSES, centered_cosine, effective_rank
-from hf_distill.losses.fused_linear import Head
-from hf_distill.metrics import TokenMeans
+from hf_distill.losses.head import Head
+from hf_distill.losses.objective import Objective
 from hf_distill.modeling import KVCapture, causal_lm, evaluating, kv_widths, last_hidden_states, num_layers
-from hf_distill.teachers import Signal
+from hf_distill.teachers import Signal, require_model
+from hf_distill.teachers.columns import PREFIX
+from hf_distill.teachers.opening import require_models, teacher_weights
 from hf_distill.trainers.checks import refuse_other_layers
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.kv_projection_config import KVProjectionConfig
@@ -51,7 +53,9 @@ class KVProjectionTrainer(KDTrainer):
 
     args: KVProjectionConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    _evaluated = ("kv/",)
+    _config = KVProjectionConfig
+    _output_dir = "kv_projection_output"
+    _evaluated = (*KDTrainer._evaluated, "kv/")
     _crosses_tokenizers = False  # keys and values are compared token by token
     _tag_names = [*KDTrainer._tag_names, "kv-cache-distillation"]
     _name = "KV projection"
@@ -64,9 +68,7 @@ class KVProjectionTrainer(KDTrainer):
         *positional: Any,
         **kwargs: Any,
     ):
-        args = KVProjectionConfig(output_dir="kv_projection_output") if args is None else args
-        if not isinstance(args, KVProjectionConfig):
-            raise ValueError(f"args has to be a KVProjectionConfig, got {type(args).__name__}")
+        args = self.settings(args)
         if any(part is not None for part in kwargs.get("optimizers") or ()):
             raise ValueError("optimizers are not taken: the projector has to be in them, with its own learning rate")
         if args.teacher_combination == "route":
@@ -74,15 +76,13 @@ class KVProjectionTrainer(KDTrainer):
                 "teacher_combination='route' gives each row one teacher, whose keys and values only that "
                 "row has: take 'mixture' or 'sum', or KDTrainer"
             )
-        self._kv_means: dict[str, TokenMeans] = {}
-        self._kv_diagnostics: dict[str, TokenMeans] = {}
         super().__init__(model, teacher_model, args, *positional, **kwargs)
         if args.projector_freeze_after is not None and self.is_deepspeed_enabled:
             raise ValueError(
                 "projector_freeze_after cannot take gradients out of DeepSpeed: remove it, or use FSDP2 or DDP"
             )
-        weights = getattr(self.teacher, "weights", [1.0])  # one of weight 0 is never asked
-        weighted = {name: weight for name, weight in zip(self.teachers, weights, strict=True) if weight}
+        self.models = {name: require_model(teacher, "KVProjectionTrainer") for name, teacher in self.teachers.items()}
+        weighted = {name: weight for name, weight in teacher_weights(self.teacher, self.teachers).items() if weight}
         self.sources = {name: self._make_source(name, weight) for name, weight in weighted.items()}
         layers = {layer for source in self.sources.values() for layer in source.mapping}
         self._capture = KVCapture(self.student, layers, args.kv_positions)
@@ -102,7 +102,8 @@ class KVProjectionTrainer(KDTrainer):
             self._tell(f"keys and values of {name}, student's layer <- teacher's: {describe_mapping(source.mapping)}")
 
     @staticmethod
-    def _layer_settings(args: KVProjectionConfig, teachers: Mapping[str, Any]) -> list[Any]:  # pyright: ignore
+    def _layer_settings(args: Any, teachers: Mapping[str, Any]) -> list[Any]:
+        require_models(teachers, "KVProjectionTrainer")
         return [*KDTrainer._layer_settings(args, teachers), args.kv_layers]
 
     # ------------------------------------------------------------------------------------------------- the heart
@@ -117,27 +118,30 @@ class KVProjectionTrainer(KDTrainer):
             for capture in captures:
                 capture.heads = {}
 
-    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> Sequence[Signal]:
+    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> Signal | None:
         self._capture.positions = positions
-        inputs, positions = self.teacher_view(inputs, positions)
         with ExitStack() as stack:
-            for source in self.sources.values():
-                stack.enter_context(source.capture(positions))
-            return self.teacher(inputs, positions)
+            for name, source in self.sources.items():
+                _, own_positions = self.models[name].view(inputs, positions)
+                stack.enter_context(source.capture(own_positions))
+            return super().teacher_signal(inputs, positions)
+
+    def _needs_signal(self) -> bool:
+        return True  # what is captured comes out of the teachers' forwards
 
     def distillation_terms(
-        self, hidden: Tensor, head: Head, signals: Sequence[Signal], labels: Tensor, num_items: Tensor | int
-    ) -> dict[str, Tensor]:
-        terms = super().distillation_terms(hidden, head, signals, labels, num_items)
-        terms["loss"] = terms["loss"] + self.setting("kv_weight") * self.kv_loss(num_items)
+        self, hidden: Tensor, head: Head, signal: Signal | None, labels: Tensor, objective: Objective
+    ) -> dict[str, Any]:
+        terms = super().distillation_terms(hidden, head, signal, labels, objective)
+        terms["loss"] = terms["loss"] + self.setting("kv_weight") * self.kv_loss(objective.divisor(len(hidden)))
         return terms
 
-    def kv_loss(self, num_items: Tensor | int) -> Tensor:
+    def kv_loss(self, num_items: Tensor | float) -> Tensor:
         """The mean over mapped layers, keys and values, of a sum over N positions divided by `num_items`; a scalar.
 
         Of several teachers, the mean of theirs by their weights.
         """
-        options = {"num_items": torch.as_tensor(num_items, device=self.args.device).clamp(min=1)}
+        options: dict[str, Any] = {"num_items": torch.as_tensor(num_items, device=self.args.device)}
         if self.args.kv_loss == "mercator":
             options |= {name: getattr(self.args, name) for name in ("direction_weight", "magnitude_weight")}
         total, seen = torch.zeros((), device=self.args.device), {}
@@ -163,7 +167,7 @@ class KVProjectionTrainer(KDTrainer):
 
     def _make_source(self, name: str, weight: float) -> "KVSource":
         """What the student learns from one teacher: which layers, through which projector."""
-        model = causal_lm(self.teachers[name].model)
+        model = causal_lm(self.models[name].model)
         depths = [num_layers(side.config.get_text_config()) for side in (self.student, model)]
         if self.args.kv_layers == "cka":
             self._widths(model, *map(range, depths))  # layers without keys would shift the others' numbers
@@ -207,7 +211,7 @@ class KVProjectionTrainer(KDTrainer):
             mapping = mappings.get(f"keys and values of {name}", source.mapping)
             if self.args.kv_layers != "cka":
                 refuse_other_layers(mapping, source.mapping)
-            model = causal_lm(self.teachers[name].model)
+            model = causal_lm(self.models[name].model)
             capture = KVCapture(model, teacher_layers(mapping), self.args.kv_positions)
             self.sources[name] = source._replace(mapping=mapping, capture=capture)
 
@@ -216,13 +220,14 @@ class KVProjectionTrainer(KDTrainer):
     ) -> list[dict[int, tuple[Tensor, Tensor]]]:
         """Keys and values of some layers of student and teacher on a few training rows."""
         inputs, positions = self.probe_batch()
-        view, teacher_positions = self.teacher_view(inputs, positions)
+        own, own_positions = self.models[name].view(inputs, positions)
+        student_inputs = {key: value for key, value in inputs.items() if not key.startswith(PREFIX)}
         student = KVCapture(self.student, student_layers, self.args.kv_positions)
         with torch.no_grad(), evaluating(self.student), self.trying_out(), student(positions):
-            last_hidden_states(self.student, **inputs)
-        teacher = KVCapture(causal_lm(self.teachers[name].model), teacher_layers, self.args.kv_positions)
-        with teacher(teacher_positions):
-            self.teachers[name](view, teacher_positions)
+            last_hidden_states(self.student, **student_inputs)
+        teacher = KVCapture(causal_lm(self.models[name].model), teacher_layers, self.args.kv_positions)
+        with teacher(own_positions):
+            self.models[name](own, own_positions)
         # Before an engine has prepared the student, the two may be on different devices.
         return [
             {layer: tuple(part.cpu() for part in side.features(layer)) for layer in sorted(side.heads)}
@@ -267,7 +272,7 @@ class KVProjectionTrainer(KDTrainer):
         count = len(next(iter(seen.values()))[0][0])
         cosines = {f"kv/cosine_{layer}": cosine for layer, (*_, cosine) in seen.items()}
         cosines = {"kv/cosine": torch.stack(list(cosines.values())).mean(), **cosines}
-        self._kv_means[mode].add(count, **{name: value * count for name, value in cosines.items()})
+        self.add_means(mode, "keys and values", count, **{name: value * count for name, value in cosines.items()})
         if not self._is_logging(mode):
             return  # what follows looks at all tokens of a batch at once, and costs
         found = {name: [] for name in DIAGNOSTICS}
@@ -277,16 +282,7 @@ class KVProjectionTrainer(KDTrainer):
                 for name, value in zip(DIAGNOSTICS, values, strict=True):
                     found[name].append(torch.as_tensor(value, device=self.args.device))
         means = {name: torch.stack(values).mean() * count for name, values in found.items()}
-        self._kv_diagnostics[mode].add(count if count > 1 else 0, **means)  # a single token says nothing
-
-    def _reset_means(self, mode: str) -> None:
-        super()._reset_means(mode)
-        self._kv_means[mode], self._kv_diagnostics[mode] = TokenMeans(), TokenMeans()
-
-    def _pop_means(self, mode: str) -> dict[str, float]:
-        parts = (self._kv_means[mode], self._kv_diagnostics[mode])
-        found = {name: value for part in parts for name, value in part.pop(self._sum_over_processes).items()}
-        return super()._pop_means(mode) | found
+        self.add_means(mode, "diagnostics", count if count > 1 else 0, **means)  # a single token says nothing
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

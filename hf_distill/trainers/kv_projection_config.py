@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from hf_distill.kv_projector import PROJECTORS
 from hf_distill.losses.feature import FEATURE_LOSSES
-from hf_distill.trainers.config import LAYERS_HELP, KDConfig, keywords, read_layers
+from hf_distill.trainers.config import LAYERS_HELP, KDConfig, read_layers
+from hf_distill.trainers.hard_label_config import keywords
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_distill.modeling import causal_lm, evaluating, last_hidden_states, trying
+from hf_distill.modeling import trying
 
 LENGTH = 8  # tokens of each of the two texts
 # The largest relative change without a leak: it is 0, or 5e-7 in mixtures of experts. Measured leaks are 1e-2 and more.
@@ -17,8 +17,14 @@ TOLERANCE = 1e-4
 PLACE_TOLERANCE = 5e-2
 
 
-def check_packing(trainer: Any, dataset: Any) -> None:
-    """Probes student and teachers with two texts in one row, if the trainer's collator joins rows of this dataset.
+def check_packing(
+    readers: Sequence[tuple[str, PreTrainedModel, Callable[[dict[str, Any]], Tensor]]],
+    collator: Any,
+    is_packed: bool,
+    vocab_size: int,
+    device: torch.device,
+) -> None:
+    """Probes models with two texts in one row, as the collator joins them.
 
     The hidden states of the second text must not depend on the first text. Both probes have the second text at the same
     position, so its hidden states are equal in any precision. A comparison with the text read alone would be hidden by
@@ -27,34 +33,22 @@ def check_packing(trainer: Any, dataset: Any) -> None:
     equal, too.
 
     Args:
-        trainer ([`KDTrainer`]): has student, teachers and collator.
-        dataset: prepared rows.
+        readers: name and model of each reader, and its hidden states (n, D) of the n tokens of a batch.
+        collator: the trainer's.
+        is_packed (`bool`): whether the rows themselves hold several texts.
+        vocab_size (`int`): token ids below this can be read.
 
     Raises:
         `ValueError`: a model's attention or recurrence crosses the border between texts, or the model cannot read such
             rows.
     """
-    rows = trainer.first_rows(dataset, 2)
-    is_packed = bool(rows) and "seq_lengths" in rows[0]
-    if is_packed in trainer.tried_packings or not _joins(trainer.data_collator, rows):
-        return
-    batches = joined_rows(trainer.data_collator, is_packed, trainer.vocab_size)
-    student, device = trainer.student, trainer.args.device
+    batches = joined_rows(collator, is_packed, vocab_size)
     batches = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
-    positions = torch.arange(2 * LENGTH, device=device)
-
-    def student_reads(batch: dict[str, Any]) -> Tensor:
-        with trainer.trying_out(), evaluating(student):
-            return last_hidden_states(student, **batch).flatten(0, 1)[: len(positions)]  # without padding
-
-    refuse_leaks(student_reads, batches, "student", student)
-    for name, teacher in trainer.teachers.items():
-        called, model = "teacher" if len(trainer.teachers) == 1 else f"teacher {name}", causal_lm(teacher.model)
-        refuse_leaks(lambda batch, teacher=teacher: teacher(batch, positions)[0].hidden, batches, called, model)
-    trainer.tried_packings.add(is_packed)
+    for name, model, read in readers:
+        refuse_leaks(lambda batch, read=read: read(batch)[: 2 * LENGTH], batches, name, model)  # without padding
 
 
-def _joins(collator: Any, rows: Sequence[Mapping[str, Any]]) -> bool:
+def joins(collator: Any, rows: Sequence[Mapping[str, Any]]) -> bool:
     """True if a row holds several texts, or if the collator joins rows into one."""
     if not rows or "input_ids" not in rows[0]:
         return False

@@ -96,7 +96,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         "processes": trainer.accelerator.num_processes,
         "mixed_precision": trainer.accelerator.mixed_precision,
         "dtype": str(trainer.student.dtype),
-        "teacher": trainer.teacher.name,
+        **trainer.run_settings(),
         "training_rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
     }
     return {

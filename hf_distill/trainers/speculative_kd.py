@@ -1,7 +1,7 @@
 """SpeculativeKDTrainer: KDTrainer on text that student and teacher write together, made anew for every update."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,13 +15,17 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_distill.collators import PromptCollator, pad_prompts, warn_of_truncation
-from hf_distill.losses.fused_linear import TeacherSignal, fused_distillation_loss
+from hf_distill.losses.fused_linear import TeacherSignal
+from hf_distill.losses.objective import Objective
 from hf_distill.metrics import RolloutMeans
 from hf_distill.modeling import WholeCopy, causal_lm, check_cache, num_positions
+from hf_distill.named import student_config
 from hf_distill.speculative import Block, completion_hidden, rollout
 from hf_distill.teachers import Signal
-from hf_distill.teachers.local import BASE, LocalTeacher, is_split
-from hf_distill.trainers.checks import AnyDataset, text_config
+from hf_distill.teachers.columns import AnyDataset
+from hf_distill.teachers.loading import is_split
+from hf_distill.teachers.local import LocalTeacher
+from hf_distill.teachers.opening import is_base, require_models
 from hf_distill.trainers.data import refuse_unread
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.speculative_kd_config import HARD_SOURCES, ROLLOUT_SOURCES, SpeculativeKDConfig
@@ -77,7 +81,9 @@ class SpeculativeKDTrainer(KDTrainer):
     args: SpeculativeKDConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     teacher: LocalTeacher  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    _evaluated = ("rollout/",)
+    _config = SpeculativeKDConfig
+    _output_dir = "speculative_kd_output"
+    _evaluated = (*KDTrainer._evaluated, "rollout/")
     _crosses_tokenizers = False  # what one side writes, the other has to read token by token
     _tag_names = [*KDTrainer._tag_names, "speculative-knowledge-distillation"]
     _name = "Speculative KD"
@@ -104,9 +110,7 @@ class SpeculativeKDTrainer(KDTrainer):
         data_collator: DataCollator | None = None,
         **kwargs: Any,
     ):
-        args = SpeculativeKDConfig(output_dir="speculative_kd_output") if args is None else args
-        if not isinstance(args, SpeculativeKDConfig):
-            raise ValueError(f"args has to be a SpeculativeKDConfig, got {type(args).__name__}")
+        args = self.settings(args)
         if data_collator is not None and not hasattr(data_collator, "encode"):
             raise ValueError("data_collator has to make prompts: a LUPICollator, or none for rows with a prompt")
         if kwargs.get("formatting_func") is not None:
@@ -115,8 +119,9 @@ class SpeculativeKDTrainer(KDTrainer):
             processing_class = processing_class or data_collator.tokenizer  # pyright: ignore[reportFunctionMemberAccess]
             if data_collator.tokenizer.get_vocab() != processing_class.get_vocab():  # pyright: ignore
                 raise ValueError("data_collator has another tokenizer than the trainer: pass the same to both")
-        if teacher_model == BASE or isinstance(teacher_model, list | tuple | Mapping):
+        if is_base(teacher_model) or isinstance(teacher_model, list | tuple | Mapping):
             raise ValueError("text is written with one teacher, which is a model of its own: pass its name or path")
+        require_models({"teacher": teacher_model}, "SpeculativeKDTrainer")
         if args.teacher_device in ("offload", "sharded") or (
             not isinstance(teacher_model, str | None) and is_split(teacher_model)
         ):
@@ -125,13 +130,14 @@ class SpeculativeKDTrainer(KDTrainer):
                 "would move all of its weights. Remove teacher_device='offload' or 'sharded'; under ZeRO-3 pass the "
                 "teacher by name, or load it before the arguments"
             )
+        # Before SFTTrainer's construction, which prepares the rows.
         self._prompts = data_collator
         self._student = model
-        self._rollout_means: dict[str, RolloutMeans] = {}
         # What is measured is what has been written, unless nothing is.
         written = {name: share for name, share in args.rollout_mix.items() if name != "dataset"}  # pyright: ignore
         self._mixes = {"train": args.rollout_mix, "eval": written if sum(written.values()) else args.rollout_mix}
         self.last_rows: list[Row] = []  # what has been written last, for callbacks
+        self._rollout_means = {"train": RolloutMeans(), "eval": RolloutMeans()}
         super().__init__(model, teacher_model, args, train_dataset, eval_dataset, processing_class, **kwargs)
         self.data_collator = self._prompts or PromptCollator(self.processing_class)
         self.eos_token_ids = _eos_token_ids(self.processing_class, self.student, self.teacher.model)
@@ -154,7 +160,7 @@ class SpeculativeKDTrainer(KDTrainer):
 
     # ------------------------------------------------------------------------------------------------------ data
 
-    def check_columns(self, dataset: AnyDataset, name: str, *_: Any) -> None:  # pyright: ignore
+    def check_rows(self, dataset: AnyDataset, name: str, args: Any, has_formatting: bool) -> None:
         if (row := next(iter(dataset), None)) is None:
             raise ValueError(f"the {name} dataset is empty")
         if self._prompts is None:  # whose columns may have any name
@@ -167,8 +173,8 @@ class SpeculativeKDTrainer(KDTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         collator = self._prompts or PromptCollator(processing_class)
         configs = {
-            "student": text_config(self._student, args),
-            "teacher": text_config(next(iter(self.teachers.values())).model, args),
+            "student": student_config(self._student, args),
+            "teacher": causal_lm(self.teacher.model).config.get_text_config(),
         }
         function = partial(
             _encode, collator=collator, vocab_size=self.vocab_size,
@@ -290,19 +296,19 @@ class SpeculativeKDTrainer(KDTrainer):
             "teacher_hidden": torch.cat(hidden) if hidden else weight.new_zeros(0, weight.shape[1]),
         }
 
-    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> Sequence[Signal]:
+    def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> Signal | None:
         # The teacher has read every completion when it was written, after its own prompt.
-        return [TeacherSignal(inputs.pop("teacher_hidden"), self.teacher.head)]
+        return TeacherSignal(inputs.pop("teacher_hidden"), self.teacher.head)
 
     # --------------------------------------------------------------------------------------------------- metrics
 
-    def _reset_means(self, mode: str) -> None:
-        super()._reset_means(mode)
-        self._rollout_means[mode] = RolloutMeans()
+    def begin(self) -> None:
+        super().begin()
+        self._rollout_means["train"] = RolloutMeans()
 
-    def _pop_means(self, mode: str) -> dict[str, float]:
+    def pop_means(self, mode: str) -> dict[str, float]:
         rollouts = self._rollout_means[mode].pop(self.accelerator.gather, self.args.device)  # pyright: ignore
-        return super()._pop_means(mode) | rollouts
+        return super().pop_means(mode) | rollouts
 
     def _value_of_privilege(
         self, prompts: dict[str, Tensor], completion_ids: Tensor, completion_mask: Tensor, hidden: Tensor
@@ -312,13 +318,11 @@ class SpeculativeKDTrainer(KDTrainer):
         without = completion_hidden(self.teacher.model, *bare, completion_ids).to(hidden.device)[completion_mask]
         head, labels = self.teacher.head, completion_ids[completion_mask].to(hidden.device)
         with torch.no_grad():
-            signal = TeacherSignal(hidden[completion_mask], head)
-            return fused_distillation_loss(
-                without, head, [signal], labels, kd_weight=1.0, vocab_size=self.vocab_size
-            ).kd
+            objective = Objective(kd_weight=1.0, vocab_size=self.vocab_size)
+            return TeacherSignal(hidden[completion_mask], head).loss(without, head, labels, objective).kd
 
     def evaluation_loop(self, *args, **kwargs):
-        self._eval_batches = 0
+        self._eval_batches, self._rollout_means["eval"] = 0, RolloutMeans()
         return super().evaluation_loop(*args, **kwargs)
 
     def _log_block(self, source: str, block: Block) -> None:

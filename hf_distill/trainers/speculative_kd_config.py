@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hf_distill.speculative import RolloutConfig
-from hf_distill.trainers.config import KDConfig, keywords, skips_preparation
+from hf_distill.trainers.config import KDConfig
+from hf_distill.trainers.hard_label_config import keywords
 
 ROLLOUT_SOURCES = ("speculative", "student", "teacher", "dataset")
 HARD_SOURCES = ("teacher", "dataset")  # a student's own samples are nobody's hard labels
@@ -118,7 +119,7 @@ class SpeculativeKDConfig(KDConfig):
                 "packing and padding_free are not possible with rollouts, whose lengths are known only when they are "
                 "written: set both to False"
             )
-        if skips_preparation(self):
+        if self.skips_preparation:
             raise ValueError(
                 "skip_prepare_dataset is not possible: prompts are encoded and checked first. Rows that are token ids "
                 "already (student_prompt_ids, teacher_prompt_ids, completion_ids) are taken as they are"

@@ -63,16 +63,16 @@ def logits_alone(model, inputs, positions):
 
 
 def test_signals_are_each_teachers_own_with_weights_that_sum_to_one(teachers, batch):
-    signals = EnsembleTeacher(teachers, [1.0, 2.0, 5.0])(*batch)
+    signals = EnsembleTeacher(teachers, [1.0, 2.0, 5.0])(*batch).signals
     assert [signal.weight for signal in signals] == [0.125, 0.25, 0.625]
     for signal, teacher in zip(signals, teachers.values(), strict=True):
         assert torch.allclose(signal.head.logits(signal.hidden), logits_alone(teacher.model, *batch), atol=1e-4)
-    assert [signal.weight for signal in EnsembleTeacher(teachers)(*batch)] == [1 / 3] * 3
+    assert [signal.weight for signal in EnsembleTeacher(teachers)(*batch).signals] == [1 / 3] * 3
 
 
 def test_a_teacher_without_weight_is_not_asked(teachers, batch):
     ensemble = EnsembleTeacher(teachers, [0.0, 2.0, 0.0])
-    ((hidden, _, weight, *_),) = ensemble(*batch)
+    ((hidden, _, weight, *_),) = ensemble(*batch).signals
     assert weight == 1
     assert hidden.shape[1] == 48
     assert [len(teacher.asked) for teacher in teachers.values()] == [0, 1, 0]
@@ -85,7 +85,9 @@ def test_a_teacher_without_weight_is_not_asked(teachers, batch):
 @pytest.mark.parametrize("index", [[0, 1, 2, 0, 1], [2, 2, 2, 2, 2], [1, 0, 0, 1, 2], [0, 2, 2, 2, 1]])
 def test_each_row_hears_its_own_teacher_and_no_other_reads_it(teachers, batch, index):
     inputs, positions = batch
-    signals = EnsembleTeacher(teachers, routed=True)({**inputs, "teacher_index": torch.tensor(index)}, positions)
+    signals = EnsembleTeacher(teachers, combination="route")(
+        {**inputs, "teacher_index": torch.tensor(index)}, positions
+    ).signals
     names = [name for i, name in enumerate(teachers) if i in index]
     assert len(signals) == len(names)
     for name, signal in zip(names, signals, strict=True):
@@ -102,19 +104,19 @@ def test_each_row_hears_its_own_teacher_and_no_other_reads_it(teachers, batch, i
 def test_the_order_of_rows_and_positions_does_not_matter(teachers, batch):
     inputs, positions = batch
     inputs = {**inputs, "teacher_index": torch.tensor([0, 1, 2, 0, 1])}
-    ensemble = EnsembleTeacher(teachers, routed=True)
-    expected = ensemble(inputs, positions)
+    ensemble = EnsembleTeacher(teachers, combination="route")
+    expected = ensemble(inputs, positions).signals
     order, shuffled = torch.tensor([3, 0, 4, 2, 1]), torch.randperm(len(positions))
     moved = {name: tensor[order] for name, tensor in inputs.items()}
     where = order.argsort()[positions // 9] * 9 + positions % 9
-    for found, signal in zip(ensemble(moved, where[shuffled]), expected, strict=True):
+    for found, signal in zip(ensemble(moved, where[shuffled]).signals, expected, strict=True):
         assert torch.equal(found.weight, signal.weight[shuffled])
         assert torch.allclose(found.hidden, signal.hidden[shuffled], atol=1e-5)
 
 
 def test_rows_without_positions_give_signals_without_rows(teachers, batch):
     inputs = {**batch[0], "teacher_index": torch.tensor([0, 1, 2, 0, 1])}
-    signals = EnsembleTeacher(teachers, routed=True)(inputs, torch.tensor([], dtype=torch.long))
+    signals = EnsembleTeacher(teachers, combination="route")(inputs, torch.tensor([], dtype=torch.long)).signals
     assert [tuple(signal.hidden.shape) for signal in signals] == [(0, 32), (0, 48), (0, 32)]
     assert [tuple(signal.weight.shape) for signal in signals] == [(0,)] * 3
     assert set(inputs) == {"input_ids", "attention_mask", "teacher_index"}  # as it was
@@ -122,7 +124,7 @@ def test_rows_without_positions_give_signals_without_rows(teachers, batch):
 
 def test_names_say_the_weights_or_none(teachers):
     assert EnsembleTeacher(teachers, [1, 1, 2]).name == "0.25 small + 0.25 wide + 0.5 gpt"
-    assert EnsembleTeacher(teachers, routed=True).name == "small + wide + gpt"
+    assert EnsembleTeacher(teachers, combination="route").name == "small + wide + gpt"
 
 
 # ----------------------------------------------------------------------------------------------- the student's own base
@@ -143,7 +145,7 @@ def adapted(family: str = "llama", *, config=None, **changes):
 def test_base_teacher_says_what_the_base_says_and_the_student_then_what_it_said_before(family, batch):
     student, base = adapted(family)
     teacher, before = BaseTeacher(student), logits_alone(student, *batch)
-    ((hidden, head, *_),) = teacher(*batch)
+    hidden, head, *_ = teacher(*batch)
     expected = logits_alone(base, *batch)
     assert torch.allclose(head.logits(hidden), expected, atol=1e-4)
     assert not torch.allclose(before, expected, atol=1e-1)
@@ -155,7 +157,7 @@ def test_base_teacher_takes_no_memory(batch):
     student, _ = adapted()
     count = sum(parameter.numel() for parameter in student.parameters())
     teacher = BaseTeacher(student)
-    ((_, head, *_),) = teacher(*batch)
+    _, head, *_ = teacher(*batch)
     assert head.weight.data_ptr() == student.get_base_model().lm_head.weight.data_ptr()
     assert teacher.model is student
     assert sum(parameter.numel() for parameter in student.parameters()) == count
@@ -172,7 +174,7 @@ def test_base_teacher_leaves_modes_gradients_and_random_numbers_as_they_were(bat
     trained = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     torch.manual_seed(3)
     random = torch.get_rng_state()
-    ((hidden, head, *_),) = BaseTeacher(student)(*batch)
+    hidden, head, *_ = BaseTeacher(student)(*batch)
     assert torch.equal(torch.get_rng_state(), random)
     assert {name: module.training for name, module in student.named_modules()} == modes
     assert {name: parameter.requires_grad for name, parameter in student.named_parameters()} == trained
@@ -194,7 +196,7 @@ def test_base_teacher_gives_the_inner_layers_asked_for(batch):
     student, base = adapted()
     teacher = BaseTeacher(student)
     teacher.layers = (0, 1)
-    ((*_, layers),) = teacher(*batch)
+    *_, layers = teacher(*batch)
     expected = base(**batch[0], output_hidden_states=True).hidden_states
     for layer in (0, 1):
         assert torch.allclose(layers[layer], expected[layer + 1].flatten(0, 1)[batch[1]], atol=1e-5)

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_distill.modeling import head_of
-from hf_distill.teachers.local import LocalTeacher, check_quantization, load_teacher
+from hf_distill.teachers.loading import check_quantization, load_teacher
+from hf_distill.teachers.local import LocalTeacher
 from tests.conftest import FAMILIES, make_model
 
 CPU = torch.device("cpu")
@@ -26,13 +27,13 @@ def test_signal_is_the_models_own_logits_at_the_asked_positions(family, inputs):
     model = make_model(family)
     expected = model(**inputs).logits.flatten(0, 1)  # (B * T, V)
     positions = torch.tensor([14, 0, 7, 7])
-    ((hidden, head, *_),) = LocalTeacher(model, CPU)(inputs, positions)
+    hidden, head, *_ = LocalTeacher(model, CPU)(inputs, positions)
     assert torch.allclose(head.logits(hidden), expected[positions], atol=1e-5)
     assert not hidden.requires_grad
 
 
 def test_no_position_gives_an_empty_signal(inputs):
-    ((hidden, *_),) = LocalTeacher(make_model(), CPU)(inputs, torch.tensor([], dtype=torch.long))
+    hidden, *_ = LocalTeacher(make_model(), CPU)(inputs, torch.tensor([], dtype=torch.long))
     assert hidden.shape == (0, 32)
 
 
@@ -40,7 +41,7 @@ def test_teacher_with_an_adapter_answers_with_it(inputs):
     model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], r=2))
     nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
     expected = model(**inputs).logits.flatten(0, 1)
-    ((hidden, head, *_),) = LocalTeacher(model, CPU)(inputs, torch.arange(5))
+    hidden, head, *_ = LocalTeacher(model, CPU)(inputs, torch.arange(5))
     assert torch.allclose(head.logits(hidden), expected[:5], atol=1e-5)
     with model.disable_adapter():
         assert not torch.allclose(model(**inputs).logits.flatten(0, 1)[:5], expected[:5], atol=1e-2)
@@ -50,18 +51,18 @@ def test_asking_leaves_the_batch_as_it_was_and_survives_ids_that_the_teacher_can
     teacher = LocalTeacher(make_model(), CPU)
     inputs["input_ids"][1, 7:] = 400  # Another tokenizer's padding: behind the mask, past the embedding.
     before = {name: value.clone() for name, value in inputs.items()}
-    hidden = teacher(inputs, torch.arange(19))[0].hidden
+    hidden = teacher(inputs, torch.arange(19)).hidden
     assert all(torch.equal(value, before[name]) for name, value in inputs.items())
     inputs["input_ids"][1, 7:] = 3
-    assert torch.equal(hidden, teacher(inputs, torch.arange(19))[0].hidden)
+    assert torch.equal(hidden, teacher(inputs, torch.arange(19)).hidden)
 
 
 def test_teacher_goes_back_to_eval_mode_when_something_has_put_it_into_training_mode(inputs):
     model = make_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     teacher = LocalTeacher(model.train(), CPU)
-    first = teacher(inputs, torch.arange(9))[0].hidden
+    first = teacher(inputs, torch.arange(9)).hidden
     model.train()
-    assert torch.equal(teacher(inputs, torch.arange(9))[0].hidden, first)
+    assert torch.equal(teacher(inputs, torch.arange(9)).hidden, first)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -111,7 +112,7 @@ def test_head_is_copied_to_the_device_that_asks_once_and_hidden_states_wait_wher
     # "meta" stands for a second device: tensors really have to be moved to get there. Moved at once, hidden states
     # would make the student's device wait for the teacher before the student's own forward.
     teacher = LocalTeacher(make_model("phi"), torch.device("meta"))
-    signals = [teacher(inputs, torch.arange(4))[0] for _ in range(2)]
+    signals = [teacher(inputs, torch.arange(4)) for _ in range(2)]
     for hidden, head, *_ in signals:
         assert (hidden.device.type, head.weight.device.type, head.bias.device.type) == ("cpu", "meta", "meta")
     assert signals[0].head.weight is signals[1].head.weight
@@ -134,7 +135,7 @@ def test_quantisation_on_request_reaches_all_but_the_head_is_logged_and_stays_cl
     layers = [name for name, module in model.named_modules() if type(module).__name__ == layer]
     assert len(layers) == 2 * 7  # layers x linear maps
     assert "lm_head" not in layers
-    ((hidden, head, *_),) = LocalTeacher(model, CPU)(inputs, torch.arange(19))
+    hidden, head, *_ = LocalTeacher(model, CPU)(inputs, torch.arange(19))
     expected = saved(**inputs).logits.flatten(0, 1)[:19]
     correlation = torch.corrcoef(torch.stack([head.logits(hidden).flatten(), expected.flatten()]))[0, 1]
     assert correlation > 0.9
@@ -187,7 +188,7 @@ def test_quantisation_of_a_loaded_model_is_refused():
 def test_unknown_quantisation_and_missing_bitsandbytes_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="one of 4bit, 8bit, got 'int3'"):
         check_quantization("int3")
-    monkeypatch.setattr("hf_distill.teachers.local.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("hf_distill.teachers.loading.is_bitsandbytes_available", lambda: False)
     check_quantization(None)
     make_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"pip install 'hf_distill\[quantization\]'"):

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from hf_distill.teachers.local import LocalTeacher, load_teacher
+from hf_distill.teachers.loading import load_teacher
+from hf_distill.teachers.local import LocalTeacher
 from hf_distill.teachers.placement import teacher_devices
 from tests.conftest import make_model
 
@@ -51,11 +52,11 @@ def test_offloaded_teacher_keeps_no_weight_on_the_device_and_says_the_same(tmp_p
     inputs = {"input_ids": torch.randint(3, 380, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
     model = make_model(seed=1)
     model.save_pretrained(tmp_path)
-    (expected,) = LocalTeacher(copy.deepcopy(model), torch.device("cpu"))(inputs, torch.arange(11))
+    expected = LocalTeacher(copy.deepcopy(model), torch.device("cpu"))(inputs, torch.arange(11))
     for given in (model, str(tmp_path)):
         teacher = LocalTeacher(load_teacher(given, device="offload", student_device="cpu"), torch.device("cpu"))
         assert all(parameter.is_meta for parameter in teacher.model.parameters())
-        (found,) = teacher(inputs, torch.arange(11))
+        found = teacher(inputs, torch.arange(11))
         assert torch.equal(found.hidden, expected.hidden)
         assert torch.equal(found.head.weight, expected.head.weight)
         assert all(parameter.is_meta for parameter in teacher.model.parameters())

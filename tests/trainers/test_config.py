@@ -11,7 +11,7 @@ from trl import SFTConfig
 import hf_distill
 from hf_distill import KDConfig, trainers
 from hf_distill.losses.divergence import DIVERGENCES
-from hf_distill.trainers.config import checkpointing
+from hf_distill.trainers.hard_label_config import checkpointing
 
 
 def config(**changes) -> KDConfig:
@@ -63,16 +63,16 @@ def test_every_divergence_is_a_setting_with_its_defaults(divergence):
 
 
 def test_quantisation_without_bitsandbytes_is_refused_with_the_extra_to_install(monkeypatch):
-    monkeypatch.setattr("hf_distill.teachers.local.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("hf_distill.teachers.loading.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'hf_distill\[quantization\]'"):
         config(teacher_quantization="4bit")
 
 
 def test_liger_kernels_are_refused_where_they_cannot_run(monkeypatch):
-    monkeypatch.setattr("hf_distill.trainers.config.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("hf_distill.trainers.hard_label_config.is_liger_kernel_available", lambda: False)
     with pytest.raises(ValueError, match="use_liger_kernel=True needs Liger: pip install liger-kernel"):
         config(use_liger_kernel=True)
-    monkeypatch.setattr("hf_distill.trainers.config.is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr("hf_distill.trainers.hard_label_config.is_liger_kernel_available", lambda: True)
     with pytest.raises(ValueError, match=r"use_liger_kernel=True needs a GPU.*Remove it"):
         config(use_liger_kernel=True)
     monkeypatch.setattr(KDConfig, "device", torch.device("cuda:0"))

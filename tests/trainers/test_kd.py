@@ -459,9 +459,9 @@ def test_teacher_stays_frozen_deterministic_and_unchanged(tmp_path, tokenizer, r
     batch = padded_batch(rows)
     positions = torch.arange(5)
     del batch["labels"]
-    signals = [trainer.teacher(dict(batch), positions)[0].hidden]
+    signals = [trainer.teacher(dict(batch), positions).hidden]
     trainer.train()
-    signals += [trainer.teacher(dict(batch), positions)[0].hidden for _ in range(2)]
+    signals += [trainer.teacher(dict(batch), positions).hidden for _ in range(2)]
     assert torch.equal(signals[0], signals[1])
     assert torch.equal(signals[1], signals[2])
     assert not any(module.training for module in teacher.modules())

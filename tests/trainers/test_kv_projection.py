@@ -22,7 +22,7 @@ from hf_distill.layer_mapping import linear_cka
 from hf_distill.losses.feature import centered_cosine, effective_rank
 from hf_distill.modeling import cache_keyword
 from hf_distill.trainers.checkpoints import MARK
-from hf_distill.trainers.config import checkpointing
+from hf_distill.trainers.hard_label_config import checkpointing
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.losses.oracle import ORACLE

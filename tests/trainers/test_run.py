@@ -81,7 +81,8 @@ def test_nothing_touches_the_teachers_answer_before_the_students_backbone_is_lau
 
     def watched(*args):
         events.append("teacher")
-        return [signal._replace(hidden=signal.hidden.as_subclass(Watched)) for signal in teacher(*args)]
+        signal = teacher(*args)
+        return signal._replace(hidden=signal.hidden.as_subclass(Watched))
 
     teacher, trainer.teacher = trainer.teacher, watched
     trainer.student.model.register_forward_hook(lambda *_: events.append("student"))

@@ -1,0 +1,66 @@
+"""Configurations and tokenizers of models that are given by name, before any weights are loaded."""
+
+import os
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from hf_distill.modeling import causal_lm, num_token_ids
+
+# Parts of the names of files that tokenizers are saved in.
+TOKENIZER_FILES = ("token", "vocab", "merges", "spiece", "sentencepiece", "tekken")
+
+
+def name_of(model: Any) -> str | None:
+    """The hub id or path of a model, loaded or not; None for what has none."""
+    if isinstance(model, str):
+        return model
+    return causal_lm(model).config.name_or_path if isinstance(model, nn.Module) else None
+
+
+def text_config(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedConfig:
+    """The configuration of a language model, loaded or not; `kwargs` of `AutoConfig.from_pretrained`."""
+    if isinstance(model, str):
+        return AutoConfig.from_pretrained(model, **kwargs).get_text_config()
+    return causal_lm(model).config.get_text_config()
+
+
+def student_config(model: str | PreTrainedModel, args: SFTConfig) -> PreTrainedConfig:
+    """The student's configuration, in the revision that will be loaded."""
+    return text_config(model, trust_remote_code=args.trust_remote_code, revision=revision_of(args.model_init_kwargs))
+
+
+def student_rows(model: str | PreTrainedModel, args: SFTConfig) -> int:
+    """How many token ids the student has embeddings for, before it is loaded."""
+    return student_config(model, args).vocab_size if isinstance(model, str) else num_token_ids(causal_lm(model))
+
+
+def student_tokenizer(model: str | PreTrainedModel, args: SFTConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with the student.
+
+    Raises:
+        `ValueError`: the student is a model that was not loaded by name, or there is none of this name.
+    """
+    name = name_of(model)
+    if not name:
+        raise ValueError("processing_class is missing: the student was not loaded by name, so its tokenizer is unknown")
+    try:
+        return load_tokenizer(name, args.model_init_kwargs, args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no model with a tokenizer in the folder or under the hub id {name!r}: {reason}") from error
+
+
+def load_tokenizer(name: str, init_kwargs: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer under a name; `OSError` or `ValueError` if there is none."""
+    if os.path.isdir(name) and not any(part in file for file in os.listdir(name) for part in TOKENIZER_FILES):
+        raise OSError(f"{name} has no tokenizer")  # transformers would make an empty one
+    revision = revision_of(init_kwargs)
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def revision_of(init_kwargs: Any) -> str | None:
+    """The revision among keyword arguments of `from_pretrained`."""
+    return (init_kwargs or {}).get("revision")

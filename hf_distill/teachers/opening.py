@@ -1,0 +1,309 @@
+"""The teachers of a run, from what the user gave: names, tokenizers, then models, one after the other.
+
+What names and tokenizers tell is told before any weights are loaded, and teachers are loaded before the student.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_distill.modeling import causal_lm, num_token_ids, shared_vocabulary
+from hf_distill.named import load_tokenizer, name_of, student_rows, text_config
+from hf_distill.teachers import ModelTeacher, Teacher, require_model
+from hf_distill.teachers.across import AcrossTeacher
+from hf_distill.teachers.ensemble import EnsembleTeacher
+from hf_distill.teachers.loading import load_teacher, public_name
+from hf_distill.teachers.local import BaseTeacher, LocalTeacher, refuse_shared_memory
+
+logger = logging.getLogger(__name__)
+
+BASE = "base"  # the name of a teacher that is the student's own base model
+
+
+class NamedTeachers(NamedTuple):
+    """What the user gave, by the teachers' names. Nothing is loaded yet but tokenizers."""
+
+    models: dict[str, Any]  # hub id, path, model, "base", or any `Teacher`
+    tokenizers: dict[str, PreTrainedTokenizerBase | None]  # None: none came with it, or it needs none
+    devices: dict[str, str | None]
+
+    def has_base(self) -> bool:
+        """Whether one of them is the student's own base model."""
+        return any(is_base(model) for model in self.models.values())
+
+
+class OpenTeachers(NamedTuple):
+    """The teachers of a run, ready to be asked but for the student's own base."""
+
+    by_name: dict[str, Teacher]
+    teacher: Teacher  # the one that all of them make
+    vocab_size: int  # token ids below this mean the same to student and teachers
+    sharded: frozenset[str]  # names of those to split over all processes
+
+
+def is_base(model: Any) -> bool:
+    return isinstance(model, str) and model == BASE
+
+
+def name_teachers(teachers: Any, tokenizers: Any, args: Any) -> NamedTeachers:
+    """The teachers by name; several may have the same, and are numbered then.
+
+    Args:
+        teachers: one, a list or a dict of hub ids, paths, models or [`Teacher`] objects.
+        tokenizers: one, a list or a dict of their tokenizers, or None.
+        args ([`KDConfig`]): settings.
+
+    Raises:
+        `ValueError`: there is no teacher, or what is said of several does not fit their number.
+    """
+    given = list(teachers.values()) if isinstance(teachers, Mapping) else teachers
+    given = [given] if isinstance(given, str | Teacher) or not isinstance(given, Sequence) else given
+    if not given or any(teacher is None for teacher in given):
+        raise ValueError("teacher_model is missing: pass a hub id, a path or a model (HardLabelTrainer trains without)")
+    if strange := [type(teacher).__name__ for teacher in given if not isinstance(teacher, str | nn.Module | Teacher)]:
+        raise ValueError(
+            f"teacher_model has to be a hub id, a path, a model, an object with the methods of hf_distill.teachers."
+            f"Teacher, or a list or dict of them, not {strange[0]}"
+        )
+    if isinstance(teachers, Mapping):
+        named = dict(teachers)
+    else:
+        named = {}
+        for teacher in given:
+            name = teacher.name if isinstance(teacher, Teacher) else public_name(teacher)
+            named[name if name not in named else f"{name} ({len(named) + 1})"] = teacher
+    _check_settings(named, args)
+    devices = [device.strip() or None for device in (args.teacher_device or "").split(",")]
+    return NamedTeachers(
+        named, _own_tokenizers(named, tokenizers, args), dict(zip(named, devices * len(named), strict=False))
+    )
+
+
+def find_tokenizers(
+    named: NamedTeachers, student_tokenizer: PreTrainedTokenizerBase, args: Any, *, crosses: bool
+) -> tuple[dict[str, int | None], dict[str, PreTrainedTokenizerBase]]:
+    """How many token ids mean the same to the student and each teacher, and the teachers' tokenizers.
+
+    Of a teacher with another tokenizer the number is None: texts have to be aligned. `crosses` says whether they can.
+
+    Raises:
+        `ValueError`: another vocabulary where none is possible.
+    """
+    shared: dict[str, int | None] = {}
+    found: dict[str, PreTrainedTokenizerBase] = {}
+    for name, model in named.models.items():
+        own = named.tokenizers[name]
+        if own is None and not is_base(model) and not isinstance(model, Teacher):
+            own = _teacher_tokenizer(model, args)
+        found[name] = own or student_tokenizer
+        try:
+            shared[name] = shared_vocabulary(student_tokenizer, found[name])
+        except ValueError:
+            is_object = isinstance(model, Teacher)
+            if args.cross_tokenizer == "error" or args.skips_preparation or is_object or not crosses:
+                raise
+            shared[name] = None
+    _refuse_across([name for name in shared if shared[name] is None], named, args)
+    return shared, found
+
+
+def open_teachers(
+    named: NamedTeachers,
+    shared: Mapping[str, int | None],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    student: str | PreTrainedModel,
+    student_tokenizer: PreTrainedTokenizerBase,
+    args: Any,
+    *,
+    has_adapters: bool,
+) -> OpenTeachers:
+    """Loads the teachers, one after the other.
+
+    Args:
+        named, shared, tokenizers: from [`name_teachers`] and [`find_tokenizers`].
+        student (`str` or `PreTrainedModel`), student_tokenizer (`PreTrainedTokenizerBase`): the student's.
+        args ([`KDConfig`]): settings.
+        has_adapters (`bool`): whether the student will be trained in adapters alone, which no teacher shares.
+
+    Raises:
+        `ValueError`: what `load_teacher` refuses; a teacher that shares its memory with the student.
+    """
+    rows, num_proc = student_rows(student, args), args.dataset_num_proc
+    vocab_size = min([rows, *(size for size in shared.values() if size is not None)])
+    by_name: dict[str, Teacher] = {}
+    for name, model in named.models.items():
+        if isinstance(model, Teacher):
+            by_name[name] = model
+            continue
+        if is_base(model):
+            by_name[name] = BaseTeacher(None, tokenizers[name], num_proc)
+            continue
+        model = load_teacher(
+            model,
+            device=named.devices[name],
+            student_device=args.device,
+            quantization=args.teacher_quantization,
+            trust_remote_code=args.trust_remote_code,
+            init_kwargs=args.teacher_model_init_kwargs,
+        )
+        if not isinstance(student, str) and not has_adapters:
+            refuse_shared_memory(student, model)  # Before the teacher is frozen, and what it shares with it.
+        teacher = LocalTeacher(model, args.device, tokenizers[name], num_proc)
+        if len(named.models) > 1:
+            logger.info("teacher %s: %.1f MiB", name, model.get_memory_footprint() / 2**20)
+        if shared[name] is not None:
+            by_name[name] = teacher
+            vocab_size = min(vocab_size, teacher.head.weight.shape[0])
+            continue
+        side = by_name[name] = AcrossTeacher(
+            teacher, student_tokenizer, index=len(by_name), method=args.cross_tokenizer, student_rows=rows
+        )
+        if side.method == "uld" and (args.divergence != "forward_kl" or args.divergence_params):
+            logger.warning(
+                "%s: uld compares sorted probabilities by their distance, divergence=%r has no part in it", name,
+                args.divergence,
+            )  # fmt: skip
+    teacher: Any = next(iter(by_name.values()))
+    if len(by_name) > 1:
+        combination = args.teacher_combination
+        teacher = EnsembleTeacher(by_name, args.teacher_weights, combination=combination, num_proc=num_proc)
+    sharded = frozenset(name for name, device in named.devices.items() if device == "sharded")
+    return OpenTeachers(by_name, teacher, vocab_size, sharded)
+
+
+def require_models(teachers: Mapping[str, Any], what_for: str) -> None:
+    """Raises `ValueError` for a teacher, not yet loaded, that will be no model in this process."""
+    for teacher in teachers.values():
+        if isinstance(teacher, Teacher):
+            require_model(teacher, what_for)
+
+
+def teacher_weights(teacher: Teacher, teachers: Mapping[str, Teacher]) -> dict[str, float]:
+    """The weight of each teacher in the one that all of them make."""
+    weights = teacher.weights if isinstance(teacher, EnsembleTeacher) else [1.0]
+    return dict(zip(teachers, weights, strict=True))
+
+
+def bind_teachers(opened: OpenTeachers, student: PreTrainedModel, accelerator: Accelerator) -> None:
+    """Tells our teachers that the student is loaded."""
+    for name, teacher in opened.by_name.items():
+        if isinstance(teacher, LocalTeacher | AcrossTeacher | BaseTeacher):
+            teacher.bind(student, accelerator, sharded=name in opened.sharded)
+
+
+def own_models(teachers: Mapping[str, Teacher]) -> dict[str, LocalTeacher]:
+    """Those that are models with weights of their own in this process."""
+    sides = {name: t.teacher if isinstance(t, AcrossTeacher) else t for name, t in teachers.items()}
+    return {name: teacher for name, teacher in sides.items() if isinstance(teacher, LocalTeacher)}
+
+
+def describe_teachers(teachers: Mapping[str, Teacher]) -> dict[str, str]:
+    """Dtype and layout of each teacher's weights, for people."""
+    own = own_models(teachers)
+    return {
+        name: f"{own[name].model.dtype}, {own[name].layout}"
+        if name in own
+        else getattr(teacher, "layout", teacher.name)
+        for name, teacher in teachers.items()
+    }
+
+
+def alignment_methods(teachers: Mapping[str, Teacher]) -> dict[str, str]:
+    """How teachers with another tokenizer are compared."""
+    return {name: teacher.method for name, teacher in teachers.items() if isinstance(teacher, AcrossTeacher)}
+
+
+def readable_ids(teachers: Mapping[str, Teacher], default: int) -> int:
+    """The number of token ids that all teachers can read, each in its own text."""
+    models = [causal_lm(teacher.model) for teacher in own_models(teachers).values()]
+    return min((num_token_ids(model) for model in models), default=default)
+
+
+def teacher_config(model: Any, args: Any) -> PreTrainedConfig:
+    """A teacher's configuration, loaded or not."""
+    model = model.model if isinstance(model, ModelTeacher) else model
+    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
+    return text_config(model, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------- details
+
+
+def _check_settings(named: Mapping[str, Any], args: Any) -> None:
+    if args.teacher_weights is not None and len(args.teacher_weights) != len(named):
+        raise ValueError(f"there are {len(named)} teachers ({', '.join(named)}) and {args.teacher_weights=}")
+    if args.teacher_device is not None and args.teacher_device.count(",") not in (0, len(named) - 1):
+        raise ValueError(
+            f"there are {len(named)} teachers and {args.teacher_device=}: name one device, or one for each"
+        )
+    if len(named) == 1 and (args.teacher_combination != "mixture" or args.teacher_weights):
+        raise ValueError("teacher_combination and teacher_weights need several teachers: teacher_model=[...]")
+    if args.teacher_combination == "route" and args.teacher_weights:
+        raise ValueError("teacher_weights are not used with teacher_combination='route': each row has one teacher")
+    objects = [name for name, teacher in named.items() if isinstance(teacher, Teacher)]
+    if objects and len(named) > 1 and args.teacher_combination != "sum":
+        raise ValueError(
+            f"{objects[0]} is no model, and teacher_combination={args.teacher_combination!r} needs models with the "
+            "student's tokenizer: take 'sum'"
+        )
+
+
+def _own_tokenizers(named: Mapping[str, Any], tokenizers: Any, args: Any) -> dict[str, PreTrainedTokenizerBase | None]:
+    """The tokenizers that came with the teachers."""
+    if isinstance(tokenizers, Mapping):
+        if unknown := set(tokenizers) - set(named):
+            raise ValueError(f"teacher_processing_class has {sorted(unknown)}; the teachers are {', '.join(named)}")
+        return {name: tokenizers.get(name) for name in named}
+    if isinstance(tokenizers, list | tuple):
+        listed = list(tokenizers)
+    elif len(named) == 1 or tokenizers is None:
+        listed = [tokenizers] * len(named)
+    else:  # one for those that bring none
+        listed = [_saved_tokenizer(teacher, args) or tokenizers for teacher in named.values()]
+    if len(listed) != len(named):
+        raise ValueError(f"there are {len(named)} teachers and {len(listed)} of teacher_processing_class")
+    return dict(zip(named, listed, strict=True))
+
+
+def _teacher_tokenizer(model: str | PreTrainedModel, args: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was saved with the teacher, or None, with a warning, where there is none."""
+    if tokenizer := _saved_tokenizer(model, args):
+        return tokenizer
+    logger.warning(
+        "the teacher (%s) comes without a tokenizer: its vocabulary is taken to be the student's. Pass "
+        "teacher_processing_class to have that checked",
+        public_name(model),
+    )
+    return None
+
+
+def _saved_tokenizer(model: Any, args: Any) -> PreTrainedTokenizerBase | None:
+    name = name_of(model)
+    if not name or name == BASE:
+        return None
+    try:
+        return load_tokenizer(name, args.teacher_model_init_kwargs, args.trust_remote_code)
+    except (OSError, ValueError):
+        return None
+
+
+def _refuse_across(across: Sequence[str], named: NamedTeachers, args: Any) -> None:
+    """Raises `ValueError` for what is not possible with teachers `across` that have another tokenizer."""
+    if not across:
+        return
+    name = across[0]
+    if len(named.models) > 1 and args.teacher_combination != "sum":
+        raise ValueError(
+            f"{name} has another tokenizer than the student, and teacher_combination={args.teacher_combination!r} "
+            "needs teachers with the student's: take 'sum', or other teachers"
+        )
+    if args.joins_rows:
+        raise ValueError(
+            f"packing and padding_free join rows, but {name} reads them in its own tokens: set both to False"
+        )
+    if args.has_hidden:
+        raise ValueError(f"hidden_weight compares token by token, but {name} has another tokenizer: set it to 0")

@@ -1,0 +1,539 @@
+"""HardLabelTrainer: training on hard labels alone, the baseline of every distillation, and what all trainers share.
+
+Rows are checked, the student's head is probed, the loss never makes dense logits, and all numbers are means over the
+label-bearing tokens.
+
+Shapes: B batch, T tokens, N label-bearing positions, V vocabulary, Ds hidden width.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTConfig
+from trl.data_utils import get_dataset_column_names
+
+from hf_distill.losses.hard import hard_label_loss
+from hf_distill.losses.head import Head
+from hf_distill.losses.objective import Objective
+from hf_distill.metrics import TokenMeans, as_json, sum_dtype
+from hf_distill.modeling import (
+    check_head,
+    evaluating,
+    expose_hidden_states,
+    gathered,
+    keep_4bit_weights,
+    label_positions,
+    last_hidden_states,
+    load_balancing_loss,
+    select_positions,
+)
+from hf_distill.named import student_rows, student_tokenizer
+from hf_distill.token_rows import Limits, check_batch
+from hf_distill.trainers.checks import (
+    PEEKED_ROWS,
+    AnyDataset,
+    as_it_came,
+    check_best_metric,
+    check_lengths,
+    has_load_balancing,
+    is_of_a_library,
+    named_datasets,
+    refuse_frozen,
+    refuse_lost_processes,
+    refuse_output_dir,
+    refuse_packed_evaluation,
+    refuse_prompt_learning,
+    refuse_sharding,
+    refuse_split,
+    refuse_vision,
+)
+from hf_distill.trainers.data import (
+    as_they_are,
+    brought,
+    check_chat_template,
+    check_columns,
+    checked,
+    formatted,
+    one_format,
+    over_datasets,
+    refuse_no_label,
+    with_label,
+)
+from hf_distill.trainers.hard_label_config import HardLabelConfig, keywords
+from hf_distill.trainers.packing import check_packing, joins
+from hf_distill.trainers.surviving import SurvivingTrainer
+
+logger = logging.getLogger(__name__)
+
+PROBE_ROWS = 16
+# How the metrics of every evaluation begin.
+EVALUATED = ("loss", "ce", "student_entropy", "aux_loss", "runtime", "samples_per_second", "steps_per_second")
+
+
+class Given(NamedTuple):
+    """What a trainer was called with; see [`HardLabelTrainer`]."""
+
+    model: Any
+    args: Any
+    train_dataset: Any
+    eval_dataset: Any
+    processing_class: Any
+    data_collator: Any
+    peft_config: Any
+    quantization_config: Any
+    callbacks: list[TrainerCallback] | None
+    optimizers: tuple[Any, Any]
+    formatting_func: Any
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the student is trained in adapters."""
+        return self.peft_config is not None or isinstance(self.model, PeftModel)
+
+    def datasets(self) -> dict[str, Any]:
+        """All data sets by the names that messages call them."""
+        return named_datasets(self.train_dataset, self.eval_dataset)
+
+    def unprepared(self) -> dict[str, Any]:
+        """Those whose rows are texts or conversations yet."""
+        return {} if self.args.skips_preparation or self.formatting_func is not None else self.datasets()
+
+
+class Reader(NamedTuple):
+    """A model that reads the student's rows."""
+
+    name: str
+    model: PreTrainedModel
+    read: Callable[[dict[str, Any]], Tensor]  # hidden states (n, D) of the n tokens of a batch
+
+
+class HardLabelTrainer(SurvivingTrainer):
+    """Trains a student on hard labels, as `trl.SFTTrainer` does, exactly, and in runs that survive.
+
+    `loss = CE`, averaged over the label-bearing tokens of the whole accumulated batch of all processes. It is the
+    baseline of a distillation: the same rows, loss and updates as [`KDTrainer`] without its teacher.
+
+    Construction has four steps: the checks of all that can be checked before anything is loaded (`check`), what has to
+    be loaded before the student, SFTTrainer's own construction, and the probes of the loaded student (`start` has the
+    last two).
+
+    Attributes:
+        student (`PreTrainedModel`): the causal language model inside `model`, which adapters and engines are around.
+        vocab_size (`int`): token ids below this may be labels; ids past it get no probability.
+        means (`dict`): what has been summed up for "train" and "eval" since the last log, by what is counted.
+        projectors, and all else: [`SurvivingTrainer`] and `trl.SFTTrainer`.
+
+    Args:
+        model (`str` or `PreTrainedModel`): the student, as hub id, local path or model.
+        args ([`HardLabelConfig`], *optional*): settings, by default with an output directory.
+        train_dataset (`Dataset` or `IterableDataset`): any TRL format: text, prompt/completion, messages, input_ids.
+        eval_dataset (`Dataset`, `IterableDataset` or a dict of them, *optional*): measured with the same loss.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer, by default loaded with it.
+        data_collator, peft_config, quantization_config, callbacks, optimizers, formatting_func:
+            As in `trl.SFTTrainer`.
+
+    Raises:
+        `ValueError`: at construction, for anything that could not be trained on: missing columns, no row with a label,
+            vision models, and what [`HardLabelConfig`] refuses.
+    """
+
+    args: HardLabelConfig
+
+    _evaluated: tuple[str, ...] = ()  # how the metrics of an evaluation begin that only this trainer has
+    _config: type[HardLabelConfig] = HardLabelConfig
+    _output_dir = "sft_output"
+    _tag_names = ["hf_distill", "sft"]
+    _name = "SFT"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: HardLabelConfig | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        data_collator: DataCollator | None = None,
+        peft_config: PeftConfig | None = None,
+        quantization_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        formatting_func: Any = None,
+    ):
+        given = Given(
+            model, self.settings(args), train_dataset, eval_dataset, processing_class, data_collator, peft_config,
+            quantization_config, callbacks, optimizers, formatting_func,
+        )  # fmt: skip
+        given = self.check(given)
+        self.start(given, vocab_size=student_rows(given.model, given.args))
+
+    # ------------------------------------------------------------------------------------------- steps of construction
+
+    @classmethod
+    def settings(cls, args: Any) -> Any:
+        """The settings; by default all of them. `ValueError` for those of another trainer."""
+        args = cls._config(output_dir=cls._output_dir) if args is None else args
+        if not isinstance(args, cls._config):
+            name = cls._config.__name__
+            raise ValueError(f"args has to be a {name}, got {type(args).__name__}; {name} takes the same fields")
+        return args
+
+    def check(self, given: Given, teachers: Mapping[str, Any] | None = None) -> Given:
+        """The first step: refuses what could not be trained on, before any weights are loaded.
+
+        Args:
+            given ([`Given`]): what the trainer was called with.
+            teachers: hub ids, paths or models by name, of a trainer that has some.
+
+        Returns:
+            The same with the student's tokenizer.
+        """
+        model, args, teachers = given.model, given.args, teachers or {}
+        refuse_lost_processes(args)
+        refuse_sharding(args)
+        metrics = (*EVALUATED, *self._evaluated)
+        is_open = any(not is_of_a_library(type(part)) for part in (self, *(given.callbacks or ())))
+        check_best_metric(args, given.eval_dataset, metrics, is_open=is_open)
+        refuse_prompt_learning(given.peft_config, model, *teachers.values())
+        refuse_vision(model, given.processing_class)
+        refuse_split(model)
+        refuse_output_dir(model, teachers, args, has_adapters=given.has_adapters)
+        for name, dataset in given.datasets().items():
+            self.check_rows(dataset, name, args, given.formatting_func is not None)
+            refuse_packed_evaluation(name, args)
+        given = given._replace(processing_class=given.processing_class or student_tokenizer(model, args))
+        if args.chat_template_path is None:
+            self.check_chat_templates(given, given.processing_class, "the student's", "chat_template_path")
+        return given
+
+    def check_rows(self, dataset: AnyDataset, name: str, args: Any, has_formatting: bool) -> None:
+        """Raises `ValueError` for the columns of a data set that cannot be trained on."""
+        check_columns(dataset, name, args, has_formatting)
+
+    @staticmethod
+    def check_chat_templates(given: Given, tokenizer: Any, whose: str, setting: str) -> None:
+        """Raises `ValueError` for conversations that a tokenizer cannot turn into text."""
+        for name, dataset in given.unprepared().items():
+            check_chat_template(dataset, name, given.args, tokenizer, whose, setting)
+
+    def start(self, given: Given, *, vocab_size: int) -> None:
+        """The last two steps: SFTTrainer's own construction, and the probes of the loaded student.
+
+        Args:
+            given ([`Given`]): from `check`.
+            vocab_size (`int`): token ids below this may be labels.
+        """
+        self.vocab_size = vocab_size  # Before SFTTrainer's construction, which prepares the rows.
+        args, train_dataset, eval_dataset = given.args, given.train_dataset, given.eval_dataset
+        as_given = as_it_came(given.model, given.processing_class, args)
+        if args.skips_preparation:
+            # What no model can read would fail in the middle of training.
+            function = partial(as_they_are, limits=self.limits(args, None), args=args)
+            train_dataset, eval_dataset = over_datasets(function, train_dataset, eval_dataset)
+        elif given.formatting_func is None:
+            # Before SFTTrainer looks at a row to see what it is.
+            function = partial(self._brought, args=args)
+            train_dataset, eval_dataset = over_datasets(function, train_dataset, eval_dataset)
+        if isinstance(given.model, str) and args.device.type == "cuda" and args.world_size == 1:
+            # TRL would spread the student over all GPUs, those of others too.
+            args = copy.copy(args)
+            args.model_init_kwargs = {"device_map": {"": args.device}, **keywords(args.model_init_kwargs)}
+        super().__init__(
+            given.model, args, as_it_came=as_given, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            processing_class=given.processing_class, data_collator=given.data_collator, callbacks=given.callbacks,
+            optimizers=given.optimizers, quantization_config=given.quantization_config, peft_config=given.peft_config,
+            formatting_func=given.formatting_func,
+        )  # fmt: skip
+
+        # compute_loss divides by the label-bearing tokens of the whole update, whatever the student's forward takes.
+        self.model_accepts_loss_kwargs = True
+        self.means: dict[str, dict[str, TokenMeans]] = {"train": {}, "eval": {}}
+        self._has_told_tokens = False
+        self.tried_packings: set[bool] = set()  # which ways of joining rows the models have been tried with
+        refuse_vision(self.student, None)
+        refuse_frozen(self.model)
+        keep_4bit_weights(self.student)
+        with self.trying_out():
+            check_head(self.student, "student")
+            self.aux_loss_enabled = self.aux_loss_enabled and has_load_balancing(self.student, args)
+        expose_hidden_states(self.student)
+        self.attach()
+        refuse_split(self.student)
+        for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
+            self.check_readers(dataset)
+        self._try_saving()
+
+    def attach(self) -> None:
+        """Part of the last step: what a trainer adds to the loaded student, before rows are tried out on it."""
+
+    @contextmanager
+    def trying_out(self) -> Iterator[None]:
+        """Within it the student is whole, and in the precision that it is trained in; all processes come here."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        with gathered(self.student), torch.autocast(self.args.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+
+    def readers(self) -> list[Reader]:
+        """The models that read the student's rows."""
+
+        def read(batch: dict[str, Any]) -> Tensor:
+            with self.trying_out(), evaluating(self.student):
+                return last_hidden_states(self.student, **batch).flatten(0, 1)
+
+        return [Reader("student", self.student, read)]
+
+    def check_readers(self, dataset: Any) -> None:
+        """Raises `ValueError` for prepared rows that one of the models would not read as they are meant."""
+        readers = self.readers()
+        rows = self.first_rows(dataset, 2)
+        is_packed = bool(rows) and "seq_lengths" in rows[0]
+        if is_packed not in self.tried_packings and joins(self.data_collator, rows):
+            check_packing(readers, self.data_collator, is_packed, self.vocab_size, self.args.device)
+            self.tried_packings.add(is_packed)
+        with self.trying_out():
+            check_lengths(readers, dataset, self.args)
+
+    # ---------------------------------------------------------------------------------------------------- the loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """The loss of a micro-batch, a scalar: its share of the mean over the whole update's label-bearing tokens."""
+        inputs, positions, labels = self.take_labels(inputs)
+        num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
+        objective = self.objective(num_items)
+
+        def with_hidden(outputs: Any, head: Head) -> dict[str, Any]:
+            hidden = select_positions(outputs.last_hidden_state, positions)  # (N, Ds)
+            found = hard_label_loss(hidden, head, labels, objective)
+            return {"loss": found.loss, "ce": found.ce, "student_entropy": found.student_entropy}
+
+        return self.finish(model, inputs, with_hidden, labels, num_items_in_batch, return_outputs)
+
+    def objective(self, num_items: Tensor | int) -> Objective:
+        """The loss's settings in this update; `num_items` is the number of its label-bearing tokens."""
+        return Objective(
+            kd_weight=0.0, num_items=num_items, vocab_size=self.vocab_size, chunk_size=self.args.loss_chunk_size,
+            checked=True,
+        )  # fmt: skip
+
+    def take_labels(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """A batch without its labels, its label-bearing positions (N,), flat, and the labels (N,) that follow them."""
+        inputs = dict(inputs)
+        # Rows have been checked when they were prepared. What a collator or a transform makes of them has not.
+        check_batch(inputs, "", self.vocab_size, self.vocab_size, self.processing_class.pad_token_id)  # pyright: ignore
+        positions, labels = label_positions(inputs.pop("labels"))
+        return inputs, positions, labels
+
+    def finish(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        with_hidden: Callable[[Any, Head], dict[str, Any]],
+        hard_labels: Tensor,
+        num_items_in_batch: Tensor | int | None,
+        return_outputs: bool,
+        **forward: Any,
+    ) -> Any:
+        """The student's forward, in which the loss is computed, and what all losses share: scale, record, watch.
+
+        Args:
+            inputs: the batch for the student.
+            with_hidden: makes the terms, `loss` among them, of the backbone's outputs and the head.
+            hard_labels (`torch.Tensor` of shape `(N,)`): -100 for none.
+            forward: further keyword arguments of the forward.
+        """
+        if self.aux_loss_enabled:
+            forward["output_router_logits"] = True
+
+        def terms_of(outputs: Any, head: Head) -> dict[str, Any]:
+            terms = with_hidden(outputs, head)
+            if self.aux_loss_enabled:
+                terms["aux_loss"] = load_balancing_loss(self.student, outputs, inputs.get("attention_mask"))
+            return terms
+
+        terms = model(**inputs, **forward, with_hidden=terms_of)
+        loss = terms.pop("loss")
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The divisor counts the tokens of all processes, and the engine averages gradients over processes.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self.aux_loss_enabled:
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * terms["aux_loss"] / steps
+        self._record(loss, terms, inputs, hard_labels)
+        if self.model.training:
+            self.watch_loss(loss)
+        if return_outputs:
+            with torch.no_grad():
+                return loss, model(**inputs, use_cache=False)
+        return loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        # The divisor counts what `label_positions` finds. transformers also counts first tokens, which nothing
+        # predicts, where a class has no loss type (GPT-2); what is called `shift_labels` it takes as it is.
+        labels = [batch["labels"] for batch in batch_samples if "labels" in batch]
+        shifted = [{"labels": each, "shift_labels": each[..., 1:]} for each in labels]
+        return super()._get_num_items_in_batch(shifted, device)
+
+    def first_rows(self, dataset: Any, number: int) -> list[dict[str, Any]]:
+        """The first rows of a data set, with the columns that the collator is given in training."""
+        self._set_signature_columns_if_needed()
+        rows = islice(iter(dataset), number)
+        if not self.args.remove_unused_columns:
+            return [dict(row) for row in rows]
+        return [{name: row[name] for name in row if name in self._signature_columns} for row in rows]
+
+    def probe_batch(self) -> tuple[dict[str, Any], Tensor]:
+        """A few training rows as a batch on the student's device, and its label-bearing positions."""
+        batch = self.data_collator(self.first_rows(self.train_dataset, PROBE_ROWS))
+        device = self.student.device
+        inputs, positions, _ = self.take_labels(
+            {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
+        )
+        return inputs, positions
+
+    # ------------------------------------------------------------------------------------------------------ metrics
+
+    def _record(self, loss: Tensor, terms: dict[str, Any], inputs: dict[str, Any], hard_labels: Tensor) -> None:
+        """Adds the sums of a micro-batch to the means."""
+        mode = "train" if self.model.training else "eval"
+        num_labels = hard_labels.numel()
+        self.add_means(mode, "hard labels", (hard_labels != -100).sum(), ce=terms.pop("ce"))
+        if "agreement" in terms:
+            self.add_means(mode, "pairs", terms.pop("num_paired"), agreement=terms.pop("agreement"))
+        own = {"student_entropy": terms.pop("student_entropy")}
+        if self.aux_loss_enabled:
+            own["aux_loss"] = terms.pop("aux_loss") * num_labels
+        if mode == "eval":
+            # transformers averages a batch's loss over rows; this replaces it by the mean over tokens.
+            own["loss"] = loss * num_labels
+        self.add_means(mode, "labels", num_labels, **own)
+        if terms:  # those of a signal, which not every update needs to have
+            self.add_means(mode, "signals", num_labels, **terms)
+        if mode == "train":
+            mask = inputs.get("attention_mask")
+            self._total_train_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
+
+    def add_means(self, mode: str, over: str, count: Tensor | int, **sums: Tensor) -> None:
+        """Adds detached sums to what will be logged of "train" or "eval": a mean over all that is counted as `over`."""
+        self.means[mode].setdefault(over, TokenMeans()).add(count, **sums)
+
+    def pop_means(self, mode: str) -> dict[str, float]:
+        """What is logged of "train" or "eval" since the last time; called by all processes, extended by trainers."""
+        means, self.means[mode] = self.means[mode], {}
+        # Without any hard label there is no "ce", without any token that is paired with one no "agreement".
+        return {name: value for part in means.values() for name, value in part.pop(self._sum_over_processes).items()}
+
+    def begin(self) -> None:
+        super().begin()
+        self.means["train"] = {}  # nothing of an interrupted run
+
+    def _is_logging(self, mode: str) -> bool:
+        """Whether this update is logged, so that expensive diagnostics are worth computing."""
+        step = self.state.global_step + 1
+        if mode == "eval" or (step == 1 and self.args.logging_first_step):
+            return True
+        return self.args.logging_strategy != "no" and step % max(self.state.logging_steps, 1) == 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs.update({name: as_json(value) for name, value in logs.items()})
+        # "loss" is in the record of a logging step, which every process makes at the same step.
+        if "loss" in logs:
+            logs.update(self.pop_means("train"))
+            device = self.accelerator.device
+            tokens = torch.as_tensor(self._total_train_tokens, device=device).to(sum_dtype(device))
+            logs["num_tokens"] = self._sum_over_processes(tokens.unsqueeze(0)).item()
+            if not self._has_told_tokens:
+                self._has_told_tokens = True
+                updates = max(self.state.global_step - self._first_update, 1)
+                self._tell(f"about {logs['num_tokens'] / updates:,.0f} tokens per update")
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        splits = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if splits and self.model_wrapped is self.model and not isinstance(self.model, FSDPModule):
+            raise ValueError(
+                "FSDP and DeepSpeed prepare a model together with its optimizer, so nothing can be evaluated before "
+                "the training: set eval_on_start=True, or evaluate without them"
+            )
+        self.means["eval"] = {}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self.pop_means("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})  # pyright: ignore
+        return output
+
+    # --------------------------------------------------------------------------------------------------------- rows
+
+    _brought = staticmethod(brought)
+
+    def limits(self, args: SFTConfig, max_length: int | None) -> Limits:
+        """The ids, labels and lengths that rows may have."""
+        masks = args.completion_only_loss is not False
+        return Limits(self.vocab_size, max_length=max_length, completion_masks=masks)
+
+    def prepare_rows(self, dataset: Any, name: str, args: Any) -> Any:
+        """Rows of token ids and labels, as the trainer needs them; trainers add columns of theirs here."""
+        return dataset
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        self.check_rows(dataset, dataset_name, args, formatting_func is not None)  # an evaluation brings its own
+        columns = get_dataset_column_names(dataset)
+        is_tokenized, is_packed = "input_ids" in columns, "seq_lengths" in columns
+        if not is_tokenized:
+            if formatting_func is not None:
+                dataset, formatting_func = formatted(dataset, dataset_name, args, formatting_func), None
+            dataset = one_format(dataset, dataset_name, args)
+        packing = packing and not is_packed
+        if packing:
+            # Rows are dropped and counted before they are joined. Of the strategies, only "bfd" cuts at max_length.
+            alone = copy.copy(args)
+            alone.shuffle_dataset, alone.truncation_mode = False, "keep_start"
+            alone.max_length = args.max_length if args.packing_strategy == "bfd" else None
+            dataset = self._prepare_dataset(dataset, processing_class, alone, False, formatting_func, dataset_name)
+            formatting_func, is_tokenized = None, True
+        elif is_tokenized:  # by the numbers that its rows have for the caller
+            dataset = checked(dataset, dataset_name, self.limits(args, args.max_length), args)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        limits = self.limits(args, None)
+        kept = with_label(prepared, dataset_name, None if is_tokenized else limits, args)
+        if isinstance(dataset, Dataset):
+            refuse_no_label(kept, dataset_name, args)
+            if not packing and (dropped := len(dataset) - len(kept)):  # pyright: ignore[reportArgumentType]
+                logger.warning("%d of %d %s rows have no label and are dropped", dropped, len(dataset), dataset_name)
+        elif not packing:
+            first = dataset.take(PEEKED_ROWS)
+            first = super()._prepare_dataset(first, processing_class, args, False, formatting_func, dataset_name)
+            refuse_no_label(with_label(first, dataset_name, limits, args), dataset_name, args)
+        return self.prepare_rows(kept, dataset_name, args)
+
+    def _get_dataloader(self, dataset, description, batch_size, *args, is_training: bool = False, **kwargs):
+        if not is_training:
+            self.check_readers(dataset)  # of an evaluation's own rows
+            dataset = self._fill_up(dataset, batch_size) if isinstance(dataset, Dataset) else dataset
+        return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+
+    def _fill_up(self, dataset: Dataset, batch_size: int) -> Any:
+        """Adds rows without a label until every process has as many: accelerate would repeat rows, which then count."""
+        missing = -len(dataset) % (batch_size * self.accelerator.num_processes)
+        if self.accelerator.num_processes == 1 or missing == 0 or (filler := self.filler(dataset[0])) is None:
+            return dataset
+        return concatenate_datasets([dataset, Dataset.from_list([filler] * missing, features=dataset.features)])
+
+    def filler(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """A row like this one that counts for nothing; None where there is no telling."""
+        return {**row, "labels": [-100] * len(row["labels"])} if "labels" in row else None
