@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, TrainerCallback
 
 from hf_distill import KDTrainer
 from hf_distill.modeling import whole_state
+from hf_distill.teachers.opening import own_models
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.distributed.kd_runs import make_kv, make_speculative, make_trainer, students
 
@@ -251,7 +252,7 @@ def run_taught(case: tuple[str, str, str], folder: Path, num_processes: int, **c
     results = {"before": weights_of(trainer)}
     trainer.train()
     results |= {"weights": weights_of(trainer), "eval": trainer.evaluate()}
-    results["shares"] = [share_of(teacher.model) for teacher in trainer.teacher_set.local().values()]
+    results["shares"] = [share_of(teacher.model) for teacher in own_models(trainer.teachers).values()]
     return results
 
 
