@@ -36,6 +36,12 @@ class TeacherColumnsCollator:
         self.collator = collator
         self.collate = collate
 
+    def __getattr__(self, name: str) -> Any:
+        # Settings of the student's collator are read through this one.
+        if name == "collator":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
     def __call__(self, rows: Sequence[Row]) -> Row:
         batch = self.collator([{k: v for k, v in row.items() if not k.startswith(PREFIX)} for row in rows])
         return {**batch, **self.collate(rows)}

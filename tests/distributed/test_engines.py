@@ -5,7 +5,7 @@ import torch
 
 from hf_distill import KDConfig
 from hf_distill.traffic import bytes_between_processes, bytes_for_rollouts
-from hf_distill.trainers.checks import refuse_sharding
+from hf_distill.trainers.checks import refuse_teacher_layouts
 from tests.distributed.engine_runs import (
     CELLS,
     TAUGHT,
@@ -112,7 +112,7 @@ def test_routing_to_a_teacher_that_is_split_is_refused(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     args = KDConfig(str(tmp_path), bf16=False, teacher_device="sharded", teacher_combination="route")
     with pytest.raises(ValueError, match="has to be asked by all processes at once: take no 'route'"):
-        refuse_sharding(args, {"one": "path", "other": "path"})
+        refuse_teacher_layouts(args, has_base=False)
 
 
 @pytest.mark.parametrize("cell", [("KDTrainer", "full"), ("KDTrainer", "lora"), ("SpeculativeKDTrainer", "full")])
