@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from hf_distill.model_files import ADAPTER_CONFIG, is_adapter_folder
 from hf_distill.modeling import causal_lm
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 # Prefix of the folder for the files of an earlier run. transformers does not push names with an underscore to the hub.
 ASIDE = "_earlier-"
 TRIAL = "_tmp-trial-"
-ADAPTER_CONFIG = "adapter_config.json"
 
 # Files that a run, `prune` or `merge` writes to its folder. Loading would mistake them for a part of the next model.
 LEFT_BY_A_RUN = (
@@ -134,10 +134,11 @@ def base_of(adapter_folder: str | os.PathLike[str], name: str) -> str:
 
 def base_and_adapter(name: str) -> tuple[str, str | None]:
     """The model to load, and the adapter to put on it if the name is a folder with an adapter only."""
-    path = Path(name, ADAPTER_CONFIG)
-    if not path.is_file() or Path(name, "config.json").is_file():
+    if not is_adapter_folder(name):
         return name, None
-    return base_of(name, json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") or name), name
+    return base_of(
+        name, json.loads(Path(name, ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path") or name
+    ), name
 
 
 def adapters_on(base: str | os.PathLike[str], folder: str | os.PathLike[str]) -> list[Path]:

@@ -1,0 +1,178 @@
+"""What a trainer may be called with: a table of objects that are refused, in words, before anything is loaded."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hf_distill import KDConfig
+from hf_distill.trainers.input_checks import check_inputs, load_adapters
+from tests.conftest import SENTENCES, make_model
+
+ROWS = Dataset.from_dict({"text": SENTENCES})
+
+
+class Indexed(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return {"text": "one"}
+
+
+def config(**changes) -> KDConfig:
+    return KDConfig(**{"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": [], **changes})
+
+
+def check(model=None, train=ROWS, held_out=None, peft_config=None, **settings):
+    check_inputs(model or make_model(), train, held_out, config(**settings), peft_config)
+
+
+DATASETS = {
+    "a DatasetDict": (
+        DatasetDict({"train": ROWS, "test": ROWS}), r"is a DatasetDict with the splits train, test: .*\['train'\]"
+    ),
+    "a dict of datasets": ({"a": ROWS}, r"got dict: pass one of its data sets, such as dataset\['a'\]"),
+    "a list of rows": (list(ROWS), r"got list: pass Dataset.from_list\(rows\)"),
+    "a tuple of rows": (tuple(ROWS), r"got tuple: pass Dataset.from_list\(rows\)"),
+    "a list of texts": (SENTENCES, r"got list: pass Dataset.from_dict\(\{'text': texts\}\)"),
+    "an empty list": ([], r"got list: pass Dataset.from_list\(rows\)"),
+    "columns": ({"text": SENTENCES}, r"got dict: pass Dataset.from_dict\(columns\)"),
+    "a frame": (pd.DataFrame({"text": SENTENCES}), r"got DataFrame: pass Dataset.from_pandas\(frame\)"),
+    "a file": ("rows.jsonl", r"'rows.jsonl': pass load_dataset\('json', data_files='rows.jsonl', split='train'\)"),
+    "a path": (Path("rows.csv"), r"'rows.csv': pass load_dataset\('csv', data_files='rows.csv', split='train'\)"),
+    "a hub id": ("trl-lib/Capybara", r"pass load_dataset\('trl-lib/Capybara', split='train'\)"),
+    "a generator": ((row for row in ROWS), r"got generator: pass Dataset.from_generator\(function\)"),
+    "a function": (lambda: iter(ROWS), r"got function: pass Dataset.from_generator\(function\)"),
+    "a dataset of PyTorch": (Indexed(), r"Indexed: pass Dataset.from_list\(\[rows\[i\] for i in range"),
+    "a number": (3, "got int"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DATASETS)
+def test_what_is_no_dataset_is_refused_with_the_line_that_makes_one(case):
+    rows, message = DATASETS[case]
+    with pytest.raises(ValueError, match=f"^train_dataset .*{message}") as error:
+        check(train=rows)
+    assert "\n" not in str(error.value)
+    if not isinstance(rows, dict):  # several held-out data sets are a dict
+        with pytest.raises(ValueError, match=f"^eval_dataset .*{message}"):
+            check(held_out=rows)
+    with pytest.raises(ValueError, match=rf"^eval_dataset\['other'\] .*{message}"):
+        check(held_out={"one": ROWS, "other": rows})
+
+
+def test_data_sets_of_every_kind_pass():
+    for rows in (ROWS, IterableDataset.from_generator(lambda: iter(ROWS)), None):
+        check(train=rows, held_out=rows)
+    check(held_out={"one": ROWS})
+    check(held_out=DatasetDict({"one": ROWS}))
+
+
+SIZES = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+T5_SIZES = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+MODELS = {
+    "a backbone": (lambda: make_model().model, "LlamaModel is no causal language model.*AutoModelForCausalLM"),
+    "a classifier": (
+        lambda: LlamaForSequenceClassification(make_model().config),
+        "LlamaForSequenceClassification is no causal language model",
+    ),
+    "a masked model": (lambda: BertForMaskedLM(BertConfig(**SIZES)), "BertForMaskedLM is no causal language model"),
+    "an encoder-decoder": (
+        lambda: T5ForConditionalGeneration(T5Config(**T5_SIZES)),
+        "T5.* is an encoder-decoder",
+    ),
+    "a module": (lambda: torch.nn.Linear(2, 2), "model has to be a hub id, a path or a loaded model, got Linear"),
+    "a configuration": (lambda: make_model().config, "model has to be a hub id, .*, got LlamaConfig"),
+    "a path": (lambda: Path("out"), "model has to be its path as text, got the name 'out'"),
+    "a path that is not there": (lambda: "/nonexistent", "'/nonexistent': there is no such folder"),
+    "a hub id out of reach": (lambda: "some/model", "'some/model': there is no such folder here, and the hub"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_what_is_no_causal_language_model_is_refused_in_words(case):
+    make, message = MODELS[case]
+    with pytest.raises(ValueError, match=message) as error:
+        check(make())
+    assert "\n" not in str(error.value)
+    assert "Repo id" not in str(error.value)
+
+
+def test_trackers_that_are_not_installed_or_unknown_are_refused(monkeypatch):
+    available = "hf_distill.trainers.input_checks.get_available_reporting_integrations"
+    monkeypatch.setattr(available, lambda: ["tensorboard"])
+    check(report_to="tensorboard")
+    check(report_to="none")
+    for given in ("wandb", ["tensorboard", "wandb"]):
+        with pytest.raises(
+            ValueError, match="report_to has 'wandb', which is not installed: pip install wandb, or set"
+        ):
+            check(report_to=given)
+    with pytest.raises(ValueError, match=r"report_to has 'wanndb': wanndb is not supported, only .*wandb.*'none'"):
+        check(report_to="wanndb")
+
+
+def test_a_push_that_cannot_reach_the_hub_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="push_to_hub=True, but HF_HUB_OFFLINE keeps the hub away: unset it"):
+        check(push_to_hub=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("hf_distill.trainers.input_checks.get_token", lambda: None)
+    with pytest.raises(ValueError, match="push_to_hub=True needs a token: log in with `hf auth login`"):
+        check(push_to_hub=True)
+    with pytest.raises(ValueError, match="push_to_hub=True, but the hub does not answer"):
+        check(push_to_hub=True, hub_token="hf_none")
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """A folder of adapters that are not zero, and one of the model under them."""
+    folder = tmp_path_factory.mktemp("adapters")
+    make_model(seed=3).save_pretrained(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(folder / "lora")
+    return folder
+
+
+def test_adapters_in_a_folder_are_loaded_to_be_trained_on(adapters, inputs):
+    check(str(adapters / "lora"))
+    model = load_adapters(str(adapters / "lora"), config())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora" in name for name in trained)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(adapters / "base"), adapters / "lora")
+    torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits)
+
+
+def test_adapters_do_not_come_twice_nor_as_something_else(adapters):
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    for model in (str(adapters / "lora"), get_peft_model(make_model(), lora)):
+        with pytest.raises(
+            ValueError, match=r"has adapters already.*leave peft_config out to train on.*hf-distill merge"
+        ):
+            check(model, peft_config=lora)
+    with pytest.raises(ValueError, match=r"peft_config has to be one of peft, such as LoraConfig\(...\), got dict"):
+        check(peft_config={"r": 2})
+
+
+def test_adapters_of_a_model_that_is_not_there_are_told(adapters, tmp_path):
+    config_file = adapters / "lora" / "adapter_config.json"
+    (tmp_path / "adapter_config.json").write_text(
+        re.sub(r'"[^"]*/base"', '"/nonexistent/base"', config_file.read_text())
+    )
+    (tmp_path / "adapter_model.safetensors").write_bytes((adapters / "lora" / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"the adapters in it belong to '/nonexistent/base': there is no such folder"):
+        check(str(tmp_path))
