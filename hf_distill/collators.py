@@ -11,12 +11,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template
 
 from hf_distill.rows import refuse_other_form, with_messages
+from hf_distill.token_rows import pad
 
 logger = logging.getLogger(__name__)
 
@@ -296,15 +296,6 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def warn_of_truncation(count: int, total: int, name: str) -> None:
     if count:
         logger.warning("the knowledge of %d of %d rows of the %s is cut at max_prompt_length", count, total, name)
-
-
-def pad(sequences: list[list[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
-    """Sequences as one tensor (B, T), padded on one side ("left" or "right"), and where they are (B, T), bool."""
-    tensors = [torch.tensor(sequence) for sequence in sequences]
-    ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])[:, None]
-    places = torch.arange(ids.shape[1])
-    return ids, places >= ids.shape[1] - lengths if side == "left" else places < lengths
 
 
 def _message(role: str, content: str) -> dict[str, str]:

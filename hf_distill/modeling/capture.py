@@ -155,7 +155,8 @@ def layer_states(model: PreTrainedModel, keep: Callable[[Tensor], None]) -> Iter
 @contextmanager
 def layer_outputs(model: PreTrainedModel, layers: Iterable[int], keep: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Calls `keep(layer, hidden)`, during a forward, with the output of each of these layers."""
-    blocks = decoder_layers(model)[1]
+    layers = list(layers)
+    blocks = decoder_layers(model)[1] if layers else []
     hooks = [
         blocks[layer].register_forward_hook(lambda _, __, output, layer=layer: keep(layer, layer_output(output)))
         for layer in layers

@@ -12,8 +12,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.collators import PromptCollator, Row, pad, template_arguments
+from hf_distill.collators import PromptCollator, Row, template_arguments
 from hf_distill.token_alignment import Piece, align, group_numbers
+from hf_distill.token_rows import pad
 
 AnyDataset = Dataset | IterableDataset
 

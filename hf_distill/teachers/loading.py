@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import is_bitsandbytes_available
 
+from hf_distill.modeling import is_split
 from hf_distill.saving import base_and_adapter
 from hf_distill.teachers.placement import LAYOUTS, teacher_devices
 
@@ -68,11 +69,6 @@ def load_teacher(
     if device == "offload" and not getattr(model, "hf_device_map", None):
         cpu_offload(model.eval(), torch.device(student_device))
     return model
-
-
-def is_split(model: PreTrainedModel) -> bool:
-    """Whether ZeRO-3 has split a model while it was loaded."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _devices(setting: str | None, student_device: str | torch.device) -> list[str]:
@@ -157,10 +153,3 @@ def _quantization_config(quantization: str, device: torch.device) -> BitsAndByte
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
     )
-
-
-def public_name(model: str | PreTrainedModel) -> str:
-    """What a model is called in logs and on model cards: its hub id, or the last part of its path."""
-    name = (model if isinstance(model, str) else model.config.name_or_path) or ""
-    # A local path is nobody's business on a model card; its last part usually is the model's name.
-    return (os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name) or type(model).__name__

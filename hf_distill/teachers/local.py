@@ -27,18 +27,19 @@ from hf_distill.modeling import (
     head_layer,
     head_of,
     input_device,
+    is_split,
     keep_4bit_weights,
     label_positions,
     last_hidden_states,
-    layer_output,
+    layer_outputs,
     num_positions,
     num_token_ids,
+    public_name,
     select_positions,
     shared_parameters,
     trying,
 )
 from hf_distill.teachers.columns import PREFIX, AnyDataset, collate_own_text, map_rows, with_teacher_prompt
-from hf_distill.teachers.loading import is_split, public_name
 from hf_distill.token_rows import check_batch
 
 
@@ -235,18 +236,14 @@ def signal_of(
     """
     inner: dict[int, Tensor] = {}
 
-    def keep(layer: int, module: Any, args: Any, output: Any) -> None:
-        inner[layer] = select_positions(layer_output(output), positions)
+    def keep(layer: int, hidden: Tensor) -> None:
+        inner[layer] = select_positions(hidden, positions)
 
-    blocks = decoder_layers(model)[1] if layers else []
-    hooks = [blocks[layer].register_forward_hook(partial(keep, layer)) for layer in layers]
-    try:
+    with layer_outputs(model, layers, keep):
         last = last_hidden_states(model, **inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     hidden = select_positions(last, positions)
-    inner |= {layer: hidden for layer in layers if layer == len(blocks) - 1}
+    if layers and (final := len(decoder_layers(model)[1]) - 1) in layers:
+        inner[final] = hidden
     return TeacherSignal(hidden, head, layers=inner)
 
 

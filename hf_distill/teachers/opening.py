@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.modeling import causal_lm, num_token_ids, shared_vocabulary
+from hf_distill.modeling import causal_lm, num_token_ids, public_name, shared_vocabulary
 from hf_distill.named import load_tokenizer, name_of, student_rows, text_config
 from hf_distill.teachers import ModelTeacher, Teacher, require_model
 from hf_distill.teachers.across import AcrossTeacher
 from hf_distill.teachers.ensemble import EnsembleTeacher
-from hf_distill.teachers.loading import load_teacher, public_name
+from hf_distill.teachers.loading import load_teacher
 from hf_distill.teachers.local import BaseTeacher, LocalTeacher, refuse_shared_memory
 
 logger = logging.getLogger(__name__)

@@ -18,14 +18,14 @@ from hf_distill.collators import PromptCollator, pad_prompts, warn_of_truncation
 from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.losses.objective import Objective
 from hf_distill.metrics import RolloutMeans
-from hf_distill.modeling import WholeCopy, causal_lm, check_cache, num_positions
+from hf_distill.modeling import WholeCopy, causal_lm, check_cache, is_split, num_positions
 from hf_distill.named import student_config
 from hf_distill.speculative import Block, completion_hidden, rollout
 from hf_distill.teachers import Signal
 from hf_distill.teachers.columns import AnyDataset
-from hf_distill.teachers.loading import is_split
 from hf_distill.teachers.local import LocalTeacher
 from hf_distill.teachers.opening import is_base, require_models
+from hf_distill.token_rows import pad
 from hf_distill.trainers.data import refuse_unread
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.speculative_kd_config import HARD_SOURCES, ROLLOUT_SOURCES, SpeculativeKDConfig
@@ -279,19 +279,19 @@ class SpeculativeKDTrainer(KDTrainer):
         ids, labels, hard_labels, hidden = [], [], [], []
         for row in rows:
             completion = row.completion_ids if row.source else []  # a filler counts for nothing
-            ids.append(torch.tensor(row.student_prompt_ids + completion))
-            labels.append(torch.tensor([-100] * len(row.student_prompt_ids) + completion))
+            ids.append(row.student_prompt_ids + completion)
+            labels.append([-100] * len(row.student_prompt_ids) + completion)
             # The student's own samples are nobody's hard labels.
             hard_labels += completion if row.source in HARD_SOURCES else [-100] * len(completion)
             if row.teacher_hidden is not None:
                 hidden.append(row.teacher_hidden)
                 row.teacher_hidden = None  # `last_rows` stays
         weight = self.teacher.head.weight
-        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        input_ids, is_token = pad(ids, self.pad_token_id)
         return {
-            "input_ids": pad(ids, padding_value=self.pad_token_id),
-            "attention_mask": pad([torch.ones_like(row) for row in ids]),
-            "labels": pad(labels, padding_value=-100),
+            "input_ids": input_ids,
+            "attention_mask": is_token.long(),
+            "labels": pad(labels, -100)[0],
             "hard_labels": torch.tensor(hard_labels, dtype=torch.long),
             "teacher_hidden": torch.cat(hidden) if hidden else weight.new_zeros(0, weight.shape[1]),
         }
