@@ -7,6 +7,8 @@ from hf_distill.kv_projector import KVProjector
 from hf_distill.lora import describe_lora
 from hf_distill.pruning import drop_layers, restore_layers
 from hf_distill.trainers.config import KDConfig
+from hf_distill.trainers.hard_label import HardLabelTrainer
+from hf_distill.trainers.hard_label_config import HardLabelConfig
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
 from hf_distill.trainers.kv_projection_config import KVProjectionConfig
@@ -17,6 +19,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CosinePhaseCallback",
+    "HardLabelConfig",
+    "HardLabelTrainer",
     "KDConfig",
     "KDTrainer",
     "KVProjectionConfig",

@@ -25,14 +25,14 @@ from transformers import (
     set_seed,
 )
 from transformers.utils import logging as transformers_logging
-from trl import SFTConfig, SFTTrainer
 
 from hf_distill.demo.text import stories
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.report import save_report
 from hf_distill.saving import set_aside
 from hf_distill.trainers.config import KDConfig
-from hf_distill.trainers.hard_label_config import checkpointing
+from hf_distill.trainers.hard_label import HardLabelTrainer
+from hf_distill.trainers.hard_label_config import HardLabelConfig, checkpointing
 from hf_distill.trainers.kd import KDTrainer
 
 TEACHER = str(files("hf_distill.demo") / "teacher")
@@ -123,8 +123,8 @@ def run_demo(output_dir: str) -> dict[str, dict[str, float]]:
 
 def make_trainer(
     name: str, output_dir: str, seed: int, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> SFTTrainer:
-    """A fresh student with its texts: the same settings for TRL's trainer on hard labels and for ours."""
+) -> HardLabelTrainer:
+    """A fresh student with its texts: the same settings for the trainer on hard labels and for the distillation."""
     settings: dict[str, Any] = {
         "output_dir": output_dir,
         "max_steps": STEPS,
@@ -148,7 +148,7 @@ def make_trainer(
         "processing_class": tokenizer,
     }
     if name == "hard labels only":
-        return SFTTrainer(student, SFTConfig(**settings), **data)
+        return HardLabelTrainer(student, HardLabelConfig(**settings), **data)
     return KDTrainer(student, teacher, KDConfig(**settings, kd_weight=1.0), **data, teacher_processing_class=tokenizer)
 
 
@@ -172,7 +172,7 @@ def make_student(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedMod
     )
 
 
-def measure(trainer: SFTTrainer, model: Any, teacher: PreTrainedModel) -> dict[str, float]:
+def measure(trainer: HardLabelTrainer, model: Any, teacher: PreTrainedModel) -> dict[str, float]:
     """Fidelity on the held-out rows that the trainer has tokenised."""
     rows = trainer.eval_dataset
     return evaluate_fidelity(model, teacher, rows, trainer.processing_class, batch_size=50)  # pyright: ignore

@@ -193,7 +193,8 @@ def _own_ids(
             ids = [*ids, end]
         return ids, None
     try:
-        ids = tokenizer.apply_chat_template(messages, return_dict=True, **template_arguments(row))["input_ids"]  # pyright: ignore
+        whole: Any = tokenizer.apply_chat_template(messages, return_dict=True, **template_arguments(row))
+        ids = whole["input_ids"]
     except TemplateError as error:
         raise ValueError(
             f"the chat template of the teacher's tokenizer refuses {name} ({error}): give it another, pass it as "
@@ -203,7 +204,7 @@ def _own_ids(
     if strange := [content for content in contents if not isinstance(content, str)]:
         raise ValueError(f"messages for a teacher with another tokenizer have to be text, got {strange[0]!r}")
     if not _has_in_order(text, contents):
-        whole: Any = student_tokenizer.apply_chat_template(messages, return_dict=True, **template_arguments(row))
+        whole = student_tokenizer.apply_chat_template(messages, return_dict=True, **template_arguments(row))
         if len(whole["input_ids"]) > len(student_ids):
             return ids, None  # A row that has been cut is aligned by what is left of it.
     return ids, contents
@@ -253,5 +254,5 @@ def _messages(row: Row) -> list[dict[str, str]] | None:
     """The conversation that a row is, None for plain text."""
     if row.get("messages"):
         return row["messages"]
-    parts = row.get("prompt"), row.get("completion")
-    return [turn for part in parts for turn in part] if all(isinstance(part, list) for part in parts) else None  # pyright: ignore
+    parts = [part for part in (row.get("prompt"), row.get("completion")) if isinstance(part, list)]
+    return [turn for part in parts for turn in part] if len(parts) == 2 else None

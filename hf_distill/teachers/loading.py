@@ -65,7 +65,7 @@ def load_teacher(
             raise ValueError("the teacher is on the meta device: it has no weights. Load it with from_pretrained")
         stays = getattr(model, "hf_device_map", None) or getattr(model, "quantization_method", None) or is_split(model)
         if not stays:
-            model = model.to(devices[0]) if len(devices) == 1 else _laid_out(model, devices)  # pyright: ignore
+            model = _laid_out(model, devices)
     if device == "offload" and not getattr(model, "hf_device_map", None):
         cpu_offload(model.eval(), torch.device(student_device))
     return model
@@ -118,16 +118,17 @@ def _from_pretrained(
     return model
 
 
-def _laid_out(model: PreTrainedModel, devices: list[str]) -> PreTrainedModel:
-    device_map = infer_auto_device_map(
-        model,
-        max_memory=_free_memory(devices),  # pyright: ignore[reportArgumentType]
-        no_split_module_classes=model._no_split_modules,  # pyright: ignore[reportArgumentType]
-    )
-    return dispatch_model(model, device_map)  # pyright: ignore[reportReturnType]
+def _laid_out(model: Any, devices: list[str]) -> PreTrainedModel:
+    """A model on a device, or layer by layer over several."""
+    if len(devices) == 1:
+        return model.to(devices[0])
+    whole: Any = model._no_split_modules
+    device_map = infer_auto_device_map(model, max_memory=_free_memory(devices), no_split_module_classes=whole)
+    laid_out: Any = dispatch_model(model, device_map)
+    return laid_out
 
 
-def _free_memory(devices: list[str]) -> dict[int, int]:
+def _free_memory(devices: list[str]) -> dict[int | str, int | str]:
     return {torch.device(device).index: torch.cuda.mem_get_info(device)[0] for device in devices}
 
 

@@ -96,11 +96,11 @@ class LocalTeacher:
         if not (sharded or is_split(self.model)):
             return
         self.sharded = True
-        part = backbone(self._causal_lm)
+        part: Any = backbone(self._causal_lm)
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             self._engine = prepare_deepspeed(part, accelerator)
         else:
-            fsdp2_prepare_model(accelerator, part)  # pyright: ignore[reportArgumentType]
+            fsdp2_prepare_model(accelerator, part)
 
     def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
         """Rows with the tokens of their `teacher_prompt` ([`~hf_distill.teachers.columns.with_teacher_prompt`])."""

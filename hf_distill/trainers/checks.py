@@ -163,7 +163,7 @@ def refuse_sharding(args: HardLabelConfig) -> None:
     if _is_fsdp(args):
         _check_fsdp(args.fsdp_plugin_args or _launched_fsdp())
     if is_deepspeed_zero3_enabled():
-        zero = deepspeed_config()["zero_optimization"]  # pyright: ignore[reportOptionalSubscript]
+        zero = (deepspeed_config() or {}).get("zero_optimization", {})
         if not zero.get("stage3_gather_16bit_weights_on_model_save"):
             raise ValueError(
                 "save_model() would write no model: set stage3_gather_16bit_weights_on_model_save in the DeepSpeed "

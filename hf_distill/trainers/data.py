@@ -243,8 +243,8 @@ def _refuse_missing(dataset: Dataset, used: tuple[str, ...], name: str, all_colu
         cells = dataset.data.column(column)  # of all rows that are kept, chosen or not
         is_list = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
         if cells.null_count or (is_list and any(0 in chunk.value_lengths().to_pylist() for chunk in cells.chunks)):
-            for index, row in enumerate(dataset.select_columns([column])):
-                _refuse_missing_cell(row[column], column, index, name, all_columns)  # pyright: ignore
+            for index, cell in enumerate(dataset[column]):
+                _refuse_missing_cell(cell, column, index, name, all_columns)
 
 
 def _refuse_missing_cell(cell: Any, column: str, index: int, name: str, all_columns: str) -> None:
@@ -263,8 +263,8 @@ def _has_other_roles(dataset: Dataset, column: str) -> bool:
     cells = dataset.data.column(column)
     kind = getattr(cells.type, "value_type", None)
     if kind is None or not pa.types.is_struct(kind):  # JSON, in which messages may have different keys
-        rows = dataset.select_columns([column]) if is_chat(dataset[0][column]) else ()
-        return any(_is_other(message) for row in rows for message in row[column] or ())  # pyright: ignore
+        cells = dataset[column] if is_chat(dataset[0][column]) else ()
+        return any(_is_other(message) for cell in cells for message in cell or ())
     names = {field.name for field in kind}
     if not names >= {"role", "content"} or names & {"from", "value"}:
         return True

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -61,7 +61,6 @@ from hf_distill.trainers.checks import (
 from hf_distill.trainers.data import (
     as_they_are,
     brought,
-    check_chat_template,
     check_columns,
     checked,
     formatted,
@@ -70,6 +69,7 @@ from hf_distill.trainers.data import (
     refuse_no_label,
     with_label,
 )
+from hf_distill.trainers.given import Given, Reader
 from hf_distill.trainers.hard_label_config import HardLabelConfig, keywords
 from hf_distill.trainers.packing import check_packing, joins
 from hf_distill.trainers.surviving import SurvivingTrainer
@@ -79,43 +79,6 @@ logger = logging.getLogger(__name__)
 PROBE_ROWS = 16
 # How the metrics of every evaluation begin.
 EVALUATED = ("loss", "ce", "student_entropy", "aux_loss", "runtime", "samples_per_second", "steps_per_second")
-
-
-class Given(NamedTuple):
-    """What a trainer was called with; see [`HardLabelTrainer`]."""
-
-    model: Any
-    args: Any
-    train_dataset: Any
-    eval_dataset: Any
-    processing_class: Any
-    data_collator: Any
-    peft_config: Any
-    quantization_config: Any
-    callbacks: list[TrainerCallback] | None
-    optimizers: tuple[Any, Any]
-    formatting_func: Any
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether the student is trained in adapters."""
-        return self.peft_config is not None or isinstance(self.model, PeftModel)
-
-    def datasets(self) -> dict[str, Any]:
-        """All data sets by the names that messages call them."""
-        return named_datasets(self.train_dataset, self.eval_dataset)
-
-    def unprepared(self) -> dict[str, Any]:
-        """Those whose rows are texts or conversations yet."""
-        return {} if self.args.skips_preparation or self.formatting_func is not None else self.datasets()
-
-
-class Reader(NamedTuple):
-    """A model that reads the student's rows."""
-
-    name: str
-    model: PreTrainedModel
-    read: Callable[[dict[str, Any]], Tensor]  # hidden states (n, D) of the n tokens of a batch
 
 
 class HardLabelTrainer(SurvivingTrainer):
@@ -214,18 +177,12 @@ class HardLabelTrainer(SurvivingTrainer):
             refuse_packed_evaluation(name, args)
         given = given._replace(processing_class=given.processing_class or student_tokenizer(model, args))
         if args.chat_template_path is None:
-            self.check_chat_templates(given, given.processing_class, "the student's", "chat_template_path")
+            given.check_chat_template(given.processing_class, "the student's", "chat_template_path")
         return given
 
     def check_rows(self, dataset: AnyDataset, name: str, args: Any, has_formatting: bool) -> None:
         """Raises `ValueError` for the columns of a data set that cannot be trained on."""
         check_columns(dataset, name, args, has_formatting)
-
-    @staticmethod
-    def check_chat_templates(given: Given, tokenizer: Any, whose: str, setting: str) -> None:
-        """Raises `ValueError` for conversations that a tokenizer cannot turn into text."""
-        for name, dataset in given.unprepared().items():
-            check_chat_template(dataset, name, given.args, tokenizer, whose, setting)
 
     def start(self, given: Given, *, vocab_size: int) -> None:
         """The last two steps: SFTTrainer's own construction, and the probes of the loaded student.
@@ -336,7 +293,7 @@ class HardLabelTrainer(SurvivingTrainer):
         """A batch without its labels, its label-bearing positions (N,), flat, and the labels (N,) that follow them."""
         inputs = dict(inputs)
         # Rows have been checked when they were prepared. What a collator or a transform makes of them has not.
-        check_batch(inputs, "", self.vocab_size, self.vocab_size, self.processing_class.pad_token_id)  # pyright: ignore
+        check_batch(inputs, "", self.vocab_size, self.vocab_size, self.processing_class.pad_token_id)
         positions, labels = label_positions(inputs.pop("labels"))
         return inputs, positions, labels
 
@@ -473,9 +430,8 @@ class HardLabelTrainer(SurvivingTrainer):
             )
         self.means["eval"] = {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self.pop_means("eval")
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})  # pyright: ignore
-        return output
+        means = {f"{metric_key_prefix}_{name}": value for name, value in self.pop_means("eval").items()}
+        return output._replace(metrics={**(output.metrics or {}), **means})
 
     # --------------------------------------------------------------------------------------------------------- rows
 
@@ -512,8 +468,10 @@ class HardLabelTrainer(SurvivingTrainer):
         limits = self.limits(args, None)
         kept = with_label(prepared, dataset_name, None if is_tokenized else limits, args)
         if isinstance(dataset, Dataset):
+            assert isinstance(kept, Dataset)
             refuse_no_label(kept, dataset_name, args)
-            if not packing and (dropped := len(dataset) - len(kept)):  # pyright: ignore[reportArgumentType]
+            dropped = dataset.num_rows - kept.num_rows
+            if dropped and not packing:
                 logger.warning("%d of %d %s rows have no label and are dropped", dropped, len(dataset), dataset_name)
         elif not packing:
             first = dataset.take(PEEKED_ROWS)

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from hf_distill.kv_projector import HiddenProjector
 from hf_distill.layer_mapping import Mapping, cka_mapping, describe_mapping, layer_mapping, teacher_layers
 from hf_distill.losses.feature import HIDDEN_LOSSES
-from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.modeling import causal_lm, evaluating, head_of, hidden_widths, num_layers, select_positions
 from hf_distill.teachers import ModelTeacher
 from hf_distill.teachers.local import signal_of
@@ -108,7 +107,7 @@ class HiddenLayers:
         """The settings, for the model card."""
         return f"{self._settings}, layers {describe_mapping(self.mapping)}"
 
-    def loss(self, hidden_states: Sequence[Tensor], signal: TeacherSignal, positions: Tensor) -> Tensor:
+    def loss(self, hidden_states: Sequence[Tensor], signal: Any, positions: Tensor) -> Tensor:
         """The mean over mapped layers of the distances, summed over N positions; a scalar.
 
         Args:

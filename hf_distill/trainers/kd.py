@@ -39,7 +39,8 @@ from hf_distill.teachers.opening import (
 from hf_distill.token_rows import Limits
 from hf_distill.trainers.checks import named_datasets, refuse_layers, refuse_row_columns, refuse_teacher_layouts
 from hf_distill.trainers.config import KDConfig
-from hf_distill.trainers.hard_label import Given, HardLabelTrainer, Reader
+from hf_distill.trainers.given import Given, Reader
+from hf_distill.trainers.hard_label import HardLabelTrainer
 from hf_distill.trainers.hard_label_config import keywords
 from hf_distill.trainers.hidden_layers import PROJECTOR, HiddenLayers
 
@@ -159,7 +160,7 @@ class KDTrainer(HardLabelTrainer):
             raise ValueError("teacher_model='base' needs a student with adapters: pass a peft_config (--use_peft)")
         shared, tokenizers = find_tokenizers(named, given.processing_class, args, crosses=self._crosses_tokenizers)
         for name in [name for name in shared if shared[name] is None]:
-            self.check_chat_templates(given, tokenizers[name], f"{name}'s", "teacher_processing_class")
+            given.check_chat_template(tokenizers[name], f"{name}'s", "teacher_processing_class")
         self._opened = open_teachers(
             named, shared, tokenizers, given.model, given.processing_class, args,
             has_adapters=given.peft_config is not None,
@@ -229,7 +230,7 @@ class KDTrainer(HardLabelTrainer):
             hidden = select_positions(outputs.last_hidden_state, positions)  # (N, Ds)
             terms = self.distillation_terms(hidden, head, signal, hard_labels, objective)
             if self.hidden_layers is not None:
-                terms["hidden"] = self.hidden_layers.loss(outputs.hidden_states, signal, positions)  # pyright: ignore
+                terms["hidden"] = self.hidden_layers.loss(outputs.hidden_states, signal, positions)
                 weight = self.setting("hidden_weight") / torch.as_tensor(objective.divisor(len(hidden)))
                 terms["loss"] = terms["loss"] + weight.to(hidden.device) * terms["hidden"]
             return terms

@@ -228,11 +228,12 @@ class KVProjectionTrainer(KDTrainer):
         teacher = KVCapture(causal_lm(self.models[name].model), teacher_layers, self.args.kv_positions)
         with teacher(own_positions):
             self.models[name](own, own_positions)
-        # Before an engine has prepared the student, the two may be on different devices.
-        return [
-            {layer: tuple(part.cpu() for part in side.features(layer)) for layer in sorted(side.heads)}
-            for side in (student, teacher)
-        ]  # pyright: ignore[reportReturnType]
+
+        def features(side: KVCapture, layer: int) -> tuple[Tensor, Tensor]:
+            keys, values = side.features(layer)
+            return keys.cpu(), values.cpu()  # Before an engine has prepared the student, the devices may differ.
+
+        return [{layer: features(side, layer) for layer in sorted(side.heads)} for side in (student, teacher)]
 
     def _make_projector(
         self, name: str, mapping: LayerMapping, layers: list[int], widths: list[int]
@@ -244,8 +245,8 @@ class KVProjectionTrainer(KDTrainer):
         student, teacher = self._probe(name, mapping, layers)
         for index, (layer, teachers) in enumerate(mapping.items()):
             for kind in range(2):
-                target = sum(weight * teacher[i][kind] for i, weight in teachers.items())
-                projector.fit(kind, index, target, student[layer][kind])  # pyright: ignore
+                target: Any = sum(weight * teacher[i][kind] for i, weight in teachers.items())
+                projector.fit(kind, index, target, student[layer][kind])
         return projector
 
     def _clip_grad_norm(self, *args, **kwargs):
@@ -286,7 +287,8 @@ class KVProjectionTrainer(KDTrainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        found = {name.removeprefix(f"{metric_key_prefix}_"): value for name, value in output.metrics.items()}  # pyright: ignore
+        metrics = output.metrics or {}
+        found = {name.removeprefix(f"{metric_key_prefix}_"): value for name, value in metrics.items()}
         self._warn_of_collapse(found, metric_key_prefix)
         return output
 
@@ -334,7 +336,8 @@ class KVSource(NamedTuple):
         """Keys and values (N, Ft) of the teacher's layers that a student's layer learns from, by their weights."""
         parts = [(weight, self.capture.features(i)) for i, weight in self.mapping[layer].items()]
         dtype = next(self.projector.parameters(), torch.empty(0)).dtype
-        return [sum(weight * pair[kind].to(device, dtype) for weight, pair in parts) for kind in range(2)]  # pyright: ignore
+        sides: Any = [sum(weight * pair[kind].to(device, dtype) for weight, pair in parts) for kind in range(2)]
+        return sides
 
 
 def _diagnose(student: Tensor, teacher: Tensor, projected: Tensor) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
-from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_distill.collators import PromptCollator, pad_prompts, warn_of_truncation
@@ -107,7 +107,7 @@ class SpeculativeKDTrainer(KDTrainer):
         eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
-        data_collator: DataCollator | None = None,
+        data_collator: Any = None,
         **kwargs: Any,
     ):
         args = self.settings(args)
@@ -116,8 +116,9 @@ class SpeculativeKDTrainer(KDTrainer):
         if kwargs.get("formatting_func") is not None:
             raise ValueError("formatting_func is not used: give the rows a 'prompt' column, or pass a LUPICollator")
         if data_collator is not None:
-            processing_class = processing_class or data_collator.tokenizer  # pyright: ignore[reportFunctionMemberAccess]
-            if data_collator.tokenizer.get_vocab() != processing_class.get_vocab():  # pyright: ignore
+            own: PreTrainedTokenizerBase = data_collator.tokenizer
+            processing_class = processing_class or own
+            if own.get_vocab() != processing_class.get_vocab():
                 raise ValueError("data_collator has another tokenizer than the trainer: pass the same to both")
         if is_base(teacher_model) or isinstance(teacher_model, list | tuple | Mapping):
             raise ValueError("text is written with one teacher, which is a model of its own: pass its name or path")
@@ -134,14 +135,14 @@ class SpeculativeKDTrainer(KDTrainer):
         self._prompts = data_collator
         self._student = model
         # What is measured is what has been written, unless nothing is.
-        written = {name: share for name, share in args.rollout_mix.items() if name != "dataset"}  # pyright: ignore
-        self._mixes = {"train": args.rollout_mix, "eval": written if sum(written.values()) else args.rollout_mix}
+        written = {name: share for name, share in args.shares.items() if name != "dataset"}
+        self._mixes = {"train": args.shares, "eval": written if sum(written.values()) else args.shares}
         self.last_rows: list[Row] = []  # what has been written last, for callbacks
         self._rollout_means = {"train": RolloutMeans(), "eval": RolloutMeans()}
         super().__init__(model, teacher_model, args, train_dataset, eval_dataset, processing_class, **kwargs)
         self.data_collator = self._prompts or PromptCollator(self.processing_class)
         self.eos_token_ids = _eos_token_ids(self.processing_class, self.student, self.teacher.model)
-        self.pad_token_id: int = self.processing_class.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
+        self.pad_token_id: int = self.processing_class.pad_token_id
         with self.trying_out():
             check_cache(self.student, "student")
         check_cache(causal_lm(self.teacher.model), "teacher")
@@ -307,7 +308,8 @@ class SpeculativeKDTrainer(KDTrainer):
         self._rollout_means["train"] = RolloutMeans()
 
     def pop_means(self, mode: str) -> dict[str, float]:
-        rollouts = self._rollout_means[mode].pop(self.accelerator.gather, self.args.device)  # pyright: ignore
+        gather: Any = self.accelerator.gather
+        rollouts = self._rollout_means[mode].pop(gather, self.args.device)
         return super().pop_means(mode) | rollouts
 
     def _value_of_privilege(
@@ -336,7 +338,7 @@ class SpeculativeKDTrainer(KDTrainer):
             logger.warning(text)  # what was asked for has to be seen without setting up logging
 
     def describe(self) -> dict[str, str]:
-        shares = ", ".join(f"{name} {share:g}" for name, share in self.args.rollout_mix.items())  # pyright: ignore
+        shares = ", ".join(f"{name} {share:g}" for name, share in self.args.shares.items())
         rule = f"draft {self.args.draft_length}, top_k {self.args.top_k}, min_prob {self.args.min_prob:g}"
         return {**super().describe(), "training text": shares, "speculation": rule}
 

@@ -114,7 +114,7 @@ class SpeculativeKDConfig(KDConfig):
 
     def _check_sft_settings(self) -> None:
         """Raises `ValueError` for settings of SFTTrainer that speak of texts before they are generated."""
-        if self.packing or self.eval_packing or self.padding_free:
+        if self.joins_rows:
             raise ValueError(
                 "packing and padding_free are not possible with rollouts, whose lengths are known only when they are "
                 "written: set both to False"
@@ -141,3 +141,8 @@ class SpeculativeKDConfig(KDConfig):
         """The fields that are `RolloutConfig`'s."""
         names = [entry.name for entry in fields(RolloutConfig)]
         return RolloutConfig(**{name: getattr(self, name) for name in names} | changes)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """`rollout_mix` as a dict: the share of each source of text."""
+        return keywords(self.rollout_mix)
