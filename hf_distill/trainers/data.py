@@ -118,8 +118,10 @@ def tell_columns(dataset: AnyDataset, name: str, args: Any) -> None:
     """Says in one line which columns are read and which are not; a warning if one looks as if it should count."""
     columns = set(next(iter(dataset)))
     used = set(used_format(columns, args.dataset_text_field))
-    read = used | READ_BESIDE["input_ids" if "input_ids" in used else "text"] | READ_BY_TEACHERS
-    read = (read | {"teacher"}) if args.teacher_combination == "route" else read - {"teacher_index"}
+    read = used | READ_BESIDE["input_ids" if "input_ids" in used else "text"]
+    combination = getattr(args, "teacher_combination", None)  # a trainer on hard labels has no teacher
+    if combination is not None:
+        read |= READ_BY_TEACHERS | {"teacher"} if combination == "route" else READ_BY_TEACHERS - {"teacher_index"}
     if left := sorted(c for c in columns - read if not re.match(r"teacher_\d+_", c)):
         level = logging.WARNING if EXPECTED_TO_COUNT & set(left) else logging.INFO
         logger.log(level, "of the %s dataset %s is read; not read: %s", name, ", ".join(sorted(used)), ", ".join(left))

@@ -150,6 +150,8 @@ class HardLabelTrainer(SurvivingTrainer):
         if not isinstance(args, cls._config):
             name = cls._config.__name__
             raise ValueError(f"args has to be a {name}, got {type(args).__name__}; {name} takes the same fields")
+        if hasattr(args, "kd_weight") and not hasattr(cls._config, "kd_weight"):
+            raise ValueError(f"{cls.__name__} has no teacher, but got a {type(args).__name__}: pass a HardLabelConfig")
         return args
 
     def check(self, given: Given, teachers: Mapping[str, Any] | None = None) -> Given:

@@ -1,0 +1,206 @@
+"""Any object that keeps the protocol of a teacher is one: here a table of probabilities, written in a few lines.
+
+Shapes: N label-bearing positions, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hf_distill import KDConfig, KDTrainer, KVProjectionConfig, KVProjectionTrainer
+from hf_distill import SpeculativeKDConfig as SKDConfig
+from hf_distill import SpeculativeKDTrainer as SKDTrainer
+from hf_distill.losses.loop import StepResult, chunked_loss
+from hf_distill.teachers import ModelTeacher, Teacher, require_model
+from hf_distill.teachers.ensemble import EnsembleTeacher
+from hf_distill.teachers.local import LocalTeacher
+from tests.conftest import SENTENCES, make_model
+
+VOCAB = 384
+
+
+class TableSignal(NamedTuple):
+    """Probabilities (N, V) of the next token."""
+
+    probs: torch.Tensor
+    num_buffers = 0
+    has_agreement = True
+
+    def loss(self, hidden, head, labels, objective):
+        return chunked_loss(hidden, head, labels, objective, [(1.0, self)])
+
+    def step(self, num_rows, vocab_size, device, objective):
+        return TableSignal(self.probs.to(device))
+
+    def inputs_(self, chunk, buffers, constants):
+        return (self.probs[chunk],)
+
+    def differentiate_(self, student, inputs, token_weights, constants):
+        """Forward KL, by hand: sum p (log p - log q), with the gradient (q - p) / T."""
+        (probs,) = inputs
+        kd = (probs * (probs.log() - student.log_probs)).sum(-1) * token_weights
+        scale = (token_weights * constants.kd_factor / constants.temperature).unsqueeze(-1)
+        agreement = (probs.argmax(-1) == student.logits.argmax(-1)).sum()
+        return StepResult((student.probs - probs) * scale, kd.sum(), agreement)
+
+
+class TableTeacher:
+    """Says of every token what a table (V, V) says about the token before it."""
+
+    name = "bigrams"
+
+    def __init__(self, table):
+        self.table = table
+        self.prepared, self.asked = [], 0
+
+    def prepare(self, dataset, name):
+        self.prepared.append(name)
+        return dataset.map(lambda row: {"teacher_last": row["input_ids"]})
+
+    def collate(self, rows):
+        ids = [torch.tensor(row["teacher_last"]) for row in rows]
+        return {"teacher_last": nn.utils.rnn.pad_sequence(ids, batch_first=True)}
+
+    def __call__(self, inputs, positions):
+        self.asked += 1
+        return TableSignal(self.table[inputs["teacher_last"].flatten()[positions]])
+
+
+@pytest.fixture
+def table():
+    torch.manual_seed(0)
+    return torch.randn(VOCAB, VOCAB).mul(2).softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return Dataset.from_dict({"text": [text[: 30 + 5 * i] for i, text in enumerate(SENTENCES)]})
+
+
+def make(folder, teacher, rows, tokenizer, trainer=KDTrainer, config=KDConfig, **changes):
+    settings = {
+        "output_dir": str(folder), "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [],
+        "disable_tqdm": True, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0, "per_device_train_batch_size": 4, "max_steps": 2, "logging_steps": 1,
+        "save_strategy": "no", **changes,
+    }  # fmt: skip
+    more = {"peft_config": settings.pop("peft_config", None), "eval_dataset": settings.pop("eval_dataset", None)}
+    return trainer(make_model(seed=2), teacher, config(**settings), rows, processing_class=tokenizer, **more)
+
+
+def by_hand(model, batch, table, *, kd_weight, temperature=1.0):
+    """Loss of a batch by the definition, in float64."""
+    batch = dict(batch)
+    labels = batch.pop("labels")[:, 1:]
+    mask = labels != -100
+    ids = batch.pop("teacher_last")
+    logits = model(**batch).logits[:, :-1][mask].double()
+    target = table[ids[:, :-1][mask]].double()
+    kl = (target * (target.log() - (logits / temperature).log_softmax(-1))).sum(-1).mean()
+    ce = nn.functional.cross_entropy(logits, labels[mask])
+    return kd_weight * temperature**2 * kl + (1 - kd_weight) * ce
+
+
+def test_a_table_of_probabilities_is_a_teacher(tmp_path, table, rows, tokenizer):
+    teacher = TableTeacher(table)
+    assert isinstance(teacher, Teacher)
+    trainer = make(tmp_path, teacher, rows, tokenizer, kd_weight=0.7, eval_dataset={"some": rows}, temperature=2.0)
+    assert teacher.prepared == ["train", "some"]
+    assert trainer.teacher is teacher
+    batch = trainer.data_collator(trainer.first_rows(trainer.train_dataset, 4))
+    loss = by_hand(trainer.model, batch, table, kd_weight=0.7, temperature=2.0)
+    found = trainer.compute_loss(trainer.model, dict(batch))
+    assert found.item() == pytest.approx(loss.item(), rel=1e-5)
+    expected = torch.autograd.grad(loss, list(trainer.model.parameters()))
+    gradients = torch.autograd.grad(found, list(trainer.model.parameters()))
+    for one, other in zip(gradients, expected, strict=True):
+        assert torch.allclose(one, other.to(one), atol=1e-6, rtol=1e-4)
+    trainer.train()
+    found = trainer.evaluate()
+    assert found["eval_some_kd"] > 0
+    assert found["eval_some_agreement"] >= 0
+    assert trainer.describe()["teacher"] == "bigrams"
+    assert "bigrams" in trainer.describe_run()["teacher bigrams"]
+
+
+def test_it_is_asked_in_the_workers_of_the_data_loader(tmp_path, table, rows, tokenizer):
+    plain, workers = TableTeacher(table), TableTeacher(table)
+    first = make(tmp_path / "one", plain, rows, tokenizer)
+    first.train()
+    second = make(tmp_path / "two", workers, rows, tokenizer, dataloader_num_workers=2)
+    loader = second.get_train_dataloader()
+    assert isinstance(getattr(loader, "base_dataloader", loader), DataLoader)
+    second.train()
+    assert workers.asked == plain.asked
+    for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_it_joins_models_in_a_sum_and_in_nothing_else(tmp_path, table, rows, tokenizer):
+    teachers = {"table": TableTeacher(table), "model": make_model(seed=3)}
+    trainer = make(tmp_path, teachers, rows, tokenizer, teacher_combination="sum", kd_weight=1.0)
+    assert isinstance(trainer.teacher, EnsembleTeacher)
+    batch = trainer.data_collator(trainer.first_rows(trainer.train_dataset, 4))
+    found = trainer.compute_loss(trainer.model, dict(batch)).item()
+    alone = [
+        make(tmp_path, teacher, rows, tokenizer, kd_weight=1.0) for teacher in (TableTeacher(table), make_model(seed=3))
+    ]
+    parts = [
+        one.compute_loss(one.model, one.data_collator(one.first_rows(one.train_dataset, 4))).item() for one in alone
+    ]
+    assert found == pytest.approx(sum(parts) / 2, rel=1e-5)
+    for combination in ("mixture", "route"):
+        with pytest.raises(ValueError, match="table is no model, and teacher_combination="):
+            make(tmp_path, teachers, rows, tokenizer, teacher_combination=combination)
+
+
+def test_what_needs_a_model_refuses_it_by_name(tmp_path, table, rows, tokenizer):
+    teacher = TableTeacher(table)
+    with pytest.raises(ValueError, match=r"hidden_weight needs .* a model in this process .* bigrams \(TableTeacher\)"):
+        make(tmp_path, teacher, rows, tokenizer, hidden_weight=1.0)
+    with pytest.raises(ValueError, match=r"KVProjectionTrainer needs .* a model in this process"):
+        make(tmp_path, teacher, rows, tokenizer, KVProjectionTrainer, KVProjectionConfig)
+    prompts = Dataset.from_dict({"prompt": ["a b"] * 4, "completion": [" c d"] * 4})
+    with pytest.raises(ValueError, match=r"SpeculativeKDTrainer needs .* a model in this process"):
+        make(tmp_path, teacher, prompts, tokenizer, SKDTrainer, SKDConfig, max_length=None)
+    assert not isinstance(teacher, ModelTeacher)
+    local = LocalTeacher(make_model(), torch.device("cpu"))
+    assert require_model(local, "this") is local
+
+
+@pytest.mark.parametrize("given", [3, {"a": 3}, [object()], lambda inputs, positions: None])
+def test_other_objects_are_refused_in_words(tmp_path, rows, tokenizer, given):
+    with pytest.raises(ValueError, match="teacher_model has to be a hub id, a path, a model, an object with the"):
+        make(tmp_path, given, rows, tokenizer)
+
+
+def test_no_teacher_is_asked_where_its_weight_is_zero(tmp_path, table, rows, tokenizer):
+    teacher = TableTeacher(table)
+    trainer = make(tmp_path, teacher, rows, tokenizer, kd_weight=0.0)
+    trainer.train()
+    assert teacher.asked == 0
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(log["ce"], rel=1e-4)
+    assert "kd" not in log
+    assert "agreement" not in log
+    # A schedule that begins at 0 asks from the second update on, and its mean is over the tokens that were asked about.
+    scheduled = TableTeacher(table)
+    trainer = make(tmp_path, scheduled, rows, tokenizer, schedule={"kd_weight": [0, 1]}, logging_steps=2)
+    trainer.train()
+    assert scheduled.asked == 1
+    assert trainer.state.log_history[0]["kd"] > 0.1
+
+
+def test_a_resumed_run_goes_on_with_the_same_numbers(tmp_path, table, rows, tokenizer):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "peft_config": LoraConfig(r=2)}
+    whole = make(tmp_path, TableTeacher(table), rows, tokenizer, **options)
+    whole.train()
+    resumed = make(tmp_path, TableTeacher(table), rows, tokenizer, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
