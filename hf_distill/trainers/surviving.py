@@ -122,7 +122,7 @@ class SurvivingTrainer(SFTTrainer):
         if self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
             # An evaluation before the training has marked the model as prepared without wrapping it: every process
             # would train a student of its own.
-            setattr(self.model, "_is_accelerate_prepared", False)  # noqa: B010 - no attribute that types know
+            self.model._is_accelerate_prepared = False  # pyright: ignore[reportAttributeAccessIssue]
             self.accelerator._models.clear()
         self.remove_callback(CheckpointTiming)
         # After those that may want a checkpoint.

@@ -72,7 +72,7 @@ USED = {
 }
 # Private attributes of objects, which `test_a_run_has_the_attributes` looks for.
 ATTRIBUTES = {"_hf_hook", "_is_accelerate_prepared", "_models", "_signature_columns", "_total_train_tokens"}
-PYTHON_AND_TORCH = {"_asdict", "_buffers", "_exit", "_fields", "_parameters", "_replace"}
+PYTHON_AND_TORCH = {"_actions", "_asdict", "_buffers", "_exit", "_fields", "_parameters", "_replace"}
 
 
 def parameters(function) -> str:
