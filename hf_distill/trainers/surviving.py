@@ -122,7 +122,7 @@ class SurvivingTrainer(SFTTrainer):
         if self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
             # An evaluation before the training has marked the model as prepared without wrapping it: every process
             # would train a student of its own.
-            self.model._is_accelerate_prepared = False  # pyright: ignore[reportAttributeAccessIssue]
+            self.model._is_accelerate_prepared = False  # pyright: ignore[reportArgumentType]
             self.accelerator._models.clear()
         self.remove_callback(CheckpointTiming)
         # After those that may want a checkpoint.
