@@ -1,4 +1,4 @@
-"""What watches a run."""
+"""Callbacks that observe a run."""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -18,7 +18,7 @@ from hf_distill.report import markdown, save_curve
 from hf_distill.rows import tokenized_row
 
 TITLE = "rollout/samples"
-# What a cosine below each number is called; above all of them it is Excellent. A name, no proof of learning.
+# The name of a cosine below each number. A name is no proof of learning.
 PHASES = {0.50: "Adapting", 0.70: "Learning", 0.90: "Good", 0.95: "Great", 1.01: "Excellent"}
 
 
@@ -28,8 +28,8 @@ class CosinePhaseCallback(TrainerCallback):
     `[Step 0200] loss 0.0432 | cosine 0.9568 | Excellent`
 
     Args:
-        every (`int`): updates between two lines; what is shown is what was logged last.
-        target (`float`, *optional*): stops the run when the cosine has stayed at this or above for `hold` updates.
+        every (`int`): updates between two lines, which show the latest log.
+        target (`float`, *optional*): stops the run once the cosine has stayed at or above it for `hold` updates.
         hold (`int`): see `target`.
 
     Raises:
@@ -81,25 +81,26 @@ def phase(cosine: float) -> str:
 
 
 class PerplexityCallback(TrainerCallback):
-    """Logs `perplexity/<name>` of the model in training on one or several data sets: at the start, every `every`
-    updates and at the end, in trackers and `trainer_state.json` as everything else that the trainer logs.
+    """Logs the student's perplexity on one or several data sets, as `perplexity/<name>`.
+
+    It is measured at the start, every `every` updates and at the end, and goes where the trainer's other logs go:
+    trackers and `trainer_state.json`.
 
         trainer.add_callback(PerplexityCallback(trainer, {"stories": stories, "code": code}, every=100))
 
-    What is measured is what `evaluation.perplexity` says, without dropout or autocast, and it takes nothing from the
-    random state: the training goes on as if nothing had been measured. On several processes the main one measures,
-    on the whole model that it holds, and the others wait for it at their next exchange of gradients, which they do for
-    `ddp_timeout` seconds: keep the data sets small.
+    The measurement is `evaluation.perplexity`, without dropout or autocast. It draws no random numbers, so the training
+    is the same with and without it. On several processes the main one measures, on its whole copy of the model. The
+    others wait for it at their next exchange of gradients, `ddp_timeout` seconds at most: keep the data sets small.
 
     Args:
-        trainer (`Trainer`): any of transformers' trainers; add the callback to it with `add_callback`.
-        datasets: a dict of data sets by name, or one, which is then called `eval`; rows as in `evaluate_fidelity`.
+        trainer (`Trainer`): any trainer of transformers; add the callback to it with `add_callback`.
+        datasets: a dict of data sets by name, or one, which is called `eval` then; rows as in `evaluate_fidelity`.
         every (`int`): updates between two measurements.
         batch_size, max_length, stride (`int`, *optional*): as in `evaluation.perplexity`.
 
     Raises:
-        `ValueError`: `every` or `batch_size` below 1, no data set, one without rows, or with rows that cannot be
-            measured, windows that leave tokens out, or a model that is sharded over processes (FSDP, ZeRO-3).
+        `ValueError`: `every` or `batch_size` below 1; no data set, an empty one or one with rows that cannot be
+            measured; windows that leave tokens out; a model that is sharded over processes (FSDP, ZeRO-3).
     """
 
     def __init__(
@@ -118,7 +119,9 @@ class PerplexityCallback(TrainerCallback):
             raise ValueError(
                 "PerplexityCallback needs the whole model on the main process, not one sharded over several"
             )
-        window_length(trainer.model, max_length, stride)  # pyright: ignore[reportArgumentType]
+        model: Any = trainer.model
+        tokenizer: Any = trainer.processing_class
+        window_length(model, max_length, stride)
         if isinstance(datasets, Dataset | IterableDataset):
             datasets = {"eval": datasets}
         if not datasets:
@@ -128,7 +131,7 @@ class PerplexityCallback(TrainerCallback):
             if row is None:
                 raise ValueError(f"the data set {name!r} is empty")
             try:
-                tokenized_row(row, trainer.processing_class)  # pyright: ignore[reportArgumentType]
+                tokenized_row(row, tokenizer)
             except ValueError as error:
                 raise ValueError(f"the data set {name!r} cannot be measured: {error}") from error
         self.trainer = trainer
@@ -140,7 +143,7 @@ class PerplexityCallback(TrainerCallback):
         self._measure(state, control, model, processing_class)
 
     def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
-        # The trainer's own flow comes before this callback, and has said by now whether this was the last step.
+        # The trainer's own flow callback runs before this one, and has set by now whether this was the last step.
         if state.global_step % self.every == 0 or control.should_training_stop:
             self._measure(state, control, model, processing_class)
 
@@ -150,7 +153,7 @@ class PerplexityCallback(TrainerCallback):
         if is_known or not state.is_world_process_zero:
             return
         vocab_size = getattr(self.trainer, "vocab_size", None)
-        # Logged in eval mode: SFTTrainer would put what it has collected of the training into this record.
+        # Logged in eval mode: in train mode SFTTrainer would add the training metrics collected so far to this record.
         with evaluating(model):
             found = {
                 f"perplexity/{name}": perplexity(model, data, tokenizer, vocab_size=vocab_size, **self.options)[
@@ -158,16 +161,16 @@ class PerplexityCallback(TrainerCallback):
                 ]
                 for name, data in self.datasets.items()
             }
-            # A log takes back that there is something to log, and other processes would wait for the step's record.
+            # Logging resets should_log, and the other processes would wait for the log of this step.
             should_log = control.should_log
             self.trainer.log(found)
             control.should_log = should_log
 
 
 class RolloutSamplesCallback(TrainerCallback):
-    """Shows every `steps` updates what has been written last: in the terminal, and in W&B, trackio or TensorBoard.
+    """Shows generated samples every `steps` updates: in the terminal, and in W&B, trackio or TensorBoard.
 
-    Tokens of the teacher's own are set off, in a terminal by colour, elsewhere by `‹›`.
+    The teacher's corrections are marked, by colour in a terminal and by `‹›` elsewhere.
 
     Args:
         trainer (`SpeculativeKDTrainer`): the run; add the callback to it with `add_callback`.
@@ -175,7 +178,7 @@ class RolloutSamplesCallback(TrainerCallback):
         num_samples (`int`, *optional*): rows of a table.
 
     Raises:
-        `ValueError`: `steps` or `num_samples` below 1, or a trainer that writes no text.
+        `ValueError`: `steps` or `num_samples` below 1, or a trainer that generates no text.
     """
 
     def __init__(self, trainer: Any, steps: int, num_samples: int = 4) -> None:
@@ -187,10 +190,10 @@ class RolloutSamplesCallback(TrainerCallback):
         self.steps = steps
         self.num_samples = num_samples
 
-    def on_step_end(self, args, state, control, processing_class=None, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps or not state.is_world_process_zero:
             return
-        rows = [_sample(row, processing_class) for row in self.trainer.last_rows[: self.num_samples]]  # pyright: ignore
+        rows = [_sample(row, kwargs["processing_class"]) for row in self.trainer.last_rows[: self.num_samples]]
         _print(rows, f"{TITLE}, step {state.global_step}")
         plain = [
             {"step": state.global_step, "source": source, "prompt": prompt, "completion": _plain(parts)}
@@ -204,12 +207,12 @@ class RolloutSamplesCallback(TrainerCallback):
 
 
 def _sample(row: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, list[tuple[bool, str]]]:
-    """Source, the student's prompt, and the completion in parts: whether a part is the teacher's own, and its text."""
+    """Source, student's prompt, and the parts of the completion: whether each is a correction, and its text."""
     drafted = [True] * len(row.completion_ids) if row.source == "dataset" else row.drafted
     parts, end, text = [], 0, ""
     for is_draft, run in groupby(drafted):
         end += len(list(run))
-        # The text of a token may depend on what is before it, and a character end only in a later part.
+        # The text of a token may depend on the tokens before it, and a character may end in a later part.
         longer = str(tokenizer.decode(row.completion_ids[:end]))
         longer = longer if end == len(drafted) else longer.rstrip("\ufffd")
         parts.append((not is_draft, longer[len(text) :]))
@@ -232,7 +235,7 @@ def _print(rows: list[tuple[str, str, list[tuple[bool, str]]]], title: str) -> N
     console.print(view)
 
 
-def _log_tables(report_to: list[str], rows: list[dict[str, Any]]) -> None:
+def _log_tables(report_to: Any, rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
     columns, data = list(rows[0]), [list(row.values()) for row in rows]

@@ -1,21 +1,21 @@
-"""Rows with prompts to batches with two views of them: what the student reads, and what the teacher reads.
+"""Collators of prompts: each row becomes the student's prompt and the teacher's.
 
 `encode` turns one row into token ids: `student_prompt_ids`, `teacher_prompt_ids` and `completion_ids`, which are empty
-where the row has no completion. A collator called on rows, encoded or not, returns the keyword arguments of
-[`~hf_distill.speculative.rollout`], left-padded, and `completion_ids` and `completion_mask`, right-padded.
+if the row has no completion. A collator is called on rows, encoded or not. It returns the keyword arguments of
+[`~hf_distill.speculative.rollout`], padded on the left, and `completion_ids` and `completion_mask`, on the right.
 """
 
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template
 
-from hf_distill.rows import refuse_other_form, with_messages
+from hf_distill.rows import need_chat_template, refuse_other_form, token_ids, with_messages
 from hf_distill.token_rows import pad
 
 logger = logging.getLogger(__name__)
@@ -24,13 +24,13 @@ Row = dict[str, Any]
 
 
 class PromptCollator:
-    """Rows with `prompt` (text or messages) and maybe `completion`, or with `messages`; one prompt for both sides.
+    """One prompt for both sides, from rows with a `prompt` (text or messages) and maybe a `completion`, or `messages`.
 
-    The last message of `messages` is the completion if it is the assistant's. A row with a `teacher_prompt` has another
-    one for the teacher.
+    The last of the `messages` is the completion if its role is assistant. A row may have another prompt for the
+    teacher, in `teacher_prompt`.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): with a chat template, for rows with messages.
+        tokenizer (`PreTrainedTokenizerBase`): needs a chat template for rows with messages.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -57,7 +57,7 @@ class PromptCollator:
         given = {"prompt": prompt, "completion": completion or None}
         refuse_other_form(given, given, name)
         if is_chat := not isinstance(prompt, str):
-            check_chat_template(self.tokenizer)
+            need_chat_template(self.tokenizer)
             turns = {"prompt": prompt, **({"completion": completion} if completion else {})}
             texts = apply_chat_template(turns, self.tokenizer, **template_arguments(row))
             prompt, completion = texts["prompt"], texts.get("completion")
@@ -81,28 +81,28 @@ class PromptCollator:
 
 
 class LUPICollator:
-    """Two prompts for one query: the student's holds the query alone, the teacher's also what is known about it.
+    """Two prompts for one query: the student reads the query, the teacher also reads knowledge about it.
 
-    Learning using privileged information (Vapnik and Vashist, 2009) for language models: the teacher reads system
-    prompt, few-shot turns, knowledge and query; the student, the query. Both prompts go through the chat template with
-    a generation prompt, so that the same completion continues both.
+    This is learning using privileged information (LUPI; Vapnik and Vashist, 2009) for language models. The teacher's
+    prompt has system prompt, few-shot turns, knowledge and query, the student's the query alone. Both go through the
+    chat template with a generation prompt, so that the same completion continues both.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): with a chat template.
-        query_column, knowledge_column (`str`): where a row has its question, and what only the teacher may read.
+        tokenizer (`PreTrainedTokenizerBase`): needs a chat template.
+        query_column, knowledge_column (`str`): columns of the question, and of the text that only the teacher reads.
         system_prompt (`str`, *optional*): the teacher's first message.
         few_shot (sequence of `dict`, *optional*):
-            Turns with `query`, `knowledge` and `answer`, shown to the teacher before the query.
-        knowledge_template (`str`): the teacher's message, with `{knowledge}` and `{query}` in it.
-        completion_column (`str`, *optional*): reference answers, for the "dataset" share of a rollout mix.
+            Dicts with `query`, `knowledge` and `answer`, turns that the teacher reads before the query.
+        knowledge_template (`str`): the teacher's message, a text with `{knowledge}` and `{query}`.
+        completion_column (`str`, *optional*): column of reference answers, for the source "dataset" of a rollout mix.
         allow_missing_knowledge (`bool`): whether the teacher of a row without knowledge reads the bare query.
         max_prompt_length (`int`, *optional*):
-            Tokens of a prompt. A longer one loses the end of its knowledge, never a part of its query.
+            Tokens of a prompt at most. A longer prompt loses the end of its knowledge, never a part of its query.
 
     Raises:
-        `ValueError`: at construction, a tokenizer without a chat template, a knowledge template without its two fields,
-            or few-shot turns without theirs; from a row: an empty query, missing knowledge, knowledge that the
-            student's prompt holds a copy of, or a query too long for `max_prompt_length`.
+        `ValueError`: at construction for a tokenizer without a chat template, a knowledge template without its two
+            fields, or few-shot turns without theirs; from `encode` for an empty query, missing knowledge, a query that
+            contains its knowledge, or one that is too long for `max_prompt_length`.
     """
 
     def __init__(
@@ -117,10 +117,12 @@ class LUPICollator:
         allow_missing_knowledge: bool = False,
         max_prompt_length: int | None = None,
     ) -> None:
-        check_chat_template(tokenizer)
+        need_chat_template(tokenizer, "queries become messages")
         if missing := [field for field in ("{knowledge}", "{query}") if field not in knowledge_template]:
             raise ValueError(f"knowledge_template has to contain {' and '.join(missing)}, got {knowledge_template!r}")
         for i, turn in enumerate(few_shot):
+            if not isinstance(turn, Mapping):
+                raise ValueError(f"few_shot[{i}] has to be a dict with query, knowledge and answer, got {turn!r}")
             if missing := {"query", "knowledge", "answer"} - {key for key, text in turn.items() if text}:
                 raise ValueError(f"few_shot[{i}] has no {', '.join(sorted(missing))}")
         if max_prompt_length is not None and max_prompt_length < 1:
@@ -140,7 +142,7 @@ class LUPICollator:
             ]
 
     def encode(self, row: Row, name: str = "a row") -> Row:
-        """Token ids of a row, called `name` in errors; `knowledge_truncated` says whether its knowledge was too long.
+        """Token ids of a row, called `name` in errors, and `knowledge_truncated`: whether its knowledge was cut.
 
         Raises:
             `ValueError`: see [`LUPICollator`].
@@ -161,9 +163,10 @@ class LUPICollator:
         student_ids = self._ids(self._render([_message("user", query)]))
         self._check_length(student_ids, "query", name)
         teacher_ids = self._teacher_ids(query, knowledge)
-        truncated = self.max_prompt_length is not None and len(teacher_ids) > self.max_prompt_length
+        limit = len(teacher_ids) if self.max_prompt_length is None else self.max_prompt_length
+        truncated = len(teacher_ids) > limit
         if truncated:
-            teacher_ids = self._truncated_ids(query, knowledge, name)
+            teacher_ids = self._truncated_ids(query, knowledge, limit, name)
         answer = []
         if self.completion_column is not None:
             completion = self._text(row, self.completion_column, name)
@@ -200,8 +203,8 @@ class LUPICollator:
     def _teacher_ids(self, query: str, knowledge: str) -> list[int]:
         return self._ids(self._render([*self._beginning, _message("user", self._question(query, knowledge))]))
 
-    def _truncated_ids(self, query: str, knowledge: str, name: str) -> list[int]:
-        """The teacher's prompt with as many words of the knowledge as fit."""
+    def _truncated_ids(self, query: str, knowledge: str, limit: int, name: str) -> list[int]:
+        """The teacher's prompt with as many words of the knowledge as `limit` tokens allow."""
         ends = [i for i in range(1, len(knowledge) + 1) if i == len(knowledge) or knowledge[i].isspace()]
         # Texts without spaces between words are cut between characters.
         ends = ends if len(ends) > len(knowledge) / 50 else list(range(1, len(knowledge) + 1))
@@ -211,13 +214,13 @@ class LUPICollator:
         while too_long - fitting > 1:
             middle = (fitting + too_long) // 2
             ids = self._teacher_ids(query, knowledge[: ends[middle - 1]])
-            if len(ids) <= self.max_prompt_length:  # pyright: ignore[reportOperatorIssue]
+            if len(ids) <= limit:
                 fitting, best = middle, ids
             else:
                 too_long = middle
         if fitting == 0 and not self.allow_missing_knowledge:
             raise ValueError(
-                f"max_prompt_length={self.max_prompt_length} leaves no room for {self.knowledge_column!r} of {name}: "
+                f"max_prompt_length={limit} leaves no room for {self.knowledge_column!r} of {name}: "
                 "raise it, shorten system prompt and few-shot turns, or set allow_missing_knowledge=True"
             )
         return best
@@ -230,10 +233,10 @@ class LUPICollator:
             )
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # pyright: ignore
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+        return token_ids(self.tokenizer, text, add_special_tokens=False)
 
 
 def template_arguments(row: Row) -> dict[str, Any]:
@@ -243,57 +246,50 @@ def template_arguments(row: Row) -> dict[str, Any]:
 
 
 def encoded(collator: Any, row: Row, index: int) -> Row:
-    """A row as `collator` encodes it, unless it is encoded."""
+    """The row as `collator` encodes it, or as it is if it is encoded."""
     return row if "teacher_prompt_ids" in row else collator.encode(row, f"row {index}")
 
 
 def pad_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Encoded rows as one batch: prompts padded on the left, completions, if all rows have one, on the right."""
-    # Without any of them, 0: what the masks leave out is never read.
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    """A batch of encoded rows: prompts padded on the left, and, if all rows have one, completions on the right."""
+    # Any id would do: the masks leave padding out, and it is never read.
+    pad_id: Any = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     batch: dict[str, Tensor] = {}
     for name, side in {"student_prompt": "left", "teacher_prompt": "left", "completion": "right"}.items():
         if name != "completion" or all(row.get("completion_ids") for row in rows):
-            batch[f"{name}_ids"], batch[f"{name}_mask"] = pad([row[f"{name}_ids"] for row in rows], pad_id, side)  # pyright: ignore
+            batch[f"{name}_ids"], batch[f"{name}_mask"] = pad([row[f"{name}_ids"] for row in rows], pad_id, side)
     return batch
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, add_special_tokens: bool) -> list[int]:
     """Token ids of a prompt, without the end of text that some tokenizers add on their own."""
-    encoded = tokenizer(prompt, add_special_tokens=add_special_tokens, return_special_tokens_mask=True)
-    ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]  # pyright: ignore[reportArgumentType]
-    return ids[:-1] if add_special_tokens and added[-1] and ids[-1] == tokenizer.eos_token_id else ids  # pyright: ignore
+    encoding: Any = tokenizer(prompt, add_special_tokens=add_special_tokens, return_special_tokens_mask=True)
+    ids, added = list(encoding["input_ids"]), encoding["special_tokens_mask"]
+    return ids[:-1] if add_special_tokens and added[-1] and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def completion_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, prefix: list[int], *, ends: bool
 ) -> list[int]:
-    """Token ids of a completion as they follow those of its prompt; it gets an end of text unless it `ends` itself.
+    """Token ids of a completion after those of its prompt (`prefix`), with an end of text unless it `ends` itself.
 
-    A token that would span the end of the prompt is taken apart: the prompt stays as it is when it stands alone.
+    If a token would span the end of the prompt, the completion is tokenised alone: the prompt keeps its tokens.
     """
     ids = prompt_ids(tokenizer, prompt + completion, add_special_tokens=not ends)
     if ids[: len(prefix)] == prefix:
         ids = ids[len(prefix) :]
     else:
-        ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])  # pyright: ignore
-    if not ends and ids[-1:] != [tokenizer.eos_token_id]:
-        if tokenizer.eos_token_id is None:
+        ids = token_ids(tokenizer, completion, add_special_tokens=False)
+    eos: Any = tokenizer.eos_token_id
+    if not ends and ids[-1:] != [eos]:
+        if eos is None:
             raise ValueError("the tokenizer has no end-of-sequence token to end a completion: set tokenizer.eos_token")
-        ids.append(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
+        ids.append(eos)
     return ids
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises `ValueError` where messages cannot become text."""
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the tokenizer has no chat template, and messages need one: set tokenizer.chat_template, use the tokenizer "
-            "of an instruction-tuned model, or give prompts as text"
-        )
-
-
 def warn_of_truncation(count: int, total: int, name: str) -> None:
+    """Says how many rows have lost a part of their knowledge, if there are any."""
     if count:
         logger.warning("the knowledge of %d of %d rows of the %s is cut at max_prompt_length", count, total, name)
 

@@ -93,11 +93,12 @@ def _joined_parts(content: Any, name: str) -> Any:
     if not isinstance(content, list | tuple):
         return content
     parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
-    if not all(isinstance(part, str) for part in parts):
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(texts) < len(parts):
         raise ValueError(
             f"a message of {name} has content in parts that are no text: hf_distill trains language models on text only"
         )
-    return "".join(parts)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return "".join(texts)
 
 
 def refuse_other_form(row: Mapping[str, Any], used: Iterable[str], name: str) -> None:
@@ -163,7 +164,29 @@ def _given_tokens(row: Mapping[str, Any]) -> dict[str, list[int]]:
 
 def _ids(content: str | list, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> list[int]:
     if isinstance(content, str):
-        return tokenizer(content)["input_ids"]  # pyright: ignore[reportReturnType]
-    return tokenizer.apply_chat_template(content, add_generation_prompt=add_generation_prompt, return_dict=True)[  # pyright: ignore
-        "input_ids"
-    ]
+        return token_ids(tokenizer, content)
+    found: Any = tokenizer.apply_chat_template(content, add_generation_prompt=add_generation_prompt, return_dict=True)
+    return found["input_ids"]
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
+    """Token ids of a text; `options` are the tokenizer's own."""
+    encoding: Any = tokenizer(text, **options)  # its type is a union of all that the options can give
+    return encoding["input_ids"]
+
+
+def need_chat_template(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: str = "the rows have messages",
+    whose: str = "the",
+    setting: str = "tokenizer.chat_template",
+) -> None:
+    """Raises `ValueError` for a tokenizer without a chat template, which `rows` need to become text.
+
+    `whose` tokenizer it is, and the `setting` that gives it a template, are words of the message.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{rows}, but {whose} tokenizer has no chat template: set {setting}, use the tokenizer of an "
+            "instruction-tuned model, or give the rows as text"
+        )

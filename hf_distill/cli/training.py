@@ -84,7 +84,7 @@ def make_kd(arguments: StagedArguments, args: KDConfig, model_config: ModelConfi
         numbers = "|".join(map(str, layers))
         peft_config.exclude_modules = rf"(?!(?:[^.]*[^.\d][^.]*\.)+(?:{numbers})\.).*"
     trainer = KDTrainer(**options)
-    if arguments.stage is not None and not isinstance(trainer.teacher, LocalTeacher):
+    if arguments.stage is not None and _teacher_model(trainer) is None:
         raise ValueError("--stage measures against one teacher with the student's tokenizer; give one --teacher_model")
     return trainer
 
@@ -185,8 +185,7 @@ def _resume(args: KDConfig) -> str | bool | None:
 def run_kd(trainer: KDTrainer) -> None:
     """Distils, measures the student before and after on held-out rows, saves student, table and picture."""
     title = "student against teacher, held-out rows"
-    if not isinstance(trainer.teacher, LocalTeacher) or trainer.engine not in ("none", "DDP"):
-        # Several teachers, another tokenizer or a student in shards: only the trainer itself can ask them.
+    if _teacher_model(trainer) is None or trainer.engine not in ("none", "DDP"):  # only the trainer can ask them
         return _run_evaluated(trainer, title, EVALUATION_COLUMNS)
     before = _measure(trainer)
     _train(trainer)
@@ -228,6 +227,15 @@ def _run_evaluated(trainer: KDTrainer, title: str, columns: Mapping[str, tuple[s
     _report(trainer, {"before": before, "after": after}, title, columns)
 
 
+def _teacher_model(trainer: KDTrainer) -> PreTrainedModel | None:
+    """The model to measure a student against: that of one teacher with the student's tokenizer.
+
+    None for several teachers, for one with another tokenizer or without a model, and for the student's own base, which
+    is the student while it is measured.
+    """
+    return trainer.teacher.model if isinstance(trainer.teacher, LocalTeacher) else None
+
+
 def _train(trainer: KDTrainer) -> None:
     trainer.train(resume_from_checkpoint=_resume(trainer.args))
     trainer.save_model()
@@ -238,12 +246,15 @@ def _train(trainer: KDTrainer) -> None:
 def _measure(trainer: KDTrainer, load: Callable[[], PreTrainedModel] | None = None) -> dict[str, float]:
     """Fidelity of the student, or of a model to load, on held-out rows; empty without any and in other processes."""
     found = {}
-    if trainer.eval_dataset is not None and trainer.is_world_process_zero():
+    rows: Any = trainer.eval_dataset
+    teacher = _teacher_model(trainer)
+    assert teacher is not None
+    if rows is not None and trainer.is_world_process_zero():
         model: Any = load() if load else trainer.accelerator.unwrap_model(trainer.model)
         found = evaluate_fidelity(
             model.to(trainer.args.device) if load else model,
-            trainer.teacher.model,  # pyright: ignore[reportAttributeAccessIssue]
-            trainer.eval_dataset,  # pyright: ignore[reportArgumentType]
+            teacher,
+            rows,
             trainer.processing_class,
             batch_size=trainer.args.per_device_eval_batch_size,
             vocab_size=trainer.vocab_size,

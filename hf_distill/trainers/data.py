@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
-from hf_distill.rows import ALIASES, CHAT_COLUMNS, is_chat, refuse_other_form, with_messages
+from hf_distill.rows import ALIASES, CHAT_COLUMNS, is_chat, need_chat_template, refuse_other_form, with_messages
 from hf_distill.teachers.columns import OWN_COLUMNS
 from hf_distill.token_rows import COLUMNS, Limits, check_row, check_rows, has_label, rows_with_label
 from hf_distill.trainers.checks import PEEKED_ROWS, AnyDataset
@@ -97,11 +97,8 @@ def check_chat_template(
     row = next(iter(dataset))
     read = {*(used_format(set(row), args.dataset_text_field) or CHAT_COLUMNS), "teacher_prompt"}
     chats = "input_ids" not in row and any(is_chat(row.get(column)) for column in read)
-    if chats and tokenizer.chat_template is None:
-        raise ValueError(
-            f"the {name} dataset has conversations, but {whose} tokenizer has no chat template: use one of an "
-            f"instruct model, set {setting}, or give the rows as text"
-        )
+    if chats:
+        need_chat_template(tokenizer, f"the {name} dataset has conversations", whose, setting)
 
 
 def refuse_unread(columns: set[str], name: str, read: set[str]) -> None:
