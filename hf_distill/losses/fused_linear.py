@@ -8,7 +8,7 @@ Shapes: N label-bearing positions, n of them in a chunk, Ds and Dt hidden widths
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,6 @@ __all__ = [
     "DistillationLoss", "Head", "MixtureSignal", "Objective", "TeacherSignal", "default_chunk_size",
     "fused_linear_distillation_loss",
 ]  # fmt: skip
-
-COMBINATIONS = ("mixture", "sum")
 
 
 class TeacherSignal(NamedTuple):
@@ -198,25 +196,3 @@ def fused_linear_distillation_loss(
             "the number of tokens that both tokenizers share"
         )
     return TeacherSignal(teacher_hidden, teacher).loss(student_hidden, student, labels, objective)
-
-
-def fused_distillation_loss(
-    student_hidden: Tensor,
-    student: Head,
-    teachers: Sequence[TeacherSignal],
-    labels: Tensor,
-    *,
-    combination: str = "mixture",
-    vocab_size: int | None = None,
-    **settings: Any,
-) -> DistillationLoss:
-    """The loss of a mixture of teachers, or of the weighted "sum" of the divergences to each of them."""
-    if vocab_size is None:
-        vocab_size = min(len(student.weight), *(len(teacher.head.weight) for teacher in teachers))
-    if combination not in COMBINATIONS:
-        raise ValueError(f"combination has to be one of {', '.join(COMBINATIONS)}, got {combination!r}")
-    objective = Objective(vocab_size=vocab_size, **settings)
-    if combination == "mixture" or len(teachers) == 1:
-        return MixtureSignal(teachers).loss(student_hidden, student, labels, objective)
-    members = [(float(teacher.weight), teacher) for teacher in teachers]
-    return chunked_loss(student_hidden, student, labels, objective, members)
