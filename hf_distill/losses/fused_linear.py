@@ -8,6 +8,7 @@ Shapes: N label-bearing positions, n of them in a chunk, Ds and Dt hidden widths
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from hf_distill.losses.divergence import log_softmax
 from hf_distill.losses.head import Head, default_chunk_size
-from hf_distill.losses.loop import Constants, Predictions, Step, StepResult, check_side, chunked_loss
+from hf_distill.losses.loop import Constants, Predictions, Step, StepResult, check_side, chunked_loss, compare
 from hf_distill.losses.objective import DistillationLoss, Objective
 
 __all__ = [
@@ -65,7 +66,11 @@ class _DenseStep(NamedTuple):
     teachers: Sequence[TeacherSignal]
     head: Head
 
-    has_agreement = True
+    more = MappingProxyType({})
+
+    @property
+    def num_paired(self) -> int:
+        return len(self.teachers[0].hidden)
 
     @property
     def num_buffers(self) -> int:
@@ -86,12 +91,7 @@ class _DenseStep(NamedTuple):
         teacher_logits = self.head.finish_logits_(teacher_logits)  # (n, V)
         agreement = (student.logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
         teacher_log_probs = log_softmax(teacher_logits.div_(constants.temperature))
-        term, gradient = constants.terms(student.log_probs, teacher_log_probs, **constants.params)
-        kd = (term.sum(-1) * token_weights).sum()
-        # d kd / d logits = w * (g - p * sum(g)) / T
-        scale = (token_weights * (constants.kd_factor / constants.temperature)).unsqueeze(-1)  # (n, 1)
-        gradient = gradient.mul_(scale)
-        gradient.addcmul_(student.probs, -gradient.sum(-1, keepdim=True))
+        gradient, kd = compare(student, teacher_log_probs, token_weights, constants)
         return StepResult(gradient, kd, agreement)
 
 

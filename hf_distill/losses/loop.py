@@ -11,7 +11,7 @@ Shapes: N label-bearing positions, n of them in a chunk or a block of it, Ds hid
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_distill.losses.divergence import DIVERGENCE_TERMS, Terms, log_softmax
 from hf_distill.losses.head import Head, HeadGradients, block_rows, default_chunk_size
-from hf_distill.losses.objective import DistillationLoss, Objective, Signal, check_tokens
+from hf_distill.losses.objective import DistillationLoss, Objective, Signal, check_tokens, mean_over_these
 
 
 class Constants(NamedTuple):
@@ -57,8 +57,8 @@ class Step(Protocol):
         class SparseStep(NamedTuple):
             ids: Tensor  # (N, K)
             weights: Tensor  # (N, K)
-            num_buffers = 0
-            has_agreement = False
+            num_buffers = num_paired = 0
+            more = {}
 
             def inputs_(self, chunk, buffers, constants):
                 return self.ids[chunk], self.weights[chunk]
@@ -81,8 +81,13 @@ class Step(Protocol):
         ...
 
     @property
-    def has_agreement(self) -> bool:
-        """Whether the most likely token of the teacher is known."""
+    def num_paired(self) -> int | Tensor:
+        """The number of positions at which the most likely token of the teacher is known."""
+        ...
+
+    @property
+    def more(self) -> Mapping[str, Tensor]:
+        """Sums over the N positions for the log that only this signal knows ([`DistillationLoss.more`])."""
         ...
 
     def inputs_(self, chunk: slice, buffers: Sequence[Tensor], constants: Constants) -> tuple[Tensor, ...]:
@@ -150,8 +155,25 @@ def chunked_loss(
         hidden, head.weight, head.bias, labels, token_weights.detach().to(device), student, steps, constants,
         objective.divisor(num_rows, device), chunk_size, objective.compiled, torch.is_grad_enabled(),
     )  # fmt: skip
-    num_paired = num_rows * sum(weight for weight, step in steps if step.has_agreement)
-    return DistillationLoss(loss, *sums[1:].unbind(), num_paired=sums.new_full((), num_paired))
+    num_paired = sums.new_zeros(()) + sum(weight * step.num_paired for weight, step in steps)
+    more = mean_over_these(step.more for _, step in steps)
+    return DistillationLoss(loss, *sums[1:].unbind(), num_paired=num_paired, more=more)
+
+
+def compare(
+    student: Predictions, teacher_log_probs: Tensor, token_weights: Tensor, constants: Constants
+) -> tuple[Tensor, Tensor]:
+    """The divergence between two distributions over the same outcomes, at n positions.
+
+    Returns:
+        Its gradient (n, V), with weights and factors, with respect to the student's logits, and its weighted sum.
+    """
+    term, gradient = constants.terms(student.log_probs, teacher_log_probs, **constants.params)
+    kd = (term.sum(-1) * token_weights).sum()
+    # d kd / d logits = w * (g - p * sum(g)) / T
+    scale = (token_weights * (constants.kd_factor / constants.temperature)).unsqueeze(-1)  # (n, 1)
+    gradient = gradient.mul_(scale)
+    return gradient.addcmul_(student.probs, -gradient.sum(-1, keepdim=True)), kd
 
 
 def check_side(side: str, hidden: Tensor, head: Head, vocab_size: int) -> None:

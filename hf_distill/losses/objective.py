@@ -3,8 +3,11 @@
 Shapes: N label-bearing positions, Ds width of the student. Losses are in nats.
 """
 
+import functools
+import itertools
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -34,7 +37,9 @@ class Objective:
             get no probability and no gradient.
         chunk_size (`int`, *optional*): positions per chunk; by default as many as fit `CHUNK_BYTES`.
         compiled (`bool`): on CUDA, whether to compile the element-wise part; anew whenever a number above changes.
-        checked (`bool`): whether labels are known to be allowed; to look at them, the host waits for the device.
+        checked (`bool`):
+            Whether labels, and ids that a signal holds, are known to be allowed. To look at them, the host waits for
+            the device.
 
     Raises:
         `ValueError`: an unknown divergence or parameter, or a number out of its range.
@@ -115,11 +120,19 @@ class Signal(Protocol):
         ...
 
 
+def mean_over_these(known: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """For each name, the mean over those that know it: `DistillationLoss.more` of several signals."""
+    found: dict[str, list[Tensor]] = {}
+    for name, value in itertools.chain.from_iterable(more.items() for more in known):
+        found.setdefault(name, []).append(value)
+    return {name: functools.reduce(operator.add, values) / len(values) for name, values in found.items()}
+
+
 def check_tokens(name: str, tokens: Tensor, vocab_size: int, allowed: int | None = None) -> None:
-    """Raises `ValueError` for ids (N,) that are neither `allowed` nor from 0 to `vocab_size - 1`."""
+    """Raises `ValueError` for ids (N,) or (N, K) that are neither `allowed` nor from 0 to `vocab_size - 1`."""
     strange = (tokens < 0) | (tokens >= vocab_size)
     strange = strange if allowed is None else strange & (tokens != allowed)
     if strange.any():
-        row = int(strange.nonzero()[0])
+        place = tuple(strange.nonzero()[0].tolist())
         besides = "" if allowed is None else f"{allowed} and "
-        raise ValueError(f"{name}[{row}] is {int(tokens[row])}; {besides}0 to {vocab_size - 1} are possible")
+        raise ValueError(f"{name}{list(place)} is {int(tokens[place])}; {besides}0 to {vocab_size - 1} are possible")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_distill.losses.head import Head
 from hf_distill.losses.loop import ChunkedSignal, chunked_loss
-from hf_distill.losses.objective import DistillationLoss, Objective, Signal
+from hf_distill.losses.objective import DistillationLoss, Objective, Signal, mean_over_these
 
 
 class SumSignal(NamedTuple):
@@ -42,9 +42,7 @@ class SumSignal(NamedTuple):
             for name in DistillationLoss._fields
             if name != "more"
         }
-        names = dict.fromkeys(name for _, part in parts for name in part.more)
-        known = {name: [part.more[name] for _, part in parts if name in part.more] for name in names}
-        return DistillationLoss(**sums, more={name: _total(values) / len(values) for name, values in known.items()})
+        return DistillationLoss(**sums, more=mean_over_these(part.more for _, part in parts))
 
 
 def _total(values: Iterable[Tensor]) -> Tensor:

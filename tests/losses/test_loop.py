@@ -30,8 +30,8 @@ class Sparse(NamedTuple):
     ids: Tensor  # (N, K)
     weights: Tensor  # (N, K)
 
-    num_buffers = 0
-    has_agreement = False
+    num_buffers = num_paired = 0
+    more = {}
 
     def loss(self, hidden, head, labels, objective):
         return chunked_loss(hidden, head, labels, objective, [(1.0, self)])
@@ -115,6 +115,37 @@ def test_a_sum_of_different_signals_shares_the_students_products_and_is_the_sum(
     total = sum(weight * part.loss for weight, part in parts)
     for mine, theirs in zip(found, torch.autograd.grad(total, [hidden, head.weight, head.bias]), strict=True):
         assert relative(mine, theirs) < 1e-12
+
+
+class Counting(NamedTuple):
+    """A teacher that knows what is most likely at some positions only, and one number of its own. Signal and step."""
+
+    sparse: Sparse
+    num_paired: Tensor
+    more: dict[str, Tensor]
+
+    loss = Sparse.loss
+    num_buffers = 0
+    inputs_ = property(lambda self: self.sparse.inputs_)
+    differentiate_ = property(lambda self: self.sparse.differentiate_)
+
+    def step(self, *arguments):
+        return self
+
+
+def test_a_step_says_where_it_knows_the_likeliest_token_and_what_else_is_logged():
+    hidden, head, labels = make_student()
+    objective = Objective(vocab_size=VOCAB, chunk_size=4)
+    counting = Counting(make_sparse(), torch.tensor(3), {"own/number": torch.tensor(7.0)})
+    result = counting.loss(hidden, head, labels, objective)
+    assert result.num_paired == 3
+    assert result.more == {"own/number": 7}
+
+    other = counting._replace(more={"own/number": torch.tensor(8.0), "another": torch.tensor(1)})
+    members = [(0.5, counting), (0.2, make_teacher()), (0.3, other)]
+    result = SumSignal(members).loss(hidden, head, labels, objective)
+    assert result.num_paired.item() == pytest.approx(0.8 * 3 + 0.2 * ROWS)
+    assert result.more == {"own/number": 7.5, "another": 1}  # means over those that know it
 
 
 # ------------------------------------------------------------------------------------------------------- the products

@@ -29,7 +29,11 @@ class TableSignal(NamedTuple):
 
     probs: torch.Tensor
     num_buffers = 0
-    has_agreement = True
+    more = {}
+
+    @property
+    def num_paired(self):
+        return len(self.probs)
 
     def loss(self, hidden, head, labels, objective):
         return chunked_loss(hidden, head, labels, objective, [(1.0, self)])
