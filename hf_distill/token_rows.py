@@ -314,11 +314,12 @@ def _integers(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def check_batch(batch: Mapping[str, Any], prefix: str, num_ids: int, vocab_size: int, pad_token_id: int | None) -> None:
-    """Raises `ValueError` for a batch that would be trained on otherwise than it says.
+    """Raises `ValueError` for a batch whose labels or token ids cannot be trained on.
 
     Args:
-        batch: from a collator; `prefix` stands before the names of what one side reads.
-        num_ids (`int`): token ids that can be read; what the attention mask leaves out, and padding, may be any.
+        batch: the output of a collator.
+        prefix (`str`): prefix of the tensor names of one side: "" or "teacher_".
+        num_ids (`int`): token ids have to be below this, except masked ids and padding.
         vocab_size (`int`): labels are -100 or below this.
     """
     names = [prefix + name for name in ("input_ids", "labels", "attention_mask")]
@@ -338,7 +339,7 @@ def check_batch(batch: Mapping[str, Any], prefix: str, num_ids: int, vocab_size:
         bad_ids = bad_ids & (ids != pad_token_id)
     if mask is not None and mask.shape == ids.shape:
         bad_ids = bad_ids & (mask != 0)
-    # One look at both: label_positions waits for the device anyway.
+    # Both are checked with one synchronisation; label_positions waits for the device anyway.
     if len(strange := torch.stack([bad_labels, bad_ids]).nonzero()):
         side, *place = strange[0].tolist()
         value = (labels, ids)[side][tuple(place)].item()

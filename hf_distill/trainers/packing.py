@@ -33,9 +33,9 @@ def check_packing(
     equal, too.
 
     Args:
-        readers: name and model of each reader, and its hidden states (n, D) of the n tokens of a batch.
-        collator: the trainer's.
-        is_packed (`bool`): whether the rows themselves hold several texts.
+        readers: for each model, its name, the model, and a function from a batch to hidden states (n, D) of all tokens.
+        collator: the trainer's collator.
+        is_packed (`bool`): true if the rows of the dataset already hold several texts.
         vocab_size (`int`): token ids below this can be read.
 
     Raises:
