@@ -19,6 +19,7 @@ MORE_IS_BETTER = {
     **dict.fromkeys(f"rollout/draft_length_{name}" for name in ("mean", "min", "max", "std")),
     **dict.fromkeys(f"rollout/tokens_{name}" for name in ("drafted", "accepted", "corrected")),
     **dict.fromkeys(("rollout/value_of_privilege", "alignment/exact_fraction", "alignment/compared_fraction")),
+    "teacher/exact_mass": None,
     **dict.fromkeys(("student_entropy", "kv/magnitude_ratio", "kv/target_effective_rank", "num_tokens", "epoch")),
 }
 

@@ -155,9 +155,10 @@ def chunked_loss(
         hidden, head.weight, head.bias, labels, token_weights.detach().to(device), student, steps, constants,
         objective.divisor(num_rows, device), chunk_size, objective.compiled, torch.is_grad_enabled(),
     )  # fmt: skip
-    num_paired = sums.new_zeros(()) + sum(weight * step.num_paired for weight, step in steps)
+    paired = ((weight, step.num_paired) for weight, step in steps)
+    num_paired = sum(weight * (number.to(sums) if isinstance(number, Tensor) else number) for weight, number in paired)
     more = mean_over_these(step.more for _, step in steps)
-    return DistillationLoss(loss, *sums[1:].unbind(), num_paired=num_paired, more=more)
+    return DistillationLoss(loss, *sums[1:].unbind(), num_paired=sums.new_zeros(()) + num_paired, more=more)
 
 
 def compare(
