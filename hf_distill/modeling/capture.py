@@ -33,9 +33,11 @@ from hf_distill.modeling.parts import (
 class KVCapture:
     """Keys and values of some layers of a causal language model, as its attention receives them, with their gradient.
 
-    They are captured where every family calls the attention function: after key norms, fused projections and adapters,
-    before heads are repeated. So one way serves all families, with and without gradient checkpointing, and no cache is
-    needed. Keys before the rotary embedding are captured where the family calls its own rotary function.
+    They are captured where a family calls transformers' attention function: after key norms, fused projections and
+    adapters, before heads are repeated. So one way serves all these families, with and without gradient checkpointing,
+    and no cache is needed. Families with an attention of their own (BLOOM, GPT-J, Falcon) hand keys and values to a
+    cache, if they have one: they get one that only looks at them. Keys before the rotary embedding are captured where
+    the family calls its own rotary function.
 
         with capture(positions):
             model(**inputs)
@@ -54,6 +56,7 @@ class KVCapture:
         self._pre = kv_positions == "pre"
         self._modules = {id(module) for module in model.modules()}
         self._files = {sys.modules[type(m).__module__] for m in model.modules() if hasattr(m, "layer_idx")}
+        self._cached = {m: name for m in model.modules() if (name := _cache_of_its_own(m)) is not None}
         self._unrotated: Tensor | None = None
         self.num_calls: Counter[int] = Counter()  # of each layer's attention
 
@@ -65,6 +68,9 @@ class KVCapture:
             choose = ALL_ATTENTION_FUNCTIONS.get_interface
             watched = lambda *args: functools.partial(self._attend, choose(*args))  # noqa: E731
             stack.enter_context(patch.object(ALL_ATTENTION_FUNCTIONS, "get_interface", watched))
+            for module, keyword in self._cached.items():
+                hook = functools.partial(self._lend_cache, keyword=keyword)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for file in self._files:
                 if rotate := getattr(file, "apply_rotary_pos_emb", None):
                     # For two models of one file, the second wraps the wrapper of the first, and needs its signature.
@@ -73,16 +79,26 @@ class KVCapture:
             yield
 
     def _rotate(self, rotate: Callable, *args, **kwargs):
-        # Most families rotate queries and keys in one call; some in two, the keys last.
-        one_by_one = next(iter(inspect.signature(rotate).parameters)) == "x"
-        key = args[0] if one_by_one else args[1]
-        self._unrotated = key.transpose(1, 2) if kwargs.get("unsqueeze_dim") == 2 else key  # (B, H, T, E)
+        # Most families rotate queries and keys in one call; some in two, the keys last, or first (GPT-J).
+        first = next(iter(inspect.signature(rotate).parameters))
+        if first != "tensor":
+            key = args[0] if first == "x" else args[1]
+            self._unrotated = key.transpose(1, 2) if kwargs.get("unsqueeze_dim") == 2 else key  # (B, H, T, E)
+        elif self._unrotated is None:
+            self._unrotated = args[0].transpose(1, 2)  # (B, H, T, E)
         return rotate(*args, **kwargs)
 
+    def _lend_cache(self, module: nn.Module, args: tuple, kwargs: dict, keyword: str) -> tuple[tuple, dict]:
+        return args, kwargs if kwargs.get(keyword) is not None else {**kwargs, keyword: _LookingCache(self._keep)}
+
     def _attend(self, attend: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
-        layer = getattr(module, "layer_idx", None)
+        if id(module) in self._modules:
+            self._keep(getattr(module, "layer_idx", None), key, value)
+        return attend(module, query, key, value, *args, **kwargs)
+
+    def _keep(self, layer: int | None, key: Tensor, value: Tensor) -> None:
         unrotated, self._unrotated = self._unrotated, None
-        if id(module) in self._modules and layer in self._layers:
+        if layer in self._layers:
             kept = key
             if self._pre and unrotated is not None:
                 # A partial rotary embedding turns only the first numbers of each head.
@@ -90,7 +106,6 @@ class KVCapture:
             # No operation here may be recorded by autograd: checkpointing would not find it again when it recomputes.
             self.heads[layer] = kept, value
             self.num_calls[layer] += 1
-        return attend(module, query, key, value, *args, **kwargs)
 
     def features(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values (N, H * E) of a layer, at the chosen positions."""
@@ -98,6 +113,29 @@ class KVCapture:
         if self.positions is None:
             return keys.flatten(0, 1), values.flatten(0, 1)
         return select_positions(keys, self.positions), select_positions(values, self.positions)
+
+
+class _LookingCache:
+    """Stands in for a cache without history: hands keys and values on as they come, after `keep(layer, ...)`."""
+
+    def __init__(self, keep: Callable[[int, Tensor, Tensor], None]) -> None:
+        self._keep = keep
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+        self._keep(layer, key, value)
+        return key, value
+
+    def get_seq_length(self, *_: object) -> int:
+        return 0
+
+
+def _cache_of_its_own(module: nn.Module) -> str | None:
+    """The keyword of the cache of an attention layer that does not call transformers' attention function, else None."""
+    numbered = hasattr(module, "layer_idx") or hasattr(module, "layer_id")
+    if not numbered or hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        return None
+    names = inspect.signature(module.forward).parameters
+    return next((name for name in ("layer_past", "past_key_values", "cache") if name in names), None)
 
 
 def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str, kv_positions: str = "pre") -> dict[int, int]:
@@ -131,7 +169,8 @@ def kv_widths(model: PreTrainedModel, layers: Iterable[int], name: str, kv_posit
     if missing or strange:
         raise ValueError(
             f"layer {(missing + strange)[0]} of the {name} ({type(model).__name__}) has no keys and values of one "
-            "width per token (a state-space or another attention layer); choose other layers with kv_layers"
+            "width per token that it hands to an attention function or a cache (a state-space layer, or an attention "
+            "of its own); choose other layers with kv_layers"
         )
     return {layer: keys.shape[1] for layer, (keys, _) in found.items()}
 

@@ -116,6 +116,58 @@ def test_keys_before_the_rotary_embedding_are_those_of_the_key_projection_and_it
         assert torch.allclose(found[layer][0], expected[layer], atol=1e-6)
 
 
+OWN_ATTENTION = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt")  # not through transformers' function
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("family", OWN_ATTENTION)
+def test_keys_and_values_of_families_with_an_attention_of_their_own(family, checkpointed):
+    model = tiny_model(family).train()
+    inputs = {"input_ids": torch.arange(10, 22).view(2, 6)}
+    expected = cached(model, inputs)
+    plain = model(**inputs, use_cache=False).logits
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    capture = KVCapture(model, [0, 1], "post")
+    with capture():
+        logits = model(**inputs, use_cache=False).logits
+    assert torch.equal(logits, plain)  # the cache that is lent to it changes nothing
+    found = {layer: capture.features(layer) for layer in (0, 1)}
+    for layer, pair in enumerate(expected):
+        for ours, theirs in zip(found[layer], pair, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    with capture():  # checkpointing computes the layers again in the backward
+        gradients = torch.autograd.grad(
+            sum(part.square().sum() for pair in found.values() for part in pair),
+            [p for p in model.parameters() if p.requires_grad],
+            allow_unused=True,
+        )
+    if not checkpointed:
+        return
+    model.gradient_checkpointing_disable()
+    with capture():
+        model(**inputs, use_cache=False)
+    loss = sum(part.square().sum() for layer in (0, 1) for part in capture.features(layer))
+    again = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    for one, other in zip(gradients, again, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("family", OWN_ATTENTION)
+def test_their_keys_before_the_rotary_embedding_are_those_after_it_at_position_0(family):
+    model = tiny_model(family)
+    inputs = {"input_ids": torch.arange(10, 22).view(2, 6)}
+    before, after = captured(model, inputs, kv_positions="pre"), captured(model, inputs)
+    turns = family in ("codegen", "gptj") or (family == "falcon" and not model.config.alibi)
+    for layer in (0, 1):
+        keys, rotated = before[layer][0], after[layer][0]
+        torch.testing.assert_close(keys[[0, 6]], rotated[[0, 6]], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(keys.norm(dim=-1), rotated.norm(dim=-1), rtol=1e-4, atol=1e-6)
+        assert torch.equal(keys, rotated) != turns
+
+
 def test_keys_of_a_fused_projection(inputs):
     model, seen = make_model("phi3"), {}
     for index, layer in enumerate(model.model.layers):
