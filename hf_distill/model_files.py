@@ -14,7 +14,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 def is_adapter_folder(name: Any) -> bool:
-    """Whether a name is a folder with adapters alone, whose base model lies elsewhere."""
+    """True if a name is a folder with adapters alone, whose base model lies elsewhere."""
     if not isinstance(name, str) or os.path.isfile(os.path.join(name, "config.json")):
         return False
     return os.path.isfile(os.path.join(name, ADAPTER_CONFIG))
@@ -98,7 +98,7 @@ def _folder_problem(folder: str) -> str | None:
 
 
 def _is_whole(path: str) -> bool:
-    """Whether a file of safetensors is as long as its header says."""
+    """True if a file of safetensors is as long as its header says."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -33,7 +33,7 @@ def student_config(model: str | PreTrainedModel, args: SFTConfig) -> PreTrainedC
 
 
 def student_rows(model: str | PreTrainedModel, args: SFTConfig) -> int:
-    """How many token ids the student has embeddings for, before it is loaded."""
+    """The number of token ids that the student has embeddings for, before it is loaded."""
     return student_config(model, args).vocab_size if isinstance(model, str) else num_token_ids(causal_lm(model))
 
 

@@ -85,7 +85,7 @@ def first_rows(rows: Dataset, number: int) -> Dataset:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name can only be a path: a hub id has one slash at most, and no ending of a file."""
+    """True if a name can only be a path: a hub id has one slash at most, and no ending of a file."""
     return name.startswith((".", "~", "/", "\\")) or name.count("/") > 1 or _ending(name)[0] in FILE_FORMATS
 
 

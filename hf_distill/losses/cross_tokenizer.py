@@ -78,7 +78,7 @@ class Spans(NamedTuple):
 
 
 class AlignedSignal(NamedTuple):
-    """What a teacher with another tokenizer says, at M positions of its own."""
+    """The answer of a teacher with another tokenizer, at M positions of its own."""
 
     hidden: Tensor  # (M, Dt), last hidden states, without gradient
     head: Head

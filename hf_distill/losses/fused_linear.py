@@ -26,7 +26,7 @@ __all__ = [
 
 
 class TeacherSignal(NamedTuple):
-    """What a teacher says at N positions: its hidden states, and the head that turns them into logits."""
+    """A teacher's answer at N positions: its hidden states, and the head that turns them into logits."""
 
     hidden: Tensor  # (N, Dt), last hidden states, without gradient
     head: Head

@@ -29,7 +29,7 @@ class Side(NamedTuple):
 
 
 class Starts(NamedTuple):
-    """What is known about a side's groups before their first positions are projected."""
+    """The facts about one side's groups that are known before their first positions are projected."""
 
     tokens: Tensor  # (G,) the first token
     log_continuation: Tensor  # (G,) log-probability of the other tokens
@@ -78,7 +78,7 @@ def is_single(later_groups: Tensor, num_groups: int) -> Tensor:
 def group_starts(
     hidden: Tensor, tokens: Tensor, later_groups: Tensor, side: Side, temperature: float, chunk_size: int, block: int
 ) -> tuple[Starts, Later]:
-    """What a side says about its groups, without their first positions.
+    """One side's predictions for its groups, without their first positions.
 
     Args:
         hidden (`torch.Tensor` of shape `(n, D)`), tokens (`torch.Tensor` of shape `(n,)`):

@@ -94,13 +94,13 @@ class Head(NamedTuple):
 
 
 def default_chunk_size(device: torch.device, vocab_size: int) -> int:
-    """How many positions' logits fit `CHUNK_BYTES` in float32: a multiple of 64, which products are fastest with."""
+    """The number of positions whose float32 logits fit `CHUNK_BYTES`: a multiple of 64, where products are fastest."""
     rows = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
     return rows if rows < 64 else rows - rows % 64
 
 
 def block_rows(device: torch.device, chunk_size: int, vocab_size: int) -> int:
-    """How many positions the element-wise part works on at a time, where it is not compiled."""
+    """The number of positions in a block of the element-wise part, where it is not compiled."""
     rows = chunk_size // BLOCKS_PER_CHUNK
     if device.type == "cpu":
         rows = min(rows, CACHE_BLOCK // vocab_size)

@@ -33,7 +33,7 @@ class Constants(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What the student says at n positions. Not to be overwritten."""
+    """The student's predictions at n positions. Not to be overwritten."""
 
     logits: Tensor  # (n, V)
     log_probs: Tensor  # (n, V), at the temperature of the divergence
@@ -41,7 +41,7 @@ class Predictions(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a step finds at n positions."""
+    """The result of a step at n positions."""
 
     gradient: Tensor  # (n, V), of the weighted divergence with respect to the student's logits; it may be overwritten
     kd: Tensor  # scalar, the sum of token_weights * divergence

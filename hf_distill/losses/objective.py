@@ -101,7 +101,7 @@ class DistillationLoss(NamedTuple):
 
 
 class Signal(Protocol):
-    """What a teacher says at the N label-bearing positions of a batch."""
+    """A teacher's answer at the N label-bearing positions of a batch."""
 
     def loss(self, hidden: Tensor, head: Head, labels: Tensor, objective: Objective) -> DistillationLoss:
         """The loss of a student, computed on the device of its head, to which all other tensors are moved.

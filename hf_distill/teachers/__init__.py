@@ -1,4 +1,4 @@
-"""Where the teacher's signal comes from.
+"""The sources of the teacher's signal.
 
 A teacher is anything that can say something about a row: [`Teacher`]. A teacher that is a model in this process is a
 [`ModelTeacher`], which inner layers, keys and values, and rollouts need.
@@ -64,7 +64,7 @@ class ModelTeacher(Teacher, Protocol):
     """Inner layers whose output at the positions is asked for, as `TeacherSignal.layers`."""
 
     def view(self, inputs: Mapping[str, Any], positions: Tensor) -> tuple[dict[str, Any], Tensor]:
-        """What the model reads of a batch, and the positions (N,) there."""
+        """The inputs that the model reads of a batch, and the positions (N,) in them."""
         ...
 
     def __call__(self, inputs: Mapping[str, Any], positions: Tensor) -> TeacherSignal: ...

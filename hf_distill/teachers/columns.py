@@ -65,7 +65,7 @@ def map_rows(dataset: AnyDataset, function: Callable[..., dict], what: str, num_
 
 
 def has_label(row: Row) -> bool:
-    """Whether a tokenised row is trained on. One without labels fills up a batch, and no teacher reads it."""
+    """True if a tokenised row is trained on. A row without labels fills up a batch, and no teacher reads it."""
     return any(label != -100 for label in row.get("labels", row["input_ids"])[1:])
 
 
@@ -228,7 +228,7 @@ def collate_own_tokens(rows: Sequence[Row], *, prefix: str) -> dict[str, Tensor]
 
 
 def _has_in_order(text: Any, contents: Sequence[str]) -> bool:
-    """Whether a text has all contents, one after the other."""
+    """True if a text has all contents, one after the other."""
     place = 0
     for content in map(str.strip, contents):
         place = text.find(content, place)

@@ -109,7 +109,7 @@ class LocalTeacher:
     collate = staticmethod(collate_own_text)
 
     def view(self, inputs: Mapping[str, Any], positions: Tensor) -> tuple[dict[str, Any], Tensor]:
-        """What the model reads of a batch, and the positions (N,) there."""
+        """The inputs that the model reads of a batch, and the positions (N,) in them."""
         return own_view(self._causal_lm, inputs, positions)
 
     @torch.no_grad()
@@ -213,7 +213,7 @@ def with_own_text(
 
 
 def own_view(model: PreTrainedModel, inputs: Mapping[str, Any], positions: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """What a model reads of a batch, its own text or the student's, and the positions (N,) there."""
+    """The inputs that a model reads of a batch, its own text or the student's, and the positions (N,) in them."""
     if f"{PREFIX}input_ids" not in inputs:
         return {name: value for name, value in inputs.items() if not name.startswith(PREFIX)}, positions
     num_ids = num_token_ids(model)
@@ -229,7 +229,7 @@ def signal_of(
     positions: Tensor,
     layers: Sequence[int],
 ) -> TeacherSignal:
-    """What a model says at flat `positions` (N,) of a batch, on the model's device.
+    """The signal of a model at flat `positions` (N,) of a batch, on the model's device.
 
     Of the inner `layers` only these positions are kept. The last layer's output comes after the final norm, as
     transformers counts hidden states.

@@ -25,14 +25,14 @@ BASE = "base"  # the name of a teacher that is the student's own base model
 
 
 class NamedTeachers(NamedTuple):
-    """What the user gave, by the teachers' names. Nothing is loaded yet but tokenizers."""
+    """The teachers as the user gave them, by name. Nothing is loaded yet but tokenizers."""
 
     models: dict[str, Any]  # hub id, path, model, "base", or any `Teacher`
     tokenizers: dict[str, PreTrainedTokenizerBase | None]  # None: none came with it, or it needs none
     devices: dict[str, str | None]
 
     def has_base(self) -> bool:
-        """Whether one of them is the student's own base model."""
+        """True if one of them is the student's own base model."""
         return any(is_base(model) for model in self.models.values())
 
 
@@ -86,7 +86,7 @@ def name_teachers(teachers: Any, tokenizers: Any, args: Any) -> NamedTeachers:
 def find_tokenizers(
     named: NamedTeachers, student_tokenizer: PreTrainedTokenizerBase, args: Any, *, crosses: bool
 ) -> tuple[dict[str, int | None], dict[str, PreTrainedTokenizerBase]]:
-    """How many token ids mean the same to the student and each teacher, and the teachers' tokenizers.
+    """The number of token ids that mean the same to the student and each teacher, and the teachers' tokenizers.
 
     Of a teacher with another tokenizer the number is None: texts have to be aligned. `crosses` says whether they can.
 
@@ -213,7 +213,7 @@ def describe_teachers(teachers: Mapping[str, Teacher]) -> dict[str, str]:
 
 
 def alignment_methods(teachers: Mapping[str, Teacher]) -> dict[str, str]:
-    """How teachers with another tokenizer are compared."""
+    """The method of comparison for each teacher with another tokenizer."""
     return {name: teacher.method for name, teacher in teachers.items() if isinstance(teacher, AcrossTeacher)}
 
 

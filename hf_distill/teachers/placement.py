@@ -1,4 +1,4 @@
-"""Where a teacher's weights are: on which devices of which process, and when they come there."""
+"""The devices of a teacher's weights in each process."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What the trainers refuse at construction, and in which words."""
+"""The checks of the trainers at construction, and their messages."""
 
 import logging
 import os
@@ -115,7 +115,7 @@ def refuse_layers(layers: Any, student: str | PreTrainedModel, teachers: Mapping
 
 
 def has_load_balancing(student: PreTrainedModel, args: HardLabelConfig) -> bool:
-    """Whether the student's load-balancing loss is known; `ValueError` if not, and `router_aux_loss_coef` asks for it.
+    """True if the student's load-balancing loss is known; `ValueError` if not, and `router_aux_loss_coef` asks for it.
 
     A configuration may name a coefficient where its model has no such loss (Llama 4), or no experts (Doge).
     """

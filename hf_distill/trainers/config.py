@@ -201,7 +201,7 @@ class KDConfig(HardLabelConfig):
 
     @property
     def has_hidden(self) -> bool:
-        """Whether inner hidden states are a part of the loss."""
+        """True if inner hidden states are a part of the loss."""
         return bool(self.hidden_weight or "hidden_weight" in keywords(self.schedule))
 
     def scheduled(self, name: str, progress: float) -> float:

@@ -1,4 +1,4 @@
-"""What a trainer is called with, and the models that read its rows."""
+"""The arguments of a trainer, and the models that read its rows."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ class Given(NamedTuple):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether the student is trained in adapters."""
+        """True if the student is trained in adapters."""
         return self.peft_config is not None or isinstance(self.model, PeftModel)
 
     def datasets(self) -> dict[str, Any]:

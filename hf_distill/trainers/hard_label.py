@@ -393,7 +393,7 @@ class HardLabelTrainer(SurvivingTrainer):
         self.means[mode].setdefault(over, TokenMeans()).add(count, **sums)
 
     def pop_means(self, mode: str) -> dict[str, float]:
-        """What is logged of "train" or "eval" since the last time; called by all processes, extended by trainers."""
+        """The means of "train" or "eval" since the last call, for the log. All processes call it."""
         means, self.means[mode] = self.means[mode], {}
         # Without any hard label there is no "ce", without any token that is paired with one no "agreement".
         return {name: value for part in means.values() for name, value in part.pop(self._sum_over_processes).items()}
@@ -403,7 +403,7 @@ class HardLabelTrainer(SurvivingTrainer):
         self.means["train"] = {}  # nothing of an interrupted run
 
     def _is_logging(self, mode: str) -> bool:
-        """Whether this update is logged, so that expensive diagnostics are worth computing."""
+        """True if this update is logged, so that expensive diagnostics are worth computing."""
         step = self.state.global_step + 1
         if mode == "eval" or (step == 1 and self.args.logging_first_step):
             return True

@@ -58,12 +58,12 @@ class HardLabelConfig(SFTConfig):
 
     @property
     def skips_preparation(self) -> bool:
-        """Whether rows are token ids that SFTTrainer leaves as they are (`skip_prepare_dataset`)."""
+        """True if rows are token ids that SFTTrainer leaves as they are (`skip_prepare_dataset`)."""
         return bool(keywords(self.dataset_kwargs).get("skip_prepare_dataset"))
 
     @property
     def joins_rows(self) -> bool:
-        """Whether several rows become one of the batch, in training or in evaluations."""
+        """True if several rows become one row of a batch, in training or in evaluations."""
         return bool(self.packing or self.eval_packing or self.padding_free)
 
     def _check_json(self) -> None:

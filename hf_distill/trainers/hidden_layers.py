@@ -24,7 +24,7 @@ PROJECTOR = "hidden_projector"
 
 
 class Run(Protocol):
-    """What the term has to know of a trainer to be set up."""
+    """The part of a trainer that the term needs to be set up."""
 
     args: Any
     student: PreTrainedModel
@@ -35,7 +35,7 @@ class Run(Protocol):
 
 
 class HiddenLayers:
-    """What a student's layers learn from those of its teacher, as `hidden_layers` and `hidden_loss` say.
+    """The term that compares a student's layers with those of its teacher (`hidden_layers`, `hidden_loss`).
 
     As transformers counts hidden states, the last one comes after the final norm.
 

@@ -315,7 +315,7 @@ class KDTrainer(HardLabelTrainer):
         return super().pop_means(mode) | {f"schedule/{name}": self._setting_of(name, last) for name in scheduled}
 
     def layer_mappings(self) -> dict[str, LayerMapping]:
-        """Which layers the student's learn from, as it was when it began; kept in checkpoints."""
+        """The layers that the student's learn from. Checkpoints keep them, because measured ones would change."""
         return {} if self.hidden_layers is None else {"hidden states": self.hidden_layers.mapping}
 
     def use_layer_mappings(self, mappings: dict[str, LayerMapping]) -> None:
@@ -342,7 +342,7 @@ class KDTrainer(HardLabelTrainer):
         return {**described, **teachers, "rows per update": rows}
 
     def describe(self) -> dict[str, str]:
-        """What was distilled from what and how, for the model card."""
+        """Teacher, loss and settings, for the model card."""
         params = "".join(f", {name} {value}" for name, value in self.divergence_params.items())
         quantization = f" ({self.args.teacher_quantization})" if self.args.teacher_quantization else ""
         combination = {"combination of the teachers": self.args.teacher_combination} if len(self.teachers) > 1 else {}

@@ -166,7 +166,7 @@ class KVProjectionTrainer(KDTrainer):
     # ----------------------------------------------------------------------------------------------- the projector
 
     def _make_source(self, name: str, weight: float) -> "KVSource":
-        """What the student learns from one teacher: which layers, through which projector."""
+        """One teacher's part of the term: its layers, its projector, its weight."""
         model = causal_lm(self.models[name].model)
         depths = [num_layers(side.config.get_text_config()) for side in (self.student, model)]
         if self.args.kv_layers == "cka":

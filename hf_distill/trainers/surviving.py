@@ -97,11 +97,11 @@ class SurvivingTrainer(SFTTrainer):
         """Goes on with the files of `save_extra_state`, if they are there; `ValueError` where they do not fit."""
 
     def describe(self) -> dict[str, str]:
-        """What was trained and how, for the model card."""
+        """The settings of the training, for the model card."""
         return {}
 
     def run_settings(self) -> dict[str, Any]:
-        """What a checkpoint tells about its run beside the arguments, to warn of differences when it is resumed."""
+        """Facts about the run that a checkpoint keeps beside its arguments, to warn of differences on resume."""
         return {}
 
     # ---------------------------------------------------------------------------------------------------- the run
@@ -177,7 +177,7 @@ class SurvivingTrainer(SFTTrainer):
         return problem_of(checkpoint) or self.projectors.misfit(checkpoint) or other_run(checkpoint, self)
 
     def describe_run(self) -> dict[str, str]:
-        """What really runs, which is not always what was asked for."""
+        """The run as it really is, which is not always what was asked for."""
         processes, micro_batches = self.accelerator.num_processes, self.args.gradient_accumulation_steps
         rows = self.args.per_device_train_batch_size * micro_batches * processes
         return {
