@@ -63,17 +63,15 @@ class SparseSignal(NamedTuple):
             raise ValueError(
                 f"the sparse target is a distribution over {self.vocab_size} tokens, and the student's has {vocab_size}"
             )
-        ids, weights, entropy, num_exact = (
-            None if x is None else x.detach().to(device) for x in (self.ids, self.weights, self.entropy, self.num_exact)
-        )
+        ids, weights = self.ids.to(device), self.weights.to(device).detach()
+        entropy = weights.new_zeros(num_rows) if self.entropy is None else self.entropy.to(device).detach()
+        num_exact = None if self.num_exact is None else self.num_exact.to(device)
         check_entries("weights", ids, weights, num_rows)
         for name, tensor in (("entropy", entropy), ("num_exact", num_exact)):
             if tensor is not None and tensor.shape != (num_rows,):
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, student_hidden has {num_rows} rows")
         if not objective.checked:
             check_tokens("ids", ids, vocab_size)
-        if entropy is None:
-            entropy = weights.new_zeros(num_rows)
         return _SparseStep(ids.long(), weights, entropy, num_exact)
 
 
