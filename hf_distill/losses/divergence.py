@@ -197,7 +197,7 @@ def check_divergence(divergence: str, params: dict | None) -> dict:
     params = dict(params or {})
     terms = DIVERGENCE_TERMS[divergence]
     allowed = terms.__code__.co_varnames[2 : terms.__code__.co_argcount]
-    if unknown := sorted(set(params) - set(allowed)):
+    if unknown := sorted(map(str, set(params) - set(allowed))):
         names = f"has only {', '.join(allowed)}" if allowed else "has no parameters"
         raise ValueError(f"divergence_params has {', '.join(unknown)}, but {divergence} {names}")
     for name, value in params.items():

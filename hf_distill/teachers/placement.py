@@ -1,6 +1,9 @@
 """The devices of a teacher's weights in each process."""
 
 from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 # Beside the name of a device, what `teacher_device` may be:
 #   auto      laid out, layer by layer, over the devices that are no student's
@@ -47,3 +50,23 @@ def teacher_devices(
             "teacher_device=None or 'offload'"
         )
     return share
+
+
+def check_device_names(setting: Any) -> None:
+    """Raises `ValueError` for a `teacher_device` that names no device, whatever this machine has; None passes."""
+    if setting is None:
+        return
+    if not isinstance(setting, str):
+        is_number = isinstance(setting, int) and not isinstance(setting, bool)
+        name = f"'cuda:{setting}'" if is_number else "'cuda:1', and of several teachers 'cuda:1,cuda:2'"
+        raise ValueError(f"teacher_device has to be text such as {name}, got {setting!r}")
+    for name in (name.strip() for name in setting.split(",")):
+        if name and name not in LAYOUTS:
+            try:
+                if torch.device(name).type == "meta":
+                    raise ValueError(f"teacher_device={setting!r}: the meta device holds no weights")
+            except RuntimeError as error:
+                layouts = ", ".join(LAYOUTS)
+                raise ValueError(
+                    f"teacher_device={setting!r} is no device such as 'cuda:1' or 'cpu', nor one of {layouts}"
+                ) from error

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from trl import SFTConfig
 
 from hf_distill.layer_mapping import NAMES as LAYER_MAPPINGS
@@ -15,8 +16,10 @@ from hf_distill.losses.divergence import DIVERGENCES, check_divergence, check_te
 from hf_distill.losses.feature import HIDDEN_LOSSES
 from hf_distill.teachers.ensemble import COMBINATIONS
 from hf_distill.teachers.loading import check_quantization
-from hf_distill.trainers.hard_label_config import HardLabelConfig, as_number, keywords
+from hf_distill.teachers.placement import check_device_names
+from hf_distill.trainers.hard_label_config import HardLabelConfig, keywords
 from hf_distill.trainers.schedules import check_schedule, value_at, with_default
+from hf_distill.trainers.setting_types import as_number, require_at_least
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +159,8 @@ class KDConfig(HardLabelConfig):
         check_temperature(self.temperature)
         self._check_divergence()
         self._check_teachers()
+        self._check_loading()
         self._check_hidden()
-        check_quantization(self.teacher_quantization)
 
     def _check_divergence(self) -> None:
         params, schedule = keywords(self.divergence_params), self.schedule
@@ -184,9 +187,35 @@ class KDConfig(HardLabelConfig):
         if not weights or any(not 0 <= w < math.inf for w in weights) or sum(weights) == 0:
             raise ValueError(f"teacher_weights have to be at least 0, not all of them 0, got {weights}")
 
+    def _check_loading(self) -> None:
+        """Raises `ValueError` for a quantisation, a device or loading options that contradict each other."""
+        check_quantization(self.teacher_quantization)
+        if isinstance(self.teacher_device, torch.device):
+            self.teacher_device = str(self.teacher_device)
+        check_device_names(self.teacher_device)
+        places = {place for place in ("offload", "sharded") if place in (self.teacher_device or "")}
+        if self.teacher_quantization is not None and places:
+            raise ValueError(
+                f"teacher_quantization={self.teacher_quantization!r} and teacher_device={self.teacher_device!r} "
+                "exclude each other: remove one of them"
+            )
+        kwargs = keywords(self.teacher_model_init_kwargs)
+        for name, quantization in (("load_in_4bit", "4bit"), ("load_in_8bit", "8bit")):
+            if name in kwargs:
+                raise ValueError(
+                    f"teacher_model_init_kwargs has {name!r}, which from_pretrained does not take: set "
+                    f"teacher_quantization={quantization!r} in its place"
+                )
+        if "torch_dtype" in kwargs:
+            raise ValueError("teacher_model_init_kwargs has 'torch_dtype', which is not read: call it 'dtype'")
+        for name, setting in (("quantization_config", "teacher_quantization"), ("device_map", "teacher_device")):
+            if name in kwargs and (value := getattr(self, setting)) is not None:
+                raise ValueError(
+                    f"teacher_model_init_kwargs has {name!r}, and {setting}={value!r} says another: remove one of them"
+                )
+
     def _check_hidden(self) -> None:
-        if not 0 <= self.hidden_weight < math.inf:
-            raise ValueError(f"hidden_weight has to be at least 0 and finite, got {self.hidden_weight}")
+        require_at_least("hidden_weight", self.hidden_weight, 0.0)
         if self.hidden_loss not in HIDDEN_LOSSES:
             raise ValueError(f"hidden_loss has to be one of {', '.join(HIDDEN_LOSSES)}, got {self.hidden_loss!r}")
         self.hidden_layers = read_layers("hidden_layers", self.hidden_layers)
@@ -210,14 +239,26 @@ class KDConfig(HardLabelConfig):
 
 
 def read_layers(name: str, layers: Any) -> Any:
-    """The name of a layer mapping or its pairs; `ValueError` for another name, or for broken JSON."""
+    """The name of a layer mapping or its pairs; `ValueError` for another name, for broken JSON, and for no pairs."""
     if isinstance(layers, str) and layers.startswith("["):
         try:
             layers = json.loads(layers)
         except json.JSONDecodeError as error:
             raise ValueError(f"{name} has to be JSON such as '[[0, 1]]', got {layers!r}") from error
-    if isinstance(layers, str) and layers not in LAYER_MAPPINGS:
+    is_list = isinstance(layers, list | tuple)
+    if is_list and not layers:
+        raise ValueError(f"{name}: layers have to be one pair [student layer, teacher layer] or more, got {layers!r}")
+    if is_list and not all(map(_is_pair, layers)):
+        raise ValueError(
+            f"{name}: layers have to be pairs [student layer, teacher layer] of whole numbers, got {layers!r}"
+        )
+    if not is_list and not (isinstance(layers, str) and layers in LAYER_MAPPINGS):
         raise ValueError(
             f"{name} has to be one of {', '.join(LAYER_MAPPINGS)} or pairs such as [[0, 1], [-1, -1]], got {layers!r}"
         )
     return layers
+
+
+def _is_pair(pair: Any) -> bool:
+    is_two = isinstance(pair, list | tuple) and len(pair) == 2
+    return is_two and all(isinstance(layer, int) and not isinstance(layer, bool) for layer in pair)

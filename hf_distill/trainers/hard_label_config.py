@@ -1,14 +1,32 @@
 """Settings of `HardLabelTrainer`, which all trainers share, and what reads settings."""
 
 import json
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers.trainer_utils import SchedulerType
-from transformers.utils import is_liger_kernel_available
+from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available
 from trl import SFTConfig
 
 from hf_distill.metrics import more_is_better
+from hf_distill.trainers.setting_types import require_at_least, take_types
+
+# The least values of numbers that transformers and TRL would take as they come. A row of one token predicts nothing.
+_LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(
+        ("loss_chunk_size", "dataset_num_proc", "eval_accumulation_steps", "dataloader_prefetch_factor"), 1
+    ),
+    **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers"), 0),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps"), 0.0),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps", "eval_delay"), 0.0),
+    **dict.fromkeys(("neftune_noise_alpha", "router_aux_loss_coef"), 0.0),
+    "max_length": 2,
+    "max_steps": -1,
+}
+# What packing does with rows that do not fit; the last is TRL's older name of bfd_split.
+_PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped", "bfd-requeue")
 
 
 def keywords(setting: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -49,11 +67,13 @@ class HardLabelConfig(SFTConfig):
 
     def __post_init__(self):
         self._check_json()
+        take_types(self)
+        self._check_numbers()
         is_open = self.greater_is_better is None
         super().__post_init__()
         self._check_dicts()
         self._choose_direction(is_open)
-        self._check_numbers()
+        self._check_rows()
         self._check_inherited()
 
     @property
@@ -68,7 +88,7 @@ class HardLabelConfig(SFTConfig):
 
     def _check_json(self) -> None:
         """Raises `ValueError` that names the setting whose JSON is broken; transformers would not say which it is."""
-        for name in set(self._VALID_DICT_FIELDS) - set(SFTConfig._VALID_DICT_FIELDS):
+        for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
             if isinstance(value, str) and value.startswith("{"):
                 try:
@@ -91,6 +111,11 @@ class HardLabelConfig(SFTConfig):
             value = getattr(self, name, None)
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{name} has to be JSON such as '{example}', got {value!r}")
+        if bits := [name for name in ("load_in_4bit", "load_in_8bit") if name in keywords(self.model_init_kwargs)]:
+            raise ValueError(
+                f"model_init_kwargs has {bits[0]!r}, which from_pretrained does not take: pass "
+                f"quantization_config=BitsAndBytesConfig({bits[0]}=True) to the trainer (--{bits[0]})"
+            )
 
     def _choose_direction(self, is_open: bool) -> None:
         """Sets whether more of the best model's metric is better; `is_open` if the user has not said it."""
@@ -106,12 +131,33 @@ class HardLabelConfig(SFTConfig):
             self.lr_scheduler_kwargs = {"mode": "max", **keywords(self.lr_scheduler_kwargs)}
 
     def _check_numbers(self) -> None:
-        inherited = {entry.name for entry in fields(SFTConfig)}
-        for entry in fields(self):
-            if entry.name not in inherited and entry.type is float:
-                setattr(self, entry.name, as_number(entry.name, getattr(self, entry.name)))
-        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
-            raise ValueError(f"loss_chunk_size has to be at least 1, got {self.loss_chunk_size}")
+        """Raises `ValueError` for numbers with which nothing could be trained."""
+        for name, least in _LEAST.items():
+            require_at_least(name, getattr(self, name, None), least)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} has to lie in [0, 1), got {getattr(self, name)}")
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"num_train_epochs has to be above 0 and finite, got {self.num_train_epochs}")
+
+    def _check_rows(self) -> None:
+        """Raises `ValueError` for ways to cut and join rows that TRL would refuse after the models are loaded."""
+        if not isinstance(self.dataset_text_field, str) or not self.dataset_text_field:
+            raise ValueError(
+                f"dataset_text_field has to be the name of a column, such as 'text', got {self.dataset_text_field!r}"
+            )
+        if self.truncation_mode not in ("keep_start", "keep_end"):
+            raise ValueError(f"truncation_mode has to be keep_start or keep_end, got {self.truncation_mode!r}")
+        if self.packing_strategy not in _PACKING_STRATEGIES:
+            *names, _ = _PACKING_STRATEGIES
+            raise ValueError(f"packing_strategy has to be one of {', '.join(names)}, got {self.packing_strategy!r}")
+        if (self.packing or self.eval_packing) and self.max_length is None:
+            raise ValueError("packing joins rows up to max_length, which is None: set it, or packing=False")
+        if self.padding_free and not self.packing and self.max_length is not None:
+            raise ValueError(
+                f"padding_free=True without packing does not cut rows at max_length={self.max_length}: set "
+                "packing=True, too, or max_length=None"
+            )
 
     def _check_inherited(self) -> None:
         """Raises `ValueError` for settings of SFTTrainer that do not go together with a teacher."""
@@ -130,17 +176,17 @@ class HardLabelConfig(SFTConfig):
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the teacher's distribution is "
                 "the soft label. Set it to 0 and choose kd_weight and temperature"
             )
+        optim = getattr(self.optim, "value", self.optim)
+        is_quantised = "torch" not in optim and any(part in optim for part in ("8bit", "bnb", "paged"))
+        if is_quantised and not is_bitsandbytes_available():
+            raise ValueError(
+                f"optim={optim!r} needs bitsandbytes: pip install 'hf_distill[quantization]', or take 'adamw_torch'"
+            )
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16=True needs a GPU: on a CPU take bf16=True, or bf16=False for float32")
         if self.use_liger_kernel:
             # TRL keeps to Liger's layers, which go together with any loss. They fail only when training starts.
             if not is_liger_kernel_available():
                 raise ValueError("use_liger_kernel=True needs Liger: pip install liger-kernel, or remove it")
             if self.device.type == "cpu":
                 raise ValueError("use_liger_kernel=True needs a GPU: its kernels do not run on the CPU. Remove it")
-
-
-def as_number(name: str, value: Any) -> float:
-    """The value of a setting, text of a command line or a file among them; `ValueError` if it is no number."""
-    try:
-        return value if isinstance(value, int | float) else float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} has to be a number, got {value!r}") from error

@@ -7,6 +7,7 @@ from hf_distill.kv_projector import PROJECTORS
 from hf_distill.losses.feature import FEATURE_LOSSES
 from hf_distill.trainers.config import LAYERS_HELP, KDConfig, read_layers
 from hf_distill.trainers.hard_label_config import keywords
+from hf_distill.trainers.setting_types import require_at_least
 
 
 @dataclass
@@ -61,15 +62,18 @@ class KVProjectionConfig(KDConfig):
                 raise ValueError(f"{name} has to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         self.kv_layers = read_layers("kv_layers", self.kv_layers)
         for name in ("kv_weight", "direction_weight", "magnitude_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} has to be at least 0 and finite, got {getattr(self, name)}")
+            require_at_least(name, getattr(self, name), 0.0)
+        if self.kv_loss == "mercator" and self.direction_weight == self.magnitude_weight == 0:
+            raise ValueError(
+                "direction_weight and magnitude_weight are both 0, which leaves nothing of the Mercator loss: give one "
+                "a weight, or take kv_loss='mse'"
+            )
         if not 0 < self.projector_mlp_ratio < math.inf or not 0 <= self.projector_dropout < 1:
             raise ValueError(
                 f"projector_mlp_ratio has to be above 0 and projector_dropout in [0, 1), got "
                 f"{self.projector_mlp_ratio} and {self.projector_dropout}"
             )
-        if self.projector_freeze_after is not None and self.projector_freeze_after < 0:
-            raise ValueError(f"projector_freeze_after has to be at least 0, got {self.projector_freeze_after}")
+        require_at_least("projector_freeze_after", self.projector_freeze_after, 0)
         if keywords(self.gradient_checkpointing_kwargs).get("use_reentrant"):
             raise ValueError(
                 "reentrant gradient checkpointing gives keys and values without a gradient: leave "

@@ -31,7 +31,10 @@ def check_schedule(
     """
     ranges = {"kd_weight": (0, 1), "temperature": TEMPERATURES}
     for name, values in schedule.items():
-        if not isinstance(values, list | tuple) or not values or not all(isinstance(v, int | float) for v in values):
+        if name in params:
+            raise ValueError(f"schedule and divergence_params both have {name!r}: remove one of them")
+        is_list = isinstance(values, list | tuple) and len(values) > 0
+        if not is_list or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
             raise ValueError(f"schedule[{name!r}] has to be a list of numbers, from first to last, got {values!r}")
         lowest, highest = ranges.get(name, (0, 1e9))
         for value in values:

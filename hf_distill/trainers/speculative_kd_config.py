@@ -7,6 +7,7 @@ from typing import Any
 from hf_distill.speculative import RolloutConfig
 from hf_distill.trainers.config import KDConfig
 from hf_distill.trainers.hard_label_config import keywords
+from hf_distill.trainers.setting_types import require_at_least
 
 ROLLOUT_SOURCES = ("speculative", "student", "teacher", "dataset")
 HARD_SOURCES = ("teacher", "dataset")  # a student's own samples are nobody's hard labels
@@ -84,7 +85,7 @@ class SpeculativeKDConfig(KDConfig):
         if (
             not isinstance(self.rollout_mix, dict)
             or not set(self.rollout_mix) <= set(ROLLOUT_SOURCES)
-            or any(not isinstance(share, int | float) for share in self.rollout_mix.values())
+            or any(not isinstance(share, int | float) or isinstance(share, bool) for share in self.rollout_mix.values())
             or any(not 0 <= share < math.inf for share in self.rollout_mix.values())
             or sum(self.rollout_mix.values()) == 0
         ):
@@ -92,7 +93,7 @@ class SpeculativeKDConfig(KDConfig):
             raise ValueError(
                 f"rollout_mix has to give the sources {', '.join(ROLLOUT_SOURCES)} shares of at least 0, not all of "
                 f"them 0, as a dict or JSON, got {self.rollout_mix!r}{' with the unknown ' if unknown else ''}"
-                f"{', '.join(map(repr, sorted(unknown)))}"
+                f"{', '.join(sorted(map(repr, unknown)))}"
             )
         lowest = min(keywords(self.schedule).get("kd_weight", [self.kd_weight]))
         if lowest < 1 and not any(self.rollout_mix.get(name) for name in HARD_SOURCES):
@@ -104,21 +105,28 @@ class SpeculativeKDConfig(KDConfig):
     def _check_rollouts(self) -> None:
         if self.has_hidden:
             raise ValueError("hidden_weight is not possible with rollouts, which keep the last layer only: set it to 0")
-        if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
-            raise ValueError(f"rollout_batch_size has to be at least 1, got {self.rollout_batch_size}")
+        require_at_least("rollout_batch_size", self.rollout_batch_size, 1)
         if self.draft_length < 1:
             raise ValueError(
                 f"draft_length has to be at least 1, got {self.draft_length}; for text of the teacher alone set "
                 'rollout_mix={"teacher": 1.0}'
             )
 
-    def _check_sft_settings(self) -> None:
-        """Raises `ValueError` for settings of SFTTrainer that speak of texts before they are generated."""
+    def _check_rows(self) -> None:
+        """Raises `ValueError` for ways to cut and join rows, whose lengths are not known before they are generated."""
         if self.joins_rows:
             raise ValueError(
                 "packing and padding_free are not possible with rollouts, whose lengths are known only when they are "
                 "written: set both to False"
             )
+        if self.max_length is not None:
+            raise ValueError(
+                f"max_length={self.max_length} is not used: completions end at max_new_tokens, and prompts are never "
+                "cut (a LUPICollator cuts knowledge at max_prompt_length). Remove it"
+            )
+
+    def _check_sft_settings(self) -> None:
+        """Raises `ValueError` for settings of SFTTrainer that speak of texts before they are generated."""
         if self.skips_preparation:
             raise ValueError(
                 "skip_prepare_dataset is not possible: prompts are encoded and checked first. Rows that are token ids "
@@ -131,11 +139,6 @@ class SpeculativeKDConfig(KDConfig):
             )
         if self.train_sampling_strategy == "group_by_length":
             raise ValueError("group_by_length is not possible: lengths are known only when the texts are written")
-        if self.max_length is not None:
-            raise ValueError(
-                f"max_length={self.max_length} is not used: completions end at max_new_tokens, and prompts are never "
-                "cut (a LUPICollator cuts knowledge at max_prompt_length). Remove it"
-            )
 
     def rollout_config(self, **changes: Any) -> RolloutConfig:
         """The fields that are `RolloutConfig`'s."""
