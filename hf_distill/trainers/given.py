@@ -7,8 +7,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from hf_distill.rows import is_chat
 from hf_distill.trainers.checks import named_datasets
-from hf_distill.trainers.data import check_chat_template
+from hf_distill.trainers.data import check_chat_template, used_format
 
 
 class Given(NamedTuple):
@@ -25,6 +26,9 @@ class Given(NamedTuple):
     callbacks: list[TrainerCallback] | None
     optimizers: tuple[Any, Any]
     formatting_func: Any
+    compute_metrics: Any
+    optimizer_cls_and_kwargs: Any
+    preprocess_logits_for_metrics: Any
 
     @property
     def has_adapters(self) -> bool:
@@ -38,6 +42,39 @@ class Given(NamedTuple):
     def unprepared(self) -> dict[str, Any]:
         """Those whose rows are texts or conversations yet."""
         return {} if self.args.skips_preparation or self.formatting_func is not None else self.datasets()
+
+    def check_arguments(self) -> None:
+        """Raises `ValueError` for arguments and settings that contradict each other; TRL says it after loading."""
+        args = self.args
+        if any(part is not None for part in self.optimizers or ()) and self.optimizer_cls_and_kwargs is not None:
+            raise ValueError("optimizers and optimizer_cls_and_kwargs are both given: pass one of them")
+        if self.formatting_func is not None and args.completion_only_loss:
+            raise ValueError(
+                "formatting_func makes texts without a completion, and completion_only_loss=True trains on completions "
+                "alone: remove one of them"
+            )
+        joins = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
+        if self.data_collator is not None and joins:
+            raise ValueError(
+                "data_collator is not used with packing and padding_free, whose rows TRL joins itself: remove it, or "
+                "set both to False"
+            )
+        if args.assistant_only_loss:
+            row = next(iter(self.train_dataset))
+            if not any(is_chat(row.get(column)) for column in used_format(set(row), args.dataset_text_field)):
+                raise ValueError(
+                    "assistant_only_loss=True needs conversations (messages, or prompt and completion of messages), "
+                    f"and the train dataset has the columns {', '.join(sorted(row))}: set it to False"
+                )
+
+    def check_tokens(self) -> None:
+        """Raises `ValueError` for special tokens of the settings that the student's tokenizer does not know."""
+        for name in ("eos_token", "pad_token"):
+            token = getattr(self.args, name)
+            if token is not None and token not in self.processing_class.get_vocab():
+                raise ValueError(
+                    f"{name}={token!r} is no token of the student's tokenizer: leave it out, or add the token first"
+                )
 
     def check_chat_template(self, tokenizer: Any, whose: str, setting: str) -> None:
         """Raises `ValueError` for conversations that a tokenizer cannot turn into text; `setting` gives a template."""

@@ -19,7 +19,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import DataCollator, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
@@ -103,7 +103,8 @@ class HardLabelTrainer(SurvivingTrainer):
         train_dataset (`Dataset` or `IterableDataset`): any TRL format: text, prompt/completion, messages, input_ids.
         eval_dataset (`Dataset`, `IterableDataset` or a dict of them, *optional*): measured with the same loss.
         processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer, by default loaded with it.
-        data_collator, peft_config, quantization_config, callbacks, optimizers, formatting_func:
+        data_collator, peft_config, quantization_config, callbacks, optimizers, formatting_func, compute_metrics,
+        optimizer_cls_and_kwargs, preprocess_logits_for_metrics:
             As in `trl.SFTTrainer`.
 
     Raises:
@@ -133,10 +134,14 @@ class HardLabelTrainer(SurvivingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         formatting_func: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         given = Given(
             model, self.settings(args), train_dataset, eval_dataset, processing_class, data_collator, peft_config,
-            quantization_config, callbacks, optimizers, formatting_func,
+            quantization_config, callbacks, optimizers, formatting_func, compute_metrics, optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics,
         )  # fmt: skip
         given = self.check(given)
         self.start(given, vocab_size=student_rows(given.model, given.args))
@@ -169,6 +174,7 @@ class HardLabelTrainer(SurvivingTrainer):
         refuse_sharding(args)
         metrics = (*EVALUATED, *self._evaluated)
         is_open = any(not is_of_a_library(type(part)) for part in (self, *(given.callbacks or ())))
+        is_open = is_open or given.compute_metrics is not None
         check_best_metric(args, given.eval_dataset, metrics, is_open=is_open)
         refuse_prompt_learning(given.peft_config, model, *teachers.values())
         refuse_vision(model, given.processing_class)
@@ -177,7 +183,9 @@ class HardLabelTrainer(SurvivingTrainer):
         for name, dataset in given.datasets().items():
             self.check_rows(dataset, name, args, given.formatting_func is not None)
             refuse_packed_evaluation(name, args)
+        given.check_arguments()
         given = given._replace(processing_class=given.processing_class or student_tokenizer(model, args))
+        given.check_tokens()
         if args.chat_template_path is None:
             given.check_chat_template(given.processing_class, "the student's", "chat_template_path")
         return given
@@ -212,7 +220,9 @@ class HardLabelTrainer(SurvivingTrainer):
             given.model, args, as_it_came=as_given, train_dataset=train_dataset, eval_dataset=eval_dataset,
             processing_class=given.processing_class, data_collator=given.data_collator, callbacks=given.callbacks,
             optimizers=given.optimizers, quantization_config=given.quantization_config, peft_config=given.peft_config,
-            formatting_func=given.formatting_func,
+            formatting_func=given.formatting_func, compute_metrics=given.compute_metrics,
+            optimizer_cls_and_kwargs=given.optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=given.preprocess_logits_for_metrics,
         )  # fmt: skip
 
         # compute_loss divides by the label-bearing tokens of the whole update, whatever the student's forward takes.
@@ -434,6 +444,15 @@ class HardLabelTrainer(SurvivingTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = {f"{metric_key_prefix}_{name}": value for name, value in self.pop_means("eval").items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"):
+        """As in `trl.SFTTrainer`, of rows that need not be prepared: they are prepared as `evaluate` does it."""
+        if not self.args.skips_preparation:
+            packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+            test_dataset = self._prepare_dataset(
+                test_dataset, self.processing_class, self.args, packing, self._formatting_func, metric_key_prefix
+            )
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     # --------------------------------------------------------------------------------------------------------- rows
 

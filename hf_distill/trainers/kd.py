@@ -5,7 +5,7 @@ What makes rows, hard labels and means exact is in `hard_label.py`, what makes r
 Shapes: B batch, T tokens, N label-bearing positions, Ds and Dt hidden widths of student and teacher.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from torch import Tensor
-from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import DataCollator, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig
 
 from hf_distill.layer_mapping import Mapping as LayerMapping
@@ -72,7 +72,8 @@ class KDTrainer(HardLabelTrainer):
         teacher_processing_class (`PreTrainedTokenizerBase`, *optional*):
             The teacher's tokenizer, by default loaded with it. For several teachers a list or dict, or one for all that
             bring none.
-        data_collator, peft_config, quantization_config, callbacks, optimizers, formatting_func:
+        data_collator, peft_config, quantization_config, callbacks, optimizers, formatting_func, compute_metrics,
+        optimizer_cls_and_kwargs, preprocess_logits_for_metrics:
             As in `trl.SFTTrainer`.
 
     Raises:
@@ -116,10 +117,14 @@ class KDTrainer(HardLabelTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         formatting_func: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         given = Given(
             model, self.settings(args), train_dataset, eval_dataset, processing_class, data_collator, peft_config,
-            quantization_config, callbacks, optimizers, formatting_func,
+            quantization_config, callbacks, optimizers, formatting_func, compute_metrics, optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics,
         )  # fmt: skip
         # The teacher comes first: what is wrong with it is told before the student is loaded and the data tokenised.
         named = name_teachers(teacher_model, teacher_processing_class, given.args)

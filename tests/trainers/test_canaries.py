@@ -58,6 +58,7 @@ OVERRIDDEN = {
     "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
     "get_batch_samples": "epoch_iterator num_batches device",
     "log": "logs start_time",
+    "predict": "test_dataset ignore_keys metric_key_prefix",
     "prediction_step": "model inputs prediction_loss_only ignore_keys",
     "save_model": "output_dir _internal_call",
     "train": "resume_from_checkpoint trial ignore_keys_for_eval",
@@ -71,7 +72,14 @@ USED = {
     "_no_split_modules": (PreTrainedModel, None),
 }
 # Private attributes of objects, which `test_a_run_has_the_attributes` looks for.
-ATTRIBUTES = {"_hf_hook", "_is_accelerate_prepared", "_models", "_signature_columns", "_total_train_tokens"}
+ATTRIBUTES = {
+    "_formatting_func",
+    "_hf_hook",
+    "_is_accelerate_prepared",
+    "_models",
+    "_signature_columns",
+    "_total_train_tokens",
+}
 PYTHON_AND_TORCH = {"_actions", "_asdict", "_buffers", "_exit", "_fields", "_parameters", "_replace"}
 
 
@@ -177,6 +185,7 @@ def runs(rows, tokenizer, tmp_path_factory):
             )  # fmt: skip
             run.train()
             run.save_model()
+            run.predict(rows)
             run.args.push_to_hub, run.hub_model_id, run.push_in_progress = True, "nobody/nothing", None
             patch.setattr(transformers.trainer, "hf_api", MagicMock())
             run.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
@@ -199,6 +208,7 @@ def test_a_run_has_the_attributes(runs):
     trainer = runs[2][KDTrainer]
     assert trainer._total_train_tokens > 0
     assert trainer._signature_columns
+    assert trainer._formatting_func is None
     assert isinstance(trainer.accelerator._models, list)
     assert trainer.model._is_accelerate_prepared
     assert trainer.model_accepts_loss_kwargs

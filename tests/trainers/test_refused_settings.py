@@ -1,4 +1,4 @@
-"""Settings that cannot be meant: a table of (settings, words of the error)."""
+"""Settings that cannot be meant: a table of (settings, words of the error), none of which reads a weight."""
 
 import math
 import re
@@ -6,8 +6,20 @@ import re
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
 
-from hf_distill import HardLabelConfig, KDConfig, KVProjectionConfig, SpeculativeKDConfig
+from hf_distill import (
+    HardLabelConfig,
+    HardLabelTrainer,
+    KDConfig,
+    KDTrainer,
+    KVProjectionConfig,
+    KVProjectionTrainer,
+    SpeculativeKDConfig,
+    SpeculativeKDTrainer,
+)
+from tests.conftest import SENTENCES, make_model, make_tokenizer
 
 NAN, INF = math.nan, math.inf
 HARD, KD, KV, SKD = HardLabelConfig, KDConfig, KVProjectionConfig, SpeculativeKDConfig
@@ -271,3 +283,64 @@ def test_settings_that_mean_the_same_are_taken(config, settings, found):
     for name, value in found.items():
         assert getattr(args, name) == value
         assert type(getattr(args, name)) is type(value)
+
+
+TEXTS = Dataset.from_dict({"text": SENTENCES})
+PROMPTS = Dataset.from_dict({"prompt": SENTENCES, "completion": SENTENCES})
+TRAINERS = {HARD: HardLabelTrainer, KD: KDTrainer, KV: KVProjectionTrainer, SKD: SpeculativeKDTrainer}
+# Arguments that are no settings: the teachers by the names of their folders, and keyword arguments of the trainer.
+TEACHER, TWO = {"teacher_model": "teacher"}, {"teacher_model": ["teacher", "other"]}
+ALONE = "teacher_combination and teacher_weights need several teachers"
+CONSTRUCTIONS = [
+    (KD, {}, {}, "teacher_model is missing"),
+    (KD, {}, {"teacher_model": []}, "teacher_model is missing"),
+    (KD, {}, {"teacher_model": 3}, "teacher_model has to be a hub id, a path, a model"),
+    (KD, {"teacher_weights": [1, 2]}, TEACHER, "there are 1 teachers (teacher) and args.teacher_weights=[1, 2]"),
+    (KD, {"teacher_weights": [1]}, TEACHER, ALONE),
+    (KD, {"teacher_combination": "sum"}, TEACHER, ALONE),
+    (KD, {"teacher_weights": [1, 2, 3]}, TWO, "there are 2 teachers"),
+    (KD, {"teacher_device": "cpu,cpu,cpu"}, TWO, "name one device, or one for each"),
+    (KD, {"teacher_combination": "route"}, TWO, "teacher_combination='route' needs a column 'teacher'"),
+    (KD, {"hidden_weight": 1.0}, TWO, "hidden_weight needs one teacher"),
+    (KD, {"hidden_weight": 1.0, "hidden_layers": [[9, 0]]}, TEACHER, "the student has 2 layers, there is no layer 9"),
+    (KD, {"teacher_device": "sharded"}, TEACHER, "teacher_device='sharded' needs FSDP2 or ZeRO-3"),
+    (KD, {}, {"teacher_model": "base"}, "teacher_model='base' needs a student with adapters"),
+    (KD, {"metric_for_best_model": "kdd", "eval_strategy": "steps"}, TEACHER, "metric_for_best_model='kdd' is in no"),
+    (KV, {"kv_layers": [[0, 7]]}, TEACHER, "the teacher has 2 layers, there is no layer 7"),
+    (KV, {"teacher_combination": "route"}, TWO, "teacher_combination='route' gives each row one teacher"),
+    (KV, {}, {**TEACHER, "optimizers": (object(), None)}, "optimizers are not taken"),
+    (SKD, {}, TWO, "text is written with one teacher"),
+    (SKD, {"teacher_device": "offload"}, TEACHER, "the teacher has to be whole on its devices"),
+    (SKD, {}, {**TEACHER, "formatting_func": str}, "formatting_func is not used"),
+    (SKD, {}, {**TEACHER, "data_collator": list}, "data_collator has to make prompts"),
+    (HARD, {}, {"optimizers": (object(), None), "optimizer_cls_and_kwargs": (object, {})}, "are both given"),
+    (HARD, {"completion_only_loss": True}, {"formatting_func": str}, "formatting_func makes texts without"),
+    (HARD, {"padding_free": True, "max_length": None}, {"data_collator": list}, "data_collator is not used"),
+    (HARD, {"assistant_only_loss": True}, {}, "assistant_only_loss=True needs conversations"),
+    (HARD, {"eos_token": "<none>"}, {}, "eos_token='<none>' is no token of the student's tokenizer"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_teachers(folder, tmp_path_factory):
+    """The folder of models with a second teacher."""
+    make_model(seed=3).save_pretrained(folder / "other")
+    make_tokenizer().save_pretrained(folder / "other")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "given", "words"),
+    CONSTRUCTIONS,
+    ids=[f"{c.__name__} {s} {list(given)}" for c, s, given, _ in CONSTRUCTIONS],
+)
+def test_what_contradicts_models_rows_or_arguments_is_refused_before_a_weight_is_read(
+    two_teachers, tmp_path, monkeypatch, config, settings, given, words
+):
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("a weight is read"))
+    monkeypatch.chdir(two_teachers)
+    args = make(config, {"output_dir": str(tmp_path), "eval_steps": 1, **settings})
+    rows = PROMPTS if config is SKD else TEXTS
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        TRAINERS[config](model="student", args=args, train_dataset=rows, eval_dataset=rows, **given)
+    assert "\n" not in str(error.value)
