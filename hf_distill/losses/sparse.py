@@ -1,13 +1,19 @@
-"""Hard labels and the cross-entropy to a sparse target: ids and weights of K tokens at each position.
+"""Hard labels and a divergence to what is kept of a teacher: K tokens at each position, as a sample or the most likely.
 
-A sample of a teacher's distribution t is such a target w. With E[w] = t, the gradient of the forward KL is unbiased:
+**A sample** w of the teacher's distribution t ([`SparseSignal`]) serves forward KL. With E[w] = t, the gradient is
+unbiased, because the divergence is linear in t but for its entropy H, which no student changes:
 
     sum_v t_v log(t_v / q_v) = E[-sum_k w_k log q_k] - H(t)
 
-The left side is linear in t but for its entropy H, which no student changes. No other divergence has that property, and
-no temperature but the one at which t was sampled. `hf_distill/samplers.py` draws such targets.
+No other divergence has that property, and no temperature but the one at which t was sampled. `hf_distill/samplers.py`
+draws such targets.
 
-Shapes: N label-bearing positions, n of them in a chunk, K entries of a target, V vocabulary. Losses are in nats.
+**The K most likely tokens** ([`TopKSignal`]) serve every divergence, over K + 1 outcomes: all other tokens together are
+one outcome, on both sides. To put tokens together makes a KL, a skewed KL, the Jensen-Shannon divergence and total
+variation smaller, never larger. Without that outcome, or with probabilities that are normalised over the K tokens, the
+student would learn to give nothing to the others.
+
+Shapes: N label-bearing positions, n of them in a chunk, K entries at each, V vocabulary. Losses are in nats.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +22,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_distill.losses.divergence import LOG_ZERO, log_softmax
 from hf_distill.losses.head import Head
-from hf_distill.losses.loop import Constants, Predictions, Step, StepResult, chunked_loss
+from hf_distill.losses.loop import Constants, Predictions, Step, StepResult, chunked_loss, compare
 from hf_distill.losses.objective import DistillationLoss, Objective, check_tokens
 
-# In the log: the share of the teacher's probability whose tokens have their exact probability.
+# In the log: the share of the teacher's probability that belongs to tokens whose own probability is known.
 EXACT_MASS = "teacher/exact_mass"
+# Probabilities that sum to more are none. Rounded to bfloat16, they may well sum to 1.01.
+LARGEST_MASS = 1.05
 
 
 class SparseSignal(NamedTuple):
@@ -60,9 +69,7 @@ class SparseSignal(NamedTuple):
                 "probabilities of the other tokens, which a change would need, are not known"
             )
         if self.vocab_size not in (None, vocab_size):
-            raise ValueError(
-                f"the sparse target is a distribution over {self.vocab_size} tokens, and the student's has {vocab_size}"
-            )
+            raise ValueError(_another_vocabulary("probabilities of the sparse target", self.vocab_size, vocab_size))
         ids, weights = self.ids.to(device), self.weights.to(device).detach()
         entropy = weights.new_zeros(num_rows) if self.entropy is None else self.entropy.to(device).detach()
         num_exact = None if self.num_exact is None else self.num_exact.to(device)
@@ -72,10 +79,57 @@ class SparseSignal(NamedTuple):
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, student_hidden has {num_rows} rows")
         if not objective.checked:
             check_tokens("ids", ids, vocab_size)
-        return _SparseStep(ids.long(), weights, entropy, num_exact)
+        return _SampledStep(ids.long(), weights, entropy, num_exact)
 
 
-class _SparseStep(NamedTuple):
+class TopKSignal(NamedTuple):
+    """The log-probabilities of K tokens at N positions, the teacher's most likely one among them.
+
+    Where K is the whole vocabulary, this is the dense loss: the log-probabilities are normalised, and any temperature
+    can be taken. Elsewhere nothing is: what they lack to 1 is the probability of all other tokens together.
+    """
+
+    ids: Tensor  # (N, K), integers, each once; -1 for no entry, but not in the first column
+    log_probs: Tensor  # (N, K), in nats, at temperature 1
+    log_tail: Tensor | None = None  # (N,), of all other tokens together, where it is known better than from log_probs
+    vocab_size: int | None = None  # over which they are a distribution; None: that of the loss, whatever it is
+
+    def loss(self, hidden: Tensor, head: Head, labels: Tensor, objective: Objective) -> DistillationLoss:
+        """The divergence to this teacher over K + 1 outcomes, and hard labels ([`Signal.loss`]).
+
+        `more` has the sum over positions of the K probabilities.
+        """
+        return chunked_loss(hidden, head, labels, objective, [(1.0, self)])
+
+    def step(self, num_rows: int, vocab_size: int, device: torch.device, objective: Objective) -> Step:
+        """As in [`ChunkedSignal.step`]; ids and log-probabilities are looked at unless `objective.checked`."""
+        ids, log_probs = self.ids.to(device), self.log_probs.to(device).detach()
+        log_tail = None if self.log_tail is None else self.log_tail.to(device).detach()
+        check_entries("log_probs", ids, log_probs, num_rows)
+        if self.vocab_size not in (None, vocab_size):
+            raise ValueError(_another_vocabulary("log_probs", self.vocab_size, vocab_size))
+        if log_tail is not None and log_tail.shape != (num_rows,):
+            raise ValueError(f"log_tail is {tuple(log_tail.shape)}, student_hidden has {num_rows} rows")
+        num_entries = ids.shape[1]
+        if num_entries > vocab_size:
+            raise ValueError(f"ids has {num_entries} entries a row, and there are {vocab_size} tokens")
+        if objective.temperature != 1 and num_entries < vocab_size:
+            raise ValueError(
+                f"temperature={objective.temperature} needs the log-probabilities of all {vocab_size} tokens, and "
+                f"there are {num_entries}: how the rest divides among the others is not known; take temperature=1"
+            )
+        if not objective.checked:
+            _check_top(ids, log_probs, vocab_size)
+        ids = ids.long()
+        if num_entries == vocab_size:
+            return _WholeStep(ids, log_probs)
+        lacking, eps = ids < 0, torch.finfo(log_probs.dtype).eps
+        log_probs = _widened(log_probs.masked_fill(lacking, -torch.inf))
+        log_tail = _log_tail(log_probs, eps) if log_tail is None else _widened(log_tail)
+        return _TopKStep(ids.where(~lacking, ids[:, :1]), lacking, log_probs, log_tail)
+
+
+class _SampledStep(NamedTuple):
     """The tensors of a [`SparseSignal`] on the device of the loss."""
 
     ids: Tensor
@@ -116,6 +170,87 @@ class _SparseStep(NamedTuple):
         return StepResult(gradient, (kd * token_weights).sum(), agreement)
 
 
+class _TopKStep(NamedTuple):
+    """The tensors of a [`TopKSignal`] on the device of the loss. Where an entry lacks, its id repeats the first one."""
+
+    ids: Tensor
+    lacking: Tensor  # (N, K), bool
+    log_probs: Tensor  # LOG_ZERO where an entry lacks
+    log_tail: Tensor
+
+    num_buffers = 0
+
+    @property
+    def num_paired(self) -> int:
+        return len(self.ids)
+
+    @property
+    def more(self) -> Mapping[str, Tensor]:
+        return {EXACT_MASS: -torch.expm1(self.log_tail).sum()}
+
+    def inputs_(self, chunk: slice, buffers: Sequence[Tensor], constants: Constants) -> tuple[Tensor, ...]:
+        teacher = torch.cat([self.log_probs[chunk], self.log_tail[chunk].unsqueeze(-1)], -1)  # (n, K + 1)
+        return self.ids[chunk], self.lacking[chunk], teacher
+
+    def differentiate_(
+        self, student: Predictions, inputs: tuple[Tensor, ...], token_weights: Tensor, constants: Constants
+    ) -> StepResult:
+        ids, lacking, teacher = inputs
+        likeliest = ids.gather(-1, teacher[:, :-1].argmax(-1, keepdim=True)).squeeze(-1)
+        agreement = (student.logits.argmax(-1) == likeliest).sum()
+        # Summed up, and not 1 minus the others: so it has all its digits, however little is left.
+        others = student.log_probs.scatter(-1, ids, -torch.inf)  # (n, V)
+        known = student.log_probs.gather(-1, ids).masked_fill(lacking, LOG_ZERO)
+        outcomes = torch.cat([known, others.logsumexp(-1, keepdim=True)], -1)  # (n, K + 1)
+        outcomes = Predictions(student.logits, outcomes, outcomes.exp())
+        gradient, kd = compare(outcomes, teacher.to(outcomes.log_probs.dtype), token_weights, constants)
+        # That of the last outcome is divided among its tokens as its probability is.
+        spread = others.softmax(-1).mul_(gradient[:, -1:])
+        return StepResult(spread.scatter_add_(-1, ids, gradient[:, :-1]), kd, agreement)
+
+
+class _WholeStep(NamedTuple):
+    """The tensors of a [`TopKSignal`] that has all tokens, on the device of the loss."""
+
+    ids: Tensor
+    log_probs: Tensor
+
+    num_buffers = 1
+
+    @property
+    def num_paired(self) -> int:
+        return len(self.ids)
+
+    @property
+    def more(self) -> Mapping[str, Tensor]:
+        return {EXACT_MASS: torch.tensor(float(len(self.ids)), device=self.ids.device)}
+
+    def inputs_(self, chunk: slice, buffers: Sequence[Tensor], constants: Constants) -> tuple[Tensor]:
+        return (buffers[0].scatter_(-1, self.ids[chunk], self.log_probs[chunk].to(buffers[0].dtype)),)
+
+    def differentiate_(
+        self, student: Predictions, inputs: tuple[Tensor, ...], token_weights: Tensor, constants: Constants
+    ) -> StepResult:
+        (teacher,) = inputs  # (n, V)
+        agreement = (student.logits.argmax(-1) == teacher.argmax(-1)).sum()
+        teacher_log_probs = log_softmax(teacher.div_(constants.temperature))
+        gradient, kd = compare(student, teacher_log_probs, token_weights, constants)
+        return StepResult(gradient, kd, agreement)
+
+
+def _log_tail(log_probs: Tensor, eps: float) -> Tensor:
+    """`log(1 - sum of probabilities)` (N,), which is known to within `eps`.
+
+    So that much is always left. Otherwise a divergence that has its logarithm would be decided by a rounding.
+    """
+    return torch.log1p(-log_probs.exp().sum(-1).clamp(max=1 - eps))
+
+
+def _widened(log_probs: Tensor) -> Tensor:
+    """Log-probabilities in float32 or better, none below `LOG_ZERO`."""
+    return log_probs.to(torch.promote_types(log_probs.dtype, torch.float32)).clamp(min=LOG_ZERO)
+
+
 def check_entries(name: str, ids: Tensor, values: Tensor, num_rows: int) -> None:
     """Raises `ValueError` unless ids and what belongs to them are (N, K), with K of at least 1."""
     if ids.dim() != 2 or ids.shape != values.shape or ids.shape[1] == 0:
@@ -124,3 +259,26 @@ def check_entries(name: str, ids: Tensor, values: Tensor, num_rows: int) -> None
         raise ValueError(f"ids have to be integers, got {ids.dtype}")
     if len(ids) != num_rows:
         raise ValueError(f"ids has {len(ids)} rows, student_hidden has {num_rows}")
+
+
+def _check_top(ids: Tensor, log_probs: Tensor, vocab_size: int) -> None:
+    """Raises `ValueError` for ids that are no tokens or come twice, and for what is no log-probability."""
+    check_tokens("ids", ids, vocab_size, allowed=-1 if ids.shape[1] < vocab_size else None)
+    lacking, ordered = ids < 0, ids.sort(-1).values
+    if lacking[:, 0].any():
+        raise ValueError(
+            f"ids[{int(lacking[:, 0].nonzero()[0])}, 0] is -1; a row needs at least one entry, and it first"
+        )
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        row, column = twice.nonzero()[0].tolist()
+        raise ValueError(f"ids[{row}] has {int(ordered[row, column])} twice")
+    mass = log_probs.float().masked_fill(lacking, -torch.inf).exp().sum(-1)
+    wrong = ~(mass <= LARGEST_MASS)  # NaN among them
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"log_probs[{row}] are the logarithms of numbers that sum to {mass[row]:.4g}, not 1 at most")
+
+
+def _another_vocabulary(name: str, theirs: int | None, students: int) -> str:
+    return f"{name} are over {theirs} tokens, and the student has {students}"

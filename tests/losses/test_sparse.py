@@ -275,7 +275,7 @@ def test_a_divergence_that_would_be_biased_is_refused(name):
     [
         ({}, {"temperature": 2.0}, "temperature=2.0 differs from that of the sparse target, 1.0"),
         ({"temperature": 2.0}, {}, "temperature=1.0 differs from that of the sparse target, 2.0"),
-        ({"vocab_size": 34}, {}, "a distribution over 34 tokens, and the student's has 35"),
+        ({"vocab_size": 34}, {}, "probabilities of the sparse target are over 34 tokens, and the student has 35"),
         ({"ids": torch.full((ROWS, K), VOCAB)}, {}, r"ids\[0, 0\] is 35; 0 to 34 are possible"),
         ({"ids": torch.full((ROWS, K), -1)}, {}, r"ids\[0, 0\] is -1"),
         ({"ids": torch.zeros(ROWS, K)}, {}, "ids have to be integers, got torch.float32"),
