@@ -20,12 +20,13 @@ def is_adapter_folder(name: Any) -> bool:
     return os.path.isfile(os.path.join(name, ADAPTER_CONFIG))
 
 
-def name_problem(name: str, init_kwargs: Mapping[str, Any] | None = None) -> str | None:
+def name_problem(name: str, init_kwargs: Mapping[str, Any] | None = None, *, by_class: bool = False) -> str | None:
     """Looks for a causal language model under a hub id or path.
 
     Args:
         name (`str`): a hub id or a path.
         init_kwargs: keyword arguments of `from_pretrained`.
+        by_class (`bool`): whether the class that the configuration names will be loaded, as TRL does it.
 
     Returns:
         The problem with it, as one line, or None.
@@ -46,7 +47,10 @@ def name_problem(name: str, init_kwargs: Mapping[str, Any] | None = None) -> str
     try:
         config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in known if kwargs.get(key) is not None})
     except (OSError, ValueError) as error:
-        return _reason(error, name)
+        return _reason(error)
+    if by_class and not config.architectures and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return f'its config.json names no class to load: add "architectures": ["{causal.__name__}"]'
     return class_problem(config)
 
 
@@ -115,7 +119,7 @@ def _missing_shards(path: str, files: list[str]) -> list[str]:
     return sorted(shards - set(files))
 
 
-def _reason(error: Exception, name: str) -> str:
+def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if "does not recognize this architecture" in text:
         return f"{text.partition(' but ')[0]}, which transformers {transformers.__version__} does not know: upgrade it"

@@ -55,10 +55,15 @@ def student_tokenizer(model: str | PreTrainedModel, args: SFTConfig) -> PreTrain
 
 def load_tokenizer(name: str, init_kwargs: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer under a name; `OSError` or `ValueError` if there is none."""
-    if os.path.isdir(name) and not any(part in file for file in os.listdir(name) for part in TOKENIZER_FILES):
+    if os.path.isdir(name) and not has_tokenizer(name):
         raise OSError(f"{name} has no tokenizer")  # transformers would make an empty one
     revision = revision_of(init_kwargs)
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def has_tokenizer(folder: str) -> bool:
+    """Whether a tokenizer was saved in a folder."""
+    return any(part in file for file in os.listdir(folder) for part in TOKENIZER_FILES)
 
 
 def revision_of(init_kwargs: Any) -> str | None:

@@ -1,5 +1,6 @@
 """The arguments of a trainer, and the models that read its rows."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,9 +8,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from hf_distill.model_files import is_adapter_folder
+from hf_distill.named import has_tokenizer, student_tokenizer
 from hf_distill.rows import is_chat
 from hf_distill.trainers.checks import named_datasets
 from hf_distill.trainers.data import check_chat_template, used_format
+from hf_distill.trainers.input_checks import load_adapters
 
 
 class Given(NamedTuple):
@@ -33,7 +37,7 @@ class Given(NamedTuple):
     @property
     def has_adapters(self) -> bool:
         """True if the student is trained in adapters."""
-        return self.peft_config is not None or isinstance(self.model, PeftModel)
+        return self.peft_config is not None or isinstance(self.model, PeftModel) or is_adapter_folder(self.model)
 
     def datasets(self) -> dict[str, Any]:
         """All data sets by the names that messages call them."""
@@ -75,6 +79,21 @@ class Given(NamedTuple):
                 raise ValueError(
                     f"{name}={token!r} is no token of the student's tokenizer: leave it out, or add the token first"
                 )
+
+    def with_adapters_loaded(self) -> "Given":
+        """The same with the student loaded, and its tokenizer, if it was given as a folder of adapters.
+
+        Everything that is asked of a model by name is asked of the one under the adapters.
+        """
+        if not is_adapter_folder(self.model):
+            return self
+        tokenizer = self.processing_class
+        if tokenizer is None and has_tokenizer(self.model):
+            tokenizer = student_tokenizer(self.model, self.args)
+        model = load_adapters(self.model, self.args, self.quantization_config)
+        args = copy.copy(self.args)
+        args.model_init_kwargs = None  # they were for this model
+        return self._replace(model=model, args=args, processing_class=tokenizer, quantization_config=None)
 
     def check_chat_template(self, tokenizer: Any, whose: str, setting: str) -> None:
         """Raises `ValueError` for conversations that a tokenizer cannot turn into text; `setting` gives a template."""

@@ -71,6 +71,7 @@ from hf_distill.trainers.data import (
 )
 from hf_distill.trainers.given import Given, Reader
 from hf_distill.trainers.hard_label_config import HardLabelConfig, keywords
+from hf_distill.trainers.input_checks import check_inputs
 from hf_distill.trainers.packing import check_packing, joins
 from hf_distill.trainers.surviving import SurvivingTrainer
 
@@ -98,7 +99,8 @@ class HardLabelTrainer(SurvivingTrainer):
         projectors, and all else: [`SurvivingTrainer`] and `trl.SFTTrainer`.
 
     Args:
-        model (`str` or `PreTrainedModel`): the student, as hub id, local path or model.
+        model (`str` or `PreTrainedModel`):
+            The student, as hub id, local path or model. A folder of adapters is trained on in these adapters.
         args ([`HardLabelConfig`], *optional*): settings, by default with an output directory.
         train_dataset (`Dataset` or `IterableDataset`): any TRL format: text, prompt/completion, messages, input_ids.
         eval_dataset (`Dataset`, `IterableDataset` or a dict of them, *optional*): measured with the same loss.
@@ -167,11 +169,12 @@ class HardLabelTrainer(SurvivingTrainer):
             teachers: hub ids, paths or models by name, of a trainer that has some.
 
         Returns:
-            The same with the student's tokenizer.
+            The same with the student's tokenizer, and the student itself if it was a folder of adapters.
         """
         model, args, teachers = given.model, given.args, teachers or {}
         refuse_lost_processes(args)
         refuse_sharding(args)
+        check_inputs(model, given.train_dataset, given.eval_dataset, args, given.peft_config)
         metrics = (*EVALUATED, *self._evaluated)
         is_open = any(not is_of_a_library(type(part)) for part in (self, *(given.callbacks or ())))
         is_open = is_open or given.compute_metrics is not None
@@ -184,7 +187,9 @@ class HardLabelTrainer(SurvivingTrainer):
             self.check_rows(dataset, name, args, given.formatting_func is not None)
             refuse_packed_evaluation(name, args)
         given.check_arguments()
-        given = given._replace(processing_class=given.processing_class or student_tokenizer(model, args))
+        given = given.with_adapters_loaded()
+        tokenizer = given.processing_class or student_tokenizer(given.model, args)
+        given = given._replace(processing_class=tokenizer)
         given.check_tokens()
         if args.chat_template_path is None:
             given.check_chat_template(given.processing_class, "the student's", "chat_template_path")

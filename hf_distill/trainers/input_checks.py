@@ -11,12 +11,14 @@ from huggingface_hub.errors import HTTPError
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
 from hf_distill.model_files import class_problem, is_adapter_folder, name_problem
 from hf_distill.modeling import causal_lm
 from hf_distill.row_files import FILE_FORMATS
 from hf_distill.saving import base_and_adapter
+from hf_distill.teachers.opening import BASE
 from hf_distill.trainers.hard_label_config import keywords
 
 # Whose availability depends on other trackers, or is not said by transformers.
@@ -32,6 +34,9 @@ def check_inputs(model: Any, train_dataset: Any, eval_dataset: Any, args: SFTCon
     """
     check_trackers(args)
     check_datasets(train_dataset, eval_dataset)
+    if args.eval_strategy != "no" and eval_dataset is None:
+        strategy = IntervalStrategy(args.eval_strategy).value
+        raise ValueError(f"eval_strategy={strategy!r} needs an eval_dataset: pass one, or set eval_strategy='no'")
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise ValueError(
             f"peft_config has to be one of peft, such as LoraConfig(...), got {type(peft_config).__name__}"
@@ -112,16 +117,12 @@ def check_model(model: Any, args: SFTConfig) -> None:
     """Raises `ValueError` for a student that is no causal language model, by name or as an object."""
     if isinstance(model, str):
         kwargs = {"trust_remote_code": args.trust_remote_code, **keywords(args.model_init_kwargs)}
-        base, adapter = base_and_adapter(model)
-        problem = name_problem(model, kwargs)
-        if problem is None and adapter is not None and (problem := name_problem(base, kwargs)):
-            problem = f"the adapters in it belong to {base!r}: {problem}"
-        if problem is not None:
+        if problem := _name_problem(model, kwargs, by_class=True):
             raise ValueError(f"no model with a tokenizer in the folder or under the hub id {model!r}: {problem}")
         return
     if not isinstance(model, PreTrainedModel | PeftModel):
-        example = "its path as text" if isinstance(model, os.PathLike) else "a hub id, a path or a loaded model"
-        raise ValueError(f"model has to be {example}, got {_kind(model)}")
+        remedy = "; pass str(path)" if isinstance(model, os.PathLike) else ""
+        raise ValueError(f"model has to be a hub id, a path or a loaded model, got {type(model).__name__}{remedy}")
     base = causal_lm(model)
     problem = class_problem(base.config) if base.config.is_encoder_decoder else None
     if problem is None and (base.get_output_embeddings() is None or not base.can_generate()):
@@ -131,6 +132,23 @@ def check_model(model: Any, args: SFTConfig) -> None:
         )
     if problem is not None:
         raise ValueError(f"the student cannot be trained: {problem}")
+
+
+def check_teachers(teachers: Mapping[str, Any], args: Any) -> None:
+    """Raises `ValueError` for a teacher that is given by name and is no causal language model."""
+    kwargs = {"trust_remote_code": args.trust_remote_code, **keywords(args.teacher_model_init_kwargs)}
+    for teacher in teachers.values():
+        if isinstance(teacher, str) and teacher != BASE and (problem := _name_problem(teacher, kwargs)):
+            raise ValueError(f"teacher_model={teacher!r} cannot be loaded: {problem}")
+
+
+def _name_problem(name: str, kwargs: Mapping[str, Any], *, by_class: bool = False) -> str | None:
+    """The problem with a name, or with the model that the adapters in its folder belong to."""
+    base, adapter = base_and_adapter(name)
+    problem = name_problem(name, kwargs, by_class=by_class)
+    if problem is None and adapter is not None and (problem := name_problem(base, kwargs)):
+        problem = f"the adapters in it belong to {base!r}: {problem}"
+    return problem
 
 
 def load_adapters(folder: str, args: SFTConfig, quantization_config: Any = None) -> PeftModel:
@@ -158,7 +176,7 @@ def load_adapters(folder: str, args: SFTConfig, quantization_config: Any = None)
 def check_trackers(args: SFTConfig) -> None:
     """Raises `ValueError` for a tracker that is not installed, or that transformers does not know."""
     trackers = [args.report_to] if isinstance(args.report_to, str) else list(args.report_to or ())
-    available = get_available_reporting_integrations()
+    available = get_available_reporting_integrations() if trackers else []
     for tracker in trackers:
         if tracker in available or tracker in _UNCHECKED_TRACKERS:
             continue

@@ -31,6 +31,7 @@ from hf_distill.teachers.opening import (
     bind_teachers,
     describe_teachers,
     find_tokenizers,
+    is_base,
     name_teachers,
     open_teachers,
     readable_ids,
@@ -43,6 +44,7 @@ from hf_distill.trainers.given import Given, Reader
 from hf_distill.trainers.hard_label import HardLabelTrainer
 from hf_distill.trainers.hard_label_config import keywords
 from hf_distill.trainers.hidden_layers import PROJECTOR, HiddenLayers
+from hf_distill.trainers.input_checks import check_teachers
 
 
 class KDTrainer(HardLabelTrainer):
@@ -60,7 +62,8 @@ class KDTrainer(HardLabelTrainer):
         student, projectors, means and all else: [`HardLabelTrainer`].
 
     Args:
-        model (`str` or `PreTrainedModel`): the student, as hub id, local path or model.
+        model (`str` or `PreTrainedModel`):
+            The student, as hub id, local path or model. A folder of adapters is trained on in these adapters.
         teacher_model (`str`, `PreTrainedModel` or [`~hf_distill.teachers.Teacher`], or a list or dict of them):
             The teacher. By name it is loaded in the dtype it was saved in. It is frozen, in eval mode, never saved.
             Several are combined as `args.teacher_combination` says; a dict names them. "base" is the student's own base
@@ -136,6 +139,7 @@ class KDTrainer(HardLabelTrainer):
 
     def check(self, given: Given, teachers: Mapping[str, Any] | None = None) -> Given:
         teachers = teachers or {}
+        refuse_teacher_layouts(given.args, has_base=any(map(is_base, teachers.values())))
         if any(given.model is teacher and not isinstance(given.model, str) for teacher in teachers.values()):
             raise ValueError("the teacher is the student object itself; load the model twice to distil it into itself")
         given = super().check(given, teachers)
@@ -159,9 +163,9 @@ class KDTrainer(HardLabelTrainer):
 
     def open(self, given: Given, named: NamedTeachers) -> None:
         """The second step: the teachers, which are loaded before the student."""
-        args, has_base = given.args, named.has_base()
-        refuse_teacher_layouts(args, has_base=has_base)
-        if has_base and not given.has_adapters:
+        args = given.args
+        check_teachers(named.models, args)
+        if named.has_base() and not given.has_adapters:
             raise ValueError("teacher_model='base' needs a student with adapters: pass a peft_config (--use_peft)")
         shared, tokenizers = find_tokenizers(named, given.processing_class, args, crosses=self._crosses_tokenizers)
         for name in [name for name in shared if shared[name] is None]:

@@ -1,6 +1,8 @@
 """What a trainer may be called with: a table of objects that are refused, in words, before anything is loaded."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -13,13 +15,14 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     LlamaForSequenceClassification,
+    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from hf_distill import KDConfig
+from hf_distill import KDConfig, KDTrainer
 from hf_distill.trainers.input_checks import check_inputs, load_adapters
-from tests.conftest import SENTENCES, make_model
+from tests.conftest import SENTENCES, make_model, make_tokenizer
 
 ROWS = Dataset.from_dict({"text": SENTENCES})
 
@@ -96,7 +99,7 @@ MODELS = {
     ),
     "a module": (lambda: torch.nn.Linear(2, 2), "model has to be a hub id, a path or a loaded model, got Linear"),
     "a configuration": (lambda: make_model().config, "model has to be a hub id, .*, got LlamaConfig"),
-    "a path": (lambda: Path("out"), "model has to be its path as text, got the name 'out'"),
+    "a path": (lambda: Path("out"), r"model has to be a hub id, a path .*, got PosixPath; pass str\(path\)"),
     "a path that is not there": (lambda: "/nonexistent", "'/nonexistent': there is no such folder"),
     "a hub id out of reach": (lambda: "some/model", "'some/model': there is no such folder here, and the hub"),
 }  # fmt: skip
@@ -176,3 +179,86 @@ def test_adapters_of_a_model_that_is_not_there_are_told(adapters, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes((adapters / "lora" / "adapter_model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"the adapters in it belong to '/nonexistent/base': there is no such folder"):
         check(str(tmp_path))
+
+
+def trainer(model, teacher, train=ROWS, held_out=None, **changes):
+    settings = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        **changes,
+    }
+    return KDTrainer(model, teacher, config(**settings), train, held_out)
+
+
+@pytest.fixture(scope="module")
+def named(adapters):
+    """Folders of a student and a teacher with tokenizers; a backbone, and a model whose class nobody names."""
+    folder = adapters / "named"
+    for name, model in {
+        "teacher": make_model(seed=4),
+        "student": make_model(seed=5),
+        "backbone": make_model().model,
+    }.items():
+        model.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    shutil.copytree(folder / "student", folder / "no class")
+    path = folder / "no class" / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "architectures"}))
+    make_tokenizer().save_pretrained(adapters / "base")
+    return folder
+
+
+REFUSED_BY_TRAINERS = {
+    "a list of rows": ({"train": list(ROWS)}, "train_dataset has to be a Dataset"),
+    "a frame to evaluate on": ({"held_out": pd.DataFrame({"text": SENTENCES})}, "eval_dataset has to be a Dataset"),
+    "no rows to evaluate on": ({"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy='steps' needs an eval_dat"),
+    "an unknown tracker": ({"report_to": "wanndb"}, "report_to has 'wanndb'"),
+    "a push without a hub": ({"push_to_hub": True}, "push_to_hub=True"),
+    "a backbone": ({"model": "backbone"}, "LlamaModel is no causal language model"),
+    "a backbone as teacher": ({"teacher": "backbone"}, "teacher_model='.*' cannot be loaded: LlamaModel is no causal"),
+    "no class": ({"model": "no class"}, r'names no class to load: add "architectures": \["LlamaForCausalLM"\]'),
+    "no student": ({"model": "nothing"}, "no model with a tokenizer in the folder .*: there is no such folder"),
+    "no teacher": ({"teacher": "nothing"}, "teacher_model='.*nothing' cannot be loaded: there is no such folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_TRAINERS)
+def test_trainers_refuse_before_they_read_a_weight(named, monkeypatch, case):
+    changes, message = REFUSED_BY_TRAINERS[case]
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights are read"))
+    folders = {
+        "model": str(named / changes.get("model", "student")),
+        "teacher": str(named / changes.get("teacher", "teacher")),
+    }
+    with pytest.raises(ValueError, match=message) as error:
+        trainer(**{**changes, **folders})
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_whose_class_is_not_named_can_be_a_teacher(named):
+    trainer(str(named / "student"), str(named / "no class"))
+
+
+def test_a_folder_of_adapters_is_trained_on_as_the_loaded_model_is(adapters, named):
+    """The adapters learn, and nothing else; they are saved for the model that they were made for."""
+    folder, teacher = str(adapters / "lora"), str(named / "teacher")
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(adapters / "base"), folder, is_trainable=True
+    )
+    before = {name: p.detach().clone() for name, p in loaded.named_parameters()}
+    runs = [trainer(model, teacher) for model in (folder, loaded)]
+    for run in runs:
+        run.train()
+    found, expected = (dict(run.model.named_parameters()) for run in runs)
+    assert found.keys() == expected.keys()
+    for name, parameter in found.items():
+        torch.testing.assert_close(parameter, expected[name], rtol=0, atol=0)
+        assert torch.equal(parameter, before[name]) == ("lora" not in name), name
+    assert runs[0].processing_class.get_vocab() == make_tokenizer().get_vocab()
+
+
+def test_adapters_in_a_folder_can_have_their_own_base_as_teacher(adapters, named):
+    run = trainer(str(adapters / "lora"), "base")
+    assert "without adapters" in run.teacher.name
