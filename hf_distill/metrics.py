@@ -10,7 +10,8 @@ from torch import Tensor
 
 # All metrics that are logged or reported: True if higher is better, False if lower is better, None if neither is.
 MORE_IS_BETTER = {
-    **dict.fromkeys(("loss", "kd", "ce", "kl", "hidden", "aux_loss", "bits_per_character", "nats_per_token"), False),
+    **dict.fromkeys(("loss", "kd", "ce", "kl", "hidden", "kv", "aux_loss"), False),
+    **dict.fromkeys(("bits_per_character", "nats_per_token"), False),
     **dict.fromkeys(("perplexity", "student_perplexity", "teacher_perplexity", "runtime"), False),
     **dict.fromkeys(("agreement", "expected_acceptance", "samples_per_second", "steps_per_second"), True),
     **dict.fromkeys(("kv/cosine", "kv/centered_cosine", "kv/cka"), True),
@@ -18,7 +19,8 @@ MORE_IS_BETTER = {
     "rollout/tokens_per_second": True,
     **dict.fromkeys(f"rollout/draft_length_{name}" for name in ("mean", "min", "max", "std")),
     **dict.fromkeys(f"rollout/tokens_{name}" for name in ("drafted", "accepted", "corrected")),
-    **dict.fromkeys(("rollout/value_of_privilege", "alignment/exact_fraction", "alignment/compared_fraction")),
+    **dict.fromkeys(("rollout/hard_label_fraction", "rollout/value_of_privilege")),
+    **dict.fromkeys(("alignment/exact_fraction", "alignment/compared_fraction")),
     "teacher/exact_mass": None,
     **dict.fromkeys(("student_entropy", "kv/magnitude_ratio", "kv/target_effective_rank", "num_tokens", "epoch")),
 }

@@ -392,7 +392,12 @@ class HardLabelTrainer(SurvivingTrainer):
             self.add_means(mode, "pairs", terms.pop("num_paired"), agreement=terms.pop("agreement"))
         own = {"student_entropy": terms.pop("student_entropy")}
         if self.aux_loss_enabled:
-            own["aux_loss"] = terms.pop("aux_loss") * num_labels
+            # As in the loss: micro-batches of an update count the same, in evaluations the tokens do.
+            auxiliary = terms.pop("aux_loss")
+            if mode == "train":
+                self.add_means(mode, "micro-batches", 1, aux_loss=auxiliary)
+            else:
+                own["aux_loss"] = auxiliary * num_labels
         if mode == "eval":
             # transformers averages a batch's loss over rows; this replaces it by the mean over tokens.
             own["loss"] = loss * num_labels

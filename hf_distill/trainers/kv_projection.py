@@ -55,7 +55,7 @@ class KVProjectionTrainer(KDTrainer):
 
     _config = KVProjectionConfig
     _output_dir = "kv_projection_output"
-    _evaluated = (*KDTrainer._evaluated, "kv/")
+    _evaluated = (*KDTrainer._evaluated, "kv")
     _crosses_tokenizers = False  # keys and values are compared token by token
     _tag_names = [*KDTrainer._tag_names, "kv-cache-distillation"]
     _name = "KV projection"
@@ -133,7 +133,10 @@ class KVProjectionTrainer(KDTrainer):
         self, hidden: Tensor, head: Head, signal: Signal | None, labels: Tensor, objective: Objective
     ) -> dict[str, Any]:
         terms = super().distillation_terms(hidden, head, signal, labels, objective)
-        terms["loss"] = terms["loss"] + self.setting("kv_weight") * self.kv_loss(objective.divisor(len(hidden)))
+        divisor = objective.divisor(len(hidden))
+        kv = self.kv_loss(divisor)
+        terms["loss"] = terms["loss"] + self.setting("kv_weight") * kv
+        terms["kv"] = kv.detach() * torch.as_tensor(divisor, device=kv.device)  # a sum over tokens, as the others
         return terms
 
     def kv_loss(self, num_items: Tensor | float) -> Tensor:

@@ -312,6 +312,12 @@ class SpeculativeKDTrainer(KDTrainer):
         rollouts = self._rollout_means[mode].pop(gather, self.args.device)
         return super().pop_means(mode) | rollouts
 
+    def _record(self, loss: Tensor, terms: dict[str, Any], inputs: dict[str, Any], hard_labels: Tensor) -> None:
+        super()._record(loss, terms, inputs, hard_labels)
+        mode = "train" if self.model.training else "eval"
+        share = {"rollout/hard_label_fraction": (hard_labels != -100).sum()}
+        self.add_means(mode, "written tokens", hard_labels.numel(), **share)
+
     def _value_of_privilege(
         self, prompts: dict[str, Tensor], completion_ids: Tensor, completion_mask: Tensor, hidden: Tensor
     ) -> Tensor:
