@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.losses.fused_linear import Head, TeacherSignal
 from hf_distill.losses.objective import Signal
 
-__all__ = ["ModelTeacher", "Signal", "Teacher", "model_teachers", "require_model"]
+__all__ = ["Introduced", "ModelTeacher", "Signal", "Teacher", "model_teachers", "require_model"]
 
 
 @runtime_checkable
@@ -29,10 +29,11 @@ class Teacher(Protocol):
     """For model cards and logs."""
 
     def prepare(self, dataset: Any, name: str) -> Any:
-        """Called once for each data set (`Dataset` or `IterableDataset`), when its rows have `input_ids` and `labels`.
+        """Called for each data set (`Dataset` or `IterableDataset`) when its rows have `input_ids` and `labels`.
 
-        Returns the rows, with the columns that the teacher needs added. Raises `ValueError` for rows that it cannot
-        teach; `name` is what messages call the data set.
+        Rows may be packed: they have `seq_lengths` then. Rows that have been prepared may come again, from an
+        evaluation. Returns the rows, with the columns that the teacher needs added. Raises `ValueError` for rows that
+        it cannot teach; `name` is what messages call the data set.
         """
         ...
 
@@ -49,6 +50,18 @@ class Teacher(Protocol):
 
         Called outside of the student's forward, without labels: `inputs` are the batch on the student's device. The
         signal's loss is called inside the student's forward.
+        """
+        ...
+
+
+@runtime_checkable
+class Introduced(Protocol):
+    """A teacher that wants to know its student. The method is not a part of [`Teacher`]: most do not need it."""
+
+    def introduce(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+        """Called once, before rows are prepared, with the student's tokenizer and the true vocabulary of the run.
+
+        Raises `ValueError` if the teacher does not fit them.
         """
         ...
 

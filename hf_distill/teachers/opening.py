@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_distill.modeling import causal_lm, num_token_ids, public_name, shared_vocabulary
 from hf_distill.named import load_tokenizer, name_of, student_rows, text_config
-from hf_distill.teachers import ModelTeacher, Teacher, require_model
+from hf_distill.teachers import Introduced, ModelTeacher, Teacher, require_model
 from hf_distill.teachers.across import AcrossTeacher
 from hf_distill.teachers.ensemble import EnsembleTeacher
 from hf_distill.teachers.loading import load_teacher
@@ -167,6 +167,9 @@ def open_teachers(
                 "%s: uld compares sorted probabilities by their distance, divergence=%r has no part in it", name,
                 args.divergence,
             )  # fmt: skip
+    for teacher in by_name.values():
+        if isinstance(teacher, Introduced):
+            teacher.introduce(student_tokenizer, vocab_size)
     teacher: Any = next(iter(by_name.values()))
     if len(by_name) > 1:
         combination = args.teacher_combination

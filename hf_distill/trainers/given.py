@@ -12,7 +12,7 @@ from hf_distill.model_files import is_adapter_folder
 from hf_distill.named import has_tokenizer, student_tokenizer
 from hf_distill.rows import is_chat
 from hf_distill.trainers.checks import named_datasets
-from hf_distill.trainers.data import check_chat_template, used_format
+from hf_distill.trainers.data import check_chat_template, over_datasets, used_format
 from hf_distill.trainers.input_checks import load_adapters
 
 
@@ -42,6 +42,11 @@ class Given(NamedTuple):
     def datasets(self) -> dict[str, Any]:
         """All data sets by the names that messages call them."""
         return named_datasets(self.train_dataset, self.eval_dataset)
+
+    def with_rows(self, function: Callable[[Any, str], Any]) -> "Given":
+        """The same with `function(data set, name)` in the place of each data set."""
+        train, evaluation = over_datasets(function, self.train_dataset, self.eval_dataset)
+        return self._replace(train_dataset=train, eval_dataset=evaluation)
 
     def unprepared(self) -> dict[str, Any]:
         """Those whose rows are texts or conversations yet."""

@@ -18,7 +18,6 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import DataCollator, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
@@ -26,7 +25,6 @@ from trl.data_utils import get_dataset_column_names
 from hf_distill.losses.hard import hard_label_loss
 from hf_distill.losses.head import Head
 from hf_distill.losses.objective import Objective
-from hf_distill.metrics import TokenMeans, as_json, sum_dtype
 from hf_distill.modeling import (
     check_head,
     evaluating,
@@ -65,7 +63,6 @@ from hf_distill.trainers.data import (
     checked,
     formatted,
     one_format,
-    over_datasets,
     refuse_no_label,
     with_label,
 )
@@ -95,8 +92,7 @@ class HardLabelTrainer(SurvivingTrainer):
     Attributes:
         student (`PreTrainedModel`): the causal language model inside `model`, which adapters and engines are around.
         vocab_size (`int`): token ids below this may be labels; ids past it get no probability.
-        means (`dict`): what has been summed up for "train" and "eval" since the last log, by what is counted.
-        projectors, and all else: [`SurvivingTrainer`] and `trl.SFTTrainer`.
+        projectors, means and all else: [`SurvivingTrainer`] and `trl.SFTTrainer`.
 
     Args:
         model (`str` or `PreTrainedModel`):
@@ -175,10 +171,9 @@ class HardLabelTrainer(SurvivingTrainer):
         refuse_lost_processes(args)
         refuse_sharding(args)
         check_inputs(model, given.train_dataset, given.eval_dataset, args, given.peft_config)
-        metrics = (*EVALUATED, *self._evaluated)
         is_open = any(not is_of_a_library(type(part)) for part in (self, *(given.callbacks or ())))
         is_open = is_open or given.compute_metrics is not None
-        check_best_metric(args, given.eval_dataset, metrics, is_open=is_open)
+        check_best_metric(args, given.eval_dataset, self.evaluated(args), is_open=is_open)
         refuse_prompt_learning(given.peft_config, model, *teachers.values())
         refuse_vision(model, given.processing_class)
         refuse_split(model)
@@ -195,6 +190,11 @@ class HardLabelTrainer(SurvivingTrainer):
             given.check_chat_template(given.processing_class, "the student's", "chat_template_path")
         return given
 
+    @classmethod
+    def evaluated(cls, args: Any) -> tuple[str, ...]:
+        """How the names of the metrics of an evaluation begin."""
+        return (*EVALUATED, *cls._evaluated)
+
     def check_rows(self, dataset: AnyDataset, name: str, args: Any, has_formatting: bool) -> None:
         """Raises `ValueError` for the columns of a data set that cannot be trained on."""
         check_columns(dataset, name, args, has_formatting)
@@ -207,33 +207,23 @@ class HardLabelTrainer(SurvivingTrainer):
             vocab_size (`int`): token ids below this may be labels.
         """
         self.vocab_size = vocab_size  # Before SFTTrainer's construction, which prepares the rows.
-        args, train_dataset, eval_dataset = given.args, given.train_dataset, given.eval_dataset
+        args = given.args
         as_given = as_it_came(given.model, given.processing_class, args)
         if args.skips_preparation:
             # What no model can read would fail in the middle of training.
-            function = partial(as_they_are, limits=self.limits(args, None), args=args)
-            train_dataset, eval_dataset = over_datasets(function, train_dataset, eval_dataset)
+            given = given.with_rows(partial(as_they_are, limits=self.limits(args, None), args=args))
+            given = given.with_rows(partial(self.prepare_rows, args=args))
         elif given.formatting_func is None:
             # Before SFTTrainer looks at a row to see what it is.
-            function = partial(self._brought, args=args)
-            train_dataset, eval_dataset = over_datasets(function, train_dataset, eval_dataset)
+            given = given.with_rows(partial(self._brought, args=args))
         if isinstance(given.model, str) and args.device.type == "cuda" and args.world_size == 1:
             # TRL would spread the student over all GPUs, those of others too.
             args = copy.copy(args)
             args.model_init_kwargs = {"device_map": {"": args.device}, **keywords(args.model_init_kwargs)}
-        super().__init__(
-            given.model, args, as_it_came=as_given, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            processing_class=given.processing_class, data_collator=given.data_collator, callbacks=given.callbacks,
-            optimizers=given.optimizers, quantization_config=given.quantization_config, peft_config=given.peft_config,
-            formatting_func=given.formatting_func, compute_metrics=given.compute_metrics,
-            optimizer_cls_and_kwargs=given.optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=given.preprocess_logits_for_metrics,
-        )  # fmt: skip
+        super().__init__(**given._replace(args=args)._asdict(), as_it_came=as_given)
 
         # compute_loss divides by the label-bearing tokens of the whole update, whatever the student's forward takes.
         self.model_accepts_loss_kwargs = True
-        self.means: dict[str, dict[str, TokenMeans]] = {"train": {}, "eval": {}}
-        self._has_told_tokens = False
         self.tried_packings: set[bool] = set()  # which ways of joining rows the models have been tried with
         refuse_vision(self.student, None)
         refuse_frozen(self.model)
@@ -247,6 +237,11 @@ class HardLabelTrainer(SurvivingTrainer):
         for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
             self.check_readers(dataset)
         self._try_saving()
+
+    @property
+    def student_collator(self) -> Any:
+        """The collator of the student's side of a batch."""
+        return self.data_collator
 
     def attach(self) -> None:
         """Part of the last step: what a trainer adds to the loaded student, before rows are tried out on it."""
@@ -272,8 +267,8 @@ class HardLabelTrainer(SurvivingTrainer):
         readers = self.readers()
         rows = self.first_rows(dataset, 2)
         is_packed = bool(rows) and "seq_lengths" in rows[0]
-        if is_packed not in self.tried_packings and joins(self.data_collator, rows):
-            check_packing(readers, self.data_collator, is_packed, self.vocab_size, self.args.device)
+        if is_packed not in self.tried_packings and joins(self.student_collator, rows):
+            check_packing(readers, self.student_collator, is_packed, self.vocab_size, self.args.device)
             self.tried_packings.add(is_packed)
         with self.trying_out():
             check_lengths(readers, dataset, self.args)
@@ -408,53 +403,6 @@ class HardLabelTrainer(SurvivingTrainer):
             mask = inputs.get("attention_mask")
             self._total_train_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
 
-    def add_means(self, mode: str, over: str, count: Tensor | int, **sums: Tensor) -> None:
-        """Adds detached sums to what will be logged of "train" or "eval": a mean over all that is counted as `over`."""
-        self.means[mode].setdefault(over, TokenMeans()).add(count, **sums)
-
-    def pop_means(self, mode: str) -> dict[str, float]:
-        """The means of "train" or "eval" since the last call, for the log. All processes call it."""
-        means, self.means[mode] = self.means[mode], {}
-        # Without any hard label there is no "ce", without any token that is paired with one no "agreement".
-        return {name: value for part in means.values() for name, value in part.pop(self._sum_over_processes).items()}
-
-    def begin(self) -> None:
-        super().begin()
-        self.means["train"] = {}  # nothing of an interrupted run
-
-    def _is_logging(self, mode: str) -> bool:
-        """True if this update is logged, so that expensive diagnostics are worth computing."""
-        step = self.state.global_step + 1
-        if mode == "eval" or (step == 1 and self.args.logging_first_step):
-            return True
-        return self.args.logging_strategy != "no" and step % max(self.state.logging_steps, 1) == 0
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        logs.update({name: as_json(value) for name, value in logs.items()})
-        # "loss" is in the record of a logging step, which every process makes at the same step.
-        if "loss" in logs:
-            logs.update(self.pop_means("train"))
-            device = self.accelerator.device
-            tokens = torch.as_tensor(self._total_train_tokens, device=device).to(sum_dtype(device))
-            logs["num_tokens"] = self._sum_over_processes(tokens.unsqueeze(0)).item()
-            if not self._has_told_tokens:
-                self._has_told_tokens = True
-                updates = max(self.state.global_step - self._first_update, 1)
-                self._tell(f"about {logs['num_tokens'] / updates:,.0f} tokens per update")
-        super().log(logs, start_time)
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        splits = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if splits and self.model_wrapped is self.model and not isinstance(self.model, FSDPModule):
-            raise ValueError(
-                "FSDP and DeepSpeed prepare a model together with its optimizer, so nothing can be evaluated before "
-                "the training: set eval_on_start=True, or evaluate without them"
-            )
-        self.means["eval"] = {}
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = {f"{metric_key_prefix}_{name}": value for name, value in self.pop_means("eval").items()}
-        return output._replace(metrics={**(output.metrics or {}), **means})
-
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"):
         """As in `trl.SFTTrainer`, of rows that need not be prepared: they are prepared as `evaluate` does it."""
         if not self.args.skips_preparation:
@@ -478,6 +426,11 @@ class HardLabelTrainer(SurvivingTrainer):
         return dataset
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        dataset = self._tokenized(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        return self.prepare_rows(dataset, dataset_name, args)
+
+    def _tokenized(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """Rows of token ids and labels, checked, and packed if asked; those without a label are dropped."""
         self.check_rows(dataset, dataset_name, args, formatting_func is not None)  # an evaluation brings its own
         columns = get_dataset_column_names(dataset)
         is_tokenized, is_packed = "input_ids" in columns, "seq_lengths" in columns
@@ -491,7 +444,7 @@ class HardLabelTrainer(SurvivingTrainer):
             alone = copy.copy(args)
             alone.shuffle_dataset, alone.truncation_mode = False, "keep_start"
             alone.max_length = args.max_length if args.packing_strategy == "bfd" else None
-            dataset = self._prepare_dataset(dataset, processing_class, alone, False, formatting_func, dataset_name)
+            dataset = self._tokenized(dataset, processing_class, alone, False, formatting_func, dataset_name)
             formatting_func, is_tokenized = None, True
         elif is_tokenized:  # by the numbers that its rows have for the caller
             dataset = checked(dataset, dataset_name, self.limits(args, args.max_length), args)
@@ -508,7 +461,7 @@ class HardLabelTrainer(SurvivingTrainer):
             first = dataset.take(PEEKED_ROWS)
             first = super()._prepare_dataset(first, processing_class, args, False, formatting_func, dataset_name)
             refuse_no_label(with_label(first, dataset_name, limits, args), dataset_name, args)
-        return self.prepare_rows(kept, dataset_name, args)
+        return kept
 
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training: bool = False, **kwargs):
         if not is_training:

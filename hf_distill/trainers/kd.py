@@ -147,6 +147,10 @@ class KDTrainer(HardLabelTrainer):
             refuse_layers(layers, given.model, teachers, given.args)
         return given
 
+    @classmethod
+    def evaluated(cls, args: KDConfig) -> tuple[str, ...]:
+        return (*super().evaluated(args), *(["hidden"] if args.has_hidden else []))
+
     def check_rows(self, dataset: AnyDataset, name: str, args: Any, has_formatting: bool) -> None:
         super().check_rows(dataset, name, args, has_formatting)
         refuse_row_columns(dataset, name, args)
@@ -198,6 +202,11 @@ class KDTrainer(HardLabelTrainer):
                     "not be in an optimizer of your own: leave optimizers out"
                 )
             self.projectors[PROJECTOR] = self.hidden_layers.projector
+
+    @property
+    def student_collator(self) -> Any:
+        collator = self.data_collator
+        return collator.collator if isinstance(collator, TeacherColumnsCollator) else collator
 
     def readers(self) -> list[Reader]:
         readers = super().readers()

@@ -27,6 +27,7 @@ from hf_distill.teachers.local import LocalTeacher
 from hf_distill.teachers.opening import is_base, require_models
 from hf_distill.token_rows import pad
 from hf_distill.trainers.data import refuse_unread
+from hf_distill.trainers.given import Given
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.speculative_kd_config import HARD_SOURCES, ROLLOUT_SOURCES, SpeculativeKDConfig
 
@@ -122,9 +123,8 @@ class SpeculativeKDTrainer(KDTrainer):
                 raise ValueError("data_collator has another tokenizer than the trainer: pass the same to both")
         if is_base(teacher_model) or isinstance(teacher_model, list | tuple | Mapping):
             raise ValueError("text is written with one teacher, which is a model of its own: pass its name or path")
-        require_models({"teacher": teacher_model}, "SpeculativeKDTrainer")
         if args.teacher_device in ("offload", "sharded") or (
-            not isinstance(teacher_model, str | None) and is_split(teacher_model)
+            isinstance(teacher_model, PreTrainedModel) and is_split(teacher_model)
         ):
             raise ValueError(
                 "the teacher has to be whole on its devices: texts are written in hundreds of small forwards, and each "
@@ -158,6 +158,10 @@ class SpeculativeKDTrainer(KDTrainer):
             "student": args.rollout_config(**alone),
             "teacher": args.rollout_config(draft_length=0),
         }
+
+    def check(self, given: Given, teachers: Mapping[str, Any] | None = None) -> Given:
+        require_models(teachers or {}, "SpeculativeKDTrainer")
+        return super().check(given, teachers)
 
     # ------------------------------------------------------------------------------------------------------ data
 

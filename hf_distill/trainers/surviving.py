@@ -17,13 +17,14 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCard
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from hf_distill.kv_projector import Projectors
-from hf_distill.metrics import as_json
+from hf_distill.metrics import TokenMeans, as_json, sum_dtype
 from hf_distill.modeling import causal_lm, drop_unreadable_padding
 from hf_distill.saved_weights import load_weights
 from hf_distill.saving import (
@@ -63,6 +64,7 @@ class SurvivingTrainer(SFTTrainer):
         student (`PreTrainedModel`): the causal language model inside `model`, which adapters and engines are around.
         projectors ([`~hf_distill.kv_projector.Projectors`]):
             Modules that train beside the student and are saved beside it; empty here.
+        means (`dict`): what has been summed up for "train" and "eval" since the last log, by what is counted.
 
     Args:
         model, args, and everything else: as in `trl.SFTTrainer`.
@@ -86,6 +88,8 @@ class SurvivingTrainer(SFTTrainer):
         self._update_loss: Tensor | float = 0.0  # the sum of this update's losses, finite as long as they are
         self._skipped_updates = 0
         self._first_update = 0  # of this call of train(), which counts tokens from there
+        self._has_told_tokens = False
+        self.means: dict[str, dict[str, TokenMeans]] = {"train": {}, "eval": {}}
         name_bases_absolutely(self.model)
 
     # ------------------------------------------------------------------------------- for the trainers above this one
@@ -146,6 +150,7 @@ class SurvivingTrainer(SFTTrainer):
     def begin(self) -> None:
         """Forgets what an interrupted run has left behind; called by `train`."""
         self._update_loss, self._skipped_updates, self._has_agreed_to_stop = 0.0, 0, False
+        self.means["train"] = {}
         policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy if self.is_fsdp_enabled else None
         if policy is not None:
             # FSDP would round the loss, and the sums that are logged, to the dtype of the weights.
@@ -258,6 +263,51 @@ class SurvivingTrainer(SFTTrainer):
                 "step are intact. Try a lower learning rate or temperature, or bf16 instead of fp16, and look at the "
                 "rows of this step"
             )
+
+    # ------------------------------------------------------------------------------------------- means over tokens
+
+    def add_means(self, mode: str, over: str, count: Tensor | int, **sums: Tensor) -> None:
+        """Adds detached sums to what will be logged of "train" or "eval": a mean over all that is counted as `over`."""
+        self.means[mode].setdefault(over, TokenMeans()).add(count, **sums)
+
+    def pop_means(self, mode: str) -> dict[str, float]:
+        """The means of "train" or "eval" since the last call, for the log. All processes call it."""
+        means, self.means[mode] = self.means[mode], {}
+        # Without any hard label there is no "ce", without any token that is paired with one no "agreement".
+        return {name: value for part in means.values() for name, value in part.pop(self._sum_over_processes).items()}
+
+    def _is_logging(self, mode: str) -> bool:
+        """True if this update is logged, so that expensive diagnostics are worth computing."""
+        step = self.state.global_step + 1
+        if mode == "eval" or (step == 1 and self.args.logging_first_step):
+            return True
+        return self.args.logging_strategy != "no" and step % max(self.state.logging_steps, 1) == 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs.update({name: as_json(value) for name, value in logs.items()})
+        # "loss" is in the record of a logging step, which every process makes at the same step.
+        if "loss" in logs:
+            logs.update(self.pop_means("train"))
+            device = self.accelerator.device
+            tokens = torch.as_tensor(self._total_train_tokens, device=device).to(sum_dtype(device))
+            logs["num_tokens"] = self._sum_over_processes(tokens.unsqueeze(0)).item()
+            if not self._has_told_tokens:
+                self._has_told_tokens = True
+                updates = max(self.state.global_step - self._first_update, 1)
+                self._tell(f"about {logs['num_tokens'] / updates:,.0f} tokens per update")
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        splits = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if splits and self.model_wrapped is self.model and not isinstance(self.model, FSDPModule):
+            raise ValueError(
+                "FSDP and DeepSpeed prepare a model together with its optimizer, so nothing can be evaluated before "
+                "the training: set eval_on_start=True, or evaluate without them"
+            )
+        self.means["eval"] = {}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = {f"{metric_key_prefix}_{name}": value for name, value in self.pop_means("eval").items()}
+        return output._replace(metrics={**(output.metrics or {}), **means})
 
     # ------------------------------------------------------------------------------------------ checkpoints, saving
 

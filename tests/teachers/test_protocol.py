@@ -15,52 +15,58 @@ from torch.utils.data import DataLoader
 from hf_distill import KDConfig, KDTrainer, KVProjectionConfig, KVProjectionTrainer
 from hf_distill import SpeculativeKDConfig as SKDConfig
 from hf_distill import SpeculativeKDTrainer as SKDTrainer
-from hf_distill.losses.loop import StepResult, chunked_loss
+from hf_distill.losses.divergence import log_softmax
+from hf_distill.losses.loop import StepResult, chunked_loss, compare
 from hf_distill.teachers import ModelTeacher, Teacher, require_model
 from hf_distill.teachers.ensemble import EnsembleTeacher
 from hf_distill.teachers.local import LocalTeacher
 from tests.conftest import SENTENCES, make_model
+from tests.losses.oracle import ORACLE
 
 VOCAB = 384
 
 
 class TableSignal(NamedTuple):
-    """Probabilities (N, V) of the next token."""
+    """The rows (N,) of a table (V, V) of log-probabilities: any divergence, at any temperature."""
 
-    probs: torch.Tensor
-    num_buffers = 0
-    more = {}
+    log_probs: torch.Tensor
+    rows: torch.Tensor
+    num_buffers = 1
+    more = property(lambda self: {})
 
     @property
     def num_paired(self):
-        return len(self.probs)
+        return len(self.rows)
 
     def loss(self, hidden, head, labels, objective):
         return chunked_loss(hidden, head, labels, objective, [(1.0, self)])
 
     def step(self, num_rows, vocab_size, device, objective):
-        return TableSignal(self.probs.to(device))
+        return TableSignal(self.log_probs[:, :vocab_size].to(device), self.rows.to(device))
 
     def inputs_(self, chunk, buffers, constants):
-        return (self.probs[chunk],)
+        return (buffers[0].copy_(self.log_probs[self.rows[chunk]]),)
 
     def differentiate_(self, student, inputs, token_weights, constants):
-        """Forward KL, by hand: sum p (log p - log q), with the gradient (q - p) / T."""
-        (probs,) = inputs
-        kd = (probs * (probs.log() - student.log_probs)).sum(-1) * token_weights
-        scale = (token_weights * constants.kd_factor / constants.temperature).unsqueeze(-1)
-        agreement = (probs.argmax(-1) == student.logits.argmax(-1)).sum()
-        return StepResult((student.probs - probs) * scale, kd.sum(), agreement)
+        (logits,) = inputs
+        agreement = (student.logits.argmax(-1) == logits.argmax(-1)).sum()
+        teacher = log_softmax(logits.div_(constants.temperature))
+        return StepResult(*compare(student, teacher, token_weights, constants), agreement)
 
 
 class TableTeacher:
-    """Says of every token what a table (V, V) says about the token before it."""
+    """Says of every token what a table (V, V) of probabilities says about the token before it."""
 
     name = "bigrams"
 
     def __init__(self, table):
-        self.table = table
-        self.prepared, self.asked = [], 0
+        self.log_probs = table.log()
+        self.prepared, self.asked, self.knows = [], 0, None
+
+    def introduce(self, tokenizer, vocab_size):
+        if len(self.log_probs) < vocab_size:
+            raise ValueError(f"bigrams of {len(self.log_probs)} tokens, the student has {vocab_size}")
+        self.knows = tokenizer
 
     def prepare(self, dataset, name):
         self.prepared.append(name)
@@ -72,7 +78,7 @@ class TableTeacher:
 
     def __call__(self, inputs, positions):
         self.asked += 1
-        return TableSignal(self.table[inputs["teacher_last"].flatten()[positions]])
+        return TableSignal(self.log_probs, inputs["teacher_last"].flatten()[positions])
 
 
 @pytest.fixture
@@ -97,27 +103,32 @@ def make(folder, teacher, rows, tokenizer, trainer=KDTrainer, config=KDConfig, *
     return trainer(make_model(seed=2), teacher, config(**settings), rows, processing_class=tokenizer, **more)
 
 
-def by_hand(model, batch, table, *, kd_weight, temperature=1.0):
+def by_hand(model, batch, table, *, kd_weight, temperature=1.0, divergence="forward_kl"):
     """Loss of a batch by the definition, in float64."""
     batch = dict(batch)
     labels = batch.pop("labels")[:, 1:]
     mask = labels != -100
     ids = batch.pop("teacher_last")
     logits = model(**batch).logits[:, :-1][mask].double()
-    target = table[ids[:, :-1][mask]].double()
-    kl = (target * (target.log() - (logits / temperature).log_softmax(-1))).sum(-1).mean()
+    target = (table[ids[:, :-1][mask]].double().log() / temperature).softmax(-1)
+    kl = ORACLE[divergence](target, (logits / temperature).softmax(-1)).mean()
     ce = nn.functional.cross_entropy(logits, labels[mask])
     return kd_weight * temperature**2 * kl + (1 - kd_weight) * ce
 
 
-def test_a_table_of_probabilities_is_a_teacher(tmp_path, table, rows, tokenizer):
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_a_table_of_probabilities_is_a_teacher(tmp_path, table, rows, tokenizer, divergence):
     teacher = TableTeacher(table)
     assert isinstance(teacher, Teacher)
-    trainer = make(tmp_path, teacher, rows, tokenizer, kd_weight=0.7, eval_dataset={"some": rows}, temperature=2.0)
+    trainer = make(
+        tmp_path, teacher, rows, tokenizer, kd_weight=0.7, eval_dataset={"some": rows}, temperature=2.0,
+        divergence=divergence,
+    )  # fmt: skip
     assert teacher.prepared == ["train", "some"]
+    assert teacher.knows is trainer.processing_class
     assert trainer.teacher is teacher
     batch = trainer.data_collator(trainer.first_rows(trainer.train_dataset, 4))
-    loss = by_hand(trainer.model, batch, table, kd_weight=0.7, temperature=2.0)
+    loss = by_hand(trainer.model, batch, table, kd_weight=0.7, temperature=2.0, divergence=divergence)
     found = trainer.compute_loss(trainer.model, dict(batch))
     assert found.item() == pytest.approx(loss.item(), rel=1e-5)
     expected = torch.autograd.grad(loss, list(trainer.model.parameters()))
@@ -130,6 +141,24 @@ def test_a_table_of_probabilities_is_a_teacher(tmp_path, table, rows, tokenizer)
     assert found["eval_some_agreement"] >= 0
     assert trainer.describe()["teacher"] == "bigrams"
     assert "bigrams" in trainer.describe_run()["teacher bigrams"]
+
+
+def test_it_is_asked_about_packed_rows_and_rows_that_are_prepared_already(tmp_path, table, rows, tokenizer):
+    teacher = TableTeacher(table)
+    trainer = make(tmp_path, teacher, rows, tokenizer, packing=True, max_length=64)
+    assert teacher.prepared == ["train"]
+    trainer.train()
+    ids = [tokenizer(text)["input_ids"] for text in rows["text"]]
+    tokens = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    teacher = TableTeacher(table)
+    trainer = make(tmp_path, teacher, tokens, tokenizer, dataset_kwargs={"skip_prepare_dataset": True})
+    assert teacher.prepared == ["train"]
+    trainer.train()
+
+
+def test_a_teacher_that_does_not_fit_its_student_says_so_at_construction(tmp_path, table, rows, tokenizer):
+    with pytest.raises(ValueError, match="bigrams of 100 tokens, the student has 384"):
+        make(tmp_path, TableTeacher(table[:100, :100]), rows, tokenizer)
 
 
 def test_it_is_asked_in_the_workers_of_the_data_loader(tmp_path, table, rows, tokenizer):
