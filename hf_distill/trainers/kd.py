@@ -89,7 +89,7 @@ class KDTrainer(HardLabelTrainer):
 
     _config = KDConfig
     _output_dir = "kd_output"
-    _evaluated: tuple[str, ...] = ("kd", "hidden", "agreement", "alignment/")
+    _evaluated: tuple[str, ...] = ("kd", "agreement", "alignment/")
     _crosses_tokenizers = True
     _tag_names = ["hf_distill", "knowledge-distillation"]
     _name = "KD"
