@@ -3,6 +3,8 @@
 Shapes: N label-bearing positions, V vocabulary.
 """
 
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -237,3 +239,16 @@ def test_a_resumed_run_goes_on_with_the_same_numbers(tmp_path, table, rows, toke
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_example_of_the_docs_is_this_teacher(tmp_path, table, rows, tokenizer):
+    page = Path(__file__).parents[2].joinpath("docs", "teachers.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(import torch.*?)```", page, re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    losses = []
+    for teacher in (names["TableTeacher"](table), TableTeacher(table)):
+        trainer = make(tmp_path, teacher, rows, tokenizer, divergence="jensen_shannon", temperature=2.0)
+        batch = trainer.data_collator(trainer.first_rows(trainer.train_dataset, 4))
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
