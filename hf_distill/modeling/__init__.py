@@ -26,6 +26,7 @@ from hf_distill.modeling.engines import (
     gathered,
     is_split,
     keep_4bit_weights,
+    weights_kind,
     whole_state,
     without_values,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "shared_parameters",
     "shared_vocabulary",
     "trying",
+    "weights_kind",
     "whole_state",
     "without_values",
 ]

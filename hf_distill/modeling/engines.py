@@ -133,6 +133,18 @@ def without_values(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, copies)
 
 
+def weights_kind(model: nn.Module) -> str:
+    """The kind of a model's weights, for people: their dtype, or the bits that they are quantised to."""
+    base: Any = causal_lm(model)
+    config = getattr(base.config, "quantization_config", None)
+    if config is None:
+        return str(base.dtype)
+    config = config if isinstance(config, dict) else config.to_dict()
+    bits = next((bits for bits in (4, 8) if config.get(f"load_in_{bits}bit")), config.get("bits"))
+    method = getattr(config.get("quant_method"), "value", config.get("quant_method"))
+    return f"{bits}-bit ({method})" if bits else str(method)
+
+
 def keep_4bit_weights(model: nn.Module) -> None:
     """Stops bitsandbytes from repacking 4-bit weights in place on CPUs with avx512_bf16.
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.modeling import causal_lm, num_token_ids, public_name, shared_vocabulary
+from hf_distill.modeling import causal_lm, num_token_ids, public_name, shared_vocabulary, weights_kind
 from hf_distill.named import load_tokenizer, name_of, student_rows, text_config
 from hf_distill.teachers import Introduced, ModelTeacher, Teacher, require_model
 from hf_distill.teachers.across import AcrossTeacher
@@ -205,10 +205,10 @@ def own_models(teachers: Mapping[str, Teacher]) -> dict[str, LocalTeacher]:
 
 
 def describe_teachers(teachers: Mapping[str, Teacher]) -> dict[str, str]:
-    """Dtype and layout of each teacher's weights, for people."""
+    """Dtype, or bits, and layout of each teacher's weights, for people."""
     own = own_models(teachers)
     return {
-        name: f"{own[name].model.dtype}, {own[name].layout}"
+        name: f"{weights_kind(own[name].model)}, {own[name].layout}"
         if name in own
         else getattr(teacher, "layout", teacher.name)
         for name, teacher in teachers.items()

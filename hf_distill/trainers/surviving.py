@@ -25,7 +25,7 @@ from trl import SFTTrainer
 
 from hf_distill.kv_projector import Projectors
 from hf_distill.metrics import TokenMeans, as_json, sum_dtype
-from hf_distill.modeling import causal_lm, drop_unreadable_padding
+from hf_distill.modeling import causal_lm, drop_unreadable_padding, weights_kind
 from hf_distill.saved_weights import load_weights
 from hf_distill.saving import (
     AsItCame,
@@ -185,10 +185,11 @@ class SurvivingTrainer(SFTTrainer):
         """The run as it really is, which is not always what was asked for."""
         processes, micro_batches = self.accelerator.num_processes, self.args.gradient_accumulation_steps
         rows = self.args.per_device_train_batch_size * micro_batches * processes
+        precision = self.accelerator.mixed_precision
         return {
             "processes": str(processes),
             "engine": self.engine,
-            "student": f"{self.student.dtype}, mixed precision {self.accelerator.mixed_precision}, {self.args.device}",
+            "student": f"{weights_kind(self.student)}, mixed precision {precision}, {self.args.device}",
             "rows per update": f"{rows} ({micro_batches} micro-batches)",
         }
 

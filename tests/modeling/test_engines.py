@@ -3,9 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_distill.modeling import causal_lm, expose_hidden_states, keep_4bit_weights, last_hidden_states
+from hf_distill.modeling import causal_lm, expose_hidden_states, keep_4bit_weights, last_hidden_states, weights_kind
 from tests.conftest import make_model
 
 
@@ -54,3 +54,22 @@ def test_4bit_weights_are_the_same_after_a_forward_in_eval_mode(tmp_path, inputs
     embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
     model(inputs_embeds=embeddings).logits.sum().backward()
     assert embeddings.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (None, "torch.float32"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, "4-bit (bitsandbytes)"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8-bit (bitsandbytes)"),
+        ({"quant_method": "gptq", "bits": 3}, "3-bit (gptq)"),
+        (BitsAndBytesConfig(load_in_4bit=True), "4-bit (bitsandbytes)"),
+        ({"quant_method": "fp8"}, "fp8"),
+    ],
+)
+def test_kind_of_weights_is_their_dtype_or_their_bits(config, kind):
+    model = make_model()
+    if config is not None:
+        model.config.quantization_config = config
+    assert weights_kind(model) == kind
+    assert weights_kind(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) == kind

@@ -154,6 +154,13 @@ def test_gradients_over_4bit_weights_are_the_dense_formula_also_after_an_evaluat
     assert report.trainable_parameters == sum(gradient.numel() for gradient in capture.first.values())
 
 
+def test_description_of_a_run_says_the_bits_of_student_and_teacher(qlora):
+    described = qlora[1].describe_run()
+    assert described["student"] == "4-bit (bitsandbytes), mixed precision no, cpu"
+    (teacher,) = [text for name, text in described.items() if name.startswith("teacher")]
+    assert teacher.startswith("4-bit (bitsandbytes), ")
+
+
 def test_adapter_over_4bit_weights_reloads_to_the_same_logits(qlora):
     folder, trainer, _, _ = qlora
     reloaded = PeftModel.from_pretrained(quantised(folder / "student"), folder / "out")
