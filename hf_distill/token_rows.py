@@ -68,6 +68,16 @@ class Ragged(NamedTuple):
         return np.diff(np.concatenate([[0], np.cumsum(which)])[self.starts])
 
 
+class Cut(NamedTuple):
+    """The rows of a dataset, or of a block of it, whose labels are cut off at a length."""
+
+    unlabelled: int  # rows without a label at any length
+    filled: int  # rows that have labels, all of them past the length: their prompts fill it
+    shortened: int  # rows that keep some of their labels and lose others
+    lost: int  # label-bearing tokens that these keep no longer
+    labels: int  # label-bearing tokens of all rows, before they are cut
+
+
 class RowProblem(Exception):
     """A row of a block is refused; the message says why."""
 
@@ -127,6 +137,31 @@ def rows_with_label(
     columns = COLUMNS if limits is not None else ("input_ids", "labels")
     found = _over_blocks(dataset, columns, find, f"Checking labels of {name} dataset", num_threads)
     return np.concatenate([np.zeros(0, dtype=bool), *found])
+
+
+def count_cut(
+    dataset: Dataset, name: str, max_length: int, *, keep_end: bool = False, num_threads: int | None = None
+) -> Cut:
+    """The rows of tokenised `dataset` that lose labels when they are cut at `max_length`, at their end or start."""
+
+    def count(columns: Mapping[str, Any], _: int) -> Cut:
+        labels = _ragged(columns.get("labels", columns["input_ids"]), "labels")
+        bears, places = labels.bears_label(), labels.places()
+        if keep_end:
+            start = labels.lengths - max_length
+            # Nothing predicts the first token that is left.
+            kept = (places > np.repeat(start, labels.lengths)) & bears
+        else:
+            kept = (places < max_length) & bears
+        before, after = labels.counts(bears), labels.counts(kept)
+        loses = after < before
+        return Cut(
+            int((before == 0).sum()), int((loses & (after == 0)).sum()), int((loses & (after > 0)).sum()),
+            int((before - after)[after > 0].sum()), int(before.sum()),
+        )  # fmt: skip
+
+    blocks = _over_blocks(dataset, ("input_ids", "labels"), count, f"Measuring {name} dataset", num_threads)
+    return Cut(*(sum(counts) for counts in zip(*blocks, strict=True))) if blocks else Cut(0, 0, 0, 0, 0)
 
 
 def _over_blocks(

@@ -8,7 +8,17 @@ import pytest
 import torch
 from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
 
-from hf_distill.token_rows import ROWS_PER_BLOCK, Limits, check_row, check_rows, has_label, pad, rows_with_label
+from hf_distill.token_rows import (
+    ROWS_PER_BLOCK,
+    Cut,
+    Limits,
+    check_row,
+    check_rows,
+    count_cut,
+    has_label,
+    pad,
+    rows_with_label,
+)
 
 VOCAB = 50
 LIMITS = Limits(VOCAB, teacher_ids=VOCAB + 2)
@@ -186,3 +196,19 @@ def test_rows_are_padded_on_the_side_that_is_asked_for():
     assert is_row.tolist() == [[False] * 3, [False, False, True], [True] * 3]
     assert found.dtype == torch.long  # also where the first row has no token
     assert pad([[]], 0)[0].shape == (1, 0)
+
+
+@pytest.mark.parametrize("keep_end", [False, True])
+@pytest.mark.parametrize("max_length", [2, 3, 5, 100])
+def test_labels_that_a_cut_loses_are_those_of_a_loop(max_length, keep_end):
+    expected = Cut(0, 0, 0, 0, 0)._asdict()
+    for row in ROWS:
+        part = slice(-max_length, None) if keep_end else slice(None, max_length)
+        before, after = (sum(label != -100 for label in labels[1:]) for labels in (row["labels"], row["labels"][part]))
+        expected["labels"] += before
+        expected["unlabelled"] += before == 0
+        expected["filled"] += before > 0 and after == 0
+        expected["shortened"] += 0 < after < before
+        expected["lost"] += before - after if after else 0
+    assert count_cut(Dataset.from_list(ROWS), "train", max_length, keep_end=keep_end)._asdict() == expected
+    assert count_cut(Dataset.from_list(ROWS[:0]), "train", max_length) == Cut(0, 0, 0, 0, 0)

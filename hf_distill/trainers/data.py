@@ -15,7 +15,7 @@ from trl.data_utils import get_dataset_column_names
 
 from hf_distill.rows import ALIASES, CHAT_COLUMNS, is_chat, need_chat_template, refuse_other_form, with_messages
 from hf_distill.teachers.columns import OWN_COLUMNS
-from hf_distill.token_rows import COLUMNS, Limits, check_row, check_rows, has_label, rows_with_label
+from hf_distill.token_rows import COLUMNS, Cut, Limits, check_row, check_rows, count_cut, has_label, rows_with_label
 from hf_distill.trainers.checks import PEEKED_ROWS, AnyDataset
 
 logger = logging.getLogger(__name__)
@@ -201,14 +201,51 @@ def as_they_are(dataset: AnyDataset, name: str, limits: Limits, args: SFTConfig)
     return dataset if isinstance(dataset, Dataset) else checked(dataset, name, limits, args)
 
 
-def refuse_no_label(kept: AnyDataset, name: str, args: SFTConfig) -> None:
+def cut_labels(dataset: Dataset, name: str, args: SFTConfig) -> Cut | None:
+    """The labels that `max_length` cuts off tokenised rows; None for rows that a collator of their own prepares."""
+    if "input_ids" not in dataset.column_names or args.max_length is None:
+        return None
+    keep_end = args.truncation_mode == "keep_end"
+    return count_cut(dataset, name, args.max_length, keep_end=keep_end, num_threads=args.dataset_num_proc)
+
+
+def refuse_no_label(kept: AnyDataset, name: str, args: SFTConfig, cut: Cut | None = None) -> None:
     """Raises `ValueError` if no row has been kept, of a stream none of the first `PEEKED_ROWS`."""
     if next(iter(kept), None) is None:
         which = "no row" if isinstance(kept, Dataset) else f"none of the first {PEEKED_ROWS:,} rows"
+        filled = "" if cut is None or not cut.filled else f" ({_filled(cut.filled, args)})"
         raise ValueError(
-            f"{which} of the {name} dataset has a label left to train on; check max_length ({args.max_length}), "
-            "completion_only_loss, assistant_only_loss and the chat template"
+            f"{which} of the {name} dataset has a label left to train on{filled}; check max_length "
+            f"({args.max_length}), completion_only_loss, assistant_only_loss and the chat template"
         )
+
+
+def tell_lost_labels(num_rows: int, num_dropped: int, name: str, cut: Cut | None, args: SFTConfig) -> None:
+    """Warns of rows that are dropped because they have no label, with the reason, and of rows that lose some."""
+    if num_dropped:
+        filled = 0 if cut is None else cut.filled
+        reasons = [_filled(filled, args)] if filled else []
+        if others := num_dropped - filled:
+            reasons.append(
+                f"{others} have none at any length (see their labels and masks, completion_only_loss and "
+                "assistant_only_loss)"
+            )
+        logger.warning(
+            "%d of %d %s rows have no label and are dropped: %s", num_dropped, num_rows, name, "; ".join(reasons)
+        )
+    if cut is not None and cut.shortened:
+        logger.warning(
+            "%d of %d %s rows are longer than max_length=%s and cut: they lose %.1f%% of all label-bearing tokens, the "
+            "%s of their answers among them. Raise max_length, or shorten the rows",
+            cut.shortened, num_rows, name, args.max_length, 100 * cut.lost / cut.labels,
+            "beginnings" if args.truncation_mode == "keep_end" else "ends",
+        )  # fmt: skip
+
+
+def _filled(count: int, args: SFTConfig) -> str:
+    if args.truncation_mode == "keep_end":
+        return f"the labels of {count} lie before the last max_length={args.max_length} tokens: raise it"
+    return f"the prompts of {count} fill max_length={args.max_length}: raise it, or shorten the prompts"
 
 
 def _is_allowed(row: Mapping[str, Any], index: int, name: str, limits: Limits) -> bool:

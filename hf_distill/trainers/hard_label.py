@@ -61,9 +61,11 @@ from hf_distill.trainers.data import (
     brought,
     check_columns,
     checked,
+    cut_labels,
     formatted,
     one_format,
     refuse_no_label,
+    tell_lost_labels,
     with_label,
 )
 from hf_distill.trainers.given import Given, Reader
@@ -448,15 +450,22 @@ class HardLabelTrainer(SurvivingTrainer):
             formatting_func, is_tokenized = None, True
         elif is_tokenized:  # by the numbers that its rows have for the caller
             dataset = checked(dataset, dataset_name, self.limits(args, args.max_length), args)
-        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        whole, cut = dataset, None
+        if isinstance(dataset, Dataset) and not packing and args.max_length is not None:
+            # In two steps, so that it can be told what is cut off.
+            uncut = copy.copy(args)
+            uncut.max_length, uncut.shuffle_dataset = None, False
+            whole = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, dataset_name)
+            assert isinstance(whole, Dataset)
+            cut, formatting_func = cut_labels(whole, dataset_name, args), None
+        prepared = super()._prepare_dataset(whole, processing_class, args, packing, formatting_func, dataset_name)
         limits = self.limits(args, None)
         kept = with_label(prepared, dataset_name, None if is_tokenized else limits, args)
         if isinstance(dataset, Dataset):
             assert isinstance(kept, Dataset)
-            refuse_no_label(kept, dataset_name, args)
-            dropped = dataset.num_rows - kept.num_rows
-            if dropped and not packing:
-                logger.warning("%d of %d %s rows have no label and are dropped", dropped, len(dataset), dataset_name)
+            refuse_no_label(kept, dataset_name, args, cut)
+            if not packing:
+                tell_lost_labels(dataset.num_rows, dataset.num_rows - kept.num_rows, dataset_name, cut, args)
         elif not packing:
             first = dataset.take(PEEKED_ROWS)
             first = super()._prepare_dataset(first, processing_class, args, False, formatting_func, dataset_name)

@@ -1,5 +1,6 @@
 """Data sets on their way into a trainer: what TRL would train on without a word, and what is trained on here."""
 
+import contextlib
 import dataclasses
 import logging
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import DataCollatorForSeq2Seq
+from trl import SFTConfig, SFTTrainer
 
 from hf_distill import KDConfig, LUPICollator
 from hf_distill.collators import PromptCollator
@@ -486,3 +488,57 @@ def test_privileged_knowledge_may_have_any_column(tmp_path, tokenizer, student, 
         make_speculative(
             tmp_path, student, teacher, Dataset.from_list([{"prompt": "A", "teacher_logprobs": [0.1]}]), tokenizer
         )
+
+
+# ------------------------------------------------------------------------------------------------- labels that are lost
+
+
+def answers(long_prompts: int, long_answers: int, short: int) -> Dataset:
+    """Prompts of 30 words and more, answers that end past 24 tokens, and rows that fit."""
+    words = " ".join(SENTENCES).split()
+    rows = [(" ".join(words[i : i + 30]), " yes") for i in range(long_prompts)]
+    rows += [("Say:", " " + " ".join(words[i : i + 30])) for i in range(long_answers)]
+    rows += [("Say:", f" {word}") for word in words[:short]]
+    return Dataset.from_dict({"prompt": [prompt for prompt, _ in rows], "completion": [answer for _, answer in rows]})
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_prompts_that_fill_max_length_and_answers_that_are_cut_are_counted(
+    tmp_path, tokenizer, student, teacher, caplog, packing
+):
+    trainer = make_trainer(
+        tmp_path, student, teacher, answers(5, 3, 4), tokenizer, max_length=24, packing=packing,
+    )  # fmt: skip
+    filled = "the prompts of 5 fill max_length=24: raise it, or shorten the prompts"
+    assert f"5 of 12 train rows have no label and are dropped: {filled}" in caplog.text
+    assert "3 of 12 train rows are longer than max_length=24 and cut: they lose " in caplog.text
+    assert "of all label-bearing tokens, the ends of their answers among them. Raise max_length" in caplog.text
+    trainer.train()
+
+
+def test_rows_that_fit_or_have_no_label_at_any_length_are_told_as_such(tmp_path, tokenizer, student, teacher, caplog):
+    make_trainer(tmp_path / "fit", student, teacher, answers(0, 0, 4), tokenizer, max_length=24)
+    assert "train rows" not in caplog.text
+    ids = Dataset.from_dict({"input_ids": [[5, 6, 7], [5, 6, 8]], "labels": [[-100, -100, 7], [-100] * 3]})
+    make_trainer(tmp_path / "ids", student, teacher, ids, tokenizer, max_length=24)
+    assert "1 of 2 train rows have no label and are dropped: 1 have none at any length (see their labels" in caplog.text
+    caplog.clear()
+    make_trainer(tmp_path / "none", student, teacher, ids, tokenizer, max_length=None)
+    assert "1 of 2 train rows have no label and are dropped: 1 have none at any length" in caplog.text
+
+
+def test_rows_that_are_all_filled_by_their_prompts_are_refused_with_the_reason(tmp_path, tokenizer, student, teacher):
+    with pytest.raises(ValueError, match=r"no row .* has a label left .*the prompts of 5 fill max_length=24: raise it"):
+        make_trainer(tmp_path, student, teacher, answers(5, 0, 0), tokenizer, max_length=24)
+
+
+def test_rows_cut_in_two_steps_are_those_that_sft_trainer_cuts_in_one(tmp_path, tokenizer, student, teacher):
+    rows = answers(5, 3, 4)
+    for changes in ({}, {"shuffle_dataset": True}, {"truncation_mode": "keep_end"}):
+        with pytest.warns(FutureWarning) if "truncation_mode" in changes else contextlib.nullcontext():
+            ours = make_trainer(tmp_path, student, teacher, rows, tokenizer, max_length=24, **changes)
+            theirs = SFTTrainer(
+                make_model(seed=4), SFTConfig(**settings(tmp_path, max_length=24, **changes)), train_dataset=rows,
+                processing_class=tokenizer,
+            )  # fmt: skip
+        assert ours.train_dataset[:] == theirs.train_dataset[:]
