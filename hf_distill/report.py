@@ -1,4 +1,4 @@
-"""Numbers as a person wants them: a table in the terminal, Markdown, a picture."""
+"""Results as a table in the terminal, as Markdown and as a picture."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from hf_distill.metrics import more_is_better
 
-# What the results of evaluate_fidelity are called, and how they are written.
+# Titles and number formats of the results of evaluate_fidelity.
 FIDELITY_COLUMNS = {
     "student_perplexity": ("perplexity", "{:.3f}"),
     "teacher_perplexity": ("teacher's", "{:.3f}"),
@@ -24,24 +24,26 @@ FIDELITY_COLUMNS = {
     "agreement": ("agreement", "{:.1%}"),
     "expected_acceptance": ("acceptance", "{:.1%}"),
 }
-# The same for what a trainer evaluates by itself: with several teachers, or one of another tokenizer.
+# The same for the evaluation of a trainer, with several teachers or one with another tokenizer.
 EVALUATION_COLUMNS = {
     "eval_ce": ("hard labels, nats", "{:.4f}"),
     "eval_kd": ("divergence, nats", "{:.4f}"),
     "eval_agreement": ("agreement", "{:.1%}"),
 }
-# The same for `SpeculativeKDTrainer.evaluate`, whose rows are written by the models themselves.
+# The same for `SpeculativeKDTrainer.evaluate`, whose completions are generated.
 ROLLOUT_COLUMNS = {
     "eval_kd": ("divergence, nats", "{:.4f}"),
     "eval_agreement": ("agreement", "{:.1%}"),
     "eval_rollout/acceptance_rate": ("accepted", "{:.1%}"),
 }
-# What is compared between runs, which mostly have one teacher.
+# Columns of a comparison of runs.
 COMPARED_COLUMNS = {key: FIDELITY_COLUMNS[key] for key in ("student_perplexity", "kl", "agreement")}
-LOSS_TERMS = ("loss", "kd", "ce")
-# What a run of the command line leaves: what it was told, what it logged, how close the student came.
+# What the histories of a picture show, where it was logged, each with its own line.
+LOSS_TERMS = ("loss", "kd", "ce", "hidden", "kv", "aux_loss")
+LINE_STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)))
+# Files of a finished run of the command line: its options, its logs, its results.
 RUN_FILES = ("settings.json", "trainer_state.json", "report.json")
-# Where a run writes, and what it is called there, tells nothing about it.
+# Settings that say where a run writes; they do not tell runs apart.
 PLACES = {"output_dir", "run_name", "hub_model_id", "run_files"}
 
 
@@ -55,10 +57,24 @@ def result_rows(
     ]
 
 
+def measured_on(results: Mapping[str, Mapping[str, float]], num_rows: int | None = None) -> str:
+    """How many rows and tokens the results rest on, as "500 rows, 25,312 tokens"; empty if nobody knows.
+
+    Tokens are the `num_tokens` of the results, which `evaluate_fidelity` counts.
+    """
+    tokens = {int(values["num_tokens"]) for values in results.values() if "num_tokens" in values}
+    counts = {"row": set() if num_rows is None else {num_rows}, "token": tokens}
+    return ", ".join(
+        f"{' to '.join(f'{count:,}' for count in sorted({min(found), max(found)}))} {unit}{'s' * (max(found) != 1)}"
+        for unit, found in counts.items()
+        if found
+    )
+
+
 def table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
     """A `rich` table of rows with the same keys; the first column is text, the others are aligned as numbers.
 
-    On a narrow terminal titles break into two lines; cut short, nobody could tell what a number is.
+    On a narrow terminal titles break into two lines, so that none is cut.
     """
     view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(rows[0]):
@@ -74,21 +90,29 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def _markdown_measured(rows: Sequence[Mapping[str, Any]], sizes: str) -> str:
+    return markdown(rows) + (f"\nMeasured on {sizes}.\n" if sizes else "")
+
+
 def save_report(
     folder: str | PathLike[str],
     results: Mapping[str, Mapping[str, float]],
     histories: Mapping[str, Sequence[Mapping[str, float]]],
     title: str = "student against teacher, held-out rows",
     columns: Mapping[str, tuple[str, str]] = FIDELITY_COLUMNS,
+    num_rows: int | None = None,
 ) -> None:
-    """Prints the table and writes it to `report.md`, the numbers to `report.json` and the picture to `report.png`."""
+    """Prints the table and writes it to `report.md`, the numbers to `report.json` and the picture to `report.png`.
+
+    Table and picture say how many rows and tokens were measured ([`measured_on`]).
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = result_rows(results, columns)
-    Console().print(table(rows, title=title))
-    (folder / "report.md").write_text(markdown(rows), encoding="utf-8")
+    rows, sizes = result_rows(results, columns), measured_on(results, num_rows)
+    Console().print(table(rows, title=f"{title}, measured on {sizes}" if sizes else title))
+    (folder / "report.md").write_text(_markdown_measured(rows, sizes), encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    save_picture(folder / "report.png", histories, results, columns)
+    save_picture(folder / "report.png", histories, results, columns, num_rows=num_rows)
 
 
 def save_picture(
@@ -97,6 +121,7 @@ def save_picture(
     results: Mapping[str, Mapping[str, float]],
     columns: Mapping[str, tuple[str, str]] = FIDELITY_COLUMNS,
     terms: Sequence[str] = LOSS_TERMS,
+    num_rows: int | None = None,
 ) -> None:
     """A PNG: the loss terms over the steps, and a bar per model for each measure of fidelity.
 
@@ -104,7 +129,8 @@ def save_picture(
         path: the file to write.
         histories: for each run its `trainer.state.log_history`.
         results: for each model what `evaluate_fidelity` returned, or other numbers with their `columns`.
-        terms: what is drawn of the histories, at most three.
+        terms: the terms of the histories to draw, where they were logged.
+        num_rows: the rows that were measured.
     """
     measured = set.intersection(*(set(values) for values in results.values()))
     drawn_columns = {key: column for key, column in columns.items() if key in measured and key != "teacher_perplexity"}
@@ -118,11 +144,13 @@ def save_picture(
         axes.bar_label(drawn, labels=[form.format(height) for height in heights], fontsize=7)
         positive = [height for height in heights if height > 0]
         if not more_is_better(key) and positive and max(positive) > 10 * min(positive):
-            axes.set_yscale("log")  # an untrained model would leave nothing to see of the others
+            axes.set_yscale("log")  # or the bar of an untrained model would hide the others
             axes.set_ylim(bottom=min(positive) / 3)
         axes.set_title(f"{title}\n({'more' if more_is_better(key) else 'less'} is better)", fontsize=9)
         axes.tick_params(axis="x", rotation=35, labelsize=7)
         axes.margins(y=0.15)
+    if sizes := measured_on(results, num_rows):
+        figure.suptitle(f"measured on {sizes}", fontsize=8, x=0.99, horizontalalignment="right")
     figure.savefig(path, dpi=130)
 
 
@@ -146,11 +174,11 @@ def _draw_terms(
     axes: Axes, histories: Mapping[str, Sequence[Mapping[str, float]]], colors: Mapping[str, str], terms: Sequence[str]
 ) -> None:
     for run, history in histories.items():
-        for term, style in zip(terms, ("-", "--", ":"), strict=False):
+        for term, style in zip(terms, LINE_STYLES, strict=False):
             points = [(entry["step"], entry[term]) for entry in history if term in entry and "step" in entry]
             if points:
                 label = ": ".join([run] * (len(histories) > 1) + [term] * (len(terms) > 1))
-                axes.plot(*zip(*points, strict=True), style, color=colors[run], label=label)
+                axes.plot(*zip(*points, strict=True), linestyle=style, color=colors[run], label=label)
     title = "loss terms (kd without the factor T^2)" if len(terms) > 1 else f"{terms[0]} on training rows"
     axes.set(xlabel="step", ylabel="nats per token", title=title)
     if axes.get_legend_handles_labels()[0]:
@@ -173,8 +201,8 @@ def load_run(folder: str | PathLike[str]) -> Run:
     """Reads the folder of a finished run.
 
     Raises:
-        `ValueError`: a file is missing: the folder holds no run, or one that has not ended or measured nothing; or one
-            is of another run.
+        `ValueError`: a file is missing, because there was no run, it has not ended or it measured nothing; or a file
+            belongs to another run.
     """
     if missing := [name for name in RUN_FILES if not (Path(folder) / name).is_file()]:
         raise ValueError(
@@ -182,7 +210,7 @@ def load_run(folder: str | PathLike[str]) -> Run:
             "kv or skd with held-out rows (--eval_dataset)"
         )
     settings, state, report = (json.loads((Path(folder) / name).read_text("utf-8")) for name in RUN_FILES)
-    written = settings.pop("run_files", {})  # of an older version, there is no telling
+    written = settings.pop("run_files", {})  # older versions wrote none
     if other := [name for name, digest in _digests(folder).items() if written.get(name, digest) != digest]:
         raise ValueError(
             f"run folder {str(folder)!r} holds files of different runs: {' and '.join(other)} changed after "
@@ -192,26 +220,26 @@ def load_run(folder: str | PathLike[str]) -> Run:
 
 
 def save_settings(folder: str | PathLike[str], settings: Mapping[str, Any]) -> None:
-    """Writes `settings.json`, for people and for `compare_runs`; what JSON does not know as text.
+    """Writes `settings.json`, for people and for `compare_runs`; values that JSON does not know become text.
 
-    It comes last, and says which other files belong to the run.
+    Call it last: it also records which other files belong to the run.
     """
     settings = {**settings, "run_files": _digests(folder)}
     Path(folder, "settings.json").write_text(json.dumps(settings, indent=2, default=str), encoding="utf-8")
 
 
 def _digests(folder: str | PathLike[str]) -> dict[str, str]:
-    """SHA-256 of what a run leaves beside its settings."""
+    """SHA-256 of the files of a run beside its settings."""
     paths = [Path(folder, name) for name in RUN_FILES if name != "settings.json"]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.exists()}
 
 
 def compare_runs(folders: Sequence[str | PathLike[str]]) -> list[dict[str, Any]]:
-    """A row per run, the student that is closest to its teacher first.
+    """A row per run, sorted by the student's distance from its teacher.
 
-    Every row has the same columns: `run`; the settings that are not the same in all runs (None where a run does not
-    know one); the measures of the student at the end, `COMPARED_COLUMNS` or, for runs of `skd`, `ROLLOUT_COLUMNS`;
-    `num_tokens` trained on when they were logged last, and `seconds` of training (None where nothing was logged).
+    Every row has the same columns: `run`; the settings that differ between runs (None if a run has no such setting);
+    the measures of the student at the end, `COMPARED_COLUMNS` or, for runs of `skd`, `ROLLOUT_COLUMNS`; `num_tokens`
+    trained on, as logged last, and `seconds` of training (None if they were not logged).
 
     Raises:
         `ValueError`: a folder without a finished run, or runs measured on held-out rows beside runs of `skd`.
@@ -248,27 +276,28 @@ def save_comparison(folder: str | PathLike[str], folders: Sequence[str | PathLik
             cells[title] = "" if value is None else form.format(value)
         return cells
 
-    # Side by side, settings and measures would not fit on a terminal. Names break into lines where they have a space.
+    # Settings and measures in one table would not fit a terminal. Names break into lines at spaces.
     measures = [{key: row[key] for key in ("run", *forms)} for row in rows]
     settings = [{key.replace("_", " "): value for key, value in row.items() if key not in forms} for row in rows]
-    for part in (measures, settings):
-        Console().print(table([written(row) for row in part]))
+    sizes = measured_on({row["run"]: runs[row["run"]].measures for row in rows})
+    for part, title in ((measures, f"measured on {sizes}" if sizes else None), (settings, None)):
+        Console().print(table([written(row) for row in part], title=title))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "comparison.md").write_text(markdown([written(row) for row in rows]), encoding="utf-8")
+    (folder / "comparison.md").write_text(_markdown_measured([written(row) for row in rows], sizes), "utf-8")
     (folder / "comparison.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
     save_picture(
         folder / "comparison.png",
         {row["run"]: runs[row["run"]].history for row in rows},
         {row["run"]: runs[row["run"]].measures for row in rows},
         columns,
-        terms=("ce",),  # the term that means the same whatever kd_weight, divergence and temperature are
+        terms=("ce",),  # the only term whose meaning does not depend on the settings
     )
     print(f"comparison.md, comparison.json and comparison.png are in {folder}")
 
 
 def _named_runs(folders: Sequence[str | PathLike[str]]) -> dict[str, Run]:
-    """Runs by the last part of their path, or by all of it where that would not tell them apart."""
+    """Runs by the last part of their path, or by the whole path if last parts are equal."""
     paths = [Path(folder) for folder in folders]
     is_unique = len({path.resolve().name for path in paths}) == len(paths)
     return {path.resolve().name if is_unique else str(path): load_run(path) for path in paths}

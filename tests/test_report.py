@@ -1,8 +1,10 @@
 import json
 
+import pytest
 from rich.console import Console
 
-from hf_distill.report import markdown, result_rows, save_report, table
+from hf_distill import report
+from hf_distill.report import markdown, measured_on, result_rows, save_picture, save_report, table
 
 RESULTS = {
     "before": {
@@ -59,3 +61,43 @@ def test_the_report_is_written_as_numbers_markdown_and_a_picture(tmp_path):
 def test_a_history_without_losses_still_gives_a_picture(tmp_path):
     save_report(tmp_path, RESULTS, {"training": [{"step": 1, "epoch": 1.0}]})
     assert (tmp_path / "report.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_tokens", "expected"),
+    [
+        (500, [25312, 25312], "500 rows, 25,312 tokens"),
+        (1, [1], "1 row, 1 token"),
+        (12, [None], "12 rows"),
+        (None, [1000, None], "1,000 tokens"),
+        (None, [10, 30, 20], "10 to 30 tokens"),
+        (None, [None], ""),
+    ],
+)
+def test_sizes_of_what_was_measured_are_one_phrase(num_rows, num_tokens, expected):
+    results = {str(i): {} if count is None else {"num_tokens": count} for i, count in enumerate(num_tokens)}
+    assert measured_on(results, num_rows) == expected
+
+
+def drawn(monkeypatch, **options):
+    """The figure that a picture is saved from."""
+    figures = []
+    monkeypatch.setattr(report.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    save_picture("unused", {"training": options.pop("history", HISTORY)}, RESULTS, **options)
+    return figures[0]
+
+
+def test_rows_and_tokens_stand_on_table_file_and_picture(tmp_path, monkeypatch, capsys):
+    save_report(tmp_path, RESULTS, {"training": HISTORY}, num_rows=12)
+    assert "measured on 12 rows, 1,000 tokens" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "report.md").read_text().endswith("\n\nMeasured on 12 rows, 1,000 tokens.\n")
+    assert "measured on 12 rows, 1,000 tokens" in drawn(monkeypatch, num_rows=12).get_suptitle()
+
+
+def test_every_term_that_was_logged_is_drawn_and_can_be_told_apart(monkeypatch):
+    terms = ("loss", "kd", "ce", "hidden", "kv", "aux_loss")
+    history = [{"step": i, **dict.fromkeys(terms, float(i))} for i in (1, 2)]
+    curves = drawn(monkeypatch, history=history).axes[0]
+    assert [line.get_label() for line in curves.lines] == list(terms)
+    assert len({str(line._dash_pattern) for line in curves.lines}) == len(terms)
+    assert [line.get_label() for line in drawn(monkeypatch).axes[0].lines] == ["loss", "kd", "ce"]

@@ -12,7 +12,7 @@ from hf_distill.cli.arguments import MergeArguments, PruneArguments
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.lora import merge_adapter
 from hf_distill.pruning import drop_layers, original_layers, rank_layers, read_manifest, refuse_bundles
-from hf_distill.report import markdown, result_rows, table
+from hf_distill.report import markdown, measured_on, result_rows, table
 from hf_distill.row_files import first_rows, load_rows
 from hf_distill.saving import refuse_folder, save_tokenizer, set_aside, try_saving
 
@@ -51,7 +51,7 @@ def prune(arguments: PruneArguments) -> None:
     save_tokenizer(tokenizer, arguments.output_dir)
     if rows is not None:
         fidelity = {"pruned": evaluate_fidelity(student, model, rows, tokenizer, **reading)}
-        tables[f"Against the whole model, {len(rows)} rows"] = result_rows(fidelity)
+        tables[f"Against the whole model, {measured_on(fidelity, len(rows))}"] = result_rows(fidelity)
     kept = {"kept": original_layers(student)}
     kept |= {name: bundle["layers"] for name, bundle in read_manifest(bundle_dir)["bundles"].items()}
     tables[f"{student.num_parameters() / model.num_parameters():.1%} of the parameters are kept"] = [

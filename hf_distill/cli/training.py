@@ -18,6 +18,7 @@ from hf_distill.lora import ADAPTER_CONFIG
 from hf_distill.named import student_tokenizer
 from hf_distill.pruning import missing_bundles, original_layers, read_manifest, restore_layers
 from hf_distill.report import EVALUATION_COLUMNS, FIDELITY_COLUMNS, ROLLOUT_COLUMNS, save_report, save_settings
+from hf_distill.rows import tokenized_row
 from hf_distill.saved_weights import other_adapters
 from hf_distill.saving import adapters_on, save_tokenizer
 from hf_distill.teachers.local import LocalTeacher
@@ -224,7 +225,18 @@ def _run_evaluated(trainer: KDTrainer, title: str, columns: Mapping[str, tuple[s
     _train(trainer)
     before = next((entry for entry in trainer.state.log_history if "eval_kd" in entry), {})
     after = trainer.evaluate() if before else {}
+    if before and (num_tokens := _num_tokens(trainer)):
+        before, after = ({**values, "num_tokens": num_tokens} for values in (before, after))
     _report(trainer, {"before": before, "after": after}, title, columns)
+
+
+def _num_tokens(trainer: KDTrainer) -> int:
+    """Label-bearing tokens of the held-out rows; 0 if they are still to be generated."""
+    rows: Any = trainer.eval_dataset
+    if "input_ids" not in rows.column_names:
+        return 0
+    labels = (tokenized_row(row, trainer.processing_class)["labels"][1:] for row in rows)
+    return sum(label != -100 for row in labels for label in row)
 
 
 def _teacher_model(trainer: KDTrainer) -> PreTrainedModel | None:
@@ -271,7 +283,8 @@ def _report(
 ) -> None:
     folder = str(trainer.args.output_dir)
     if results["before"] and trainer.is_world_process_zero():
-        save_report(folder, results, {"training": trainer.state.log_history}, title, columns)
+        rows: Any = trainer.eval_dataset
+        save_report(folder, results, {"training": trainer.state.log_history}, title, columns, num_rows=len(rows))
         print(f"student, report.md and report.png are in {folder}")
     elif trainer.is_world_process_zero():
         print(f"the student is in {folder}; there were no held-out rows (--eval_dataset) to measure it on")

@@ -1,4 +1,4 @@
-"""A distillation from start to finish: offline, on a CPU, in three minutes, with a teacher that comes along."""
+"""A complete distillation, offline, on a CPU, in three minutes, with a packaged teacher."""
 
 import logging
 from collections.abc import Iterator
@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from hf_distill.demo.text import stories
+from hf_distill.demo.train_teacher import special_token_ids
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.report import save_report
 from hf_distill.saving import set_aside
@@ -37,14 +38,14 @@ from hf_distill.trainers.kd import KDTrainer
 
 TEACHER = str(files("hf_distill.demo") / "teacher")
 SEEDS = (0, 1, 2)
-# The teacher has read tens of thousands of stories; the student gets so few that it matters what it learns from each.
+# The teacher has read tens of thousands of stories. The student gets few, so it matters what it learns from each.
 NUM_TRAIN, NUM_HELD_OUT, STEPS = 200, 200, 400
 RUNS = ("hard labels only", "distilled")
 
 
 @contextmanager
 def _quiet_on_one_thread() -> Iterator[None]:
-    """One progress bar in place of the libraries' own, and one thread: models this small lose by a second one."""
+    """Hides the libraries' progress bars, and computes on one thread: a second one slows models this small down."""
     loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("trl", "hf_distill")}
     verbosity, num_threads = transformers_logging.get_verbosity(), torch.get_num_threads()
     bars_shown = not are_progress_bars_disabled()
@@ -70,8 +71,8 @@ def _quiet_on_one_thread() -> Iterator[None]:
 def run_demo(output_dir: str) -> dict[str, dict[str, float]]:
     """Trains the same student on hard labels and on the teacher, over three seeds, and returns the mean results.
 
-    Writes the distilled student of the first seed into `output_dir/student`, and `report.md`, `report.json`,
-    `report.png` beside it; what is there of an earlier demo is moved aside.
+    Writes the distilled student of the first seed to `output_dir/student`, and `report.md`, `report.json` and
+    `report.png` beside it. Files of an earlier demo are moved aside.
     """
     console = Console()
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
@@ -107,7 +108,8 @@ def run_demo(output_dir: str) -> dict[str, dict[str, float]]:
                         trainer.save_model(f"{output_dir}/student")
 
     means = {name: {key: mean(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()}
-    save_report(output_dir, means, histories, title=f"{NUM_HELD_OUT} held-out stories, means over {len(SEEDS)} seeds")
+    title = f"held-out stories, means over {len(SEEDS)} seeds"
+    save_report(output_dir, means, histories, title, num_rows=NUM_HELD_OUT)
     pairs = list(zip(*(results[name] for name in RUNS), strict=True))
     for seed, (hard, soft) in zip(SEEDS, pairs, strict=True):
         console.print(
@@ -165,17 +167,16 @@ def make_student(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedMod
             num_key_value_heads=2,
             max_position_embeddings=512,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,  # pyright: ignore[reportArgumentType]
-            eos_token_id=tokenizer.eos_token_id,  # pyright: ignore[reportArgumentType]
-            pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
+            **special_token_ids(tokenizer),
         )
     )
 
 
 def measure(trainer: HardLabelTrainer, model: Any, teacher: PreTrainedModel) -> dict[str, float]:
     """Fidelity on the held-out rows that the trainer has tokenised."""
-    rows = trainer.eval_dataset
-    return evaluate_fidelity(model, teacher, rows, trainer.processing_class, batch_size=50)  # pyright: ignore
+    rows: Any = trainer.eval_dataset
+    tokenizer: Any = trainer.processing_class
+    return evaluate_fidelity(model, teacher, rows, tokenizer, batch_size=50)
 
 
 class _Advance(TrainerCallback):

@@ -1,7 +1,7 @@
 """Short English stories told by a seeded grammar: the text of the demo.
 
-They are made so that a teacher matters. Much of a story is free (who, where, what happens next): a text shows the
-one choice that was made, a trained teacher knows how likely each one was. The rest follows from what was told before:
+The stories show what a teacher is for. Many parts are free choices (who, where, what happens next). A text shows only
+the choice that was made; a trained teacher knows how likely each one was. The other parts follow from the story so far:
 pronouns, sums and differences, where a thing was hidden, the way back. `python -m hf_distill.demo.text` prints ten.
 """
 
@@ -57,10 +57,10 @@ def a(noun: str) -> str:
 
 
 class Storyteller:
-    """Tells one story after the other; `nats` sums -log of the probability of every choice made so far.
+    """Tells one story after the other. `nats` is the sum of -log p over all choices so far.
 
-    Every choice can be read off the text, so `nats` is also -log of the probability of the stories themselves, which
-    no model can be expected to beat. Only `Random.random` is used: its numbers are the same in every Python version.
+    Every choice can be read off the text, so `nats` is also -log of the probability of the stories themselves: a lower
+    bound for the expected loss of any model. Only `Random.random` is used, which is the same in every Python version.
     """
 
     def __init__(self, seed: int):

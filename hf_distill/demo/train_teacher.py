@@ -2,9 +2,9 @@
 
     python -m hf_distill.demo.train_teacher --output_dir hf_distill/demo/teacher
 
-The teacher is a small Llama with grouped-query attention. Every step draws new stories, so it cannot learn any by heart
-and ends close to the probabilities of the grammar itself. Rows have the form in which a trainer shows them to a
-student: text and then end-of-sequence, without a token in front.
+The teacher is a small Llama with grouped-query attention. Every step draws new stories, so it cannot memorise any and
+ends close to the probabilities of the grammar itself. Rows have the form that a trainer gives them: text, then an
+end-of-sequence token, and no token in front.
 
 The same machine with the same `--num_threads` and the same torch writes the same files, byte for byte. Another CPU,
 thread count or version of torch may sum in another order: expect other weights and nearly the same held-out loss.
@@ -13,11 +13,12 @@ thread count or version of torch may sum in another order: expect other weights 
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 
 from hf_distill.demo.text import Storyteller
 
@@ -41,6 +42,11 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
 
 
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Special tokens as a configuration names them."""
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
 def build_teacher(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
@@ -52,9 +58,7 @@ def build_teacher(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_key_value_heads=4,
             max_position_embeddings=512,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,  # pyright: ignore[reportArgumentType]
-            eos_token_id=tokenizer.eos_token_id,  # pyright: ignore[reportArgumentType]
-            pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
+            **special_token_ids(tokenizer),
         )
     )
 
@@ -66,9 +70,9 @@ def make_batch(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> dict[str
 
 
 def held_out_losses(model, tokenizer, num_stories: int, seed: int) -> tuple[float, float]:
-    """The nats per token of the model and of the grammar itself, on new stories, each counted from its first token.
+    """Nats per token of the model, and of the grammar itself, on new stories.
 
-    The first token has nothing before it, so a model never predicts it; its share is taken off the grammar's nats.
+    A model never predicts the first token of a story, so the first token's share is subtracted from the grammar's nats.
     """
     teller = Storyteller(seed)
     texts = [teller.tell() for _ in range(num_stories)]
