@@ -1,7 +1,7 @@
 """Distil a teacher into a student: an SFT script with one class changed.
 
     python examples/kd.py --model Qwen/Qwen2.5-0.5B --teacher_model Qwen/Qwen2.5-7B-Instruct \
-        --dataset trl-lib/Capybara --output_dir qwen2.5-0.5b-distilled --kd_weight 0.5 --temperature 2 --use_peft
+        --dataset trl-lib/Capybara --output_dir qwen2.5-0.5b-distilled --kd_weight 1 --use_peft
 
 Every field of KDConfig is an option. TRL's ModelConfig adds options for LoRA, quantisation and dtype. On several GPUs,
 start it with `accelerate launch`.

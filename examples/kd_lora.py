@@ -1,7 +1,7 @@
 """Distil into LoRA adapters: describe them, train them, describe their updates, merge them into one model.
 
     python examples/kd_lora.py --model Qwen/Qwen2.5-1.5B --teacher_model Qwen/Qwen2.5-7B-Instruct \
-        --dataset trl-lib/Capybara --output_dir out/kd_lora --kd_weight 0.1 --temperature 2 --learning_rate 2e-4 \
+        --dataset trl-lib/Capybara --output_dir out/kd_lora --kd_weight 1 --learning_rate 2e-4 \
         --per_device_train_batch_size 1 --gradient_accumulation_steps 32 --teacher_quantization 4bit
 
 Every field of KDConfig and of TRL's ModelConfig is an option: `--lora_r 16`, `--load_in_4bit` for a QLoRA student,

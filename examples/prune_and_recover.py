@@ -1,7 +1,7 @@
 """Drop layers of a model, recover its quality with adapters, and restore the layers stage by stage.
 
     python examples/prune_and_recover.py --model Qwen/Qwen2.5-0.5B --dataset trl-lib/Capybara --num_layers 6 \
-        --output_dir qwen2.5-0.5b-pruned --kd_weight 0.3 --temperature 2 --learning_rate 2e-4 --max_steps 500
+        --output_dir qwen2.5-0.5b-pruned --kd_weight 1 --learning_rate 2e-4 --max_steps 500
 
 The whole model is the teacher. `A`, `B` and `C` in the output directory are the models after each stage: with the kept
 layers, with half of the removed layers restored, and with all of them restored. Stop at the first that is good enough.
