@@ -166,7 +166,7 @@ class _SampledStep(NamedTuple):
         scale = (token_weights * (constants.kd_factor / constants.temperature)).unsqueeze(-1)  # (n, 1)
         gradient = student.probs * (scale * weights.sum(-1, keepdim=True))
         gradient.scatter_add_(-1, ids, -scale * weights)
-        agreement = (student.logits.argmax(-1) == likeliest[0]).sum() if likeliest else None
+        agreement = _num_agreeing(student.logits, *likeliest) if likeliest else None
         return StepResult(gradient, (kd * token_weights).sum(), agreement)
 
 
@@ -196,8 +196,7 @@ class _TopKStep(NamedTuple):
         self, student: Predictions, inputs: tuple[Tensor, ...], token_weights: Tensor, constants: Constants
     ) -> StepResult:
         ids, lacking, teacher = inputs
-        likeliest = ids.gather(-1, teacher[:, :-1].argmax(-1, keepdim=True)).squeeze(-1)
-        agreement = (student.logits.argmax(-1) == likeliest).sum()
+        agreement = _num_agreeing(student.logits, ids.gather(-1, teacher[:, :-1].argmax(-1, keepdim=True)).squeeze(-1))
         # Summed up, and not 1 minus the others: so it has all its digits, however little is left.
         others = student.log_probs.scatter(-1, ids, -torch.inf)  # (n, V)
         known = student.log_probs.gather(-1, ids).masked_fill(lacking, LOG_ZERO)
@@ -236,6 +235,13 @@ class _WholeStep(NamedTuple):
         teacher_log_probs = log_softmax(teacher.div_(constants.temperature))
         gradient, kd = compare(student, teacher_log_probs, token_weights, constants)
         return StepResult(gradient, kd, agreement)
+
+
+def _num_agreeing(logits: Tensor, likeliest: Tensor) -> Tensor:
+    """The number of rows of `logits` (n, V) with their largest one at `likeliest` (n,), where that is not -1."""
+    # `amax` takes a quarter of the time of `argmax` on a CPU.
+    agrees = logits.gather(-1, likeliest.clamp(min=0).unsqueeze(-1)).squeeze(-1) == logits.amax(-1)
+    return (agrees & (likeliest >= 0)).sum()
 
 
 def _log_tail(log_probs: Tensor, eps: float) -> Tensor:
