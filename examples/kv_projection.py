@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, str]]:
         found = trainer.evaluate()
         trainer.save_model()  # the student, with its projector
         table.append({"": name, **{title: f"{found[f'eval_{key}']:.4f}" for title, key in COLUMNS.items()}})
-    print(markdown(table))
+    print(markdown(table), f"measured on {len(rows['test'])} held-out rows", sep="\n")
     return table
 
 

@@ -11,7 +11,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_distill import evaluate_fidelity
-from hf_distill.report import markdown, result_rows
+from hf_distill.report import markdown, measured_on, result_rows
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             options.teacher, quantization_config=config, device_map={"": options.device}
         )
         results[name] = evaluate_fidelity(quantised, whole, rows, tokenizer, max_length=options.max_length)
-    print(markdown(result_rows(results)))
+    print(markdown(result_rows(results)), f"measured on {measured_on(results)}", sep="\n")
     return results
 
 

@@ -34,7 +34,7 @@ from hf_distill.modeling import (
     select_positions,
 )
 from hf_distill.rows import tokenized_row
-from hf_distill.token_rows import Limits, check_row, pad
+from hf_distill.token_rows import Limits, check_row, has_label, pad
 
 
 def evaluate_fidelity(
@@ -67,22 +67,27 @@ def evaluate_fidelity(
         A dict with `student_perplexity`, `teacher_perplexity`, `kl` (KL(teacher || student), nats per token),
         `agreement` (the share of positions with the same most likely token), `expected_acceptance` (the mean of
         `sum_v min(p_s, p_t)`, the rate at which speculative decoding would accept the student's tokens: 2211.17192,
-        corollary 3.6) and `num_tokens`.
+        corollary 3.6), and the label-bearing tokens and the rows that have one, `num_tokens` and `num_rows` (of packed
+        rows, their documents).
 
     Raises:
         `ValueError`: no row has a label-bearing token; a row has none of the columns above, or tokens that a model does
             not know; a model computes its logits in a way that `head_of` does not know.
     """
     means = TokenMeans()
-    num_tokens = 0
-    documents = (
-        {name: ids[:max_length] for name, ids in document.items()}
-        for _, tokens in _tokenized(dataset, tokenizer, (student, teacher), vocab_size)
-        for document in _documents(tokens)
-    )
+    num_tokens = num_rows = 0
+
+    def documents() -> Iterator[dict[str, list[int]]]:
+        nonlocal num_rows
+        for _, tokens in _tokenized(dataset, tokenizer, (student, teacher), vocab_size):
+            for document in _documents(tokens):
+                cut = {name: ids[:max_length] for name, ids in document.items()}
+                num_rows += has_label(cut)
+                yield cut
+
     with _measuring(student=student, teacher=teacher):
         for labels, (student_log_probs, teacher_log_probs) in _log_probs(
-            (student, teacher), documents, tokenizer, batch_size, vocab_size
+            (student, teacher), documents(), tokenizer, batch_size, vocab_size
         ):
             num_tokens += len(labels)
             means.add(
@@ -101,6 +106,7 @@ def evaluate_fidelity(
         "agreement": totals["agreement"],
         "expected_acceptance": max(1 - totals["total_variation"], 0.0),  # 0 up to rounding
         "num_tokens": num_tokens,
+        "num_rows": num_rows,
     }
 
 
@@ -270,7 +276,7 @@ def _batches(documents: Iterable[dict[str, list[int]]], batch_size: int) -> Iter
     """Right-padded batches of input_ids, attention_mask and labels (B, T) of the documents that have a label."""
     rows = []
     for document in documents:
-        if any(label != -100 for label in document["labels"][1:]):
+        if has_label(document):
             rows.append(document)
         if len(rows) == batch_size:
             yield _batch(rows)

@@ -41,6 +41,8 @@ COMPARED_COLUMNS = {key: FIDELITY_COLUMNS[key] for key in ("student_perplexity",
 # What the histories of a picture show, where it was logged, each with its own line.
 LOSS_TERMS = ("loss", "kd", "ce", "hidden", "kv", "aux_loss")
 LINE_STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)))
+# Those that are no nats.
+OTHER_UNITS = {"hidden", "kv", "aux_loss"}
 # Files of a finished run of the command line: its options, its logs, its results.
 RUN_FILES = ("settings.json", "trainer_state.json", "report.json")
 # Settings that say where a run writes; they do not tell runs apart.
@@ -60,10 +62,14 @@ def result_rows(
 def measured_on(results: Mapping[str, Mapping[str, float]], num_rows: int | None = None) -> str:
     """How many rows and tokens the results rest on, as "500 rows, 25,312 tokens"; empty if nobody knows.
 
-    Tokens are the `num_tokens` of the results, which `evaluate_fidelity` counts.
+    They are the `num_rows` and `num_tokens` of the results, which `evaluate_fidelity` counts, or else `num_rows`.
     """
-    tokens = {int(values["num_tokens"]) for values in results.values() if "num_tokens" in values}
-    counts = {"row": set() if num_rows is None else {num_rows}, "token": tokens}
+    counts = {
+        unit: {int(values[f"num_{unit}s"]) for values in results.values() if f"num_{unit}s" in values}
+        for unit in ("row", "token")
+    }
+    if num_rows is not None and not counts["row"]:
+        counts["row"] = {num_rows}
     return ", ".join(
         f"{' to '.join(f'{count:,}' for count in sorted({min(found), max(found)}))} {unit}{'s' * (max(found) != 1)}"
         for unit, found in counts.items()
@@ -180,7 +186,10 @@ def _draw_terms(
                 label = ": ".join([run] * (len(histories) > 1) + [term] * (len(terms) > 1))
                 axes.plot(*zip(*points, strict=True), linestyle=style, color=colors[run], label=label)
     title = "loss terms (kd without the factor T^2)" if len(terms) > 1 else f"{terms[0]} on training rows"
-    axes.set(xlabel="step", ylabel="nats per token", title=title)
+    logged = {term for history in histories.values() for entry in history for term in entry}
+    others = [term for term in terms if term in OTHER_UNITS & logged]
+    unit = f"nats per token; {', '.join(others)}: a distance" if others else "nats per token"
+    axes.set(xlabel="step", ylabel=unit, title=title)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7)
 

@@ -6,6 +6,7 @@ import pytest
 
 from hf_distill import KDTrainer, cli
 from hf_distill.report import COMPARED_COLUMNS, RUN_FILES, compare_runs, save_comparison, save_settings
+from tests.conftest import SENTENCES
 from tests.test_cli import options
 
 MEASURES = {
@@ -117,6 +118,7 @@ def test_finished_runs_are_compared_from_the_command_line(folder, tmp_path, caps
     report = json.loads((tmp_path / "fast" / "report.json").read_text())["after"]
     assert {key: rows[0][key] for key in COMPARED_COLUMNS} == {key: report[key] for key in COMPARED_COLUMNS}
     assert rows[0]["num_tokens"] == rows[1]["num_tokens"] > 0
+    assert f"measured on {len(SENTENCES)} rows, {report['num_tokens']:,} tokens" in " ".join(printed.split())
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     settings = json.loads((tmp_path / "fast" / "settings.json").read_text())
     assert settings["lora_target_modules"] == "all-linear"

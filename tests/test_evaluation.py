@@ -14,7 +14,7 @@ from tests.conftest import SENTENCES, make_model
 def plain_fidelity(student, teacher, rows, vocab_size):
     """Row by row, from dense float64 logits; rows are (ids, index of the first label)."""
     sums = torch.zeros(5, dtype=torch.float64)
-    count = 0
+    count = num_rows = 0
     for ids, start in rows:
         ids = torch.tensor([ids])
         start = max(start, 1)
@@ -34,6 +34,7 @@ def plain_fidelity(student, teacher, rows, vocab_size):
             ]
         )
         count += len(labels)
+        num_rows += len(labels) > 0
     student_ce, teacher_ce, kl, agreement, acceptance = (sums / count).tolist()
     return {
         "student_perplexity": math.exp(student_ce),
@@ -42,6 +43,7 @@ def plain_fidelity(student, teacher, rows, vocab_size):
         "agreement": agreement,
         "expected_acceptance": acceptance,
         "num_tokens": count,
+        "num_rows": num_rows,
     }
 
 

@@ -79,6 +79,10 @@ def test_sizes_of_what_was_measured_are_one_phrase(num_rows, num_tokens, expecte
     assert measured_on(results, num_rows) == expected
 
 
+def test_rows_that_were_counted_while_measuring_come_before_those_of_the_dataset():
+    assert measured_on({"before": {"num_rows": 3, "num_tokens": 40}}, 5) == "3 rows, 40 tokens"
+
+
 def drawn(monkeypatch, **options):
     """The figure that a picture is saved from."""
     figures = []
@@ -100,4 +104,5 @@ def test_every_term_that_was_logged_is_drawn_and_can_be_told_apart(monkeypatch):
     curves = drawn(monkeypatch, history=history).axes[0]
     assert [line.get_label() for line in curves.lines] == list(terms)
     assert len({str(line._dash_pattern) for line in curves.lines}) == len(terms)
+    assert curves.get_ylabel() == "nats per token; hidden, kv, aux_loss: a distance"
     assert [line.get_label() for line in drawn(monkeypatch).axes[0].lines] == ["loss", "kd", "ce"]
