@@ -66,6 +66,10 @@ def chat(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """
     found = []
     for message in messages:
+        if not isinstance(message, Mapping):
+            raise ValueError(
+                f"a message of {name} is {reprlib.repr(message)}; messages are dicts with 'role' and 'content'"
+            )
         role, is_renamed = message.get("role"), message.get("role") is None
         role = message.get("from") if is_renamed else role
         if role is None or (is_renamed and role not in ROLES):
@@ -83,6 +87,10 @@ def chat(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
             raise ValueError(
                 f"a message of {name} has no content, but the keys {', '.join(message)}: templates would make an empty "
                 "text of it, or the word None. Messages need 'content' or 'value'"
+            )
+        if not isinstance(kept.get("content"), str | None):
+            raise ValueError(
+                f"a message of {name} has {reprlib.repr(kept['content'])} as its content, which has to be text"
             )
         found.append({"role": ROLES[role] if is_renamed or role in ALIASES else role, **kept})
     return found

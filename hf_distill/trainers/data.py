@@ -1,7 +1,9 @@
 """Data sets on their way into a trainer: which of their columns are read, in which format, and which rows count."""
 
+import json
 import logging
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -155,7 +157,13 @@ def one_format(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
     if dataset.format["type"] == "custom":
         return dataset  # TRL refuses it in words
     _refuse_missing(dataset, used, name, all_columns)
-    refuse_other_form(dataset[0], used, f"row 0 of the {name} dataset")  # Arrow has one form for all rows
+    # Arrow has one form for all rows, unless they are JSON.
+    rows: Any = dataset.select_columns(list(used)) if any(_is_json(dataset, c) for c in used) else [dataset[0]]
+    for index, row in enumerate(rows):
+        refuse_other_form(row, used, f"row {index} of the {name} dataset")
+    if "tools" in dataset.column_names and not pa.types.is_list(dataset.data.column("tools").type):
+        for index, cell in enumerate(dataset["tools"]):
+            _refuse_tools(cell, f"row {index} of the {name} dataset")
     if not gone and not any(_has_other_roles(dataset, column) for column in CHAT_COLUMNS):
         return dataset
     what = f"Converting {name} dataset to messages"
@@ -271,6 +279,7 @@ def _one_format(row: dict[str, Any], index: int, used: tuple[str, ...], name: st
     for column in used:
         _refuse_missing_cell(row.get(column), column, index, name, all_columns)
     refuse_other_form(row, used, f"row {index} of the {name} dataset")
+    _refuse_tools(row.get("tools"), f"row {index} of the {name} dataset")
     return with_messages(row, f"row {index} of the {name} dataset")
 
 
@@ -292,6 +301,20 @@ def _refuse_missing_cell(cell: Any, column: str, index: int, name: str, all_colu
         )
 
 
+def _is_json(dataset: Dataset, column: str) -> bool:
+    """True for a column whose cells may have different types: datasets keeps them as JSON."""
+    return isinstance(dataset.data.column(column).type, pa.BaseExtensionType)
+
+
+def _refuse_tools(cell: Any, name: str) -> None:
+    try:
+        json.loads(cell) if isinstance(cell, str) else None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{name} has {reprlib.repr(cell)} as its 'tools', which has to be a list of tools, or one as JSON ({error})"
+        ) from error
+
+
 def _has_other_roles(dataset: Dataset, column: str) -> bool:
     """True if messages have `from` and `value`, no text, or roles under names that templates do not know."""
     if column not in dataset.column_names:
@@ -306,11 +329,15 @@ def _has_other_roles(dataset: Dataset, column: str) -> bool:
         return True
     chunks = [chunk.flatten() for chunk in cells.chunks]
     contents = [chunk.field("content") for chunk in chunks]
+    if any(chunk.field("role").null_count for chunk in chunks):
+        return True
     if any(c.null_count or not (pa.types.is_string(c.type) or pa.types.is_large_string(c.type)) for c in contents):
         return True
     return any(ALIASES & set(chunk.field("role").unique().to_pylist()) for chunk in chunks)
 
 
-def _is_other(message: Mapping[str, Any]) -> bool:
+def _is_other(message: Any) -> bool:
+    if not isinstance(message, Mapping) or message.get("role") is None:
+        return True
     has_text = isinstance(message.get("content"), str)
     return not has_text or bool({"from", "value"} & message.keys()) or message.get("role") in ALIASES

@@ -167,7 +167,8 @@ class HardLabelTrainer(SurvivingTrainer):
             teachers: hub ids, paths or models by name, of a trainer that has some.
 
         Returns:
-            The same with the student's tokenizer, and the student itself if it was a folder of adapters.
+            The same with the student's tokenizer and rows of one format, and the student itself if it was a folder of
+            adapters.
         """
         model, args, teachers = given.model, given.args, teachers or {}
         refuse_lost_processes(args)
@@ -190,7 +191,8 @@ class HardLabelTrainer(SurvivingTrainer):
         given.check_tokens()
         if args.chat_template_path is None:
             given.check_chat_template(given.processing_class, "the student's", "chat_template_path")
-        return given
+        # Before SFTTrainer looks at a row to see what it is.
+        return given.with_rows(partial(self._brought, args=args)) if given.unprepared() else given
 
     @classmethod
     def evaluated(cls, args: Any) -> tuple[str, ...]:
@@ -215,9 +217,6 @@ class HardLabelTrainer(SurvivingTrainer):
             # What no model can read would fail in the middle of training.
             given = given.with_rows(partial(as_they_are, limits=self.limits(args, None), args=args))
             given = given.with_rows(partial(self.prepare_rows, args=args))
-        elif given.formatting_func is None:
-            # Before SFTTrainer looks at a row to see what it is.
-            given = given.with_rows(partial(self._brought, args=args))
         if isinstance(given.model, str) and args.device.type == "cuda" and args.world_size == 1:
             # TRL would spread the student over all GPUs, those of others too.
             args = copy.copy(args)
