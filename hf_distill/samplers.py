@@ -86,7 +86,7 @@ def threshold(logits: Tensor, num_entries: int, uniforms: Tensor, *, tau: float 
 
 
 def multinomial(logits: Tensor, num_draws: int, uniforms: Tensor) -> SparseTarget:
-    """The share of each token in `num_draws` independent draws. There are as many entries as different tokens.
+    """The share of each token in `num_draws` independent draws, as many entries as different tokens, the largest first.
 
     Args:
         logits (`torch.Tensor` of shape `(n, V)`): over the true vocabulary, divided by the temperature.
@@ -101,7 +101,10 @@ def multinomial(logits: Tensor, num_draws: int, uniforms: Tensor) -> SparseTarge
     entries = is_new.cumsum(-1) - 1
     counts = torch.zeros_like(drawn).scatter_add_(-1, entries, torch.ones_like(drawn))
     ids = torch.zeros_like(drawn).scatter_(-1, entries, drawn)
-    return SparseTarget(ids, counts.to(entropy.dtype) / num_draws, entropy, torch.zeros_like(entries[:, 0]))
+    counts, order = counts.sort(dim=-1, descending=True, stable=True)
+    return SparseTarget(
+        ids.gather(-1, order), counts.to(entropy.dtype) / num_draws, entropy, torch.zeros_like(entries[:, 0])
+    )
 
 
 def _masses(logits: Tensor) -> tuple[Tensor, Tensor]:
