@@ -37,12 +37,6 @@ class TeacherColumnsCollator:
         self.collator = collator
         self.collate = collate
 
-    def __getattr__(self, name: str) -> Any:
-        # Settings of the student's collator are read through this one.
-        if name == "collator":  # while it is unpickled
-            raise AttributeError(name)
-        return getattr(self.collator, name)
-
     def __call__(self, rows: Sequence[Row]) -> Row:
         batch = self.collator([{k: v for k, v in row.items() if not k.startswith(PREFIX)} for row in rows])
         return {**batch, **self.collate(rows)}
@@ -94,7 +88,7 @@ def with_teacher_prompt(
             )
         prompt = PromptCollator(tokenizer).teacher_prompt_ids(row, name)
         ids, labels = prompt + ids[start:], [-100] * len(prompt) + labels[start:]
-        if row.get("teacher_input_ids", ids) != ids:
+        if list(map(int, row.get("teacher_input_ids", ids))) != ids:
             raise ValueError(
                 f"the 'teacher_prompt' of {name} is for all teachers, but their chat templates or tokenizers make "
                 "different tokens of it: give 'prompt' and 'teacher_prompt' as text, or take teachers that agree"

@@ -138,6 +138,8 @@ def open_teachers(
     for name, model in named.models.items():
         if isinstance(model, Teacher):
             by_name[name] = model
+            if isinstance(model, ModelTeacher):
+                vocab_size = min(vocab_size, model.head.weight.shape[0])
             continue
         if is_base(model):
             by_name[name] = BaseTeacher(None, tokenizers[name], num_proc)

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from accelerate import ParallelismConfig
@@ -248,11 +249,17 @@ def refuse_frozen(student: nn.Module) -> None:
         )
 
 
-def check_lengths(readers: Sequence[tuple[str, PreTrainedModel, Any]], dataset: AnyDataset, args: Any) -> None:
+def check_lengths(
+    readers: Sequence[tuple[str, PreTrainedModel, Any]],
+    dataset: AnyDataset,
+    args: Any,
+    trying_out: Callable[[], AbstractContextManager[None]],
+) -> None:
     """Raises `ValueError` for prepared rows that are longer than the table of positions of a model that reads them.
 
     Args:
         readers: name and model of the student, then of the teachers that read its rows.
+        trying_out (`Callable`): a context in which the student is whole; entered only where a model is tried.
     """
     if not isinstance(dataset, Dataset):
         return
@@ -263,8 +270,9 @@ def check_lengths(readers: Sequence[tuple[str, PreTrainedModel, Any]], dataset: 
     if limit is None or (cut is not None and cut <= limit):
         return
     length = longest_text(dataset)
-    for name, model, _ in readers:
-        check_length(model, name, length)
+    with trying_out():
+        for name, model, _ in readers:
+            check_length(model, name, length)
 
 
 def as_it_came(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: HardLabelConfig) -> AsItCame:

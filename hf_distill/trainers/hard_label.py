@@ -19,6 +19,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig
 from torch import Tensor
 from transformers import DataCollator, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_pt_utils import nested_truncate
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
@@ -239,9 +240,8 @@ class HardLabelTrainer(SurvivingTrainer):
             self.check_readers(dataset)
         self._try_saving()
 
-    @property
-    def student_collator(self) -> Any:
-        """The collator of the student's side of a batch."""
+    def batch_collator(self) -> Any:
+        """The collator of whole batches; `data_collator` makes the student's side of them."""
         return self.data_collator
 
     def attach(self) -> None:
@@ -268,11 +268,10 @@ class HardLabelTrainer(SurvivingTrainer):
         readers = self.readers()
         rows = self.first_rows(dataset, 2)
         is_packed = bool(rows) and "seq_lengths" in rows[0]
-        if is_packed not in self.tried_packings and joins(self.student_collator, rows):
-            check_packing(readers, self.student_collator, is_packed, self.vocab_size, self.args.device)
+        if is_packed not in self.tried_packings and joins(self.data_collator, rows):
+            check_packing(readers, self.data_collator, is_packed, self.vocab_size, self.args.device)
             self.tried_packings.add(is_packed)
-        with self.trying_out():
-            check_lengths(readers, dataset, self.args)
+        check_lengths(readers, dataset, self.args, self.trying_out)
 
     # ---------------------------------------------------------------------------------------------------- the loss
 
@@ -370,7 +369,7 @@ class HardLabelTrainer(SurvivingTrainer):
 
     def probe_batch(self) -> tuple[dict[str, Any], Tensor]:
         """A few training rows as a batch on the student's device, and its label-bearing positions."""
-        batch = self.data_collator(self.first_rows(self.train_dataset, PROBE_ROWS))
+        batch = self.batch_collator()(self.first_rows(self.train_dataset, PROBE_ROWS))
         device = self.student.device
         inputs, positions, _ = self.take_labels(
             {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
@@ -411,7 +410,13 @@ class HardLabelTrainer(SurvivingTrainer):
             test_dataset = self._prepare_dataset(
                 test_dataset, self.processing_class, self.args, packing, self._formatting_func, metric_key_prefix
             )
-        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        found = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        if not isinstance(test_dataset, Dataset):
+            return found
+        # Without the rows that fill up the batches of several processes.
+        cut = partial(nested_truncate, limit=len(test_dataset))
+        parts = {name: getattr(found, name) for name in ("predictions", "label_ids")}
+        return found._replace(**{name: cut(part) for name, part in parts.items() if part is not None})
 
     # --------------------------------------------------------------------------------------------------------- rows
 
@@ -475,7 +480,11 @@ class HardLabelTrainer(SurvivingTrainer):
         if not is_training:
             self.check_readers(dataset)  # of an evaluation's own rows
             dataset = self._fill_up(dataset, batch_size) if isinstance(dataset, Dataset) else dataset
-        return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+        own, self.data_collator = self.data_collator, self.batch_collator()
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = own
 
     def _fill_up(self, dataset: Dataset, batch_size: int) -> Any:
         """Adds rows without a label until every process has as many: accelerate would repeat rows, which then count."""

@@ -89,7 +89,7 @@ class KDTrainer(HardLabelTrainer):
 
     _config = KDConfig
     _output_dir = "kd_output"
-    _evaluated: tuple[str, ...] = ("kd", "agreement", "alignment/")
+    _signal_metrics = ("kd", "agreement", "alignment/")
     _crosses_tokenizers = True
     _tag_names = ["hf_distill", "knowledge-distillation"]
     _name = "KD"
@@ -149,7 +149,13 @@ class KDTrainer(HardLabelTrainer):
 
     @classmethod
     def evaluated(cls, args: KDConfig) -> tuple[str, ...]:
-        return (*super().evaluated(args), *(["hidden"] if args.has_hidden else []))
+        own = cls._signal_metrics if cls._has_signal(args) else ()
+        return (*super().evaluated(args), *own, *(["hidden"] if args.has_hidden else []))
+
+    @staticmethod
+    def _has_signal(args: KDConfig) -> bool:
+        """True if the teachers are asked at some time of the training, and so in its evaluations."""
+        return max(keywords(args.schedule).get("kd_weight", [args.kd_weight])) > 0 or args.has_hidden
 
     def check_rows(self, dataset: AnyDataset, name: str, args: Any, has_formatting: bool) -> None:
         super().check_rows(dataset, name, args, has_formatting)
@@ -186,9 +192,10 @@ class KDTrainer(HardLabelTrainer):
         for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
             self._keep_columns(dataset)
         self.divergence_params = check_divergence(self.args.divergence, keywords(self.args.divergence_params))
-        self.data_collator = TeacherColumnsCollator(self.data_collator, self.teacher.collate)
         self.hidden_layers = None
         if self.args.has_hidden:
+            for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
+                self.check_readers(dataset)  # before rows are read to measure layers
             self._attach_hidden_layers()
 
     def _attach_hidden_layers(self) -> None:
@@ -203,10 +210,8 @@ class KDTrainer(HardLabelTrainer):
                 )
             self.projectors[PROJECTOR] = self.hidden_layers.projector
 
-    @property
-    def student_collator(self) -> Any:
-        collator = self.data_collator
-        return collator.collator if isinstance(collator, TeacherColumnsCollator) else collator
+    def batch_collator(self) -> Any:
+        return TeacherColumnsCollator(self.data_collator, self.teacher.collate)
 
     def readers(self) -> list[Reader]:
         readers = super().readers()
@@ -265,6 +270,8 @@ class KDTrainer(HardLabelTrainer):
         return self.teacher(whole, positions) if self._needs_signal() else None
 
     def _needs_signal(self) -> bool:
+        if not self.model.training:
+            return self._has_signal(self.args)
         return self.setting("kd_weight") > 0 or self.hidden_layers is not None
 
     def distillation_terms(
@@ -313,6 +320,9 @@ class KDTrainer(HardLabelTrainer):
         return super().limits(args, max_length)._replace(teacher_ids=readable_ids(self.teachers, self.vocab_size))
 
     def prepare_rows(self, dataset: Any, name: str, args: Any) -> Any:
+        columns = set(next(iter(dataset), {}))
+        if "teacher_prompt" in columns and (made := columns & {"teacher_input_ids", "teacher_labels"}):
+            dataset = dataset.remove_columns(sorted(made))  # by an earlier preparation
         with args.main_process_first(desc=f"preparing the {name} dataset for the teachers"):
             return self.teacher.prepare(dataset, name)
 

@@ -55,7 +55,7 @@ class KVProjectionTrainer(KDTrainer):
 
     _config = KVProjectionConfig
     _output_dir = "kv_projection_output"
-    _evaluated = (*KDTrainer._evaluated, "kv")
+    _evaluated = ("kv",)
     _crosses_tokenizers = False  # keys and values are compared token by token
     _tag_names = [*KDTrainer._tag_names, "kv-cache-distillation"]
     _name = "KV projection"
@@ -125,6 +125,10 @@ class KVProjectionTrainer(KDTrainer):
                 _, own_positions = self.models[name].view(inputs, positions)
                 stack.enter_context(source.capture(own_positions))
             return super().teacher_signal(inputs, positions)
+
+    @staticmethod
+    def _has_signal(args: Any) -> bool:
+        return True
 
     def _needs_signal(self) -> bool:
         return True  # what is captured comes out of the teachers' forwards

@@ -84,7 +84,7 @@ class SpeculativeKDTrainer(KDTrainer):
 
     _config = SpeculativeKDConfig
     _output_dir = "speculative_kd_output"
-    _evaluated = (*KDTrainer._evaluated, "rollout/")
+    _evaluated = ("rollout/",)
     _crosses_tokenizers = False  # what one side writes, the other has to read token by token
     _tag_names = [*KDTrainer._tag_names, "speculative-knowledge-distillation"]
     _name = "Speculative KD"
@@ -158,6 +158,13 @@ class SpeculativeKDTrainer(KDTrainer):
             "student": args.rollout_config(**alone),
             "teacher": args.rollout_config(draft_length=0),
         }
+
+    @staticmethod
+    def _has_signal(args: Any) -> bool:
+        return True  # it comes out of the rollouts
+
+    def batch_collator(self) -> Any:
+        return self.data_collator  # of prompts; what the teacher reads is among them
 
     def check(self, given: Given, teachers: Mapping[str, Any] | None = None) -> Given:
         require_models(teachers or {}, "SpeculativeKDTrainer")

@@ -148,7 +148,7 @@ def results_of(trainer: KDTrainer) -> dict:
 
 def evaluate_packed(trainer: KDTrainer) -> dict[str, float]:
     """The same rows in a dataset of three packs, which do not divide among two processes either."""
-    trainer.args.padding_free = trainer.padding_free = trainer.data_collator.collator.padding_free = True
+    trainer.args.padding_free = trainer.padding_free = trainer.data_collator.padding_free = True
     rows = trainer.eval_dataset.to_list()
     packed = [
         {

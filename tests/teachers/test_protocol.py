@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
 from torch.utils.data import DataLoader
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_distill import KDConfig, KDTrainer, KVProjectionConfig, KVProjectionTrainer
 from hf_distill import SpeculativeKDConfig as SKDConfig
@@ -129,7 +130,7 @@ def test_a_table_of_probabilities_is_a_teacher(tmp_path, table, rows, tokenizer,
     assert teacher.prepared == ["train", "some"]
     assert teacher.knows is trainer.processing_class
     assert trainer.teacher is teacher
-    batch = trainer.data_collator(trainer.first_rows(trainer.train_dataset, 4))
+    batch = trainer.batch_collator()(trainer.first_rows(trainer.train_dataset, 4))
     loss = by_hand(trainer.model, batch, table, kd_weight=0.7, temperature=2.0, divergence=divergence)
     found = trainer.compute_loss(trainer.model, dict(batch))
     assert found.item() == pytest.approx(loss.item(), rel=1e-5)
@@ -180,13 +181,13 @@ def test_it_joins_models_in_a_sum_and_in_nothing_else(tmp_path, table, rows, tok
     teachers = {"table": TableTeacher(table), "model": make_model(seed=3)}
     trainer = make(tmp_path, teachers, rows, tokenizer, teacher_combination="sum", kd_weight=1.0)
     assert isinstance(trainer.teacher, EnsembleTeacher)
-    batch = trainer.data_collator(trainer.first_rows(trainer.train_dataset, 4))
+    batch = trainer.batch_collator()(trainer.first_rows(trainer.train_dataset, 4))
     found = trainer.compute_loss(trainer.model, dict(batch)).item()
     alone = [
         make(tmp_path, teacher, rows, tokenizer, kd_weight=1.0) for teacher in (TableTeacher(table), make_model(seed=3))
     ]
     parts = [
-        one.compute_loss(one.model, one.data_collator(one.first_rows(one.train_dataset, 4))).item() for one in alone
+        one.compute_loss(one.model, one.batch_collator()(one.first_rows(one.train_dataset, 4))).item() for one in alone
     ]
     assert found == pytest.approx(sum(parts) / 2, rel=1e-5)
     for combination in ("mixture", "route"):
@@ -249,6 +250,43 @@ def test_the_example_of_the_docs_is_this_teacher(tmp_path, table, rows, tokenize
     losses = []
     for teacher in (names["TableTeacher"](table), TableTeacher(table)):
         trainer = make(tmp_path, teacher, rows, tokenizer, divergence="jensen_shannon", temperature=2.0)
-        batch = trainer.data_collator(trainer.first_rows(trainer.train_dataset, 4))
+        batch = trainer.batch_collator()(trainer.first_rows(trainer.train_dataset, 4))
         losses.append(trainer.compute_loss(trainer.model, batch).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_evaluations_ask_a_teacher_whose_weight_ends_at_zero(tmp_path, table, rows, tokenizer):
+    trainer = make(
+        tmp_path, TableTeacher(table), rows, tokenizer, schedule={"kd_weight": [1, 0]}, eval_dataset=rows,
+        eval_strategy="steps", eval_steps=1, metric_for_best_model="eval_kd",
+    )  # fmt: skip
+    trainer.train()
+    logged = [log["eval_kd"] for log in trainer.state.log_history if "eval_kd" in log]
+    assert len(logged) == 2
+    with pytest.raises(ValueError, match="metric_for_best_model='eval_kd' is in no evaluation"):
+        make(
+            tmp_path, TableTeacher(table), rows, tokenizer, kd_weight=0.0, eval_dataset=rows, eval_strategy="steps",
+            eval_steps=1, metric_for_best_model="eval_kd",
+        )  # fmt: skip
+
+
+def test_the_collator_of_the_trainer_stays_the_students(tmp_path, table, rows, tokenizer):
+    trainer = make(tmp_path, TableTeacher(table), rows, tokenizer)
+    assert isinstance(trainer.data_collator, DataCollatorForLanguageModeling)
+    trainer.data_collator.pad_to_multiple_of = 64
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[1] % 64 == 0
+    assert "teacher_last" in batch
+    assert isinstance(trainer.data_collator, DataCollatorForLanguageModeling)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_two_models_may_read_a_prompt_of_their_own_in_rows_of_any_format(tmp_path, tokenizer, kind):
+    prompts = Dataset.from_dict({"prompt": ["a b"] * 4, "completion": [" c d"] * 4, "teacher_prompt": ["e f g"] * 4})
+    teachers = {"one": make_model(seed=3), "other": make_model(seed=4)}
+    args = KDConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    trainer = KDTrainer(
+        make_model(seed=2), teachers, args, prompts.with_format(kind), processing_class=tokenizer,
+        teacher_processing_class=tokenizer,
+    )  # fmt: skip
+    assert "teacher_input_ids" in trainer.train_dataset.column_names
