@@ -3,11 +3,12 @@
 Shapes: B batch, T tokens, N label-bearing positions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from hf_distill.collators import Row
@@ -64,6 +65,8 @@ class EnsembleTeacher:
         if self.combination == "route" and "teacher" in next(iter(dataset)):
             function = partial(_with_index, names=list(self.teachers), dataset_name=name)
             dataset = map_rows(dataset, function, f"Naming teachers of {name} dataset", self.num_proc)
+        if isinstance(dataset, Dataset) and "teacher_index" in dataset.column_names:
+            _check_index(set(dataset["teacher_index"]), len(self.teachers))
         for teacher in self.teachers.values():
             dataset = teacher.prepare(dataset, name)
         return dataset
@@ -107,10 +110,14 @@ def _collate(rows: Sequence[Row], collates: Sequence[Callable[..., Mapping[str, 
         batch.update(collate(rows))
     if "teacher_index" in rows[0]:
         index = [row["teacher_index"] for row in rows]
-        if strange := [i for i in index if not 0 <= i < len(collates)]:
-            raise ValueError(f"a row has teacher_index {strange[0]}; there are {len(collates)} teachers")
+        _check_index(index, len(collates))
         batch["teacher_index"] = torch.tensor(index)
     return batch
+
+
+def _check_index(index: Iterable[int], number: int) -> None:
+    if strange := [int(i) for i in index if not 0 <= i < number]:
+        raise ValueError(f"a row has teacher_index {strange[0]}; there are {number} teachers")
 
 
 def _with_index(row: dict[str, Any], names: list[str], dataset_name: str) -> dict[str, int]:

@@ -188,7 +188,7 @@ class KDTrainer(HardLabelTrainer):
 
     def attach(self) -> None:
         bind_teachers(self._opened, self.model, self.accelerator)
-        self._teacher_columns: set[str] = set()
+        self._collate, self._teacher_columns = self.teacher.collate, set[str]()
         for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
             self._keep_columns(dataset)
         self.divergence_params = check_divergence(self.args.divergence, keywords(self.args.divergence_params))
@@ -211,7 +211,7 @@ class KDTrainer(HardLabelTrainer):
             self.projectors[PROJECTOR] = self.hidden_layers.projector
 
     def batch_collator(self) -> Any:
-        return TeacherColumnsCollator(self.data_collator, self.teacher.collate)
+        return TeacherColumnsCollator(self.data_collator, self._collate)
 
     def readers(self) -> list[Reader]:
         readers = super().readers()
