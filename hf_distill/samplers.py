@@ -15,7 +15,8 @@ start of a sentence. The derivative of the squared error by K is -tau^2. So of a
 entries on a text, the one with the same tau everywhere has the smallest error. `threshold(..., tau=...)` spends them in
 this way, and `tau_for` finds the tau that leads to a mean number of entries.
 
-Nothing here is random: the uniform numbers are arguments, so that a store decides what they depend on.
+Nothing here is random: the uniform numbers are arguments, so that a store decides what they depend on. Logits come in
+chunks. On a CPU, 16 positions at a time are three times as fast as 64, whose tensors fit no cache (V = 151,936).
 
 Shapes: n positions, V vocabulary, K entries, B blocks of the vocabulary.
 """

@@ -18,7 +18,7 @@ from hf_distill.losses.sparse import EXACT_MASS, SparseSignal, TopKSignal
 from hf_distill.losses.sum import SumSignal
 from tests.losses.oracle import ORACLE
 from tests.losses.test_loop import CountProducts
-from tests.losses.test_sparse import ROWS, VOCAB, K, dense_logits, leaves_of, make_student, relative
+from tests.losses.test_sparse import ROWS, VOCAB, K, dense_logits, leaves_of, make_student, make_target, relative
 
 NAMES = sorted(DIVERGENCES)
 
@@ -341,6 +341,24 @@ def test_where_all_tokens_are_there_none_may_lack():
     signal.ids[3, 1] = -1
     with pytest.raises(ValueError, match=r"ids\[3, 1\] is -1; 0 to 34 are possible"):
         signal.loss(*make_student(), Objective(vocab_size=VOCAB))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "make", [make_target, make_top, lambda **kw: make_top(VOCAB, **kw)], ids=["sample", "K", "all"]
+)
+def test_cuda_equals_the_cpu(make):
+    results = []
+    for device in ("cpu", "cuda"):
+        hidden, head, labels = make_student(torch.float32)
+        head = head._replace(
+            weight=head.weight.detach().to(device).requires_grad_(), bias=head.bias.detach().to(device)
+        )
+        result = make(dtype=torch.float32).loss(hidden, head, labels, Objective(vocab_size=VOCAB, chunk_size=4))
+        gradients = torch.autograd.grad(result.loss, [hidden, head.weight])
+        results.append([x.detach().cpu() for x in (*result[:6], *result.more.values(), *gradients)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
