@@ -11,11 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template
 
-from hf_distill.rows import need_chat_template, refuse_other_form, token_ids, with_messages
+from hf_distill.rows import need_chat_template, refuse_other_form, refuse_other_tools, token_ids, with_messages
 from hf_distill.token_rows import pad
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class PromptCollator:
         Raises:
             `ValueError`: no prompt, an empty one, or messages without a chat template.
         """
+        refuse_other_form(row, ("messages",) if row.get("messages") else (), name)
+        refuse_other_tools(row.get("tools"), name)
         row = with_messages(row, name)
         if row.get("messages"):
             messages = row["messages"]
@@ -59,7 +62,10 @@ class PromptCollator:
         if is_chat := not isinstance(prompt, str):
             need_chat_template(self.tokenizer)
             turns = {"prompt": prompt, **({"completion": completion} if completion else {})}
-            texts = apply_chat_template(turns, self.tokenizer, **template_arguments(row))
+            try:
+                texts = apply_chat_template(turns, self.tokenizer, **template_arguments(row))
+            except (TemplateError, ValueError) as error:
+                raise ValueError(f"the chat template of the tokenizer refuses {name} ({error})") from error
             prompt, completion = texts["prompt"], texts.get("completion")
         ids = prompt_ids(self.tokenizer, prompt, add_special_tokens=not is_chat)
         answer = completion_ids(self.tokenizer, prompt, completion, ids, ends=is_chat) if completion else []

@@ -1,5 +1,6 @@
 """Rows of a dataset: what templates make of their columns, their conversations, and their tokens."""
 
+import json
 import reprlib
 import string
 from collections.abc import Iterable, Mapping
@@ -124,6 +125,18 @@ def refuse_other_form(row: Mapping[str, Any], used: Iterable[str], name: str) ->
     if len(set(forms.values())) > 1:
         found = " and ".join(f"{column!r} as {form}" for column, form in forms.items())
         raise ValueError(f"{name} has {found}: take text for both, or messages for both")
+
+
+def refuse_other_tools(cell: Any, name: str) -> None:
+    """Raises `ValueError` for text in the column `tools` of a row that is no JSON."""
+    if not isinstance(cell, str):
+        return
+    try:
+        json.loads(cell)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{name} has {reprlib.repr(cell)} as its 'tools', which has to be a list of tools, or one as JSON ({error})"
+        ) from error
 
 
 def with_messages(row: dict[str, Any], name: str) -> dict[str, Any]:

@@ -313,6 +313,28 @@ def test_bad_settings_are_refused_in_words(tokenizer, settings, message):
         LUPICollator(tokenizer, **settings)
 
 
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"messages": "hello"}, "row 7 has 'hello' as its 'messages', which has to be messages"),
+        ({"messages": ["a", "b"]}, r"row 7 has \['a', 'b'\] as its 'messages'"),
+        ({"messages": {"role": "user", "content": "a"}}, "row 7 has .* as its 'messages'"),
+        ({"messages": [{"role": "narrator", "content": "a"}]}, r"refuses row 7 \(Invalid role .*narrator\)"),
+        ({"messages": [{"role": "user", "content": 5}]}, "a message of row 7 has 5 as its content"),
+        ({"prompt": [{"role": "user", "content": "a"}, "b"]}, "a message of row 7 is 'b'"),
+        ({"prompt": [{"role": "user", "content": "a"}], "tools": "search"}, "row 7 has 'search' as its 'tools'"),
+    ],
+)
+def test_a_dirty_row_of_prompts_is_named(tokenizer, cells, message):
+    with pytest.raises(ValueError, match=message):
+        PromptCollator(tokenizer).encode(cells, "row 7")
+
+
+def test_few_shot_turns_that_are_no_dicts_are_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"few_shot\[0\] has to be a dict with query, .* got 'Who\?'"):
+        LUPICollator(tokenizer, few_shot=["Who?"])
+
+
 def test_messages_need_a_chat_template():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None

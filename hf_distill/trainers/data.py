@@ -1,9 +1,7 @@
 """Data sets on their way into a trainer: which of their columns are read, in which format, and which rows count."""
 
-import json
 import logging
 import re
-import reprlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -15,7 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
-from hf_distill.rows import ALIASES, CHAT_COLUMNS, is_chat, need_chat_template, refuse_other_form, with_messages
+from hf_distill.rows import (
+    ALIASES,
+    CHAT_COLUMNS,
+    is_chat,
+    need_chat_template,
+    refuse_other_form,
+    refuse_other_tools,
+    with_messages,
+)
 from hf_distill.teachers.columns import OWN_COLUMNS
 from hf_distill.token_rows import COLUMNS, Cut, Limits, check_row, check_rows, count_cut, has_label, rows_with_label
 from hf_distill.trainers.checks import PEEKED_ROWS, AnyDataset
@@ -163,7 +169,7 @@ def one_format(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
         refuse_other_form(row, used, f"row {index} of the {name} dataset")
     if "tools" in dataset.column_names and not pa.types.is_list(dataset.data.column("tools").type):
         for index, cell in enumerate(dataset["tools"]):
-            _refuse_tools(cell, f"row {index} of the {name} dataset")
+            refuse_other_tools(cell, f"row {index} of the {name} dataset")
     if not gone and not any(_has_other_roles(dataset, column) for column in CHAT_COLUMNS):
         return dataset
     what = f"Converting {name} dataset to messages"
@@ -279,7 +285,7 @@ def _one_format(row: dict[str, Any], index: int, used: tuple[str, ...], name: st
     for column in used:
         _refuse_missing_cell(row.get(column), column, index, name, all_columns)
     refuse_other_form(row, used, f"row {index} of the {name} dataset")
-    _refuse_tools(row.get("tools"), f"row {index} of the {name} dataset")
+    refuse_other_tools(row.get("tools"), f"row {index} of the {name} dataset")
     return with_messages(row, f"row {index} of the {name} dataset")
 
 
@@ -304,15 +310,6 @@ def _refuse_missing_cell(cell: Any, column: str, index: int, name: str, all_colu
 def _is_json(dataset: Dataset, column: str) -> bool:
     """True for a column whose cells may have different types: datasets keeps them as JSON."""
     return isinstance(dataset.data.column(column).type, pa.BaseExtensionType)
-
-
-def _refuse_tools(cell: Any, name: str) -> None:
-    try:
-        json.loads(cell) if isinstance(cell, str) else None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{name} has {reprlib.repr(cell)} as its 'tools', which has to be a list of tools, or one as JSON ({error})"
-        ) from error
 
 
 def _has_other_roles(dataset: Dataset, column: str) -> bool:
