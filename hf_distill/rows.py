@@ -11,19 +11,21 @@ from transformers import PreTrainedTokenizerBase
 
 # Columns that may hold a conversation.
 CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion", "teacher_prompt")
-# The roles of templates under the names that they have where messages are called `from` and `value`.
+# Names of roles in messages with `from` and `value`, and the roles that chat templates know.
 ROLES = {
     "system": "system",
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "chatbot", "bot"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
-# Those that no template knows: they are renamed in messages with `role` and `content`, too.
+# Names that no template knows. They are renamed in messages with `role` and `content`, too.
 ALIASES = {"human", "gpt", "chatgpt", "bing", "bard"}
 
 
 def fill_templates(rows: Dataset, prompt_template: str, completion_template: str) -> Dataset:
-    """Rows of `prompt` and `completion`, made of other columns by `str.format`; a backslash and an n are a new line.
+    """Rows of `prompt` and `completion`, formatted from other columns by `str.format`.
+
+    The two characters \\n are a new line, as a shell passes them.
 
     Raises:
         `ValueError`: a template names a column or a part of it that a row does not have, or that is empty (None).
@@ -60,10 +62,10 @@ def is_chat(cell: Any) -> bool:
 
 
 def chat(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Messages with `role` and `content`, made of `from` and `value` where they are called so, of a row called `name`.
+    """Messages with `role` and `content`, of a row called `name` in errors; `from` and `value` are renamed.
 
     Raises:
-        `ValueError`: a message without a role, or with one that no template knows.
+        `ValueError`: a message that is no dict, has no role or one that no template knows, or content that is no text.
     """
     found = []
     for message in messages:

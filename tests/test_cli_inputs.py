@@ -4,7 +4,9 @@ import json
 import re
 
 import pytest
+import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 
 from hf_distill import cli
 from tests.test_cli import error_of, options
@@ -130,6 +132,17 @@ def test_rows_that_cannot_be_read_are_told_by_every_command(folder, tmp_path, ca
         tmp_path / "out",
     ]
     assert_says(error_of(capsys, map(str, prune), "prune"), "rows.jsonl' is broken: line 2 is no JSON object")
+
+
+def test_a_folder_of_adapters_is_trained_on_and_takes_no_others(folder, tmp_path, capsys):
+    lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--lora_r", "2", "--learning_rate", "0.01"]
+    cli.main(["kd", *options(folder, output_dir=tmp_path / "first"), *lora])
+    second = options(folder, model=tmp_path / "first", output_dir=tmp_path / "second", learning_rate=0.01)
+    cli.main(["kd", *second])
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second")]
+    assert weights[0].keys() == weights[1].keys()
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert_says(error_of(capsys, [*second, *lora]), "the student has adapters already.*leave peft_config out")
 
 
 def only_line_of(capsys, words) -> str:

@@ -19,7 +19,9 @@ class KDArguments:
         metadata={"help": "The teacher: hub id, local path, or `base`, the student's own base model; or several."}
     )
     dataset: str = field(
-        metadata={"help": "Training rows: hub id, local folder, .jsonl, .json, .parquet or .csv file."}
+        metadata={
+            "help": "Training rows: hub id, local folder, .jsonl, .json, .parquet or .csv file, compressed or not."
+        }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     train_split: str = field(
