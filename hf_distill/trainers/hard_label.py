@@ -26,6 +26,7 @@ from trl.data_utils import get_dataset_column_names
 from hf_distill.losses.hard import hard_label_loss
 from hf_distill.losses.head import Head
 from hf_distill.losses.objective import Objective
+from hf_distill.model_files import is_adapter_folder
 from hf_distill.modeling import (
     check_head,
     evaluating,
@@ -174,6 +175,7 @@ class HardLabelTrainer(SurvivingTrainer):
         model, args, teachers = given.model, given.args, teachers or {}
         refuse_lost_processes(args)
         refuse_sharding(args)
+        refuse_output_dir(model, teachers, args, has_adapters=given.has_adapters or is_adapter_folder(model))
         check_inputs(model, given.train_dataset, given.eval_dataset, args, given.peft_config)
         is_open = any(not is_of_a_library(type(part)) for part in (self, *(given.callbacks or ())))
         is_open = is_open or given.compute_metrics is not None
@@ -181,7 +183,6 @@ class HardLabelTrainer(SurvivingTrainer):
         refuse_prompt_learning(given.peft_config, model, *teachers.values())
         refuse_vision(model, given.processing_class)
         refuse_split(model)
-        refuse_output_dir(model, teachers, args, has_adapters=given.has_adapters)
         for name, dataset in given.datasets().items():
             self.check_rows(dataset, name, args, given.formatting_func is not None)
             refuse_packed_evaluation(name, args)
