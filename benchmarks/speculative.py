@@ -1,4 +1,4 @@
-"""Where should the training text come from? Speculative, student, teacher, dataset and mixes, at equal tokens.
+"""Sources of the training text at equal tokens: speculative, student, teacher, dataset and mixes.
 
     OMP_NUM_THREADS=1 python -m benchmarks.speculative --teacher stories260K --data tinystories
 

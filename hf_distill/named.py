@@ -62,7 +62,7 @@ def load_tokenizer(name: str, init_kwargs: Any, trust_remote_code: bool) -> PreT
 
 
 def has_tokenizer(folder: str) -> bool:
-    """Whether a tokenizer was saved in a folder."""
+    """True if a folder holds a saved tokenizer."""
     return any(part in file for file in os.listdir(folder) for part in TOKENIZER_FILES)
 
 

@@ -38,10 +38,10 @@ ROLLOUT_COLUMNS = {
 }
 # Columns of a comparison of runs.
 COMPARED_COLUMNS = {key: FIDELITY_COLUMNS[key] for key in ("student_perplexity", "kl", "agreement")}
-# What the histories of a picture show, where it was logged, each with its own line.
+# Logged terms in the histories of a picture, each with its own line style.
 LOSS_TERMS = ("loss", "kd", "ce", "hidden", "kv", "aux_loss")
 LINE_STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)))
-# Those that are no nats.
+# Terms in other units than nats.
 OTHER_UNITS = {"hidden", "kv", "aux_loss"}
 # Files of a finished run of the command line: its options, its logs, its results.
 RUN_FILES = ("settings.json", "trainer_state.json", "report.json")
@@ -60,7 +60,7 @@ def result_rows(
 
 
 def measured_on(results: Mapping[str, Mapping[str, float]], num_rows: int | None = None) -> str:
-    """How many rows and tokens the results rest on, as "500 rows, 25,312 tokens"; empty if nobody knows.
+    """The number of rows and tokens that were measured, as "500 rows, 25,312 tokens"; empty if nobody knows.
 
     They are the `num_rows` and `num_tokens` of the results, which `evaluate_fidelity` counts, or else `num_rows`.
     """

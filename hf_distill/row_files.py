@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 FILE_FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _OPEN: dict[str, Any] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 ARCHIVES = (".zip", ".tar", ".tgz", ".zst", ".7z", ".rar", ".lz4")
-# What loading raises for a name or a file that holds no rows, IndexError for the empty name.
+# The errors of loading for a name or a file that holds no rows, IndexError for the empty name.
 _FAILURES = (
     OSError, ValueError, RuntimeError, NotImplementedError, StopIteration, EOFError, IndexError, DatasetsError,
     HfHubHTTPError, pa.ArrowException,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class DemoArguments:
-    """Where the demo goes."""
+    """The options of `demo`."""
 
     output_dir: str = field(default="demo_out", metadata={"help": "Where student, table and picture go."})
 
@@ -141,6 +141,6 @@ class MergeArguments:
 
 @dataclass
 class CompareArguments:
-    """Where the comparison of `compare` goes; the runs are its words without an option."""
+    """The options of `compare`; its words without an option are the runs."""
 
     output_dir: str = field(default="compare_out", metadata={"help": "Where table and picture go."})

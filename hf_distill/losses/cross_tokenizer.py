@@ -261,7 +261,7 @@ def _compare(
         rest = (x.logsumexp(-1, keepdim=True) for x in unnamed)
         value = divergence(*(torch.cat(pair, -1) for pair in zip(outcomes, rest, strict=True)))
         return value, uld(*(x.exp() for x in unnamed))
-    # What only one side can say is left out: the divergence would not be finite.
+    # Outcomes that only one side can produce are left out: the divergence would not be finite.
     outcomes = [x.log_softmax(-1) if rest.shape[-1] else x for x, rest in zip(outcomes, unnamed, strict=True)]
     value = divergence(*outcomes)
     return value, torch.zeros_like(value)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 # Bytes of one chunk's logits in float32. Large enough for matrix products at full speed, small beside a model.
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
-# Where the element-wise part is not compiled it runs on blocks of rows, and holds up to 30 tensors of a block's size:
-# together they are no larger than one chunk. On the CPU a block also stays in the cache: about this many logits.
+# Blocks of rows in a chunk for the element-wise part where it is not compiled. It holds up to 30 tensors of a block's
+# size, together no larger than one chunk. On the CPU a block also stays in the cache: about this many logits.
 BLOCKS_PER_CHUNK = 32
 CACHE_BLOCK = 2**19
 # Rows of a head that are multiplied at a time: on the CPU what stays in the cache (an eighth faster than the whole head

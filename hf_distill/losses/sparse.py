@@ -34,7 +34,7 @@ LARGEST_MASS = 1.05
 
 
 class SparseSignal(NamedTuple):
-    """What is kept of a teacher at N positions: K tokens and their weights.
+    """A sparse target at N positions: K tokens of a teacher and their weights.
 
     A target with fewer entries has weights of 0 at the end, beside any token. Weights that sum to 1 are a target for
     the forward KL; nothing is renormalised.

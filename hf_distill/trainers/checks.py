@@ -190,7 +190,7 @@ def refuse_teacher_layouts(args: Any, *, has_base: bool) -> None:
 
 
 def _is_fsdp(args: HardLabelConfig) -> bool:
-    # What accelerate will read: the settings, or else what `accelerate launch` has left in the environment.
+    # The source that accelerate will read: the settings, or else what `accelerate launch` has left in the environment.
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 

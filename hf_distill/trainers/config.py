@@ -61,7 +61,7 @@ class KDConfig(HardLabelConfig):
     _VALID_DICT_FIELDS = [
         *SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "divergence_params", "schedule"
     ]  # fmt: skip
-    # What `schedule` may change, beside the parameters of the divergence.
+    # Settings that `schedule` may change, beside the parameters of the divergence.
     _SCHEDULED = ("kd_weight", "temperature", "hidden_weight")
 
     kd_weight: float = field(

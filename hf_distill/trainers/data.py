@@ -36,7 +36,7 @@ READ_BESIDE = {
     "text": {"tools", "chat_template_kwargs"},
 }
 READ_BY_TEACHERS = {"teacher_prompt", "teacher_index", "teacher_input_ids", "teacher_labels"}
-# Who has these expects that they change the training.
+# Columns whose owner expects that they change the training.
 EXPECTED_TO_COUNT = {
     "system",
     "system_prompt",

@@ -198,7 +198,7 @@ class HardLabelTrainer(SurvivingTrainer):
 
     @classmethod
     def evaluated(cls, args: Any) -> tuple[str, ...]:
-        """How the names of the metrics of an evaluation begin."""
+        """The beginnings of the names of an evaluation's metrics."""
         return (*EVALUATED, *cls._evaluated)
 
     def check_rows(self, dataset: AnyDataset, name: str, args: Any, has_formatting: bool) -> None:
@@ -216,7 +216,7 @@ class HardLabelTrainer(SurvivingTrainer):
         args = given.args
         as_given = as_it_came(given.model, given.processing_class, args)
         if args.skips_preparation:
-            # What no model can read would fail in the middle of training.
+            # Rows that no model can read would fail in the middle of training.
             given = given.with_rows(partial(as_they_are, limits=self.limits(args, None), args=args))
             given = given.with_rows(partial(self.prepare_rows, args=args))
         if isinstance(given.model, str) and args.device.type == "cuda" and args.world_size == 1:

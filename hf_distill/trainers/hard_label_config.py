@@ -25,7 +25,7 @@ _LEAST = {
     "max_length": 2,
     "max_steps": -1,
 }
-# What packing does with rows that do not fit; the last is TRL's older name of bfd_split.
+# Strategies of packing for rows that do not fit; the last is TRL's older name of bfd_split.
 _PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped", "bfd-requeue")
 
 

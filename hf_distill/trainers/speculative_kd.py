@@ -33,7 +33,7 @@ from hf_distill.trainers.speculative_kd_config import HARD_SOURCES, ROLLOUT_SOUR
 
 logger = logging.getLogger(__name__)
 
-# What a row of either collator becomes.
+# The columns of an encoded row, of either collator.
 ENCODED = Features(
     {
         "student_prompt_ids": List(Value("int64")),
@@ -134,7 +134,7 @@ class SpeculativeKDTrainer(KDTrainer):
         # Before SFTTrainer's construction, which prepares the rows.
         self._prompts = data_collator
         self._student = model
-        # What is measured is what has been written, unless nothing is.
+        # Evaluations measure generated text, unless none is generated.
         written = {name: share for name, share in args.shares.items() if name != "dataset"}
         self._mixes = {"train": args.shares, "eval": written if sum(written.values()) else args.shares}
         self.last_rows: list[Row] = []  # what has been written last, for callbacks
