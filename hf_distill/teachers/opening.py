@@ -31,10 +31,6 @@ class NamedTeachers(NamedTuple):
     tokenizers: dict[str, PreTrainedTokenizerBase | None]  # None: none came with it, or it needs none
     devices: dict[str, str | None]
 
-    def has_base(self) -> bool:
-        """True if one of them is the student's own base model."""
-        return any(is_base(model) for model in self.models.values())
-
 
 class OpenTeachers(NamedTuple):
     """The teachers of a run, ready to be asked but for the student's own base."""

@@ -139,12 +139,15 @@ class KDTrainer(HardLabelTrainer):
 
     def check(self, given: Given, teachers: Mapping[str, Any] | None = None) -> Given:
         teachers = teachers or {}
-        refuse_teacher_layouts(given.args, has_base=any(map(is_base, teachers.values())))
+        has_base = any(map(is_base, teachers.values()))
+        refuse_teacher_layouts(given.args, has_base=has_base)
         if any(given.model is teacher and not isinstance(given.model, str) for teacher in teachers.values()):
             raise ValueError("the teacher is the student object itself; load the model twice to distil it into itself")
         given = super().check(given, teachers)
         for layers in self._layer_settings(given.args, teachers):
             refuse_layers(layers, given.model, teachers, given.args)
+        if has_base and not given.has_adapters:
+            raise ValueError("teacher_model='base' needs a student with adapters: pass a peft_config (--use_peft)")
         return given
 
     @classmethod
@@ -175,8 +178,6 @@ class KDTrainer(HardLabelTrainer):
         """The second step: the teachers, which are loaded before the student."""
         args = given.args
         check_teachers(named.models, args)
-        if named.has_base() and not given.has_adapters:
-            raise ValueError("teacher_model='base' needs a student with adapters: pass a peft_config (--use_peft)")
         shared, tokenizers = find_tokenizers(named, given.processing_class, args, crosses=self._crosses_tokenizers)
         for name in [name for name in shared if shared[name] is None]:
             given.check_chat_template(tokenizers[name], f"{name}'s", "teacher_processing_class")
