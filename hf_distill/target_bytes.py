@@ -3,8 +3,10 @@
 A position takes, for K entries of which j have probabilities of their own:
 
     K * ceil(log2 V) bits   its ids, the j first
-    2 j bytes               float16 values: tau, which all other entries weigh, then the second of the j to the last
+    14 j bits               float16 values: tau, which all other entries weigh, then the second of the j to the last
     2 bytes                 the numbers K and j
+
+Numbers in [0, 1] need 14 of the 16 bits of a float16: its pattern is 0x3C00 or less.
 
 The largest probability is what is missing to 1. If it were stored, and tau left to be computed, a sure teacher's
 0.9999 would be 1 in float16, with nothing left for the other entries.
@@ -16,12 +18,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+VALUE_BITS = 14
+ONE = 0x3C00  # the bits of 1 in float16
+
 
 class PackedTargets(NamedTuple):
     """The targets of n positions. Slices of a memory map are enough to read them: nothing is written to."""
 
     ids: np.ndarray  # uint8, the bits of all ids one after the other
-    values: np.ndarray  # float16, those of all positions one after the other
+    values: np.ndarray  # uint8, the bits of all values one after the other
     num_entries: np.ndarray  # (n,) uint8
     num_values: np.ndarray  # (n,) uint8
 
@@ -46,7 +51,8 @@ def pack_targets(ids: np.ndarray, weights: np.ndarray, num_values: np.ndarray, v
         vocab_size (`int`): ids are below it.
 
     Raises:
-        `ValueError`: more entries in a row than a byte can count, or an id that is no token.
+        `ValueError`: more entries in a row than a byte can count, an id that is no token, or a weight that is no
+        probability.
     """
     ids, weights, num_values = np.asarray(ids), np.asarray(weights, np.float32), np.asarray(num_values, np.int64)
     places = np.arange(ids.shape[1])
@@ -60,8 +66,11 @@ def pack_targets(ids: np.ndarray, weights: np.ndarray, num_values: np.ndarray, v
     values = np.where(has_value, weights, 0).astype(np.float16)
     shared = np.take_along_axis(weights, np.minimum(num_values, ids.shape[1] - 1)[:, None], 1)[:, 0]
     values[:, 0] = np.where(num_values < num_entries, shared, 0)
+    values = values[has_value].view(np.uint16)
+    if values.max(initial=0) > ONE:
+        raise ValueError(f"weights are probabilities in [0, 1], got up to {weights.max():g}")
     counts = num_entries.astype(np.uint8), num_values.astype(np.uint8)
-    return PackedTargets(pack_bits(kept, id_bits(vocab_size)), values[has_value], *counts)
+    return PackedTargets(pack_bits(kept, id_bits(vocab_size)), pack_bits(values, VALUE_BITS), *counts)
 
 
 def unpack_targets(packed: PackedTargets, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +84,8 @@ def unpack_targets(packed: PackedTargets, vocab_size: int) -> tuple[np.ndarray, 
     ids = np.zeros(is_entry.shape, dtype=np.int32)
     ids[is_entry] = unpack_bits(packed.ids, id_bits(vocab_size), int(num_entries.sum()))
     weights = np.zeros(is_entry.shape, dtype=np.float32)
-    weights[has_value] = packed.values
+    values = unpack_bits(packed.values, VALUE_BITS, int(num_values.sum()))
+    weights[has_value] = values.astype(np.uint16).view(np.float16)
     shared = np.where(num_values > 0, weights[:, :1], 1 / np.maximum(num_entries, 1)).astype(np.float32)
     weights = np.where(has_value, weights, shared) * is_entry
     weights[:, 0] = np.where(num_values[:, 0] > 0, 1 - weights[:, 1:].sum(-1), weights[:, 0])

@@ -110,11 +110,18 @@ def test_a_packed_sample_has_the_mean_of_the_distribution():
 
 
 def test_the_bytes_are_those_of_the_table():
-    """For 12 entries of which j are exact: bits of the ids, 2 j bytes and two counts."""
+    """For 12 entries of which j are exact: bits of the ids, 14 bits for each of the j, and two counts."""
     for vocab, bits in ((5000, 13), (700, 10)):
         target = random_targets(vocab)
-        expected = 300 * (12 * bits / 8 + 2) + 2 * target.num_exact.sum().item()
-        assert packed(target, vocab).nbytes == pytest.approx(expected, abs=1)
+        expected = 300 * (12 * bits / 8 + 2) + 14 / 8 * target.num_exact.sum().item()
+        assert packed(target, vocab).nbytes == pytest.approx(expected, abs=2)
+
+
+def test_every_probability_in_float16_comes_back():
+    every = np.arange(0x3C01, dtype=np.uint16).view(np.float16).astype(np.float32)[1:]  # 0 is no entry
+    ids, weights = np.tile([3, 4, 5], (len(every), 1)), np.stack([np.full_like(every, 2), every, every], -1) / 2
+    found = unpack_targets(pack_targets(ids, weights, np.full(len(every), 2), 10), 10)[1]
+    np.testing.assert_array_equal(found[:, 1:], (weights.astype(np.float16)[:, [1, 1]]))
 
 
 def test_a_part_of_what_was_packed_is_read_alone():
@@ -138,8 +145,10 @@ def test_a_part_of_what_was_packed_is_read_alone():
         (np.full((1, 2), 700), np.full((1, 2), 0.5), "ids range from 700 to 700; 0 to 699 are possible"),
         (np.full((1, 2), -1), np.full((1, 2), 0.5), "ids range from -1 to -1"),
         (np.zeros((1, 256)), np.full((1, 256), 1 / 256), "at most 255 entries, got 256"),
+        (np.zeros((1, 2)), np.array([[0.5, 1.5]]), r"probabilities in \[0, 1\], got up to 1.5"),
+        (np.zeros((1, 2)), np.array([[0.5, np.nan]]), r"probabilities in \[0, 1\], got up to nan"),
     ],
 )
 def test_what_cannot_be_packed_is_refused_in_words(ids, weights, message):
     with pytest.raises(ValueError, match=message):
-        pack_targets(ids, weights, np.zeros(1), 700)
+        pack_targets(ids, weights, np.full(1, 2), 700)
