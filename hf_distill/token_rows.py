@@ -103,7 +103,7 @@ def check_rows(dataset: Dataset, name: str, limits: Limits, num_threads: int | N
     def check(columns: Mapping[str, Any], start: int) -> None:
         _check(columns, lambda row: f"row {start + row} of the {name} dataset", limits)
 
-    _over_blocks(dataset, COLUMNS, check, f"Checking {name} dataset", num_threads)
+    over_blocks(dataset, COLUMNS, check, f"Checking {name} dataset", num_threads)
 
 
 def longest_text(dataset: Dataset) -> int:
@@ -113,10 +113,10 @@ def longest_text(dataset: Dataset) -> int:
         return 0
 
     def longest(columns: Mapping[str, Any], _: int) -> int:
-        cells = _ragged(columns[column], column)
+        cells = ragged(columns[column], column)
         return int((cells.values if column == "seq_lengths" else cells.lengths).max(initial=0))
 
-    return max(_over_blocks(dataset, [column], longest, "Measuring rows", None), default=0)
+    return max(over_blocks(dataset, [column], longest, "Measuring rows", None), default=0)
 
 
 def rows_with_label(
@@ -129,13 +129,13 @@ def rows_with_label(
             _check(columns, lambda row: f"row {start + row} of the {name} dataset", limits)
         if "input_ids" not in columns:  # the dataset's own collator makes them
             return np.ones(min(ROWS_PER_BLOCK, len(dataset) - start), dtype=bool)
-        labels = _ragged(columns.get("labels", columns["input_ids"]), "labels")
+        labels = ragged(columns.get("labels", columns["input_ids"]), "labels")
         return labels.counts(labels.bears_label()) > 0
 
     if "input_ids" not in dataset.column_names and dataset.format["type"] != "custom":
         return np.ones(len(dataset), dtype=bool)
     columns = COLUMNS if limits is not None else ("input_ids", "labels")
-    found = _over_blocks(dataset, columns, find, f"Checking labels of {name} dataset", num_threads)
+    found = over_blocks(dataset, columns, find, f"Checking labels of {name} dataset", num_threads)
     return np.concatenate([np.zeros(0, dtype=bool), *found])
 
 
@@ -145,7 +145,7 @@ def count_cut(
     """The rows of tokenised `dataset` that lose labels when they are cut at `max_length`, at their end or start."""
 
     def count(columns: Mapping[str, Any], _: int) -> Cut:
-        labels = _ragged(columns.get("labels", columns["input_ids"]), "labels")
+        labels = ragged(columns.get("labels", columns["input_ids"]), "labels")
         bears, places = labels.bears_label(), labels.places()
         if keep_end:
             start = labels.lengths - max_length
@@ -160,11 +160,11 @@ def count_cut(
             int((before - after)[after > 0].sum()), int(before.sum()),
         )  # fmt: skip
 
-    blocks = _over_blocks(dataset, ("input_ids", "labels"), count, f"Measuring {name} dataset", num_threads)
+    blocks = over_blocks(dataset, ("input_ids", "labels"), count, f"Measuring {name} dataset", num_threads)
     return Cut(*(sum(counts) for counts in zip(*blocks, strict=True))) if blocks else Cut(0, 0, 0, 0, 0)
 
 
-def _over_blocks(
+def over_blocks(
     dataset: Dataset, names: Iterable[str], function: Callable[..., Any], what: str, num_threads: int | None
 ) -> list[Any]:
     """Results of `function(columns, first row)` of all blocks, in order; in threads (numpy and Arrow free the GIL)."""
@@ -190,7 +190,7 @@ def _over_blocks(
 
 def _check(columns: Mapping[str, Any], name_of: Callable[[int], str], limits: Limits) -> None:
     try:
-        found = {name: _ragged(cells, name) for name, cells in columns.items()}
+        found = {name: ragged(cells, name) for name, cells in columns.items()}
         if "input_ids" in found:
             _check_values(found, "", limits.num_ids or limits.vocab_size, limits)
             _check_places(found, limits)
@@ -300,7 +300,7 @@ def _check_same_completion(found: Mapping[str, Ragged], limits: Limits) -> None:
     )
 
 
-def _ragged(cells: Any, name: str) -> Ragged:
+def ragged(cells: Any, name: str) -> Ragged:
     """A column of Arrow, or a list of lists, arrays or tensors, as [`Ragged`]. Raises [`RowProblem`] for others."""
     if isinstance(cells, pa.ChunkedArray):
         array: Any = cells.combine_chunks()

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import hashlib
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,12 +10,15 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_distill.modeling.parts import backbone, causal_lm, head_layer, head_of, num_token_ids, readable
 from hf_distill.modeling.probes import PASSED
+
+SAMPLED_VALUES = 64  # of each parameter, in a fingerprint
 
 
 def is_split(model: nn.Module) -> bool:
@@ -143,6 +147,30 @@ def weights_kind(model: nn.Module) -> str:
     bits = next((bits for bits in (4, 8) if config.get(f"load_in_{bits}bit")), config.get("bits"))
     method = getattr(config.get("quant_method"), "value", config.get("quant_method"))
     return f"{bits}-bit ({method})" if bits else str(method)
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A hash of a model's parameters: their names, shapes and dtypes, and some values of each.
+
+    Adapters that are switched off with `teacher_model='base'`, and whatever else is trained, do not count. All
+    processes have to come here. Offloaded and split weights are read a module at a time.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path, module in model.named_modules():
+        named = {name: p for name, p in module.named_parameters(recurse=False) if not p.requires_grad}
+        if not named:
+            continue
+        with gathered(module), align_module_device(module):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name not in named:
+                    continue
+                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                flat = whole.detach().flatten()
+                places = torch.arange(SAMPLED_VALUES, device=flat.device) * (len(flat) - 1) // (SAMPLED_VALUES - 1)
+                values = flat[places].cpu().view(torch.uint8) if len(flat) else flat.cpu()
+                digest.update(f"{path}.{name} {tuple(whole.shape)} {whole.dtype}".replace(".base_layer", "").encode())
+                digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def keep_4bit_weights(model: nn.Module) -> None:

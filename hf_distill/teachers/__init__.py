@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_distill.losses.fused_linear import Head, TeacherSignal
 from hf_distill.losses.objective import Signal
 
-__all__ = ["Introduced", "ModelTeacher", "Signal", "Teacher", "model_teachers", "require_model"]
+__all__ = ["DenseTeacher", "Introduced", "ModelTeacher", "Signal", "Teacher", "model_teachers", "require_model"]
 
 
 @runtime_checkable
@@ -67,20 +67,26 @@ class Introduced(Protocol):
 
 
 @runtime_checkable
-class ModelTeacher(Teacher, Protocol):
+class DenseTeacher(Teacher, Protocol):
+    """A teacher that has hidden states and a head to say: its signals can be mixed."""
+
+    head: Head
+    """On the device of the losses."""
+
+    def __call__(self, inputs: Mapping[str, Any], positions: Tensor) -> TeacherSignal: ...
+
+
+@runtime_checkable
+class ModelTeacher(DenseTeacher, Protocol):
     """A teacher that is a causal language model in this process."""
 
     model: PreTrainedModel
-    head: Head
-    """On the device of the losses."""
     layers: tuple[int, ...]
     """Inner layers whose output at the positions is asked for, as `TeacherSignal.layers`."""
 
     def view(self, inputs: Mapping[str, Any], positions: Tensor) -> tuple[dict[str, Any], Tensor]:
         """The inputs that the model reads of a batch, and the positions (N,) in them."""
         ...
-
-    def __call__(self, inputs: Mapping[str, Any], positions: Tensor) -> TeacherSignal: ...
 
 
 def model_teachers(teachers: Mapping[str, Teacher]) -> dict[str, ModelTeacher]:

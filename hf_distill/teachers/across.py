@@ -4,7 +4,7 @@ Shapes: B batch, T and Tt tokens of student and teacher, N and M label-bearing p
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -13,10 +13,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_distill.collators import Row
 from hf_distill.losses.cross_tokenizer import AlignedSignal, Spans
-from hf_distill.modeling import label_positions, num_positions
-from hf_distill.teachers.columns import AnyDataset, collate_own_tokens, lost_messages, map_rows, with_own_tokens
+from hf_distill.modeling import label_positions
+from hf_distill.teachers.columns import (
+    PREFIX,
+    AnyDataset,
+    collate_own_tokens,
+    lost_messages,
+    map_rows,
+    with_own_tokens,
+)
 from hf_distill.teachers.local import LocalTeacher
+from hf_distill.teachers.stored import StoredHiddenTeacher
 from hf_distill.token_alignment import shared_tokens, vocabulary_pieces
 
 logger = logging.getLogger(__name__)
@@ -28,10 +37,10 @@ PEEKED_TEMPLATES = 20  # rows whose conversations are looked for in the teacher'
 
 
 class AcrossTeacher:
-    """A [`LocalTeacher`] for a student with another vocabulary.
+    """A teacher for a student with another vocabulary.
 
     Args:
-        teacher ([`LocalTeacher`]): the model, with its tokenizer, a fast one.
+        teacher ([`LocalTeacher`] or [`StoredHiddenTeacher`]): with its tokenizer, a fast one.
         student_tokenizer (`PreTrainedTokenizerBase`): a fast one.
         index (`int`): its place among the teachers, part of the names of its columns.
         method (`str`): "aligned" or "uld" (`losses/cross_tokenizer.py`), or "auto": aligned, if enough is shared.
@@ -43,7 +52,7 @@ class AcrossTeacher:
 
     def __init__(
         self,
-        teacher: LocalTeacher,
+        teacher: LocalTeacher | StoredHiddenTeacher,
         student_tokenizer: PreTrainedTokenizerBase,
         *,
         index: int,
@@ -54,7 +63,9 @@ class AcrossTeacher:
         self.teacher, self.name = teacher, teacher.name
         self.tokenizer, self.student_tokenizer = teacher.tokenizer, student_tokenizer
         self.prefix = f"teacher_{index}_"
-        self.collate = partial(collate_own_tokens, prefix=self.prefix)
+        self.columns = f"{self.prefix}input_ids", f"{self.prefix}labels"
+        if isinstance(teacher, StoredHiddenTeacher):
+            teacher.columns = self.columns
         self.pieces = (
             vocabulary_pieces(student_tokenizer)[:student_rows],
             vocabulary_pieces(self.tokenizer)[: len(teacher.head.weight)],
@@ -68,10 +79,6 @@ class AcrossTeacher:
         self.reason = (
             f"{num_shared:,} tokens mean the same to the student ({sizes[0]:,}) and to {self.name} ({sizes[1]:,})"
         )
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self.teacher.model
 
     @property
     def layout(self) -> str:
@@ -95,17 +102,24 @@ class AcrossTeacher:
             )
         function = partial(
             with_own_tokens, prefix=self.prefix, tokenizer=self.tokenizer, student_tokenizer=self.student_tokenizer,
-            pieces=self.pieces, positions=num_positions(self.model), dataset_name=name,
+            pieces=self.pieces, positions=self.teacher.num_positions, dataset_name=name,
         )  # fmt: skip
         dataset = map_rows(dataset, function, f"Aligning {name} dataset with {self.name}", self.teacher.num_proc)
         self._tell_alignment(dataset, name)
-        return dataset
+        return self.teacher.prepare(dataset, name)
+
+    @property
+    def collate(self) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """The teacher's own tokens, and what it has to say of rows before they are asked for."""
+        return partial(_collate, prefix=self.prefix, collate=self.teacher.collate)
 
     def __call__(self, inputs: Mapping[str, Any], positions: Tensor) -> AlignedSignal:
         """The signal for flat `positions` (N,) of the student's batch (B * T), at M positions of the teacher's own."""
         own = {name.removeprefix(self.prefix): value for name, value in inputs.items() if name.startswith(self.prefix)}
         teacher_positions, tokens = label_positions(own["labels"])  # (M,)
-        signal = self.teacher({name: own[name] for name in ("input_ids", "attention_mask")}, teacher_positions)
+        read = {name: value for name, value in inputs.items() if name.startswith(PREFIX)}
+        read |= {name: own[name] for name in ("input_ids", "attention_mask")}
+        signal = self.teacher(read, teacher_positions)
         # The student's side may be padded further, to a multiple of something.
         missing = inputs["input_ids"].shape[1] - own["student_groups"].shape[1]
         student_groups = nn.functional.pad(own["student_groups"], (0, missing), value=-1)  # (B, T)
@@ -141,3 +155,9 @@ class AcrossTeacher:
                 "more than half of the %s dataset says nothing about %s: look whether its chat template keeps what is "
                 "said, and whether its tokenizer keeps the text", name, self.name,
             )  # fmt: skip
+
+
+def _collate(
+    rows: Sequence[Row], prefix: str, collate: Callable[[Sequence[Row]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    return {**collate_own_tokens(rows, prefix=prefix), **collate(rows)}

@@ -58,6 +58,12 @@ def map_rows(dataset: AnyDataset, function: Callable[..., dict], what: str, num_
     return dataset.map(function)
 
 
+def own_columns(row: Row) -> tuple[str, str]:
+    """The columns of tokens and labels that a teacher with the student's tokenizer reads of a prepared row."""
+    prefix = PREFIX if f"{PREFIX}input_ids" in row else ""
+    return f"{prefix}input_ids", f"{prefix}labels"
+
+
 def has_label(row: Row) -> bool:
     """True if a tokenised row is trained on. A row without labels fills up a batch, and no teacher reads it."""
     return any(label != -100 for label in row.get("labels", row["input_ids"])[1:])

@@ -81,7 +81,8 @@ class EnsembleTeacher:
             for teacher, weight in zip(self.teachers.values(), self.weights, strict=True)
             if weight
         ]
-        if self.combination == "sum":
+        if self.combination == "sum" or not all(isinstance(signal, TeacherSignal) for _, signal in signals):
+            # Forward KL to a mixture has the gradient of the weighted sum, and no more can be had of a sample.
             return SumSignal(signals)
         return MixtureSignal([signal._replace(weight=weight) for weight, signal in signals])
 

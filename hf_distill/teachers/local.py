@@ -77,6 +77,11 @@ class LocalTeacher:
         self.sharded = False
 
     @property
+    def num_positions(self) -> int | None:
+        """The number of tokens that it can read of a text; None for no limit."""
+        return num_positions(self.model)
+
+    @property
     def layout(self) -> str:
         """The devices that the weights are on, for people."""
         if self.sharded:

@@ -13,11 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_distill.modeling import causal_lm, num_token_ids, public_name, shared_vocabulary, weights_kind
 from hf_distill.named import load_tokenizer, name_of, student_rows, text_config
-from hf_distill.teachers import Introduced, ModelTeacher, Teacher, require_model
+from hf_distill.teachers import DenseTeacher, Introduced, ModelTeacher, Teacher, require_model
 from hf_distill.teachers.across import AcrossTeacher
 from hf_distill.teachers.ensemble import EnsembleTeacher
 from hf_distill.teachers.loading import load_teacher
 from hf_distill.teachers.local import BaseTeacher, LocalTeacher, refuse_shared_memory
+from hf_distill.teachers.stored import StoredHiddenTeacher, StoredTeacher, is_stored, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def name_teachers(teachers: Any, tokenizers: Any, args: Any) -> NamedTeachers:
     """The teachers by name; several may have the same, and are numbered then.
 
     Args:
-        teachers: one, a list or a dict of hub ids, paths, models or [`Teacher`] objects.
+        teachers: one, a list or a dict of hub ids, paths, stores, models or [`Teacher`] objects.
         tokenizers: one, a list or a dict of their tokenizers, or None.
         args ([`KDConfig`]): settings.
 
@@ -58,6 +59,10 @@ def name_teachers(teachers: Any, tokenizers: Any, args: Any) -> NamedTeachers:
     """
     given = list(teachers.values()) if isinstance(teachers, Mapping) else teachers
     given = [given] if isinstance(given, str | Teacher) or not isinstance(given, Sequence) else given
+    given = [
+        open_store(str(each), index=i, num_proc=args.dataset_num_proc) if is_stored(each) else each
+        for i, each in enumerate(given)
+    ]
     if not given or any(teacher is None for teacher in given):
         raise ValueError("teacher_model is missing: pass a hub id, a path or a model (HardLabelTrainer trains without)")
     if strange := [type(teacher).__name__ for teacher in given if not isinstance(teacher, str | nn.Module | Teacher)]:
@@ -66,7 +71,7 @@ def name_teachers(teachers: Any, tokenizers: Any, args: Any) -> NamedTeachers:
             f"Teacher, or a list or dict of them, not {strange[0]}"
         )
     if isinstance(teachers, Mapping):
-        named = dict(teachers)
+        named = dict(zip(teachers, given, strict=True))
     else:
         named = {}
         for teacher in given:
@@ -93,13 +98,16 @@ def find_tokenizers(
     found: dict[str, PreTrainedTokenizerBase] = {}
     for name, model in named.models.items():
         own = named.tokenizers[name]
+        if isinstance(model, StoredTeacher):
+            model.refuse_settings(args, student_tokenizer)
+            own = model.tokenizer
         if own is None and not is_base(model) and not isinstance(model, Teacher):
             own = _teacher_tokenizer(model, args)
         found[name] = own or student_tokenizer
         try:
             shared[name] = shared_vocabulary(student_tokenizer, found[name])
         except ValueError:
-            is_object = isinstance(model, Teacher)
+            is_object = isinstance(model, Teacher) and not isinstance(model, StoredHiddenTeacher)
             if args.cross_tokenizer == "error" or args.skips_preparation or is_object or not crosses:
                 raise
             shared[name] = None
@@ -131,49 +139,36 @@ def open_teachers(
     rows, num_proc = student_rows(student, args), args.dataset_num_proc
     vocab_size = min([rows, *(size for size in shared.values() if size is not None)])
     by_name: dict[str, Teacher] = {}
-    for name, model in named.models.items():
-        if isinstance(model, Teacher):
-            by_name[name] = model
-            if isinstance(model, ModelTeacher):
-                vocab_size = min(vocab_size, model.head.weight.shape[0])
-            continue
-        if is_base(model):
+    for name, given in named.models.items():
+        if is_base(given):
             by_name[name] = BaseTeacher(None, tokenizers[name], num_proc)
             continue
-        model = load_teacher(
-            model,
-            device=named.devices[name],
-            student_device=args.device,
-            quantization=args.teacher_quantization,
-            trust_remote_code=args.trust_remote_code,
-            init_kwargs=args.teacher_model_init_kwargs,
-        )
-        if not isinstance(student, str) and not has_adapters:
-            refuse_shared_memory(student, model)  # Before the teacher is frozen, and what it shares with it.
-        teacher = LocalTeacher(model, args.device, tokenizers[name], num_proc)
-        if len(named.models) > 1:
-            logger.info("teacher %s: %.1f MiB", name, model.get_memory_footprint() / 2**20)
-        if shared[name] is not None:
-            by_name[name] = teacher
+        teacher: Any = given
+        if not isinstance(given, Teacher):
+            teacher = _loaded(given, named.devices[name], tokenizers[name], student, args, has_adapters=has_adapters)
+            if len(named.models) > 1:
+                logger.info("teacher %s: %.1f MiB", name, teacher.model.get_memory_footprint() / 2**20)
+        if shared[name] is None:
+            teacher = AcrossTeacher(
+                teacher, student_tokenizer, index=len(by_name), method=args.cross_tokenizer, student_rows=rows
+            )
+            if teacher.method == "uld" and (args.divergence != "forward_kl" or args.divergence_params):
+                logger.warning(
+                    "%s: uld compares sorted probabilities by their distance, divergence=%r has no part in it", name,
+                    args.divergence,
+                )  # fmt: skip
+        elif isinstance(teacher, DenseTeacher):
             vocab_size = min(vocab_size, teacher.head.weight.shape[0])
-            continue
-        side = by_name[name] = AcrossTeacher(
-            teacher, student_tokenizer, index=len(by_name), method=args.cross_tokenizer, student_rows=rows
-        )
-        if side.method == "uld" and (args.divergence != "forward_kl" or args.divergence_params):
-            logger.warning(
-                "%s: uld compares sorted probabilities by their distance, divergence=%r has no part in it", name,
-                args.divergence,
-            )  # fmt: skip
+        by_name[name] = teacher
     for teacher in by_name.values():
         if isinstance(teacher, Introduced):
             teacher.introduce(student_tokenizer, vocab_size)
-    teacher: Any = next(iter(by_name.values()))
+    whole: Any = next(iter(by_name.values()))
     if len(by_name) > 1:
         combination = args.teacher_combination
-        teacher = EnsembleTeacher(by_name, args.teacher_weights, combination=combination, num_proc=num_proc)
+        whole = EnsembleTeacher(by_name, args.teacher_weights, combination=combination, num_proc=num_proc)
     sharded = frozenset(name for name, device in named.devices.items() if device == "sharded")
-    return OpenTeachers(by_name, teacher, vocab_size, sharded)
+    return OpenTeachers(by_name, whole, vocab_size, sharded)
 
 
 def require_models(teachers: Mapping[str, Any], what_for: str) -> None:
@@ -192,7 +187,7 @@ def teacher_weights(teacher: Teacher, teachers: Mapping[str, Teacher]) -> dict[s
 def bind_teachers(opened: OpenTeachers, student: PreTrainedModel, accelerator: Accelerator) -> None:
     """Tells our teachers that the student is loaded."""
     for name, teacher in opened.by_name.items():
-        if isinstance(teacher, LocalTeacher | AcrossTeacher | BaseTeacher):
+        if isinstance(teacher, LocalTeacher | AcrossTeacher | BaseTeacher | StoredTeacher):
             teacher.bind(student, accelerator, sharded=name in opened.sharded)
 
 
@@ -234,6 +229,22 @@ def teacher_config(model: Any, args: Any) -> PreTrainedConfig:
 # ---------------------------------------------------------------------------------------------------------- details
 
 
+def _loaded(
+    model: Any, device: str | None, tokenizer: PreTrainedTokenizerBase, student: Any, args: Any, *, has_adapters: bool
+) -> LocalTeacher:
+    model = load_teacher(
+        model,
+        device=device,
+        student_device=args.device,
+        quantization=args.teacher_quantization,
+        trust_remote_code=args.trust_remote_code,
+        init_kwargs=args.teacher_model_init_kwargs,
+    )
+    if not isinstance(student, str) and not has_adapters:
+        refuse_shared_memory(student, model)  # Before the teacher is frozen, and what it shares with it.
+    return LocalTeacher(model, args.device, tokenizer, args.dataset_num_proc)
+
+
 def _check_settings(named: Mapping[str, Any], args: Any) -> None:
     if args.teacher_weights is not None and len(args.teacher_weights) != len(named):
         raise ValueError(f"there are {len(named)} teachers ({', '.join(named)}) and {args.teacher_weights=}")
@@ -245,11 +256,15 @@ def _check_settings(named: Mapping[str, Any], args: Any) -> None:
         raise ValueError("teacher_combination and teacher_weights need several teachers: teacher_model=[...]")
     if args.teacher_combination == "route" and args.teacher_weights:
         raise ValueError("teacher_weights are not used with teacher_combination='route': each row has one teacher")
-    objects = [name for name, teacher in named.items() if isinstance(teacher, Teacher)]
-    if objects and len(named) > 1 and args.teacher_combination != "sum":
+    if len(named) == 1 or args.teacher_combination == "sum":
+        return
+    mixes = args.teacher_combination == "mixture"
+    fitting = StoredHiddenTeacher if args.divergence != "forward_kl" else StoredTeacher  # of a sample, in forward KL
+    objects = {name: teacher for name, teacher in named.items() if isinstance(teacher, Teacher)}
+    if other := [name for name, teacher in objects.items() if not (mixes and isinstance(teacher, fitting))]:
         raise ValueError(
-            f"{objects[0]} is no model, and teacher_combination={args.teacher_combination!r} needs models with the "
-            "student's tokenizer: take 'sum'"
+            f"{other[0]} is no model, and teacher_combination={args.teacher_combination!r} with divergence="
+            f"{args.divergence!r} needs models with the student's tokenizer: take 'sum'"
         )
 
 

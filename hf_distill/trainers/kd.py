@@ -23,6 +23,7 @@ from hf_distill.losses.hard import hard_label_loss
 from hf_distill.losses.head import Head
 from hf_distill.losses.objective import Objective
 from hf_distill.modeling import select_positions
+from hf_distill.store.manifest import Manifest
 from hf_distill.teachers import Signal, Teacher, model_teachers, require_model
 from hf_distill.teachers.columns import PREFIX, AnyDataset, TeacherColumnsCollator, take_columns
 from hf_distill.teachers.opening import (
@@ -37,7 +38,9 @@ from hf_distill.teachers.opening import (
     readable_ids,
     require_models,
 )
+from hf_distill.teachers.writing import Method
 from hf_distill.token_rows import Limits
+from hf_distill.trainers.caching import store_writer
 from hf_distill.trainers.checks import named_datasets, refuse_layers, refuse_row_columns, refuse_teacher_layouts
 from hf_distill.trainers.config import KDConfig
 from hf_distill.trainers.given import Given, Reader
@@ -358,6 +361,29 @@ class KDTrainer(HardLabelTrainer):
 
     def load_extra_state(self, checkpoint: Path) -> None:
         self.use_layer_mappings(load_mappings(checkpoint))
+
+    def write_cache(
+        self, folder: str | Path, method: Method | None = None, *, batch_size: int | None = None
+    ) -> Manifest:
+        """Writes what the teacher says about the rows of all data sets into a store, to train from it later.
+
+        All processes come here. A writing that was interrupted goes on, and a store that is there gets the documents
+        that it lacks. Whoever reads it gives the folder as `teacher_model`, with the settings and rows of this trainer
+        (docs/cache.md).
+
+        Args:
+            folder (`str` or `Path`): of the store; new, or of one that this teacher has written.
+            method ([`~hf_distill.teachers.writing.Method`], *optional*): what is kept; by default hidden states.
+            batch_size (`int`, *optional*): texts of a forward; `per_device_eval_batch_size` by default.
+
+        Returns:
+            [`~hf_distill.store.manifest.Manifest`]: what has been written, and how good it is.
+
+        Raises:
+            `ValueError`: several teachers or one that is no model, the folder of another store or of something else,
+                too little room.
+        """
+        return store_writer(self, method or Method(), batch_size).write(Path(folder))
 
     # ------------------------------------------------------------------------------------------------ descriptions
 

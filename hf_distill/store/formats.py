@@ -1,0 +1,244 @@
+"""The three methods of a store: from a teacher's hidden states to arrays of documents, and back to a signal.
+
+Shapes: N label-bearing positions of some documents, D the teacher's width, V vocabulary, K entries.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_distill.hidden_bytes import Rounding, restore_hidden, round_hidden
+from hf_distill.losses.fused_linear import TeacherSignal
+from hf_distill.losses.head import Head, default_chunk_size
+from hf_distill.losses.sparse import SparseSignal, TopKSignal
+from hf_distill.samplers import SparseTarget, multinomial, threshold
+from hf_distill.store.manifest import Manifest
+from hf_distill.store.shards import Stream
+from hf_distill.target_bytes import PackedTargets, id_bits, pack_bits, pack_targets, unpack_bits, unpack_targets
+
+Arrays = dict[str, np.ndarray]
+SAMPLERS = ("threshold", "multinomial")
+MOST_ENTRIES = 255  # of a position; a byte counts them
+SAMPLED_ROWS = 16  # positions that are sampled at a time on a CPU, whose tensors stay in its cache
+
+
+class Format(Protocol):
+    """What a method keeps of a document, and what it makes of it."""
+
+    @property
+    def streams(self) -> Mapping[str, Stream]:
+        """The arrays of a document."""
+        ...
+
+    def encode(self, signal: TeacherSignal, keys: Sequence[bytes], counts: Sequence[int]) -> list[Arrays]:
+        """The arrays of documents with `counts` label-bearing positions, N in all."""
+        ...
+
+    def collate(self, documents: Sequence[Arrays]) -> dict[str, Tensor]:
+        """Tensors of the N positions of documents, in the workers of the data loader."""
+        ...
+
+    def signal(self, tensors: Mapping[str, Tensor], head: Head | None) -> Any:
+        """The teacher's signal at N positions; `head` is the store's, for hidden states."""
+        ...
+
+
+def format_of(manifest: Manifest, rounding: Rounding | None = None) -> Format:
+    """The method of a store; `rounding` is needed to write hidden states."""
+    if manifest.method == "hidden":
+        assert manifest.head is not None
+        return HiddenFormat(manifest.parameters["dtype"], manifest.head["width"], manifest.head["dtype"], rounding)
+    if manifest.method == "sampled":
+        return SampledFormat(manifest)
+    return TopKFormat(manifest.vocab_size, manifest.parameters["entries"])
+
+
+class HiddenFormat:
+    """Hidden states with a scale for each position; the device multiplies them. [`~hf_distill.hidden_bytes`]
+
+    Args:
+        dtype: "float16" or "int8".
+        width: D.
+        head_dtype: that of the head, and of the hidden states that it is multiplied with.
+        rounding: how states are rounded, to write them.
+    """
+
+    def __init__(self, dtype: str, width: int, head_dtype: str, rounding: Rounding | None = None) -> None:
+        self.streams = {"hidden": Stream(dtype, (width,)), "scale": Stream("float32")}
+        self.dtype, self.rounding = getattr(torch, head_dtype), rounding
+
+    def encode(self, signal: TeacherSignal, keys: Sequence[bytes], counts: Sequence[int]) -> list[Arrays]:
+        assert self.rounding is not None
+        values, scales = round_hidden(signal.hidden, self.rounding)
+        return [{"hidden": values[part], "scale": scales[part]} for part in _parts(counts)]
+
+    def collate(self, documents: Sequence[Arrays]) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(np.concatenate([each[name] for each in documents])) for name in self.streams}
+
+    def signal(self, tensors: Mapping[str, Tensor], head: Head | None) -> TeacherSignal:
+        assert head is not None
+        return TeacherSignal(restore_hidden(tensors["hidden"], tensors["scale"], self.dtype), head)
+
+
+class SampledFormat:
+    """A sample of each distribution. [`~hf_distill.samplers`], [`~hf_distill.target_bytes`]"""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.vocab_size, self.temperature = manifest.vocab_size, manifest.temperature
+        self.seed, self.parameters, self.tau = manifest.seed, manifest.parameters, manifest.chosen.get("tau", 0.0)
+        self.streams = {
+            "ids": Stream("uint8", ragged=True),
+            "values": Stream("uint8", ragged=True),
+            "num_entries": Stream("uint8"),
+            "num_values": Stream("uint8"),
+            "entropy": Stream("float16"),
+        }
+
+    def encode(self, signal: TeacherSignal, keys: Sequence[bytes], counts: Sequence[int]) -> list[Arrays]:
+        draws = 1 if self.parameters["sampler"] == "threshold" else self.parameters["entries"]
+        numbers = [uniforms(self.seed, key, count, draws) for key, count in zip(keys, counts, strict=True)]
+        target = self._sampled(signal, np.concatenate(numbers))
+        ids, weights, entropy, num_exact = (tensor.numpy() for tensor in target)
+        if not np.isfinite(entropy).all():
+            raise ValueError("the teacher's logits are not finite: load it in another dtype")
+        num_values = num_exact if draws == 1 else (weights > 0).sum(-1)
+        found = []
+        for part in _parts(counts):
+            packed = pack_targets(ids[part], weights[part], num_values[part], self.vocab_size)
+            found.append({**packed._asdict(), "entropy": entropy[part].astype(np.float16)})
+        return found
+
+    def _sampled(self, signal: TeacherSignal, numbers: np.ndarray) -> SparseTarget:
+        """The targets of N positions, on the CPU; `numbers` are uniform, (N, draws)."""
+        parts, start = [], 0
+        for logits in chunks(signal, self.vocab_size):
+            logits = logits.div_(self.temperature)
+            rows = len(logits) if logits.is_cuda else SAMPLED_ROWS
+            for some in logits.split(rows):
+                drawn = torch.from_numpy(numbers[start : start + len(some)]).to(some.device)
+                parts.append(self._sample(some, drawn))
+                start += len(some)
+        return SparseTarget(*(torch.cat([part[i] for part in parts]).cpu() for i in range(4)))
+
+    def _sample(self, logits: Tensor, numbers: Tensor) -> SparseTarget:
+        if self.parameters["sampler"] == "multinomial":
+            return multinomial(logits, self.parameters["entries"], numbers)
+        return threshold(logits, MOST_ENTRIES, numbers.squeeze(-1), tau=self.tau)
+
+    def collate(self, documents: Sequence[Arrays]) -> dict[str, Tensor]:
+        parts = [self._unpacked(each) for each in documents]
+        widest = max((part[0].shape[1] for part in parts), default=1)
+        widths = [((0, 0), (0, widest - part[0].shape[1])) for part in parts]
+        ids, weights = (
+            np.concatenate([np.pad(part[i], width) for part, width in zip(parts, widths, strict=True)]) for i in (0, 1)
+        )
+        entropy, num_values = (np.concatenate([each[name] for each in documents]) for name in ("entropy", "num_values"))
+        num_exact = num_values.astype(np.int64) * (self.parameters["sampler"] == "threshold")
+        found = {"ids": ids, "weights": weights, "entropy": entropy.astype(np.float32), "num_exact": num_exact}
+        return {name: torch.from_numpy(array) for name, array in found.items()}
+
+    def _unpacked(self, document: Arrays) -> tuple[np.ndarray, np.ndarray]:
+        packed = PackedTargets(**{name: document[name] for name in PackedTargets._fields})
+        ids, weights = unpack_targets(packed, self.vocab_size)
+        if ids.size and ids.max() >= self.vocab_size:
+            raise ValueError(f"a document of the store has token {ids.max()}, and there are {self.vocab_size}")
+        return ids, weights
+
+    def signal(self, tensors: Mapping[str, Tensor], head: Head | None) -> SparseSignal:
+        return SparseSignal(**tensors, temperature=self.temperature, vocab_size=self.vocab_size)
+
+
+class TopKFormat:
+    """The log-probabilities of the K most likely tokens, and of all others together, in float16."""
+
+    def __init__(self, vocab_size: int, num_entries: int) -> None:
+        self.vocab_size, self.num_entries = vocab_size, min(num_entries, vocab_size)
+        self.streams = {
+            "ids": Stream("uint8", ragged=True),
+            "log_probs": Stream("float16", (self.num_entries,)),
+            "log_tail": Stream("float16"),
+        }
+
+    def encode(self, signal: TeacherSignal, keys: Sequence[bytes], counts: Sequence[int]) -> list[Arrays]:
+        parts = []
+        for logits in chunks(signal, self.vocab_size):
+            values, ids = logits.topk(self.num_entries)
+            total = logits.logsumexp(-1, keepdim=True)
+            tail = logits.scatter_(-1, ids, -torch.inf).logsumexp(-1) - total.squeeze(-1)
+            parts.append((ids.cpu(), (values - total).cpu(), tail.cpu()))
+        ids, log_probs, log_tail = (torch.cat(side).numpy() for side in zip(*parts, strict=True))
+        if not np.isfinite(log_probs).all():
+            raise ValueError("the teacher's logits are not finite: load it in another dtype")
+        return [
+            {
+                "ids": pack_bits(ids[part].ravel(), id_bits(self.vocab_size)),
+                "log_probs": log_probs[part].astype(np.float16),
+                "log_tail": log_tail[part].astype(np.float16),
+            }
+            for part in _parts(counts)
+        ]
+
+    def collate(self, documents: Sequence[Arrays]) -> dict[str, Tensor]:
+        shapes = [each["log_probs"].shape for each in documents]
+        bits = id_bits(self.vocab_size)
+        ids = [unpack_bits(d["ids"], bits, n * k).reshape(n, k) for d, (n, k) in zip(documents, shapes, strict=True)]
+        log_probs, log_tail = (np.concatenate([d[name] for d in documents]) for name in ("log_probs", "log_tail"))
+        found = {
+            "ids": np.concatenate(ids),
+            "log_probs": log_probs.astype(np.float32),
+            "log_tail": log_tail.astype(np.float32),
+        }
+        return {name: torch.from_numpy(array) for name, array in found.items()}
+
+    def signal(self, tensors: Mapping[str, Tensor], head: Head | None) -> TopKSignal:
+        return TopKSignal(**tensors, vocab_size=self.vocab_size)
+
+
+def sparse_fidelity(format: Format, signal: TeacherSignal, vocab_size: int, temperature: float) -> dict[str, float]:
+    """How far sparse targets are from the teacher's distributions t at N positions.
+
+    Returns:
+        "entries", the mean number of entries; "known_mass", the mean share of the probability that belongs to tokens
+        whose own probability is known; "squared_error", the mean of `sum_v (w_v - t_v)^2`, w being zero where nothing
+        is kept.
+    """
+    tensors = format.collate(format.encode(signal, [b"probe"], [len(signal.hidden)]))
+    is_top = "log_probs" in tensors
+    weights = tensors["log_probs"].exp() if is_top else tensors["weights"]
+    known = tensors.get("num_exact", torch.full((len(weights),), weights.shape[1]))
+    is_known = torch.arange(weights.shape[1]) < known.unsqueeze(-1)
+    errors, start = [], 0
+    for logits in chunks(signal, vocab_size):
+        rows = slice(start, start + len(logits))
+        probs = logits.div_(temperature).softmax(-1)
+        ids = tensors["ids"][rows].long().to(logits.device)
+        probs.scatter_add_(-1, ids, -weights[rows].to(logits.device, probs.dtype))
+        errors.append(probs.square_().sum(-1))
+        start += len(logits)
+    return {
+        "entries": (weights > 0).sum(-1).double().mean().item(),
+        "known_mass": (weights * is_known).sum(-1).double().mean().item(),
+        "squared_error": torch.cat(errors).double().mean().item(),
+    }
+
+
+def uniforms(seed: int, key: bytes, count: int, draws: int) -> np.ndarray:
+    """Numbers (count, draws) in [0, 1), float64, that depend on seed, document and position alone."""
+    bits = np.random.Philox(key=int.from_bytes(key, "little"), counter=[0, 0, 0, seed])
+    return np.random.Generator(bits).random((count, draws))
+
+
+def chunks(signal: TeacherSignal, vocab_size: int) -> Iterator[Tensor]:
+    """Logits (n, V) of the N positions, in float32 or better; the caller may write to them."""
+    head = signal.head.truncated(vocab_size)
+    hidden = signal.hidden.to(head.weight.device)
+    for part in hidden.split(default_chunk_size(hidden.device, vocab_size)):
+        yield head.logits(part)
+
+
+def _parts(counts: Sequence[int]) -> list[slice]:
+    return [slice(a, b) for a, b in pairwise(np.cumsum([0, *counts]).tolist())]

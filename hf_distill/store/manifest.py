@@ -1,0 +1,131 @@
+"""The manifest of a store: what its teacher is, how it was written, and how good it is."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hf_distill.store.shards import write_file
+
+NAME = "manifest.json"
+FORMAT = 1
+METHODS = ("hidden", "sampled", "topk")
+# What has to be the same when documents are added, and what of it need not: the same weights may lie elsewhere.
+IDENTITY = ("method", "parameters", "teacher", "tokenizer", "vocab_size", "temperature", "seed")
+ANYWHERE = ("name", "revision")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store is.
+
+    Args:
+        method: "hidden" (states), "sampled" (probabilities) or "topk" (probabilities).
+        parameters: of the method, as they were asked for, such as dtype or number of entries.
+        teacher: its name, a fingerprint of its weights, their dtype or quantisation, precision of its forward.
+        tokenizer: fingerprints of its vocabulary and chat template.
+        vocab_size: the true vocabulary of the run, over which probabilities are normalised.
+        temperature: at which probabilities were taken; of hidden states it is 1, and any can be taken later.
+        seed: of samples and of rotations.
+        chosen: what a probe chose, such as the rounding, or tau; it stays when documents are added.
+        head: dtype, width and rows of the output layer, factor and cap of its logits, checksum of its file.
+        rows: settings that the written rows depend on, to say why rows are missing.
+        fidelity: distances between the teacher and what is stored, measured on the first documents.
+        counts: documents, label-bearing positions, and bytes of all files when the last writing ended.
+        versions: of the libraries that wrote it.
+    """
+
+    method: str
+    parameters: dict[str, Any]
+    teacher: dict[str, Any]
+    tokenizer: dict[str, str]
+    vocab_size: int
+    temperature: float
+    seed: int
+    chosen: dict[str, Any] = field(default_factory=dict)
+    head: dict[str, Any] | None = None
+    rows: dict[str, Any] = field(default_factory=dict)
+    fidelity: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Writes it into a folder, in the place of an older one."""
+        write_file(folder / NAME, (json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n").encode())
+
+    @property
+    def kind(self) -> str:
+        """The method and its parameters, for people."""
+        if self.method == "hidden":
+            return f"hidden states, {self.parameters['dtype']}"
+        entries = f"{self.parameters['entries']:g} entries"
+        return f"sampled, {self.parameters['sampler']}, {entries}" if self.method == "sampled" else f"top-k, {entries}"
+
+    def refuse_loss(self, divergence: str, temperatures: Iterable[float], folder: Path) -> None:
+        """Raises `ValueError` for a divergence or temperatures that cannot be had from what is stored."""
+        if self.method == "hidden":
+            return
+        if self.method == "sampled" and divergence != "forward_kl":
+            raise ValueError(
+                f"divergence={divergence!r} cannot be computed from the sample in {folder}, which is unbiased for "
+                "forward_kl only: take forward_kl, or a store of hidden states"
+            )
+        is_whole = self.method == "topk" and self.parameters["entries"] >= self.vocab_size
+        if not is_whole and (other := sorted(set(temperatures) - {self.temperature})):
+            raise ValueError(
+                f"temperature={other[0]:g} cannot be had from the store in {folder}, whose probabilities were taken at "
+                f"{self.temperature:g}: take that, or a store of hidden states"
+            )
+
+    def refuse_other(self, other: "Manifest", folder: Path) -> None:
+        """Raises `ValueError` unless documents of another run, `other`, may be added."""
+        for name in IDENTITY:
+            if differing := _difference(name, getattr(self, name), getattr(other, name)):
+                what, here, there = differing
+                raise ValueError(
+                    f"the store in {folder} was written with {what} {here!r}, and this run has {there!r}: take another "
+                    "output_dir, or the settings of the store"
+                )
+
+
+def is_store(path: Any) -> bool:
+    """True for a folder with a manifest."""
+    return isinstance(path, str | Path) and Path(path, NAME).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a store.
+
+    Raises:
+        `ValueError`: there is none, it is damaged, or of a newer format.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} is no store of a teacher's outputs: it has no {NAME}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values.pop("format")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no manifest of a store, or damaged: {error}") from error
+    if version != FORMAT:
+        raise ValueError(
+            f"the store in {folder} has format {version}, and this version of hf_distill reads format {FORMAT}: "
+            + ("update hf_distill" if version > FORMAT else "write the store again")
+        )
+    try:
+        return Manifest(**values)
+    except TypeError as error:
+        names = {entry.name for entry in fields(Manifest)}
+        strange = sorted(names.symmetric_difference(values))
+        raise ValueError(f"{path} is no manifest of a store, or damaged: look at {', '.join(strange)}") from error
+
+
+def _difference(name: str, here: Any, there: Any) -> tuple[str, Any, Any] | None:
+    """The first difference between two values, by the name of what differs."""
+    if isinstance(here, Mapping) and isinstance(there, Mapping):
+        for key in {**here, **there}:
+            if key not in ANYWHERE and here.get(key) != there.get(key):
+                return key if name == "parameters" else f"{name} {key}", here.get(key), there.get(key)
+        return None
+    return None if here == there else (name, here, there)

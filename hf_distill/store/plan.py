@@ -1,0 +1,94 @@
+"""What is written in which shard and in which batch, fixed before the first forward.
+
+A teacher's last bits depend on the batch that a document is in. So an interrupted writing ends in the same bytes as one
+without a break only if its batches are the same: they are made of all documents that were missing when it began.
+
+Shapes: n documents.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hf_distill.store.documents import Documents
+from hf_distill.store.shards import shard_names, write_file
+
+NAME = "writing.json"  # there while a store is written
+SHARD_BYTES = 32 * 2**20
+MOST_SHARDS = 1000  # of one writing, where shards of SHARD_BYTES would be more
+
+
+class Plan(NamedTuple):
+    """A writing of documents.
+
+    Args:
+        run: its number, from 1; a store that has been added to has several.
+        before: the shards that were there when it began.
+        documents: those to write, the longest first.
+        shards: for each shard its batches, for each batch the indices of its documents.
+    """
+
+    run: int
+    before: list[str]
+    documents: Documents
+    shards: list[list[np.ndarray]]
+
+    def name(self, shard: int) -> str:
+        """The name of a shard's files."""
+        return f"{self.run:04d}-{shard:05d}"
+
+    def to_do(self, folder: Path, rank: int, num_processes: int) -> list[int]:
+        """The shards that a process still has to write."""
+        there = set(shard_names(folder))
+        return [i for i in range(rank, len(self.shards), num_processes) if self.name(i) not in there]
+
+
+def divided(
+    documents: Documents, *, batch_size: int, position_bytes: float, shard_bytes: int, num_processes: int
+) -> tuple[Documents, list[list[np.ndarray]]]:
+    """Documents, the longest first, and their batches in shards.
+
+    The longest come first: what does not fit into memory is known at once, and no batch has much padding.
+
+    Args:
+        batch_size: documents of a forward.
+        position_bytes: about what a label-bearing position takes.
+        shard_bytes: of a shard at least, unless there would be none for some process.
+    """
+    order = np.argsort(-documents.num_tokens, kind="stable")
+    documents = documents.take(order)
+    num_labels = documents.num_labels
+    total = position_bytes * num_labels.sum()
+    size = min(max(shard_bytes, total / MOST_SHARDS), total / num_processes)
+    shards: list[list[np.ndarray]] = [[]]
+    written = 0.0
+    for start in range(0, len(documents), batch_size):
+        if written >= size:
+            shards.append([])
+            written = 0.0
+        batch = np.arange(start, min(start + batch_size, len(documents)))
+        shards[-1].append(batch)
+        written += position_bytes * num_labels[batch].sum()
+    return documents, [shard for shard in shards if shard]
+
+
+def begun(folder: Path, key_of: Callable[[Sequence[str]], str]) -> dict[str, Any]:
+    """The writing that goes on in a folder, or a new one: its number, the shards before it, and its key.
+
+    Args:
+        key_of: a hash of all that bytes depend on, if the shards of these names are there already.
+    """
+    try:
+        found = json.loads((folder / NAME).read_text())
+        if found["key"] == key_of(found["before"]):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none, one that was cut off while it was begun, or one whose shards are gone
+    there = shard_names(folder)
+    run = max((int(name.split("-")[0]) for name in there), default=0) + 1
+    found = {"run": run, "before": there, "key": key_of(there)}
+    write_file(folder / NAME, json.dumps(found).encode())
+    return found

@@ -1,0 +1,258 @@
+"""A teacher whose outputs have been written to a folder: no weights but those of its head, and no forward.
+
+Shapes: N label-bearing positions of a batch.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_distill.collators import Row
+from hf_distill.losses.fused_linear import TeacherSignal
+from hf_distill.store.documents import Documents
+from hf_distill.store.formats import Format, format_of
+from hf_distill.store.head import read_head
+from hf_distill.store.manifest import is_store, read_manifest
+from hf_distill.store.reader import Store
+from hf_distill.teachers import Signal
+from hf_distill.teachers.columns import PREFIX, AnyDataset, own_columns
+from hf_distill.teachers.local import with_own_text
+
+CACHE = "cache:"  # what a name begins with that is a store
+TOKENIZER = "tokenizer"  # the folder of the teacher's tokenizer
+# Settings of a run that the tokens of its rows, and which of them bear a label, depend on.
+ROW_SETTINGS = (
+    "max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "packing_strategy", "eos_token",
+    "chat_template_path",
+)  # fmt: skip
+
+
+def is_stored(name: Any) -> bool:
+    """True for the name of a store: `cache:` and a folder, or a folder that is one."""
+    return isinstance(name, str) and (name.startswith(CACHE) or is_store(name))
+
+
+def row_settings(args: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the rows of a run depend on beside the data; `tokenizer` is the student's."""
+    settings = {name: getattr(args, name) for name in ROW_SETTINGS}
+    if not args.packing:
+        del settings["packing_strategy"]
+    return settings | {
+        "tokenizer": fingerprint(sorted(tokenizer.get_vocab().items())),
+        "chat template": fingerprint(tokenizer.chat_template),
+    }
+
+
+def fingerprint(value: Any) -> str:
+    """A hash of what `repr` says of a value."""
+    return blake2b(repr(value).encode(), digest_size=8).hexdigest()
+
+
+class StoredTeacher:
+    """The outputs of a teacher, read from a store.
+
+    Args:
+        folder: of the store.
+        index (`int`): its place among the teachers, part of the names of its tensors.
+        num_proc (`int`, *optional*): processes that prepare rows.
+
+    Raises:
+        `ValueError`: no store, a damaged one, or one of a newer format.
+    """
+
+    def __init__(self, folder: str, *, index: int = 0, num_proc: int | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self.format: Format = format_of(self.manifest)
+        self.store = Store(self.folder, self.format.streams)
+        self.name = self.manifest.teacher["name"]
+        self.layout = f"from a store ({self.manifest.kind})"
+        self.prefix, self.num_proc = f"{PREFIX}stored_{index}_", num_proc
+        self.columns: tuple[str, str] | None = None  # of another text than the student's, or its own prompt's
+        self._settings: dict[str, Any] = {}  # that rows depend on, of this run
+
+    num_positions = None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's, as it was when the store was written."""
+        return AutoTokenizer.from_pretrained(self.folder / TOKENIZER)
+
+    def bind(self, student: PreTrainedModel, accelerator: Accelerator, *, sharded: bool = False) -> None:
+        """Called once, when the student is loaded. Lets each process read the rows of a stream itself.
+
+        The tensors of a batch are flat over its positions. A process that hands out parts of batches to the others
+        would cut them as if they had a row for each text.
+
+        Raises:
+            `ValueError`: the settings want one process to hand out batches.
+        """
+        if accelerator.dataloader_config.dispatch_batches:
+            raise ValueError(
+                "dispatch_batches=True cuts what a store has of a batch: remove it from accelerator_config"
+            )
+        accelerator.dataloader_config.dispatch_batches = False
+
+    def introduce(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+        """As in [`~hf_distill.teachers.Introduced`]: probabilities are normalised over one vocabulary."""
+        if self.manifest.method != "hidden" and vocab_size != self.manifest.vocab_size:
+            raise ValueError(
+                f"the store in {self.folder} has probabilities over {self.manifest.vocab_size} tokens, and this run "
+                f"has {vocab_size}: write it with the student of this run, or a store of hidden states"
+            )
+
+    def refuse_settings(self, args: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises `ValueError` for settings of a run ([`KDConfig`]) that a store cannot serve.
+
+        `tokenizer` is the student's.
+        """
+        self._settings = row_settings(args, tokenizer)
+        if args.packing and args.packing_strategy == "wrapped":
+            raise ValueError(
+                "packing_strategy='wrapped' cuts texts wherever a row ends, so that they are in no store: take 'bfd'"
+            )
+        quantization, stored = args.teacher_quantization, self.manifest.teacher.get("quantization")
+        if quantization not in (None, stored):
+            raise ValueError(
+                f"the store in {self.folder} was written by a teacher with teacher_quantization={stored!r}, and this "
+                f"run asks for {quantization!r}: remove the setting, or write another store"
+            )
+        wanted = (args.teacher_model_init_kwargs or {}).get("dtype")
+        if wanted is not None and str(wanted).removeprefix("torch.") not in ("auto", self.manifest.teacher["dtype"]):
+            raise ValueError(
+                f"the store in {self.folder} was written by a teacher in {self.manifest.teacher['dtype']}, and this "
+                f"run asks for dtype {wanted}: remove the setting, or write another store"
+            )
+        temperatures = (args.schedule or {}).get("temperature", [args.temperature])
+        self.manifest.refuse_loss(args.divergence, set(temperatures), self.folder)
+
+    def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
+        """Rows with the tokens of their `teacher_prompt`.
+
+        Raises:
+            `ValueError`: rows that are not in the store; their number, the first of them, and the likely reason.
+        """
+        if "teacher_prompt" in next(iter(dataset), {}):
+            dataset = with_own_text(dataset, name, None, self.tokenizer, self.num_proc)
+        if isinstance(dataset, Dataset):
+            self.refuse_missing(Documents.of_dataset(dataset, *self.columns_of(dataset[0])), name)
+        return dataset
+
+    def columns_of(self, row: Row) -> tuple[str, str]:
+        """The columns of tokens and labels that the teacher reads."""
+        return self.columns or own_columns(row)
+
+    def refuse_missing(self, documents: Documents, name: str) -> None:
+        """Raises `ValueError` for documents of a data set that are not in the store."""
+        documents = documents.with_labels()
+        numbers = self.store.find(documents.keys())
+        self.store.require(numbers[numbers >= 0])
+        missing = np.flatnonzero(numbers < 0)
+        if len(missing):
+            raise ValueError(
+                f"{len(missing):,} of {len(numbers):,} texts of the {name} dataset are not in the store {self.folder}; "
+                f"the first is in row {documents.rows[missing[0]]}. {self.reason()}"
+            )
+
+    def reason(self) -> str:
+        """Why texts may be missing, for messages: what has changed since the store was written."""
+        written, now = self.manifest.rows, self._settings
+        changed = [
+            f"{name} was {written.get(name)!r} and is {now.get(name)!r}"
+            for name in {**written, **now}
+            if written.get(name) != now.get(name)
+        ]
+        if changed:
+            return f"Since it was written, settings have changed that tokens and labels depend on: {'; '.join(changed)}"
+        return "Settings are those of its writing, so these texts are new: add them with `hf-distill cache write`"
+
+    @property
+    def collate(self) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
+        """Reads what the store has of the rows of a batch."""
+        return partial(
+            read_rows,
+            store=self.store,
+            format=self.format,
+            prefix=self.prefix,
+            columns=self.columns,
+            reason=self.reason(),
+        )
+
+    def __call__(self, inputs: Mapping[str, Any], positions: Tensor) -> Signal:
+        """The signal at flat `positions` (N,) of a batch, which `collate` has read."""
+        return self.format.signal(self.read(inputs, positions), None)
+
+    def read(self, inputs: Mapping[str, Any], positions: Tensor) -> dict[str, Tensor]:
+        """The tensors that `collate` has read for `positions` (N,), on their device."""
+        tensors = {
+            name.removeprefix(self.prefix): tensor.to(positions.device)
+            for name, tensor in inputs.items()
+            if name.startswith(self.prefix)
+        }
+        found = len(next(iter(tensors.values()), ()))
+        if found != len(positions):
+            raise ValueError(
+                f"a batch has {len(positions)} label-bearing positions, and the store {found} for its rows: a collator "
+                "or transform has changed rows after they were prepared; prepare them before"
+            )
+        return tensors
+
+
+class StoredHiddenTeacher(StoredTeacher):
+    """The hidden states of a teacher, read from a store, and its head: every divergence, temperature and combination.
+
+    Attributes:
+        head (`Head`): on the device where it was last used.
+    """
+
+    def __init__(self, folder: str, **kwargs: Any) -> None:
+        super().__init__(folder, **kwargs)
+        assert self.manifest.head is not None
+        self.head = read_head(self.folder, self.manifest.head)
+
+    def __call__(self, inputs: Mapping[str, Any], positions: Tensor) -> TeacherSignal:
+        """As in [`StoredTeacher`]."""
+        self.head = self.head.to(positions.device)
+        return self.format.signal(self.read(inputs, positions), self.head)
+
+
+def open_store(name: str, *, index: int, num_proc: int | None) -> StoredTeacher:
+    """The teacher of a store, a folder with or without `cache:` before it.
+
+    Raises:
+        `ValueError`: no store, a damaged one, or one of a newer format.
+    """
+    folder = os.path.expanduser(name.removeprefix(CACHE))
+    kind = StoredHiddenTeacher if read_manifest(Path(folder)).method == "hidden" else StoredTeacher
+    return kind(folder, index=index, num_proc=num_proc)
+
+
+def read_rows(
+    rows: Sequence[Row],
+    store: Store,
+    format: Format,
+    prefix: str,
+    columns: tuple[str, str] | None,
+    reason: str,
+) -> dict[str, Tensor]:
+    """What a store has of the rows of a batch: tensors that are flat over its label-bearing positions, rows in order.
+
+    Raises:
+        `ValueError`: a text that is not in the store, or a damaged shard.
+    """
+    documents = Documents.of_rows(rows, *(columns or own_columns(rows[0]))).with_labels()
+    numbers = store.find(documents.keys())
+    if (numbers < 0).any():
+        raise ValueError(
+            f"{int((numbers < 0).sum())} of {len(numbers)} texts of a batch are not in the store. {reason}"
+        )
+    return {prefix + key: tensor for key, tensor in format.collate(store.read(numbers.tolist())).items()}

@@ -1,0 +1,374 @@
+"""Writing a store: the teacher is asked about every document of some data sets, once.
+
+Everything is fixed before the first forward: which documents, in which batches, in which shards, in which process. So a
+run that was killed goes on where it was, and ends in the same bytes as one without a break.
+
+Shapes: B documents of a batch, T tokens, N label-bearing positions.
+"""
+
+import copy
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import convert_bytes
+from datasets.utils import tqdm
+from filelock import FileLock, Timeout
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.hidden_bytes import Rounding, choose_rounding, folded_head
+from hf_distill.losses.fused_linear import TeacherSignal
+from hf_distill.modeling import label_positions
+from hf_distill.samplers import likeliest, tau_for
+from hf_distill.saving import save_tokenizer
+from hf_distill.store.documents import KEY_BYTES, Documents
+from hf_distill.store.formats import (
+    MOST_ENTRIES,
+    SAMPLERS,
+    Arrays,
+    Format,
+    chunks,
+    format_of,
+    sparse_fidelity,
+)
+from hf_distill.store.head import HEAD, ROUNDING, read_rounding, write_head, write_rounding
+from hf_distill.store.manifest import METHODS, Manifest, is_store, read_manifest
+from hf_distill.store.plan import NAME as PLAN
+from hf_distill.store.plan import SHARD_BYTES, Plan, begun, divided
+from hf_distill.store.reader import Store, remove_damaged
+from hf_distill.store.shards import PART, shard_names, write_shard
+from hf_distill.target_bytes import id_bits
+from hf_distill.teachers import ModelTeacher
+from hf_distill.teachers.stored import TOKENIZER
+from hf_distill.token_rows import pad
+
+PROBE_POSITIONS = 2048  # on which a rounding, or tau, is chosen and the fidelity measured
+LOCK = "writing.lock"
+LIBRARIES = ("hf_distill", "torch", "transformers", "numpy", "safetensors")
+BEGUN = {TOKENIZER, HEAD, ROUNDING, PLAN, LOCK}  # what a folder may hold before it has a manifest
+DTYPES = ("float16", "int8")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is kept of a teacher.
+
+    Args:
+        store: "hidden" (states), "sampled" (probabilities) or "topk" (probabilities).
+        dtype: of hidden states, "float16" or "int8".
+        entries: of a position: of a sample by "threshold" their mean number, of one by "multinomial" the number of
+            draws, of "topk" the number.
+        sampler: "threshold" or "multinomial".
+        seed: of samples and rotations.
+
+    Raises:
+        `ValueError`: an unknown name, or a number of entries that cannot be had.
+    """
+
+    store: str = "hidden"
+    dtype: str = "float16"
+    entries: float = 12
+    sampler: str = "threshold"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("store", self.store, METHODS), ("dtype", self.dtype, DTYPES), ("sampler", self.sampler, SAMPLERS)
+        ):  # fmt: skip
+            if value not in known:
+                raise ValueError(f"{name} has to be one of {', '.join(known)}, got {value!r}")
+        is_mean = self.store == "sampled" and self.sampler == "threshold"
+        most = MOST_ENTRIES if self.store == "sampled" else math.inf
+        if not 1 <= self.entries <= most or not (is_mean or float(self.entries).is_integer()):
+            kind = "a number" if is_mean else "a whole number"
+            raise ValueError(f"entries has to be {kind} from 1 to {most:g}, got {self.entries}")
+
+
+class StoreWriter:
+    """Asks a teacher about documents, and writes what it says into a folder.
+
+    Args:
+        teacher ([`ModelTeacher`]): a model in this process.
+        documents ([`Documents`]): of all data sets.
+        method ([`Method`]): what is kept.
+        accelerator: of the run; each process writes its share.
+        about: what the manifest has to say of teacher, tokenizer and rows.
+        vocab_size, temperature: of the run.
+        batch_size: documents of a forward.
+        precision: a context in which the teacher is asked, such as autocast.
+    """
+
+    def __init__(
+        self,
+        teacher: ModelTeacher,
+        documents: Documents,
+        method: Method,
+        accelerator: Accelerator,
+        *,
+        about: Mapping[str, dict[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        temperature: float,
+        batch_size: int,
+        precision: Callable[[], Any],
+    ) -> None:
+        self.teacher, self.method, self.accelerator, self.tokenizer = teacher, method, accelerator, tokenizer
+        self.documents = documents.with_labels().distinct()
+        if not len(self.documents):
+            raise ValueError("no row has a label-bearing token, so there is nothing to write")
+        self.batch_size, self.precision, self.about = batch_size, precision, about
+        self.vocab_size, self.temperature = vocab_size, temperature if method.store == "sampled" else 1.0
+        self._probe: TeacherSignal | None = None
+
+    # ------------------------------------------------------------------------------------------------ the teacher
+
+    def ask(self, ids: Sequence[np.ndarray], bears_label: Sequence[np.ndarray]) -> TeacherSignal:
+        """The teacher's signal at the N label-bearing positions of B documents, in order."""
+        tokens, mask = pad([row.tolist() for row in ids], 0)
+        labels, _ = pad([np.where(own, row, -100).tolist() for row, own in zip(ids, bears_label, strict=True)], -100)
+        device = self.accelerator.device
+        positions, _ = label_positions(labels.to(device))
+        inputs = {"input_ids": tokens.to(device), "attention_mask": mask.long().to(device)}
+        with torch.no_grad(), self.precision():
+            return self.teacher(inputs, positions)
+
+    def probe(self) -> TeacherSignal:
+        """The teacher's signal at some thousand positions of documents from all over the data."""
+        if self._probe is None:
+            chosen = self._probe_documents()
+            parts = [
+                self.ask(*zip(*(self.documents[int(i)] for i in chosen[start : start + self.batch_size]), strict=True))
+                for start in range(0, len(chosen), self.batch_size)
+            ]
+            hidden = torch.cat([part.hidden for part in parts])
+            self._probe = TeacherSignal(hidden, self.teacher.head)
+        return self._probe
+
+    def _probe_documents(self) -> np.ndarray:
+        """Indices of documents, evenly spread, that have `PROBE_POSITIONS` or as many as there are."""
+        num_labels = self.documents.num_labels
+        number = len(num_labels)
+        count = min(number, max(8, int(np.ceil(PROBE_POSITIONS / num_labels.mean()))))
+        while True:
+            chosen = np.unique(np.linspace(0, number - 1, count).round().astype(np.int64))
+            if num_labels[chosen].sum() >= PROBE_POSITIONS or count == number:
+                return chosen
+            count = min(number, 2 * count)
+
+    # ------------------------------------------------------------------------------------------------ the store
+
+    def write(self, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Manifest:
+        """Writes all documents that the store in `folder` lacks.
+
+        Raises:
+            `ValueError`: a folder of something else, the store of another teacher or method, another process that
+                writes into it, or too little room.
+            `OSError`: the disk is full, or gone. What has been written stays.
+        """
+        with self._alone(folder):
+            manifest, format = self._begin(folder)
+            plan = self._plan(folder, format, shard_bytes)
+            self._write_shards(folder, plan, format)
+            self.accelerator.wait_for_everyone()
+            store = Store(folder, format.streams)
+            manifest = replace(manifest, counts={**store.counts(), "head_bytes": (manifest.head or {}).get("bytes", 0)})
+            if self.accelerator.is_main_process:
+                manifest.write(folder)
+                (folder / PLAN).unlink(missing_ok=True)
+            self.accelerator.wait_for_everyone()
+        return manifest
+
+    @contextmanager
+    def _alone(self, folder: Path) -> Iterator[None]:
+        """Holds the folder's lock, in one process of the run."""
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        there = {path.name for path in folder.iterdir() if path.suffix != PART} if folder.exists() else set()
+        if there - BEGUN and not is_store(folder):
+            raise ValueError(
+                f"{folder} holds something else than a store ({min(there - BEGUN)}): take another output_dir"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(folder / LOCK, timeout=0):
+                yield
+        except Timeout as error:
+            raise ValueError(
+                f"another process is writing into {folder}: wait for it, or take another output_dir"
+            ) from error
+        (folder / LOCK).unlink(missing_ok=True)
+
+    def _begin(self, folder: Path) -> tuple[Manifest, Format]:
+        """The manifest of the store, which is written if there is none, and its format."""
+        asked, is_new = self._asked(), not is_store(folder)
+        self.accelerator.wait_for_everyone()
+        if is_new:
+            manifest, rounding = self._chosen(asked)
+            if self.accelerator.is_main_process:
+                save_tokenizer(self.tokenizer, folder / TOKENIZER)
+                if rounding is not None:
+                    write_rounding(folder, rounding)
+                    manifest = replace(manifest, head=write_head(folder, folded_head(self.teacher.head, rounding)))
+                manifest.write(folder)
+        self.accelerator.wait_for_everyone()
+        manifest = read_manifest(folder)
+        manifest.refuse_other(asked, folder)
+        rounding = None
+        if manifest.method == "hidden":
+            rounding = read_rounding(folder, self.method.dtype, manifest.chosen["rounding"])
+        return manifest, format_of(manifest, rounding)
+
+    def _asked(self) -> Manifest:
+        """The manifest as far as settings tell it."""
+        method = self.method
+        parameters: dict[str, Any] = {"dtype": method.dtype}
+        if method.store == "sampled":
+            parameters = {"sampler": method.sampler, "entries": method.entries}
+        elif method.store == "topk":
+            parameters = {"entries": min(int(method.entries), self.vocab_size)}
+        return Manifest(
+            method.store, parameters, self.about["teacher"], self.about["tokenizer"], self.vocab_size, self.temperature,
+            method.seed, rows=self.about["rows"], versions={name: version(name) for name in LIBRARIES},
+        )  # fmt: skip
+
+    def _chosen(self, asked: Manifest) -> tuple[Manifest, Rounding | None]:
+        """The manifest with what a probe chooses and measures, and the rounding of hidden states."""
+        signal, vocab_size = self.probe(), self.vocab_size
+        if asked.method == "hidden":
+            rounding, fidelity = choose_rounding(
+                signal.hidden, self.teacher.head, self.method.dtype, vocab_size=vocab_size, seed=asked.seed
+            )
+            return replace(asked, chosen={"rounding": rounding.name}, fidelity=fidelity), rounding
+        if asked.parameters.get("sampler") == "threshold":
+            probs = [
+                likeliest(x.div_(self.temperature), MOST_ENTRIES).double().cpu() for x in chunks(signal, vocab_size)
+            ]
+            asked = replace(asked, chosen={"tau": tau_for(torch.cat(probs), self.method.entries)})
+        return replace(asked, fidelity=sparse_fidelity(format_of(asked), signal, vocab_size, self.temperature)), None
+
+    def _plan(self, folder: Path, format: Format, shard_bytes: int) -> Plan:
+        """The documents to write, in batches and shards; `ValueError` if the disk has no room for them."""
+        processes = self.accelerator.num_processes
+        if self.accelerator.is_main_process:
+            remove_damaged(folder, format.streams)
+        self.accelerator.wait_for_everyone()
+        keys = self.documents.keys()
+        settings = f"{self.batch_size}-{processes}-{shard_bytes}"
+
+        def missing(shards: Sequence[str]) -> np.ndarray:
+            return np.flatnonzero(Store(folder, format.streams, shards).find(keys) < 0)
+
+        def key_of(shards: Sequence[str]) -> str:
+            return f"{settings}-{blake2b(keys[missing(shards)].tobytes(), digest_size=16).hexdigest()}"
+
+        if self.accelerator.is_main_process:
+            begun(folder, key_of)
+        self.accelerator.wait_for_everyone()
+        run = begun(folder, key_of)
+        documents, shards = divided(
+            self.documents.take(missing(run["before"])), batch_size=self.batch_size,
+            position_bytes=self.position_bytes(format), shard_bytes=shard_bytes, num_processes=processes,
+        )  # fmt: skip
+        plan = Plan(run["run"], run["before"], documents, shards)
+        there = set(shard_names(folder))
+        left = [batch for i, shard in enumerate(shards) if plan.name(i) not in there for batch in shard]
+        need = self.position_bytes(format) * sum(documents.num_labels[batch].sum() for batch in left)
+        if need > (free := shutil.disk_usage(folder).free):
+            raise ValueError(
+                f"the store needs about {convert_bytes(need)} more, and {convert_bytes(free)} are free in {folder}: "
+                "make room, or take a smaller store (--dry_run shows the bytes of each)"
+            )
+        return plan
+
+    def position_bytes(self, format: Format) -> float:
+        """About the bytes of a label-bearing position in the files: a number that settings alone decide."""
+        fixed = sum(stream.num_bytes for stream in format.streams.values() if not stream.ragged)
+        ragged = {"hidden": 0.0, "topk": id_bits(self.vocab_size) / 8, "sampled": id_bits(self.vocab_size) / 8 + 1}
+        return fixed + ragged[self.method.store] * self.method.entries
+
+    def _write_shards(self, folder: Path, plan: Plan, format: Format) -> None:
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        todo = [plan.to_do(folder, process, processes) for process in range(processes)]
+        # A teacher that is split over the processes is asked by all of them at once.
+        forwards = [sum(len(plan.shards[shard]) for shard in shards) for shards in todo]
+        spare = max(forwards) - forwards[rank] if getattr(self.teacher, "sharded", False) else 0
+        num_tokens, done = plan.documents.num_tokens, 0
+        total = sum(int(num_tokens[batch].sum()) for shard in todo[rank] for batch in plan.shards[shard])
+        hide = not self.accelerator.is_main_process
+        with tqdm(total=total, desc="Writing the store", unit=" tokens", unit_scale=True, disable=hide or None) as bar:
+            for shard in todo[rank]:
+                arrays: list[Arrays] = []
+                for batch in plan.shards[shard]:
+                    arrays += self._encoded(plan.documents, batch, format)
+                    bar.update(int(num_tokens[batch].sum()))
+                chosen = plan.documents.take(np.concatenate(plan.shards[shard]))
+                done += write_shard(folder, plan.name(shard), chosen.keys(), arrays, format.streams)
+                bar.set_postfix_str(f"{convert_bytes(done)} of about {convert_bytes(done * total / max(bar.n, 1))}")
+            for _ in range(spare):
+                self._asked_about(plan.documents, plan.shards[0][0])
+
+    def _encoded(self, documents: Documents, batch: np.ndarray, format: Format) -> list[Arrays]:
+        signal = self._asked_about(documents, batch)
+        chosen = documents.take(batch)
+        return format.encode(signal, [*map(bytes, chosen.keys())], chosen.num_labels.tolist())
+
+    def _asked_about(self, documents: Documents, batch: np.ndarray) -> TeacherSignal:
+        return self.ask(*zip(*(documents[int(i)] for i in batch), strict=True))
+
+    def estimates(self) -> list[dict[str, Any]]:
+        """The bytes and seconds of every kind of store for the documents, from what a probe takes; nothing is written.
+
+        Returns:
+            For each a dict with "store" (what it is), "position_bytes", "bytes" (of all files but the head),
+            "head_bytes" and "seconds", with all processes at work.
+        """
+        self.probe()  # warms up
+        self._probe, start = None, time.perf_counter()
+        signal = self.probe()
+        seconds = time.perf_counter() - start
+        num_tokens = self.documents.num_tokens
+        forward = seconds * num_tokens.sum() / num_tokens[self._probe_documents()].sum()
+        entries, sampler, seed = self.method.entries, self.method.sampler, self.method.seed
+        kinds = [
+            Method("hidden", "float16"),
+            Method("hidden", "int8", seed=seed),
+            Method("sampled", entries=entries, sampler=sampler, seed=seed),
+            Method("topk", entries=round(entries)),
+        ]
+        return [self._of_kind(kind)._estimate(signal, forward) for kind in kinds]
+
+    def _of_kind(self, method: Method) -> "StoreWriter":
+        other = copy.copy(self)
+        other.method = method
+        other.temperature = self.temperature if method.store == "sampled" else 1.0
+        return other
+
+    def _estimate(self, signal: TeacherSignal, forward: float) -> dict[str, Any]:
+        manifest, rounding = self._chosen(self._asked())
+        head = self.teacher.head.weight
+        width, dtype = head.shape[1], str(head.dtype).removeprefix("torch.")
+        format = format_of(replace(manifest, head={"width": width, "dtype": dtype}), rounding)
+        start, positions = time.perf_counter(), len(signal.hidden)
+        arrays = format.encode(signal, [b"probe"], [positions])[0]
+        encoding = (time.perf_counter() - start) / positions
+        num_labels = self.documents.num_labels
+        index = (KEY_BYTES + 4 * (1 + sum(stream.ragged for stream in format.streams.values()))) / num_labels.mean()
+        position_bytes = sum(array.nbytes for array in arrays.values()) / positions + index
+        return {
+            "store": manifest.kind,
+            "position_bytes": position_bytes,
+            "bytes": position_bytes * num_labels.sum(),
+            "head_bytes": head.nbytes if manifest.method == "hidden" else 0,
+            "seconds": (forward + encoding * num_labels.sum()) / self.accelerator.num_processes,
+        }

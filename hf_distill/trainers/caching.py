@@ -1,0 +1,72 @@
+"""From a trainer to a store: the documents of its rows, its teacher, and what the manifest says of both."""
+
+from typing import Any
+
+from hf_distill.modeling import causal_lm, weights_fingerprint, weights_kind
+from hf_distill.store.documents import Documents, joined
+from hf_distill.teachers import ModelTeacher, Teacher
+from hf_distill.teachers.across import AcrossTeacher
+from hf_distill.teachers.columns import own_columns
+from hf_distill.teachers.stored import fingerprint, row_settings
+from hf_distill.teachers.writing import Method, StoreWriter
+from hf_distill.trainers.checks import named_datasets
+
+
+def store_writer(trainer: Any, method: Method, batch_size: int | None = None) -> StoreWriter:
+    """Writes what the teacher of a trainer says about the rows of all its data sets.
+
+    Args:
+        trainer ([`KDTrainer`]): with one teacher that is a model.
+        method ([`Method`]): what is kept.
+        batch_size (`int`, *optional*): documents of a forward; `per_device_eval_batch_size` by default.
+
+    Raises:
+        `ValueError`: several teachers, one that is no model, or rows that are no texts yet.
+    """
+    args, tokenizer = trainer.args, trainer.processing_class
+    teacher, columns = _asked(trainer.teacher)
+    if args.packing and args.packing_strategy == "wrapped":
+        raise ValueError("packing_strategy='wrapped' cuts texts wherever a row ends: take 'bfd'")
+    parts = []
+    for name, dataset in named_datasets(trainer.train_dataset, trainer.eval_dataset).items():
+        first = next(iter(dataset), {})
+        if "input_ids" not in first:
+            raise ValueError(f"the {name} dataset has no tokens before training, so a teacher cannot be asked about it")
+        parts.append(Documents.of_dataset(dataset, *(columns or own_columns(first))))
+    own = tokenizer if columns is None else trainer.teacher.tokenizer
+    model = causal_lm(teacher.model)
+    kind = weights_kind(model)
+    about = {
+        "name": trainer.teacher.name,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "weights": weights_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": f"{kind[0]}bit" if kind[0].isdigit() else None,
+        "precision": trainer.accelerator.mixed_precision,
+    }
+    vocabularies = {
+        name: fingerprint(sorted(each.get_vocab().items())) for name, each in (("own", own), ("student", tokenizer))
+    }
+    return StoreWriter(
+        teacher,
+        joined(parts, [0] * len(parts)),
+        method,
+        trainer.accelerator,
+        about={"teacher": about, "tokenizer": vocabularies, "rows": row_settings(args, tokenizer)},
+        tokenizer=own,
+        vocab_size=trainer.vocab_size if columns is None else teacher.head.weight.shape[0],
+        temperature=args.temperature,
+        batch_size=batch_size or args.per_device_eval_batch_size,
+        precision=trainer.compute_loss_context_manager,
+    )
+
+
+def _asked(teacher: Teacher) -> tuple[ModelTeacher, tuple[str, str] | None]:
+    """The model to ask, and the columns that it reads if they are not the student's; `ValueError` if there is none."""
+    inner = teacher.teacher if isinstance(teacher, AcrossTeacher) else teacher
+    if not isinstance(inner, ModelTeacher):
+        raise ValueError(
+            f"a store is written of one teacher that is a model in this process; {teacher.name} "
+            f"({type(inner).__name__}) is none. Of several teachers write a store each"
+        )
+    return inner, teacher.columns if isinstance(teacher, AcrossTeacher) else None
