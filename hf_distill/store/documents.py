@@ -117,8 +117,13 @@ class Documents:
 
     def distinct(self) -> "Documents":
         """Each document once, in the order in which they come first."""
-        _, first = np.unique(self.keys().view("V16").ravel(), return_index=True)
+        _, first = np.unique(as_bytes(self.keys()), return_index=True)
         return self if len(first) == len(self) else self.take(np.sort(first))
+
+
+def as_bytes(keys: np.ndarray) -> np.ndarray:
+    """Keys (n, 16) as strings of 16 bytes (n,), which can be sorted and compared."""
+    return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").ravel()
 
 
 def joined(parts: Sequence[Documents], first_rows: Sequence[int]) -> Documents:

@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from hf_distill.store.shards import write_file
 
@@ -106,19 +107,29 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         version = values.pop("format")
-    except (ValueError, KeyError, AttributeError) as error:
+        if not isinstance(version, int):
+            raise ValueError(f"its format is {version!r}")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is no manifest of a store, or damaged: {error}") from error
     if version != FORMAT:
         raise ValueError(
             f"the store in {folder} has format {version}, and this version of hf_distill reads format {FORMAT}: "
             + ("update hf_distill" if version > FORMAT else "write the store again")
         )
-    try:
-        return Manifest(**values)
-    except TypeError as error:
-        names = {entry.name for entry in fields(Manifest)}
-        strange = sorted(names.symmetric_difference(values))
-        raise ValueError(f"{path} is no manifest of a store, or damaged: look at {', '.join(strange)}") from error
+    kinds = {entry.name: entry.type for entry in fields(Manifest)}
+    strange = kinds.keys() ^ values.keys() or {name for name in kinds if not _fits(values[name], kinds[name])}
+    if values.get("method") not in METHODS:
+        strange = {*strange, "method"}
+    if strange:
+        raise ValueError(f"{path} is no manifest of a store, or damaged: look at {', '.join(sorted(strange))}")
+    return Manifest(**values)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """True if a value of JSON is of the type that a field has."""
+    if isinstance(kind, UnionType):
+        return any(_fits(value, each) for each in get_args(kind))
+    return isinstance(value, int | float if kind is float else get_origin(kind) or kind)
 
 
 def _difference(name: str, here: Any, there: Any) -> tuple[str, Any, Any] | None:

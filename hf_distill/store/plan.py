@@ -8,6 +8,7 @@ Shapes: n documents.
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from hf_distill.store.shards import shard_names, write_file
 
 NAME = "writing.json"  # there while a store is written
 SHARD_BYTES = 32 * 2**20
-MOST_SHARDS = 1000  # of one writing, where shards of SHARD_BYTES would be more
+MOST_SHARDS = 10_000  # of one writing, where shards of SHARD_BYTES would be more
 
 
 class Plan(NamedTuple):
@@ -56,23 +57,19 @@ def divided(
     Args:
         batch_size: documents of a forward.
         position_bytes: about what a label-bearing position takes.
-        shard_bytes: of a shard at least, unless there would be none for some process.
+        shard_bytes: of a shard at least, unless there would be none for some process. All processes have as many
+            shards, of about one size.
     """
     order = np.argsort(-documents.num_tokens, kind="stable")
     documents = documents.take(order)
-    num_labels = documents.num_labels
-    total = position_bytes * num_labels.sum()
-    size = min(max(shard_bytes, total / MOST_SHARDS), total / num_processes)
-    shards: list[list[np.ndarray]] = [[]]
-    written = 0.0
-    for start in range(0, len(documents), batch_size):
-        if written >= size:
-            shards.append([])
-            written = 0.0
-        batch = np.arange(start, min(start + batch_size, len(documents)))
-        shards[-1].append(batch)
-        written += position_bytes * num_labels[batch].sum()
-    return documents, [shard for shard in shards if shard]
+    before = np.concatenate([[0], documents.num_labels.cumsum()])  # label-bearing positions of earlier documents
+    total = int(before[-1])
+    number = int(min(position_bytes * total / shard_bytes, MOST_SHARDS)) // num_processes * num_processes
+    number = max(number, num_processes)
+    indices = np.arange(len(documents))
+    batches = [indices[start : start + batch_size] for start in range(0, len(documents), batch_size)]
+    shards = groupby(batches, lambda batch: int(before[batch[0]]) * number // total)
+    return documents, [list(shard) for _, shard in shards]
 
 
 def begun(folder: Path, key_of: Callable[[Sequence[str]], str]) -> dict[str, Any]:

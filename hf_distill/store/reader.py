@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from datasets.utils import tqdm
 
-from hf_distill.store.shards import Shard, Stream, shard_names
+from hf_distill.store.documents import KEY_BYTES, as_bytes
+from hf_distill.store.shards import FILE, PART, Shard, Stream, shard_names
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,9 @@ class Store:
         keys = [shard.keys for shard in self.shards]
         self._shard = np.repeat(np.arange(len(keys)), [len(each) for each in keys])  # of each document
         self._place = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(each)) for each in keys)])
-        both = np.concatenate([np.zeros((0, 16), np.uint8), *keys]).view("<u8")  # (n, 2)
-        order = np.lexsort((both[:, 1], both[:, 0]))
-        self._keys, self._shard, self._place = both[order], self._shard[order], self._place[order]
+        unsorted = as_bytes(np.concatenate([np.zeros((0, KEY_BYTES), np.uint8), *keys]))
+        order = np.argsort(unsorted)
+        self._keys, self._shard, self._place = unsorted[order], self._shard[order], self._place[order]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "streams": self.streams, "_names": self._names}
@@ -57,15 +58,11 @@ class Store:
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """The numbers (m,) of the documents with keys (m, 16); -1 for those that are not there."""
-        wanted = np.ascontiguousarray(keys).view("<u8")  # (m, 2)
-        found = np.full(len(wanted), -1)
-        places = np.searchsorted(self._keys[:, 0], wanted[:, 0])
-        for _ in range(2):  # Two keys with the same first half are next to impossible, but they would be neighbours.
-            inside = np.flatnonzero((places < len(self)) & (found < 0))
-            same = (self._keys[places[inside]] == wanted[inside]).all(-1)
-            found[inside[same]] = places[inside[same]]
-            places = places + 1
-        return found
+        if not len(self):
+            return np.full(len(keys), -1)
+        wanted = as_bytes(keys)
+        places = np.searchsorted(self._keys, wanted).clip(max=len(self) - 1)
+        return np.where(self._keys[places] == wanted, places, -1)
 
     def require(self, numbers: np.ndarray) -> None:
         """Raises `ValueError` if a file that these documents need is missing or cut off."""
@@ -112,7 +109,8 @@ def remove_damaged(folder: Path, streams: Mapping[str, Stream]) -> None:
     for name, problem in damages(folder, streams).items():
         logger.warning("%s; its documents are written again", problem.partition(": ")[0])
         (folder / f"index-{name}.safetensors").unlink()
-    whole = {f"{kind}-{name}.safetensors" for name in shard_names(folder) for kind in ("data", "index")}
-    for path in folder.glob("*-*-*.safetensors*"):
-        if path.name not in whole:
+    whole = set(shard_names(folder))
+    for path in list(folder.iterdir()):
+        file = FILE.fullmatch(path.name.removesuffix(PART))
+        if file and (path.suffix == PART or file[2] not in whole):
             path.unlink()

@@ -8,6 +8,7 @@ Shapes: n documents of a shard, S streams.
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from safetensors.numpy import save as to_bytes
 
 BLOCK = 2**16  # bytes with a checksum of their own
 PART = ".part"  # the end of the name of a file that is being written
+FILE = re.compile(r"(data|index)-(\d{4}-\d{5})\.safetensors")
 INDEX = ("keys", "lengths", "checksums")  # the arrays of an index
 REMEDY = "run `hf-distill cache write` again with the settings that made the store: it writes what is missing"
 
@@ -63,7 +65,7 @@ def write_shard(
     counted = [one, *(stream for stream, kind in streams.items() if kind.ragged)]
     lengths = np.array([[len(document[stream]) for stream in counted] for document in documents], np.int32)  # (n, ...)
     arrays = {"keys": np.ascontiguousarray(keys), "lengths": lengths, "checksums": checksums(data)}
-    about = {"bytes": len(data), "checksum": index_checksum(arrays)}
+    about = {"bytes": len(data), "checksum": index_checksum(arrays, len(data))}
     index = to_bytes(arrays, metadata={"shard": json.dumps(about)})
     write_file(folder / f"data-{name}.safetensors", data)
     write_file(folder / f"index-{name}.safetensors", index)
@@ -77,7 +79,11 @@ def checksums(data: bytes) -> np.ndarray:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """A file that is there as a whole or not at all."""
+    """Writes a file, which is there as a whole or not at all.
+
+    Raises:
+        `OSError`: a full disk, or one that cannot be written to; the name of the file, and what to do.
+    """
     beside = path.with_name(path.name + PART)
     try:
         with open(beside, "wb") as file:
@@ -85,14 +91,16 @@ def write_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError:
+    except OSError as error:
         beside.unlink(missing_ok=True)
-        raise
+        problem = f"{path} could not be written: {error.strerror or error}. What was written before stays"
+        raise OSError(error.errno, f"{problem}: make room on the disk, and run the same again") from error
 
 
 def shard_names(folder: Path) -> list[str]:
     """The names of all shards that are there, in order."""
-    return sorted(path.stem.removeprefix("index-") for path in folder.glob("index-*.safetensors"))
+    found = (FILE.fullmatch(path.name) for path in folder.glob("index-*.safetensors"))
+    return sorted(match[2] for match in found if match)
 
 
 class Shard:
@@ -106,14 +114,14 @@ class Shard:
         self.name, self.path, self.streams = name, folder / f"data-{name}.safetensors", streams
         self.index_path = folder / f"index-{name}.safetensors"
         try:
-            arrays, about = parse(np.fromfile(self.index_path, np.uint8))
-            self.about: dict[str, int] = json.loads(about["shard"])
+            arrays, metadata = parse(np.fromfile(self.index_path, np.uint8))
+            about = json.loads(metadata["shard"])
             self.keys, self.lengths, self._checksums = (arrays[part] for part in INDEX)
-            intact = index_checksum(arrays) == self.about["checksum"]
-        except (KeyError, ValueError, TypeError) as error:
+            self._data_bytes = about["bytes"]
+            if index_checksum(arrays, self._data_bytes) != about["checksum"]:
+                raise ValueError("its checksum differs")
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.index_path} is damaged: {REMEDY}") from error
-        if not intact:
-            raise ValueError(f"{self.index_path} is damaged: {REMEDY}")
         ragged = [stream for stream, kind in streams.items() if kind.ragged]
         ends = np.pad(np.cumsum(self.lengths, 0, dtype=np.int64), ((1, 0), (0, 0)))
         self._ends = {stream: ends[:, 1 + ragged.index(stream) if stream in ragged else 0] for stream in streams}
@@ -128,7 +136,7 @@ class Shard:
     @property
     def num_bytes(self) -> int:
         """Of both files."""
-        return self.about["bytes"] + self.index_path.stat().st_size
+        return self._data_bytes + self.index_path.stat().st_size
 
     def read(self, document: int) -> dict[str, np.ndarray]:
         """The arrays of a document, as they lie in the file."""
@@ -145,8 +153,8 @@ class Shard:
         """Raises `ValueError` if the data is missing or cut off."""
         if not self.path.exists():
             raise ValueError(f"{self.path} is missing: {REMEDY}")
-        if (size := self.path.stat().st_size) != self.about["bytes"]:
-            raise ValueError(f"{self.path} has {size:,} bytes of {self.about['bytes']:,}: {REMEDY}")
+        if (size := self.path.stat().st_size) != self._data_bytes:
+            raise ValueError(f"{self.path} has {size:,} bytes of {self._data_bytes:,}: {REMEDY}")
 
     def check(self) -> None:
         """Raises `ValueError` if anything in the file is damaged; reads all of it."""
@@ -193,6 +201,6 @@ def parse(data: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return arrays, metadata
 
 
-def index_checksum(arrays: Mapping[str, np.ndarray]) -> int:
-    """CRC-32 of the arrays of an index."""
-    return zlib.crc32(b"".join(np.ascontiguousarray(arrays[part]).tobytes() for part in INDEX))
+def index_checksum(arrays: Mapping[str, np.ndarray], data_bytes: int) -> int:
+    """CRC-32 of the arrays of an index, and of the number of bytes of its data."""
+    return zlib.crc32(b"".join([*(arrays[part].tobytes() for part in INDEX), str(data_bytes).encode()]))
