@@ -255,4 +255,6 @@ def read_rows(
         raise ValueError(
             f"{int((numbers < 0).sum())} of {len(numbers)} texts of a batch are not in the store. {reason}"
         )
-    return {prefix + key: tensor for key, tensor in format.collate(store.read(numbers.tolist())).items()}
+    # A batch may be of rows that fill up the last one.
+    found = store.read(numbers.tolist()) or [{name: stream.none() for name, stream in format.streams.items()}]
+    return {prefix + name: tensor for name, tensor in format.collate(found).items()}
