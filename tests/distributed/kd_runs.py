@@ -55,10 +55,11 @@ def make_trainer(folder, num_processes: int, student, teacher, tokenizers=None, 
     """`teacher` and `tokenizers` may be dicts; each second row has another teacher, if rows have teachers."""
     tokenizer = make_tokenizer()
     rows = make_rows(tokenizer)
+    train_rows = rows.to_iterable_dataset() if changes.pop("stream", False) else rows
     if changes.get("teacher_combination") == "route":
-        rows = rows.add_column("teacher", [[*teacher][i % len(teacher)] for i in range(len(rows))])
+        train_rows = rows = rows.add_column("teacher", [[*teacher][i % len(teacher)] for i in range(len(rows))])
     return KDTrainer(
-        student, teacher, KDConfig(**make_settings(folder, num_processes) | changes), rows,
+        student, teacher, KDConfig(**make_settings(folder, num_processes) | changes), train_rows,
         # Seven rows: the last batches of two processes are filled up with rows that were there before.
         rows.select(range(1, NUM_ROWS)), tokenizer, teacher_processing_class=tokenizers or tokenizer,
         callbacks=[Gradients()],
@@ -111,6 +112,15 @@ def run_kv(folder, num_processes: int) -> dict:
     return results
 
 
+def run_stored(folder, num_processes: int, **changes) -> dict:
+    """The same from a store that these processes have written, a text at a time so that its numbers are the same."""
+    writer = make_trainer(folder, num_processes, make_model(seed=2), make_model(seed=1, hidden_size=48))
+    writer.write_cache(folder / "store", batch_size=1)
+    trainer = make_trainer(folder, num_processes, make_model(seed=2), f"cache:{folder / 'store'}", **changes)
+    trainer.train()
+    return results_of(trainer)
+
+
 def students() -> dict[str, nn.Module]:
     adapted = get_peft_model(make_model(seed=2), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     torch.manual_seed(7)
@@ -130,6 +140,8 @@ def run(folder, num_processes: int) -> dict:
         results[name]["packed_eval"] = evaluate_packed(trainer)
     results["speculative"] = run_speculative(Path(folder, "speculative"), num_processes)
     results["kv"] = run_kv(Path(folder, "kv"), num_processes)
+    results["stored"] = run_stored(Path(folder, "stored"), num_processes)
+    results["streamed"] = run_stored(Path(folder, "streamed"), num_processes, stream=True)
     return results
 
 

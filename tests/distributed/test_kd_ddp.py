@@ -10,7 +10,7 @@ import torch
 
 from tests.distributed.kd_runs import run
 
-RUNS = ["full", "lora", "tied", "speculative", "kv"]
+RUNS = ["full", "lora", "tied", "speculative", "kv", "stored", "streamed"]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,13 @@ def test_evaluation_counts_each_row_once_though_rows_do_not_divide_among_process
             for evaluation in [key for key in ("eval", "packed_eval") if key in results[student]]:
                 found = results[student][evaluation][name]
                 assert found == pytest.approx(one[student]["eval"][name], rel=1e-5), (evaluation, name)
+
+
+def test_a_store_does_what_its_teacher_does(one, two):
+    for results in (one, *two):
+        for name in ("stored", "streamed"):
+            for key, value in results["full"]["weights"].items():
+                assert (results[name]["weights"][key] - value).norm() <= 1e-4 * value.norm(), (name, key)
 
 
 def test_non_finite_loss_in_one_process_stops_both(two):

@@ -4,6 +4,7 @@ Shapes: N label-bearing positions, V vocabulary.
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from hf_distill import SpeculativeKDConfig as SKDConfig
 from hf_distill import SpeculativeKDTrainer as SKDTrainer
 from hf_distill.losses.sparse import SparseSignal, TopKSignal
 from hf_distill.store.documents import Documents
+from hf_distill.store.formats import format_of
 from hf_distill.teachers.across import AcrossTeacher
 from hf_distill.teachers.stored import StoredTeacher, open_store
 from hf_distill.teachers.writing import Method
@@ -160,25 +162,20 @@ def test_samples_are_unbiased_over_seeds(tmp_path, rows, tokenizer):
     inputs, positions, _ = writer.take_labels(batch)
     signal = writer.teacher_signal(dict(inputs), positions)
     truth = signal.head.logits(signal.hidden).softmax(-1)  # (N, V)
-    draws = 60
+    documents = Documents.of_rows(writer.first_rows(writer.train_dataset, 4))
+    keys, draws = [*map(bytes, documents.keys())], 60
     for sampler in ("threshold", "multinomial"):
+        manifest = writer.write_cache(tmp_path / sampler, Method("sampled", sampler=sampler, entries=20))
         total, squared = torch.zeros_like(truth), torch.zeros_like(truth)
         for seed in range(draws):
-            folder = tmp_path / sampler
-            writer.write_cache(folder, Method("sampled", sampler=sampler, entries=20, seed=seed))
-            store = open_store(str(folder), index=0, num_proc=None)
-            read = {name.removeprefix(store.prefix): x for name, x in store.collate(prepared(writer, 4)).items()}
+            format = format_of(replace(manifest, seed=seed))
+            read = format.collate(format.encode(signal, keys, documents.num_labels.tolist()))
             drawn = torch.zeros_like(truth).scatter_add_(-1, read["ids"].long(), read["weights"])
             total, squared = total + drawn, squared + drawn.square()
-            shutil.rmtree(folder)
         mean = total / draws
         error = ((squared / draws - mean.square()).clamp(min=0) / draws).sum().sqrt()  # of the mean, if it is unbiased
         assert (mean - truth).norm() < 1.2 * error
         assert (mean - truth).norm() > 0.8 * error
-
-
-def prepared(trainer, number):
-    return trainer.first_rows(trainer.train_dataset, number)
 
 
 def test_a_stream_is_read_as_it_comes(tmp_path, stores, rows, tokenizer):
