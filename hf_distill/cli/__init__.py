@@ -12,6 +12,7 @@ from typing import Any
 from trl import ModelConfig
 
 from hf_distill.cli.arguments import (
+    CacheArguments,
     CompareArguments,
     DemoArguments,
     KVArguments,
@@ -20,6 +21,7 @@ from hf_distill.cli.arguments import (
     SKDArguments,
     StagedArguments,
 )
+from hf_distill.cli.cache import info, verify, write
 from hf_distill.cli.parsing import CommandParser
 from hf_distill.cli.pruning import merge, prune
 from hf_distill.cli.training import start_kd, start_kv, start_skd
@@ -78,6 +80,16 @@ COMMANDS = {
     ),
     "prune": Command("drop the layers that change least, keep them as bundles", (PruneArguments,), prune),
     "merge": Command("merge an adapter into its base model", (MergeArguments,), merge),
+    "cache write": Command(
+        "write a teacher's outputs into a folder, to train any number of students from",
+        (CacheArguments, KDConfig, ModelConfig), write,
+    ),
+    "cache info": Command(
+        "show what is in such folders", (), info, words={"stores": "folders, or datasets on the hub as user/name"}
+    ),
+    "cache verify": Command(
+        "check every byte of such folders", (), verify, words={"stores": "folders, or datasets on the hub as user/name"}
+    ),
     "compare": Command(
         "put finished runs side by side: settings, fidelity, tokens, time", (CompareArguments,), compare,
         words={"runs": "output directories of kd, kv or skd"},
@@ -92,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     names = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
     for name, command in COMMANDS.items():
         names.add_parser(name, help=command.help, add_help=False)
-    name = parser.parse_args(argv[:1]).command
+    num_words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    name = parser.parse_args([" ".join(argv[:num_words])] if argv else []).command
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_distill").setLevel(logging.INFO)
 
@@ -101,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     for word, help_text in command.words.items():
         options.add_argument(word, nargs="+", help=help_text)
     try:
-        run = command.start(*options.parse(argv[1:]))
+        run = command.start(*options.parse(argv[num_words:]))
     except ValueError as error:
         options.exit(2, f"{options.prog}: error: {error}\n")
     if run is not None:

@@ -63,6 +63,35 @@ class StagedArguments(KDArguments):
 
 
 @dataclass
+class CacheArguments(KDArguments):
+    """Models and data of `cache write`, and what is kept of the teacher; `--output_dir` is the store's folder."""
+
+    store: str = field(
+        default="hidden",
+        metadata={
+            "help": "What is kept: `hidden` (states, which serve every loss), `sampled` (a sample of each "
+            "distribution, for forward_kl) or `topk` (the most likely tokens)."
+        },
+    )
+    store_dtype: str = field(default="float16", metadata={"help": "Of hidden states: `float16` or `int8`."})
+    entries: float = field(
+        default=12.0,
+        metadata={
+            "help": "Of a position, of probabilities: the mean number (sampler `threshold`), the number of draws "
+            "(`multinomial`) or the number (topk)."
+        },
+    )
+    sampler: str = field(default="threshold", metadata={"help": "Of samples: `threshold` or `multinomial`."})
+    store_seed: int = field(default=0, metadata={"help": "Of samples and rotations."})
+    write_batch_size: int | None = field(
+        default=None, metadata={"help": "Texts of a forward. Default: per_device_eval_batch_size."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Show texts, tokens, and bytes and time of every store; nothing is written."}
+    )
+
+
+@dataclass
 class KVArguments(KDArguments):
     """Models and data of `kv`."""
 

@@ -71,7 +71,7 @@ def make_kd(arguments: StagedArguments, args: KDConfig, model_config: ModelConfi
     """The trainer of `hf-distill kd`; `ValueError` for settings and data that it could not train with."""
     if (arguments.stage is None) != (arguments.bundle_dir is None):
         raise ValueError("--stage and --bundle_dir go together: give both or neither")
-    options = _trainer_arguments(arguments, args, model_config)
+    options = trainer_arguments(arguments, args, model_config)
     if arguments.stage is not None:
         peft_config = options["peft_config"]
         if peft_config is None or peft_config.modules_to_save or peft_config.target_parameters:
@@ -92,7 +92,7 @@ def make_kd(arguments: StagedArguments, args: KDConfig, model_config: ModelConfi
 
 def make_kv(arguments: KVArguments, args: KVProjectionConfig, model_config: ModelConfig) -> KVProjectionTrainer:
     """The trainer of `hf-distill kv`; `ValueError` for settings and data that it could not train with."""
-    trainer = KVProjectionTrainer(**_trainer_arguments(arguments, args, model_config))
+    trainer = KVProjectionTrainer(**trainer_arguments(arguments, args, model_config))
     trainer.add_callback(CosinePhaseCallback(arguments.cosine_steps))
     return trainer
 
@@ -100,7 +100,7 @@ def make_kv(arguments: KVArguments, args: KVProjectionConfig, model_config: Mode
 def make_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: ModelConfig) -> SpeculativeKDTrainer:
     """The trainer of `hf-distill skd`; `ValueError` for settings and data that it could not train with."""
     refuse_ignored(arguments)
-    options = _trainer_arguments(arguments, args, model_config)
+    options = trainer_arguments(arguments, args, model_config)
     if arguments.knowledge_column is None:
         for name in ("train_dataset", "eval_dataset"):
             options[name] = options[name] and with_prompts(options[name], arguments)
@@ -113,7 +113,8 @@ def make_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: M
     return trainer
 
 
-def _trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
+def trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
+    """The arguments of a trainer, with the rows; `ValueError` for options that do not go together."""
     if model_config.model_name_or_path is not None:
         raise ValueError("--model_name_or_path is not used here: the student is --model, the teacher --teacher_model")
     targets = model_config.lora_target_modules

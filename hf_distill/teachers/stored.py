@@ -231,9 +231,14 @@ def open_store(name: str, *, index: int, num_proc: int | None) -> StoredTeacher:
     Raises:
         `ValueError`: no store, a damaged one, or one of a newer format.
     """
-    folder = os.path.expanduser(name.removeprefix(CACHE))
-    kind = StoredHiddenTeacher if read_manifest(Path(folder)).method == "hidden" else StoredTeacher
-    return kind(folder, index=index, num_proc=num_proc)
+    folder = store_folder(name)
+    kind = StoredHiddenTeacher if read_manifest(folder).method == "hidden" else StoredTeacher
+    return kind(str(folder), index=index, num_proc=num_proc)
+
+
+def store_folder(name: str) -> Path:
+    """The folder that a name means, with or without `cache:` before it."""
+    return Path(os.path.expanduser(name.removeprefix(CACHE)))
 
 
 def read_rows(

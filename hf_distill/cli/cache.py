@@ -1,0 +1,234 @@
+"""The commands about stores of a teacher's outputs: `cache write`, `cache info`, `cache verify`."""
+
+import errno
+import shlex
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from accelerate.utils import convert_bytes
+from rich.console import Console
+from transformers import AutoTokenizer
+from trl import ModelConfig
+
+from hf_distill.cli.arguments import CacheArguments, KDArguments
+from hf_distill.cli.training import trainer_arguments
+from hf_distill.named import student_tokenizer
+from hf_distill.report import table
+from hf_distill.store.formats import format_of
+from hf_distill.store.head import read_head
+from hf_distill.store.manifest import Manifest, read_manifest
+from hf_distill.store.plan import NAME as PLAN
+from hf_distill.store.reader import Store, damages
+from hf_distill.store.shards import REMEDY, shard_names
+from hf_distill.teachers.stored import CACHE, ROW_SETTINGS, TOKENIZER, fingerprint, store_folder
+from hf_distill.teachers.writing import Method, StoreWriter
+from hf_distill.trainers.caching import store_writer
+from hf_distill.trainers.config import KDConfig, keywords
+from hf_distill.trainers.kd import KDTrainer
+
+# Titles and number formats of what a manifest says of fidelity.
+FIDELITY = {
+    "kl": ("KL(teacher, stored)", "{:.1e} nats"),
+    "largest_kl": ("largest KL of a position", "{:.1e} nats"),
+    "angle": ("angle between logit gradients", "{:.2f} degrees"),
+    "agreement": ("same most likely token", "{:.2%}"),
+    "entries": ("entries of a position", "{:.1f}"),
+    "known_mass": ("probability of exact entries", "{:.1%}"),
+    "squared_error": ("squared error of a position", "{:.4f}"),
+}
+NO_FOLDER = "trainer_output"  # what transformers makes of no output_dir
+# Options of `cache write` that belong to some methods only.
+OF_METHODS = {"store_dtype": ("hidden",), "entries": ("sampled", "topk"), "sampler": ("sampled",)}
+
+
+# ------------------------------------------------------------------------------------------------------------- write
+
+
+def write(arguments: CacheArguments, args: KDConfig, model_config: ModelConfig) -> None:
+    """Writes what a teacher says about the rows of a run, or says what that would take.
+
+    Raises:
+        `ValueError`: what `kd` and [`StoreWriter`] refuse, or options that do not go together.
+    """
+    method = _method(arguments, args)
+    folder = Path(str(args.output_dir)).expanduser()
+    with TemporaryDirectory() as unused:  # a trainer tries out saving; the store's folder is for the store
+        args.output_dir = unused
+        try:
+            trainer = KDTrainer(**trainer_arguments(arguments, args, model_config))
+            writer = store_writer(trainer, method, arguments.write_batch_size)
+            if arguments.dry_run:
+                return _show_estimates(trainer, writer, folder)
+            writer.write(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ValueError(f"{error}: make room and run the same command again; finished shards stay") from error
+        except KeyboardInterrupt:
+            print(f"\nstopped; the same command goes on with the store in {folder}", file=sys.stderr)
+            sys.exit(130)
+    if trainer.is_world_process_zero():
+        _show({folder.name: facts(folder)})
+        print(f"\nTo train a student from it:\n\n  {next_command(arguments, args, folder)}")
+
+
+def _method(arguments: CacheArguments, args: KDConfig) -> Method:
+    """What is kept; `ValueError` for what `kd` could not use afterwards. Nothing has been loaded yet."""
+    if args.resume_from_checkpoint:
+        raise ValueError("--resume_from_checkpoint is for training: the same `cache write` goes on by itself")
+    if args.output_dir == NO_FOLDER and not arguments.dry_run:
+        raise ValueError("--output_dir is missing: the folder of the store")
+    if arguments.write_batch_size is not None and arguments.write_batch_size < 1:
+        raise ValueError(f"--write_batch_size has to be at least 1, got {arguments.write_batch_size}")
+    defaults = {entry.name: entry.default for entry in fields(CacheArguments)}
+    for name, methods in OF_METHODS.items():
+        given = getattr(arguments, name) != defaults[name]
+        if given and arguments.store not in methods and not arguments.dry_run:
+            raise ValueError(f"--{name} is for --store {' and '.join(methods)}, not for {arguments.store}")
+    entries = int(arguments.entries) if arguments.entries.is_integer() else arguments.entries
+    method = Method(arguments.store, arguments.store_dtype, entries, arguments.sampler, arguments.store_seed)
+    if not arguments.dry_run:
+        temperatures = keywords(args.schedule).get("temperature", [args.temperature])
+        asked = Manifest(
+            method.store, {"entries": entries}, {}, {}, seed=method.seed,
+            vocab_size=len(student_tokenizer(arguments.model, args)),
+            temperature=args.temperature if method.store == "sampled" else 1.0,
+        )  # fmt: skip
+        asked.refuse_loss(args.divergence, set(temperatures), Path(str(args.output_dir)))
+    return method
+
+
+def _show_estimates(trainer: KDTrainer, writer: StoreWriter, folder: Path) -> None:
+    estimates = writer.estimates()
+    if not trainer.is_world_process_zero():
+        return
+    rows = [
+        {
+            "store": found["store"],
+            "bytes a position": f"{found['position_bytes']:,.1f}",
+            "in all": convert_bytes(found["bytes"]),
+            "head": convert_bytes(found["head_bytes"]) if found["head_bytes"] else "",
+            "about": str(timedelta(seconds=max(1, round(found["seconds"])))),
+        }
+        for found in estimates
+    ]
+    documents = writer.documents
+    counts = f"{len(documents):,} different texts with {documents.num_tokens.sum():,} tokens"
+    Console().print(f"{counts}, {documents.num_labels.sum():,} of them label-bearing", table(rows), sep="\n")
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    print(f"nothing has been written; {convert_bytes(shutil.disk_usage(place).free)} are free in {place}")
+
+
+def next_command(arguments: KDArguments, args: KDConfig, folder: Path) -> str:
+    """The command that trains from a store, with the options that its rows depend on."""
+    rows = (*ROW_SETTINGS, "packing", "temperature", "divergence", "divergence_params")
+    given = _given(KDArguments, arguments, [entry.name for entry in fields(KDArguments)])
+    given = {**given, "teacher_model": f"{CACHE}{folder}", **_given(KDConfig, args, rows), "output_dir": "out"}
+    return shlex.join(["hf-distill", "kd", *(word for name, value in given.items() for word in (f"--{name}", value))])
+
+
+def _given(options: Any, values: Any, names: Any) -> dict[str, str]:
+    """The values of options that differ from their defaults."""
+    defaults = {entry.name: entry.default for entry in fields(options)}
+    return {
+        name: str(getattr(values, name))
+        for name in names
+        if defaults[name] is MISSING or getattr(values, name) != defaults[name]
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- info, verify
+
+
+def info(words: Namespace) -> None:
+    """Shows what is in stores, beside each other."""
+    short = [Path(name).name for name in words.stores]  # long names would break the table
+    titles = short if len(set(short)) == len(short) else words.stores
+    _show({title: facts(store_folder(name)) for title, name in zip(titles, words.stores, strict=True)})
+
+
+def facts(folder: Path) -> dict[str, str]:
+    """What is in a store, for people."""
+    manifest = read_manifest(folder)
+    counts = Store(folder, format_of(manifest).streams).counts()
+    teacher, positions = manifest.teacher, counts["positions"]
+    weights = teacher["quantization"] or teacher["dtype"]
+    found = {
+        "teacher": f"{teacher['name']} ({weights})",
+        "store": manifest.kind,
+        **({} if manifest.method == "hidden" else {"temperature": f"{manifest.temperature:g}"}),
+        "vocabulary": f"{manifest.vocab_size:,}",
+        **{name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in manifest.chosen.items()},
+        "texts": f"{counts['documents']:,}",
+        "label-bearing positions": f"{positions:,}",
+        "bytes": convert_bytes(counts["bytes"]),
+        "bytes of a position": f"{counts['bytes'] / max(positions, 1):,.1f}",
+    }
+    if manifest.head is not None:
+        found["head, apart"] = convert_bytes(manifest.head["bytes"])
+    for name, value in manifest.fidelity.items():
+        title, form = FIDELITY.get(name, (name, "{:g}"))
+        found[title] = form.format(value)
+    if _is_unfinished(folder):
+        found["state"] = "unfinished: run `cache write` again"
+    return found
+
+
+def _is_unfinished(folder: Path) -> bool:
+    return (folder / PLAN).exists()
+
+
+def _show(stores: Mapping[str, Mapping[str, str]]) -> None:
+    titles = list(dict.fromkeys(title for found in stores.values() for title in found))
+    rows = [{"": title, **{name: found.get(title, "") for name, found in stores.items()}} for title in titles]
+    Console().print(table(rows))
+
+
+def verify(words: Namespace) -> None:
+    """Checks every byte of stores; the exit code is 1 if anything is damaged."""
+    is_whole = True
+    for name in words.stores:
+        folder = store_folder(name)
+        problems = problems_of(folder)
+        is_whole = is_whole and not problems
+        for problem in problems:
+            print(problem)
+        if not problems:
+            print(f"{name}: {len(shard_names(folder))} shards and all else are whole")
+    if not is_whole:
+        sys.exit(1)
+
+
+def problems_of(folder: Path) -> list[str]:
+    """The damages of a store, each a line with a file and what to do.
+
+    Raises:
+        `ValueError`: no store, or one of a newer format.
+    """
+    manifest = read_manifest(folder)
+    streams = format_of(manifest).streams
+    damaged = damages(folder, streams)
+    problems = list(damaged.values())
+    if manifest.head is not None:
+        try:
+            read_head(folder, manifest.head)
+        except ValueError as error:
+            problems.append(str(error))
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(folder / TOKENIZER).get_vocab()
+    except (OSError, ValueError):
+        vocabulary = {}
+    if fingerprint(sorted(vocabulary.items())) != manifest.tokenizer["own"]:
+        problems.append(f"{folder / TOKENIZER} is not the tokenizer of the teacher, or damaged: {REMEDY}")
+    there = sum(len(Store(folder, streams, [name])) for name in shard_names(folder) if name not in damaged)
+    written = manifest.counts.get("documents", 0)
+    if not damaged and there < written:
+        problems.append(f"{folder} had {written:,} texts when it was written, and has {there:,}: {REMEDY}")
+    return problems
