@@ -258,10 +258,13 @@ def _check_settings(named: Mapping[str, Any], args: Any) -> None:
         raise ValueError("teacher_weights are not used with teacher_combination='route': each row has one teacher")
     if len(named) == 1 or args.teacher_combination == "sum":
         return
-    mixes = args.teacher_combination == "mixture"
-    fitting = StoredHiddenTeacher if args.divergence != "forward_kl" else StoredTeacher  # of a sample, in forward KL
-    objects = {name: teacher for name, teacher in named.items() if isinstance(teacher, Teacher)}
-    if other := [name for name, teacher in objects.items() if not (mixes and isinstance(teacher, fitting))]:
+    mixes, is_linear = args.teacher_combination == "mixture", args.divergence == "forward_kl"
+
+    def can_be_mixed(teacher: Teacher) -> bool:
+        is_sample = isinstance(teacher, StoredTeacher) and teacher.manifest.method == "sampled"
+        return mixes and (isinstance(teacher, StoredHiddenTeacher) or (is_sample and is_linear))
+
+    if other := [name for name, each in named.items() if isinstance(each, Teacher) and not can_be_mixed(each)]:
         raise ValueError(
             f"{other[0]} is no model, and teacher_combination={args.teacher_combination!r} with divergence="
             f"{args.divergence!r} needs models with the student's tokenizer: take 'sum'"

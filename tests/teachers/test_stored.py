@@ -82,7 +82,7 @@ def assert_same(one, other, tolerance=1e-3):
 
 
 WAYS = {
-    "plain": {},
+    "twenty updates": {"max_steps": 20},
     "shuffled otherwise": {"seed": 5},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "packed": {"packing": True, "max_length": 64, "per_device_train_batch_size": 2},
@@ -299,6 +299,7 @@ def test_combinations_that_a_store_cannot_serve(tmp_path, stores, rows, tokenize
     second, routed = make_model(seed=9), rows.add_column("teacher", ["a"] * 8 + ["b"] * 8)
     for names, options in (
         ({"a": f"cache:{stores / 'sampled'}", "b": second}, {"divergence": "reverse_kl"}),
+        ({"a": f"cache:{stores / 'topk'}", "b": second}, {}),
         ({"a": f"cache:{stores / 'float16'}", "b": second}, {"teacher_combination": "route"}),
     ):
         with pytest.raises(ValueError, match="a is no model, and teacher_combination="):
