@@ -73,6 +73,7 @@ class HiddenFormat:
 
     def encode(self, signal: TeacherSignal, keys: Sequence[bytes], counts: Sequence[int]) -> list[Arrays]:
         assert self.rounding is not None
+        self.rounding = self.rounding.to(signal.hidden.device)
         values, scales = round_hidden(signal.hidden, self.rounding)
         return [{"hidden": values[part], "scale": scales[part]} for part in _parts(counts)]
 
