@@ -20,14 +20,15 @@ from trl import ModelConfig
 from hf_distill.cli.arguments import CacheArguments, KDArguments
 from hf_distill.cli.training import trainer_arguments
 from hf_distill.named import student_tokenizer
-from hf_distill.report import table
+from hf_distill.report import markdown, table
 from hf_distill.store.formats import format_of
 from hf_distill.store.head import read_head
+from hf_distill.store.hub import CACHE, create_repository, find_store, push
 from hf_distill.store.manifest import Manifest, read_manifest
 from hf_distill.store.plan import NAME as PLAN
 from hf_distill.store.reader import Store, damages
 from hf_distill.store.shards import REMEDY, shard_names
-from hf_distill.teachers.stored import CACHE, ROW_SETTINGS, TOKENIZER, fingerprint, store_folder
+from hf_distill.teachers.stored import ROW_SETTINGS, TOKENIZER, fingerprint
 from hf_distill.teachers.writing import Method, StoreWriter
 from hf_distill.trainers.caching import store_writer
 from hf_distill.trainers.config import KDConfig, keywords
@@ -59,6 +60,8 @@ def write(arguments: CacheArguments, args: KDConfig, model_config: ModelConfig) 
     """
     method = _method(arguments, args)
     folder = Path(str(args.output_dir)).expanduser()
+    pushes, args.push_to_hub = args.push_to_hub and args.process_index == 0, False  # the trainer would send a student
+    repository = None
     with TemporaryDirectory() as unused:  # a trainer tries out saving; the store's folder is for the store
         args.output_dir = unused
         try:
@@ -66,6 +69,10 @@ def write(arguments: CacheArguments, args: KDConfig, model_config: ModelConfig) 
             writer = store_writer(trainer, method, arguments.write_batch_size)
             if arguments.dry_run:
                 return _show_estimates(trainer, writer, folder)
+            if pushes:  # before hours of writing
+                repository = create_repository(
+                    args.hub_model_id or folder.name, token=args.hub_token, private=args.hub_private_repo
+                )
             writer.write(folder)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -76,6 +83,9 @@ def write(arguments: CacheArguments, args: KDConfig, model_config: ModelConfig) 
             sys.exit(130)
     if trainer.is_world_process_zero():
         _show({folder.name: facts(folder)})
+        if repository is not None:
+            push(folder, repository, card(repository, folder), token=args.hub_token)
+            print(f"the store is on the hub: {CACHE}{repository}")
         print(f"\nTo train a student from it:\n\n  {next_command(arguments, args, folder)}")
 
 
@@ -151,7 +161,7 @@ def info(words: Namespace) -> None:
     """Shows what is in stores, beside each other."""
     short = [Path(name).name for name in words.stores]  # long names would break the table
     titles = short if len(set(short)) == len(short) else words.stores
-    _show({title: facts(store_folder(name)) for title, name in zip(titles, words.stores, strict=True)})
+    _show({title: facts(find_store(name)[0]) for title, name in zip(titles, words.stores, strict=True)})
 
 
 def facts(folder: Path) -> dict[str, str]:
@@ -181,6 +191,16 @@ def facts(folder: Path) -> dict[str, str]:
     return found
 
 
+def card(name: str, folder: Path) -> str:
+    """The page of a store on the hub."""
+    rows = [{"": title, "value": value} for title, value in facts(folder).items()]
+    return (
+        "---\ntags: [hf_distill, knowledge-distillation]\n---\n\n# A teacher's outputs\n\n"
+        "Written by `hf-distill cache write`. Train a student from it:\n\n"
+        f"    hf-distill kd --teacher_model {CACHE}{name} ...\n\n{markdown(rows)}"
+    )
+
+
 def _is_unfinished(folder: Path) -> bool:
     return (folder / PLAN).exists()
 
@@ -195,7 +215,9 @@ def verify(words: Namespace) -> None:
     """Checks every byte of stores; the exit code is 1 if anything is damaged."""
     is_whole = True
     for name in words.stores:
-        folder = store_folder(name)
+        folder, fetch = find_store(name)
+        if fetch is not None:
+            fetch(shard_names(folder))
         problems = problems_of(folder)
         is_whole = is_whole and not problems
         for problem in problems:

@@ -4,7 +4,7 @@ Shapes: n documents.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,20 @@ class Store:
         folder: of the store.
         streams: the arrays that a document has, as its method defines them.
         shards: the names of those to read; all by default.
+        fetch: downloads the data of shards, by name.
 
     Raises:
         `ValueError`: a damaged index.
     """
 
-    def __init__(self, folder: Path, streams: Mapping[str, Stream], shards: Sequence[str] | None = None) -> None:
-        self.folder, self.streams = folder, streams
+    def __init__(
+        self,
+        folder: Path,
+        streams: Mapping[str, Stream],
+        shards: Sequence[str] | None = None,
+        fetch: Callable[[Sequence[str]], None] | None = None,
+    ) -> None:
+        self.folder, self.streams, self.fetch = folder, streams, fetch
         self._names = shard_names(folder) if shards is None else list(shards)
         self._load()
 
@@ -47,7 +54,7 @@ class Store:
         self._keys, self._shard, self._place = unsorted[order], self._shard[order], self._place[order]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "streams": self.streams, "_names": self._names}
+        return {"folder": self.folder, "streams": self.streams, "fetch": self.fetch, "_names": self._names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -65,9 +72,13 @@ class Store:
         return np.where(self._keys[places] == wanted, places, -1)
 
     def require(self, numbers: np.ndarray) -> None:
-        """Raises `ValueError` if a file that these documents need is missing or cut off."""
-        for shard in np.unique(self._shard[numbers]):
-            self.shards[shard].check_size()
+        """Gets the files that these documents need; raises `ValueError` if one is missing or cut off."""
+        shards = [self.shards[i] for i in np.unique(self._shard[numbers])]
+        missing = [shard.name for shard in shards if not shard.path.exists()]
+        if missing and self.fetch is not None:
+            self.fetch(missing)
+        for shard in shards:
+            shard.check_size()
 
     def read(self, numbers: Sequence[int]) -> list[dict[str, np.ndarray]]:
         """The arrays of documents, as they lie on the disk; not to be written to.

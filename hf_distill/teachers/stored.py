@@ -3,7 +3,6 @@
 Shapes: N label-bearing positions of a batch.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from hashlib import blake2b
@@ -21,13 +20,13 @@ from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.store.documents import Documents
 from hf_distill.store.formats import Format, format_of
 from hf_distill.store.head import read_head
+from hf_distill.store.hub import CACHE, find_store
 from hf_distill.store.manifest import is_store, read_manifest
 from hf_distill.store.reader import Store
 from hf_distill.teachers import Signal
 from hf_distill.teachers.columns import PREFIX, AnyDataset, own_columns
 from hf_distill.teachers.local import with_own_text
 
-CACHE = "cache:"  # what a name begins with that is a store
 TOKENIZER = "tokenizer"  # the folder of the teacher's tokenizer
 # Settings of a run that the tokens of its rows, and which of them bear a label, depend on.
 ROW_SETTINGS = (
@@ -64,16 +63,24 @@ class StoredTeacher:
         folder: of the store.
         index (`int`): its place among the teachers, part of the names of its tensors.
         num_proc (`int`, *optional*): processes that prepare rows.
+        fetch (*optional*): downloads the data of shards, by name, of a store that is on the hub.
 
     Raises:
         `ValueError`: no store, a damaged one, or one of a newer format.
     """
 
-    def __init__(self, folder: str, *, index: int = 0, num_proc: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str,
+        *,
+        index: int = 0,
+        num_proc: int | None = None,
+        fetch: Callable[[Sequence[str]], None] | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.format: Format = format_of(self.manifest)
-        self.store = Store(self.folder, self.format.streams)
+        self.store = Store(self.folder, self.format.streams, fetch=fetch)
         self.name = self.manifest.teacher["name"]
         self.layout = f"from a store ({self.manifest.kind})"
         self.prefix, self.num_proc = f"{PREFIX}stored_{index}_", num_proc
@@ -145,6 +152,8 @@ class StoredTeacher:
             dataset = with_own_text(dataset, name, None, self.tokenizer, self.num_proc)
         if isinstance(dataset, Dataset):
             self.refuse_missing(Documents.of_dataset(dataset, *self.columns_of(dataset[0])), name)
+        else:  # what a stream needs is known when it comes
+            self.store.require(np.arange(len(self.store)))
         return dataset
 
     def columns_of(self, row: Row) -> tuple[str, str]:
@@ -226,19 +235,14 @@ class StoredHiddenTeacher(StoredTeacher):
 
 
 def open_store(name: str, *, index: int, num_proc: int | None) -> StoredTeacher:
-    """The teacher of a store, a folder with or without `cache:` before it.
+    """The teacher of a store: a folder or a dataset on the hub, with or without `cache:` before it.
 
     Raises:
-        `ValueError`: no store, a damaged one, or one of a newer format.
+        `ValueError`: no store, a damaged one, one of a newer format, or a hub that is away.
     """
-    folder = store_folder(name)
+    folder, fetch = find_store(name)
     kind = StoredHiddenTeacher if read_manifest(folder).method == "hidden" else StoredTeacher
-    return kind(str(folder), index=index, num_proc=num_proc)
-
-
-def store_folder(name: str) -> Path:
-    """The folder that a name means, with or without `cache:` before it."""
-    return Path(os.path.expanduser(name.removeprefix(CACHE)))
+    return kind(str(folder), index=index, num_proc=num_proc, fetch=fetch)
 
 
 def read_rows(
