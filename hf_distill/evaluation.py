@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -34,12 +34,13 @@ from hf_distill.modeling import (
     select_positions,
 )
 from hf_distill.rows import tokenized_row
+from hf_distill.teachers.stored import StoredHiddenTeacher
 from hf_distill.token_rows import Limits, check_row, has_label, pad
 
 
 def evaluate_fidelity(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | StoredHiddenTeacher,
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -55,7 +56,10 @@ def evaluate_fidelity(
     Every value is a mean over label-bearing tokens and does not depend on the batch size.
 
     Args:
-        student, teacher (`PreTrainedModel`): models of one vocabulary, each on its own device; may be PEFT models.
+        student (`PreTrainedModel`): may be a PEFT model.
+        teacher (`PreTrainedModel` or [`~hf_distill.teachers.stored.StoredHiddenTeacher`]):
+            A model of the same vocabulary, on a device of its own, or what it has said about these very rows, in a
+            store of hidden states.
         dataset: the rows; a progress bar counts them.
         tokenizer: the tokenizer of both.
         batch_size (`int`): rows per forward.
@@ -72,22 +76,27 @@ def evaluate_fidelity(
 
     Raises:
         `ValueError`: no row has a label-bearing token; a row has none of the columns above, or tokens that a model does
-            not know; a model computes its logits in a way that `head_of` does not know.
+            not know; a model computes its logits in a way that `head_of` does not know; a row is not in the store.
     """
+    models, stored = (student,), None
+    if isinstance(teacher, StoredHiddenTeacher):
+        stored, vocab_size = teacher, min(_vocab_size(tokenizer, models, vocab_size), len(teacher.head.weight))
+    else:
+        models = (student, teacher)
     means = TokenMeans()
     num_tokens = num_rows = 0
 
     def documents() -> Iterator[dict[str, list[int]]]:
         nonlocal num_rows
-        for _, tokens in _tokenized(dataset, tokenizer, (student, teacher), vocab_size):
+        for _, tokens in _tokenized(dataset, tokenizer, models, vocab_size):
             for document in _documents(tokens):
                 cut = {name: ids[:max_length] for name, ids in document.items()}
                 num_rows += has_label(cut)
                 yield cut
 
-    with _measuring(student=student, teacher=teacher):
+    with _measuring(**dict(zip(("student", "teacher"), models, strict=False))):
         for labels, (student_log_probs, teacher_log_probs) in _log_probs(
-            (student, teacher), documents(), tokenizer, batch_size, vocab_size
+            models, documents(), tokenizer, batch_size, vocab_size, stored
         ):
             num_tokens += len(labels)
             means.add(
@@ -228,10 +237,15 @@ def _log_probs(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     vocab_size: int | None,
+    stored: StoredHiddenTeacher | None = None,
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Labels (n,) and the log-probabilities (n, V) of each model, chunk by chunk, on the device of the first model."""
+    """Labels (n,) and the log-probabilities (n, V) of each model, chunk by chunk, on the device of the first model.
+
+    Those of a teacher in a store come last.
+    """
     size = _vocab_size(tokenizer, models, vocab_size)
-    for batch in _batches(documents, batch_size):
+    for rows in _groups(documents, batch_size):
+        batch = _batch(rows)
         positions, labels = label_positions(batch.pop("labels"))  # (N,)
         sides = []
         for model in map(causal_lm, models):
@@ -243,6 +257,9 @@ def _log_probs(
                 check_length(model, "model", length)
                 raise
             sides.append((head_of(model), hidden))
+        if stored is not None:
+            signal = stored(stored.collate(rows), positions.to(causal_lm(models[0]).device))
+            sides.append((signal.head, signal.hidden))
         device = sides[0][1].device
         chunk_size = default_chunk_size(device, size)
         for start in range(0, len(labels), chunk_size):
@@ -272,17 +289,10 @@ def _tokenized(
         yield row, tokens
 
 
-def _batches(documents: Iterable[dict[str, list[int]]], batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Right-padded batches of input_ids, attention_mask and labels (B, T) of the documents that have a label."""
-    rows = []
-    for document in documents:
-        if has_label(document):
-            rows.append(document)
-        if len(rows) == batch_size:
-            yield _batch(rows)
-            rows = []
-    if rows:
-        yield _batch(rows)
+def _groups(documents: Iterable[dict[str, list[int]]], batch_size: int) -> Iterator[list[dict[str, list[int]]]]:
+    """The documents that have a label, some at a time."""
+    with_label = (document for document in documents if has_label(document))
+    return iter(lambda: list(islice(with_label, batch_size)), [])
 
 
 def _windows(document: dict[str, list[int]], length: int | None, stride: int | None) -> Iterator[dict[str, list[int]]]:
@@ -305,6 +315,7 @@ def _documents(row: dict[str, list[int]]) -> list[dict[str, list[int]]]:
 
 
 def _batch(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """A right-padded batch of input_ids, attention_mask and labels (B, T)."""
     input_ids, is_token = pad([row["input_ids"] for row in rows], 0)
     labels, _ = pad([row["labels"] for row in rows], -100)
     return {"input_ids": input_ids, "attention_mask": is_token.long(), "labels": labels}

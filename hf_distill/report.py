@@ -96,8 +96,9 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _markdown_measured(rows: Sequence[Mapping[str, Any]], sizes: str) -> str:
-    return markdown(rows) + (f"\nMeasured on {sizes}.\n" if sizes else "")
+def _markdown_measured(rows: Sequence[Mapping[str, Any]], sizes: str, note: str = "") -> str:
+    notes = ([f"Measured on {sizes}."] if sizes else []) + ([note] if note else [])
+    return markdown(rows) + "".join(f"\n{text}\n" for text in notes)
 
 
 def save_report(
@@ -107,16 +108,19 @@ def save_report(
     title: str = "student against teacher, held-out rows",
     columns: Mapping[str, tuple[str, str]] = FIDELITY_COLUMNS,
     num_rows: int | None = None,
+    note: str = "",
 ) -> None:
     """Prints the table and writes it to `report.md`, the numbers to `report.json` and the picture to `report.png`.
 
-    Table and picture say how many rows and tokens were measured ([`measured_on`]).
+    Table and picture say how many rows and tokens were measured ([`measured_on`]); a `note` follows the table.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows, sizes = result_rows(results, columns), measured_on(results, num_rows)
     Console().print(table(rows, title=f"{title}, measured on {sizes}" if sizes else title))
-    (folder / "report.md").write_text(_markdown_measured(rows, sizes), encoding="utf-8")
+    if note:
+        Console().print(note)
+    (folder / "report.md").write_text(_markdown_measured(rows, sizes, note), encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     save_picture(folder / "report.png", histories, results, columns, num_rows=num_rows)
 
@@ -314,7 +318,7 @@ def _named_runs(folders: Sequence[str | PathLike[str]]) -> dict[str, Run]:
 
 def _columns(runs: Mapping[str, Run]) -> Mapping[str, tuple[str, str]]:
     """Columns of the measures that the runs have."""
-    written = {name: "eval_kd" in run.measures for name, run in runs.items()}
+    written = {name: "student_perplexity" not in run.measures for name, run in runs.items()}
     if len(set(written.values())) > 1:
         mixed = ", ".join(name for name, is_written in written.items() if is_written)
         raise ValueError(f"{mixed}: measured on text that the models write, not on held-out rows; compare by itself")

@@ -25,7 +25,7 @@ KINDS = {
 def written(folder, store, capsys, method="hidden", **changes):
     """What stands on the screen after a writing."""
     words = options(folder, output_dir=store, store=method, **changes)
-    cli.main(["cache", "write", *words, *METHODS[method]])
+    cli.main(["cache", "write", *METHODS[method], *words])
     return capsys.readouterr().out
 
 
@@ -62,6 +62,11 @@ def test_a_store_is_written_shown_verified_and_trained_from(folder, tmp_path, ca
 
     cli.main(["kd", *next_words(printed), *RUN, "--output_dir", str(tmp_path / "out")])
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["after"]["student_perplexity"] < report["before"]["student_perplexity"]
+    assert ("kl" in report["after"]) == (method != "topk")
+    for page in ("report.md", "README.md"):
+        assert f"from a store: {KINDS[method]}" in (tmp_path / "out" / page).read_text(), page
 
 
 RUN = ["--max_steps", "8", "--use_cpu", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
@@ -72,6 +77,27 @@ def next_words(printed):
     """The options of the command that a writing shows at its end."""
     (line,) = re.findall(r"^  hf-distill kd (.*) --output_dir out$", printed, re.MULTILINE)
     return line.split()
+
+
+def test_a_run_from_a_store_is_measured_and_compared_as_one_with_its_teacher(folder, tmp_path, capsys, store):
+    run = {"eval_dataset": folder / "rows.jsonl", "learning_rate": 0.01, "max_steps": 4}
+    sampled = tmp_path / "sampled"
+    written(folder, sampled, capsys, "sampled", entries=255)
+    teachers = {"online": folder / "teacher", "stored": f"cache:{store}", "sample": f"cache:{sampled}"}
+    for name, teacher in teachers.items():
+        cli.main(["kd", *options(folder, output_dir=tmp_path / name, teacher_model=teacher, **run)])
+    measured = {name: json.loads((tmp_path / name / "report.json").read_text()) for name in teachers}
+    for when in ("before", "after"):
+        online, stored, sample = (found[when] for found in measured.values())
+        assert stored == pytest.approx(online, rel=1e-3)
+        assert sample["num_tokens"] == online["num_tokens"]
+        assert sample["student_perplexity"] == pytest.approx(online["student_perplexity"], rel=0.02)
+        assert sample["kl"] == pytest.approx(online["kl"], rel=0.02)
+    capsys.readouterr()
+    cli.main(["compare", *(str(tmp_path / name) for name in teachers), "--output_dir", str(tmp_path / "both")])
+    rows = json.loads((tmp_path / "both" / "comparison.json").read_text())
+    found = {row["run"]: row["teacher_store"] for row in rows}
+    assert found == {"online": None, "stored": "hidden states, float16", "sample": "sampled, threshold, 255 entries"}
 
 
 def test_a_dry_run_shows_every_store_and_writes_nothing(folder, tmp_path, capsys):

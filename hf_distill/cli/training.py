@@ -1,5 +1,6 @@
 """The commands that train: `kd`, `kv`, `skd`."""
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -22,6 +23,8 @@ from hf_distill.rows import tokenized_row
 from hf_distill.saved_weights import other_adapters
 from hf_distill.saving import adapters_on, save_tokenizer
 from hf_distill.teachers.local import LocalTeacher
+from hf_distill.teachers.opening import stored_kinds
+from hf_distill.teachers.stored import StoredHiddenTeacher, StoredTeacher
 from hf_distill.trainers.checkpoints import find_checkpoint, problem_of
 from hf_distill.trainers.config import KDConfig, keywords
 from hf_distill.trainers.kd import KDTrainer
@@ -60,6 +63,8 @@ def _settings(arguments: KDArguments, args: KDConfig, model_config: ModelConfig)
 
 def _run(trainer: Any, run: Callable[[Any], None], settings: dict[str, Any]) -> None:
     run(trainer)
+    if kinds := stored_kinds(trainer.teachers):
+        settings["teacher_store"] = "; ".join(kinds.values())
     if trainer.is_world_process_zero():
         save_settings(str(trainer.args.output_dir), settings)
 
@@ -85,7 +90,7 @@ def make_kd(arguments: StagedArguments, args: KDConfig, model_config: ModelConfi
         numbers = "|".join(map(str, layers))
         peft_config.exclude_modules = rf"(?!(?:[^.]*[^.\d][^.]*\.)+(?:{numbers})\.).*"
     trainer = KDTrainer(**options)
-    if arguments.stage is not None and _teacher_model(trainer) is None:
+    if arguments.stage is not None and _measured_teacher(trainer) is None:
         raise ValueError("--stage measures against one teacher with the student's tokenizer; give one --teacher_model")
     return trainer
 
@@ -187,7 +192,7 @@ def _resume(args: KDConfig) -> str | bool | None:
 def run_kd(trainer: KDTrainer) -> None:
     """Distils, measures the student before and after on held-out rows, saves student, table and picture."""
     title = "student against teacher, held-out rows"
-    if _teacher_model(trainer) is None or trainer.engine not in ("none", "DDP"):  # only the trainer can ask them
+    if _measured_teacher(trainer) is None or trainer.engine not in ("none", "DDP"):  # only the trainer can ask them
         return _run_evaluated(trainer, title, EVALUATION_COLUMNS)
     before = _measure(trainer)
     _train(trainer)
@@ -227,8 +232,19 @@ def _run_evaluated(trainer: KDTrainer, title: str, columns: Mapping[str, tuple[s
     before = next((entry for entry in trainer.state.log_history if "eval_kd" in entry), {})
     after = trainer.evaluate() if before else {}
     if before and (num_tokens := _num_tokens(trainer)):
-        before, after = ({**values, "num_tokens": num_tokens} for values in (before, after))
+        before, after = ({**_compared(trainer, values), "num_tokens": num_tokens} for values in (before, after))
     _report(trainer, {"before": before, "after": after}, title, columns)
+
+
+def _compared(trainer: KDTrainer, evaluated: Mapping[str, float]) -> dict[str, float]:
+    """The results of an evaluation on held-out rows, with those that `evaluate_fidelity` also has under its names."""
+    found = {**evaluated, "student_perplexity": math.exp(min(evaluated["eval_ce"], 700))}
+    if "eval_agreement" in evaluated:
+        found["agreement"] = evaluated["eval_agreement"]
+    is_kl = trainer.args.divergence == "forward_kl" and trainer.setting("temperature") == 1
+    if is_kl and isinstance(trainer.teacher, StoredTeacher) and trainer.teacher.manifest.method != "topk":
+        found["kl"] = evaluated["eval_kd"]  # of a sample its mean is right, of top-k it is a lower bound
+    return found
 
 
 def _num_tokens(trainer: KDTrainer) -> int:
@@ -240,13 +256,17 @@ def _num_tokens(trainer: KDTrainer) -> int:
     return sum(label != -100 for row in labels for label in row)
 
 
-def _teacher_model(trainer: KDTrainer) -> PreTrainedModel | None:
-    """The model to measure a student against: that of one teacher with the student's tokenizer.
+def _measured_teacher(trainer: KDTrainer) -> PreTrainedModel | StoredHiddenTeacher | None:
+    """What a student is measured against: one teacher with the student's tokenizer, a model or its hidden states.
 
-    None for several teachers, for one with another tokenizer or without a model, and for the student's own base, which
-    is the student while it is measured.
+    None for several teachers, for one with another tokenizer or without either, and for the student's own base, which
+    is the student while it is measured. A store has hidden states of the teacher's own prompts, if there are some.
     """
-    return trainer.teacher.model if isinstance(trainer.teacher, LocalTeacher) else None
+    teacher = trainer.teacher
+    if isinstance(teacher, StoredHiddenTeacher):
+        rows: Any = trainer.eval_dataset
+        return None if "teacher_input_ids" in next(iter(rows or []), {}) else teacher
+    return teacher.model if isinstance(teacher, LocalTeacher) else None
 
 
 def _train(trainer: KDTrainer) -> None:
@@ -260,7 +280,7 @@ def _measure(trainer: KDTrainer, load: Callable[[], PreTrainedModel] | None = No
     """Fidelity of the student, or of a model to load, on held-out rows; empty without any and in other processes."""
     found = {}
     rows: Any = trainer.eval_dataset
-    teacher = _teacher_model(trainer)
+    teacher = _measured_teacher(trainer)
     assert teacher is not None
     if rows is not None and trainer.is_world_process_zero():
         model: Any = load() if load else trainer.accelerator.unwrap_model(trainer.model)
@@ -285,7 +305,11 @@ def _report(
     folder = str(trainer.args.output_dir)
     if results["before"] and trainer.is_world_process_zero():
         rows: Any = trainer.eval_dataset
-        save_report(folder, results, {"training": trainer.state.log_history}, title, columns, num_rows=len(rows))
+        kinds = "; ".join(stored_kinds(trainer.teachers).values())
+        save_report(
+            folder, results, {"training": trainer.state.log_history}, title, columns, num_rows=len(rows),
+            note=f"The teacher's outputs came from a store: {kinds}." if kinds else "",
+        )  # fmt: skip
         print(f"student, report.md and report.png are in {folder}")
     elif trainer.is_world_process_zero():
         print(f"the student is in {folder}; there were no held-out rows (--eval_dataset) to measure it on")

@@ -208,6 +208,12 @@ def describe_teachers(teachers: Mapping[str, Teacher]) -> dict[str, str]:
     }
 
 
+def stored_kinds(teachers: Mapping[str, Teacher]) -> dict[str, str]:
+    """What is in the store of each teacher that is read from one, for people."""
+    sides = {name: t.teacher if isinstance(t, AcrossTeacher) else t for name, t in teachers.items()}
+    return {name: teacher.manifest.kind for name, teacher in sides.items() if isinstance(teacher, StoredTeacher)}
+
+
 def alignment_methods(teachers: Mapping[str, Teacher]) -> dict[str, str]:
     """The method of comparison for each teacher with another tokenizer."""
     return {name: teacher.method for name, teacher in teachers.items() if isinstance(teacher, AcrossTeacher)}

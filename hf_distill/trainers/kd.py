@@ -37,6 +37,7 @@ from hf_distill.teachers.opening import (
     open_teachers,
     readable_ids,
     require_models,
+    stored_kinds,
 )
 from hf_distill.teachers.writing import Method
 from hf_distill.token_rows import Limits
@@ -402,6 +403,8 @@ class KDTrainer(HardLabelTrainer):
         quantization = f" ({self.args.teacher_quantization})" if self.args.teacher_quantization else ""
         combination = {"combination of the teachers": self.args.teacher_combination} if len(self.teachers) > 1 else {}
         more = {f"{name} over the training": str(values) for name, values in keywords(self.args.schedule).items()}
+        if kinds := stored_kinds(self.teachers):
+            more["the teacher's outputs"] = f"from a store: {'; '.join(kinds.values())}"
         if methods := alignment_methods(self.teachers):
             more["other tokenizers"] = ", ".join(f"{name}: {method}" for name, method in methods.items())
         if self.hidden_layers is not None:
