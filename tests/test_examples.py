@@ -67,6 +67,16 @@ def test_several_teachers_by_name(folder, tmp_path):
     assert (tmp_path / "model.safetensors").exists()
 
 
+def test_cache_trains_two_students_from_one_store(folder, tmp_path, capsys):
+    options = ["--student", str(folder / "student"), "--teacher", str(folder / "teacher")]
+    places = ["--store", str(tmp_path / "store"), "--output_dir", str(tmp_path / "out")]
+    run = ["--data", str(folder / "rows.jsonl"), "--steps", "4", "--use_cpu"]
+    results = load_example("cache").main([*options, *places, *run])
+    assert results["before"]["kl"] > results["forward_kl"]["kl"]
+    assert "hidden states, int8: " in capsys.readouterr().out
+    assert (tmp_path / "out" / "reverse_kl" / "model.safetensors").exists()
+
+
 def test_cross_tokenizer_shows_how_the_two_read_a_text(folder, tmp_path, capsys):
     make_tokenizer(corpus=[text[::-1] for text in SENTENCES]).save_pretrained(tmp_path / "teacher")
     AutoModelForCausalLM.from_pretrained(folder / "teacher").save_pretrained(tmp_path / "teacher")
@@ -185,6 +195,16 @@ def test_every_recipe_runs_with_its_own_settings(folder, questions, tmp_path, re
     arguments = [part for name, value in replaced.items() for part in (f"--{name}", str(value))]
     cli.main([command, "--config", str(recipe), *arguments])
     assert (tmp_path / "README.md").exists()
+
+
+def test_the_recipe_with_a_store_writes_it_and_trains_from_it(folder, tmp_path):
+    recipe = ["--config", str(ROOT / "examples" / "recipes" / "cache_qwen2.5_0.5b.yaml"), "--use_cpu", "--bf16", "no"]
+    models = ["--model", str(folder / "student"), "--dataset", str(folder / "rows.jsonl"), "--report_to", "none"]
+    write = ["--teacher_model", str(folder / "teacher"), "--output_dir", str(tmp_path / "store")]
+    cli.main(["cache", "write", *recipe, *models, *write])
+    teacher = ["--teacher_model", f"cache:{tmp_path / 'store'}", "--max_steps", "1"]
+    cli.main(["kd", *recipe, *models, *teacher, "--output_dir", str(tmp_path / "out")])
+    assert "from a store: hidden states, float16" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_settings_of_the_lora_recipes_are_those_of_their_page():
