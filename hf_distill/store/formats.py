@@ -23,6 +23,7 @@ from hf_distill.target_bytes import PackedTargets, id_bits, pack_bits, pack_targ
 Arrays = dict[str, np.ndarray]
 SAMPLERS = ("threshold", "multinomial")
 MOST_ENTRIES = 255  # of a position; a byte counts them
+LOWEST = -1e4  # stored log-probability of a token that has none
 SAMPLED_ROWS = 16  # positions that are sampled at a time on a CPU, whose tensors stay in its cache
 
 
@@ -78,7 +79,7 @@ class HiddenFormat:
         return [{"hidden": values[part], "scale": scales[part]} for part in _parts(counts)]
 
     def collate(self, documents: Sequence[Arrays]) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(np.concatenate([each[name] for each in documents])) for name in self.streams}
+        return {name: torch.from_numpy(_whole(documents, name, self.streams)) for name in self.streams}
 
     def signal(self, tensors: Mapping[str, Tensor], head: Head | None) -> TeacherSignal:
         assert head is not None
@@ -90,7 +91,12 @@ class SampledFormat:
 
     def __init__(self, manifest: Manifest) -> None:
         self.vocab_size, self.temperature = manifest.vocab_size, manifest.temperature
-        self.seed, self.parameters, self.tau = manifest.seed, manifest.parameters, manifest.chosen.get("tau", 0.0)
+        self.seed, self.entries, self.tau = (
+            manifest.seed,
+            manifest.parameters["entries"],
+            manifest.chosen.get("tau", 0.0),
+        )
+        self.is_threshold = manifest.parameters["sampler"] == "threshold"
         self.streams = {
             "ids": Stream("uint8", ragged=True),
             "values": Stream("uint8", ragged=True),
@@ -100,13 +106,11 @@ class SampledFormat:
         }
 
     def encode(self, signal: TeacherSignal, keys: Sequence[bytes], counts: Sequence[int]) -> list[Arrays]:
-        draws = 1 if self.parameters["sampler"] == "threshold" else self.parameters["entries"]
+        draws = 1 if self.is_threshold else self.entries
         numbers = [uniforms(self.seed, key, count, draws) for key, count in zip(keys, counts, strict=True)]
         target = self._sampled(signal, np.concatenate(numbers))
         ids, weights, entropy, num_exact = (tensor.numpy() for tensor in target)
-        if not np.isfinite(entropy).all():
-            raise ValueError("the teacher's logits are not finite: load it in another dtype")
-        num_values = num_exact if draws == 1 else (weights > 0).sum(-1)
+        num_values = num_exact if self.is_threshold else (weights > 0).sum(-1)
         found = []
         for part in _parts(counts):
             packed = pack_targets(ids[part], weights[part], num_values[part], self.vocab_size)
@@ -126,19 +130,22 @@ class SampledFormat:
         return SparseTarget(*(torch.cat([part[i] for part in parts]).cpu() for i in range(4)))
 
     def _sample(self, logits: Tensor, numbers: Tensor) -> SparseTarget:
-        if self.parameters["sampler"] == "multinomial":
-            return multinomial(logits, self.parameters["entries"], numbers)
-        return threshold(logits, MOST_ENTRIES, numbers.squeeze(-1), tau=self.tau)
+        if self.is_threshold:
+            return threshold(logits, MOST_ENTRIES, numbers.squeeze(-1), tau=self.tau)
+        return multinomial(logits, self.entries, numbers)
 
     def collate(self, documents: Sequence[Arrays]) -> dict[str, Tensor]:
         parts = [self._unpacked(each) for each in documents]
         widest = max((part[0].shape[1] for part in parts), default=1)
         widths = [((0, 0), (0, widest - part[0].shape[1])) for part in parts]
         ids, weights = (
-            np.concatenate([np.pad(part[i], width) for part, width in zip(parts, widths, strict=True)]) for i in (0, 1)
+            np.concatenate(
+                [np.zeros((0, widest), dtype), *(np.pad(part[i], w) for part, w in zip(parts, widths, strict=True))]
+            )
+            for i, dtype in enumerate((np.int32, np.float32))
         )
-        entropy, num_values = (np.concatenate([each[name] for each in documents]) for name in ("entropy", "num_values"))
-        num_exact = num_values.astype(np.int64) * (self.parameters["sampler"] == "threshold")
+        entropy, num_values = (_whole(documents, name, self.streams) for name in ("entropy", "num_values"))
+        num_exact = num_values.astype(np.int64) * self.is_threshold
         found = {"ids": ids, "weights": weights, "entropy": entropy.astype(np.float32), "num_exact": num_exact}
         return {name: torch.from_numpy(array) for name, array in found.items()}
 
@@ -170,10 +177,8 @@ class TopKFormat:
             values, ids = logits.topk(self.num_entries)
             total = logits.logsumexp(-1, keepdim=True)
             tail = logits.scatter_(-1, ids, -torch.inf).logsumexp(-1) - total.squeeze(-1)
-            parts.append((ids.cpu(), (values - total).cpu(), tail.cpu()))
+            parts.append((ids.cpu(), (values - total).clamp_(min=LOWEST).cpu(), tail.cpu()))
         ids, log_probs, log_tail = (torch.cat(side).numpy() for side in zip(*parts, strict=True))
-        if not np.isfinite(log_probs).all():
-            raise ValueError("the teacher's logits are not finite: load it in another dtype")
         return [
             {
                 "ids": pack_bits(ids[part].ravel(), id_bits(self.vocab_size)),
@@ -184,12 +189,11 @@ class TopKFormat:
         ]
 
     def collate(self, documents: Sequence[Arrays]) -> dict[str, Tensor]:
-        shapes = [each["log_probs"].shape for each in documents]
         bits = id_bits(self.vocab_size)
-        ids = [unpack_bits(d["ids"], bits, n * k).reshape(n, k) for d, (n, k) in zip(documents, shapes, strict=True)]
-        log_probs, log_tail = (np.concatenate([d[name] for d in documents]) for name in ("log_probs", "log_tail"))
+        ids = [unpack_bits(each["ids"], bits, each["log_probs"].size) for each in documents]
+        log_probs, log_tail = (_whole(documents, name, self.streams) for name in ("log_probs", "log_tail"))
         found = {
-            "ids": np.concatenate(ids),
+            "ids": np.concatenate([np.zeros(0, np.int32), *ids]).reshape(-1, self.num_entries),
             "log_probs": log_probs.astype(np.float32),
             "log_tail": log_tail.astype(np.float32),
         }
@@ -234,11 +238,24 @@ def uniforms(seed: int, key: bytes, count: int, draws: int) -> np.ndarray:
 
 
 def chunks(signal: TeacherSignal, vocab_size: int) -> Iterator[Tensor]:
-    """Logits (n, V) of the N positions, in float32 or better; the caller may write to them."""
+    """Logits (n, V) of the N positions, in float32 or better; the caller may write to them.
+
+    Raises:
+        `ValueError`: logits that are not finite. Those of a masked token may be minus infinity.
+    """
     head = signal.head.truncated(vocab_size)
     hidden = signal.hidden.to(head.weight.device)
     for part in hidden.split(default_chunk_size(hidden.device, vocab_size)):
-        yield head.logits(part)
+        logits = head.logits(part)
+        if not bool(logits.amax(-1).isfinite().all()):
+            raise ValueError("the teacher's logits are not finite: load it in another dtype")
+        yield logits
+
+
+def _whole(documents: Sequence[Arrays], name: str, streams: Mapping[str, Stream]) -> np.ndarray:
+    """A stream of all documents, one after the other; there may be none."""
+    kind = streams[name]
+    return np.concatenate([np.zeros((0, *kind.shape), kind.dtype), *(each[name] for each in documents)])
 
 
 def _parts(counts: Sequence[int]) -> list[slice]:

@@ -43,16 +43,27 @@ def read_head(folder: Path, about: Mapping[str, Any]) -> Head:
     return Head(tensors["weight"], tensors.get("bias"), about["logit_scale"], about["softcap"])
 
 
-def write_rounding(folder: Path, rounding: Rounding) -> None:
-    """Writes the transform that later writers need."""
-    _write(folder / ROUNDING, {"transform": rounding.transform, "inverse": rounding.inverse})
+def write_rounding(folder: Path, rounding: Rounding) -> dict[str, Any]:
+    """Writes the transform that later writers need; returns what the manifest has to say of it."""
+    data = _write(folder / ROUNDING, {"transform": rounding.transform, "inverse": rounding.inverse})
+    return {"rounding": rounding.name, "checksum": zlib.crc32(data)}
 
 
-def read_rounding(folder: Path, dtype: str, name: str) -> Rounding:
-    """The rounding of a store; `dtype` and `name` are in its manifest."""
+def read_rounding(folder: Path, dtype: str, chosen: Mapping[str, Any]) -> Rounding:
+    """The rounding of a store of hidden states in `dtype`; `chosen` is what its manifest says of it.
+
+    Raises:
+        `ValueError`: the file is missing or damaged. It cannot be made again, because it depends on a probe.
+    """
     path = folder / ROUNDING
-    tensors = load(path.read_bytes()) if path.is_file() else {}
-    return Rounding(dtype, name, tensors.get("transform"), tensors.get("inverse"))
+    data = path.read_bytes() if path.is_file() else b""
+    if zlib.crc32(data) != chosen["checksum"]:
+        raise ValueError(
+            f"{path} is missing or damaged, and nothing can be added to the store without it: take it from a copy, or "
+            "take another output_dir"
+        )
+    tensors = load(data)
+    return Rounding(dtype, chosen["rounding"], tensors.get("transform"), tensors.get("inverse"))
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor | None]) -> bytes:

@@ -7,10 +7,11 @@ Shapes: B documents of a batch, T tokens, N label-bearing positions.
 """
 
 import copy
+import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -41,7 +42,7 @@ from hf_distill.store.formats import (
     format_of,
     sparse_fidelity,
 )
-from hf_distill.store.head import HEAD, ROUNDING, read_rounding, write_head, write_rounding
+from hf_distill.store.head import HEAD, ROUNDING, read_head, read_rounding, write_head, write_rounding
 from hf_distill.store.manifest import METHODS, Manifest, is_store, read_manifest
 from hf_distill.store.plan import NAME as PLAN
 from hf_distill.store.plan import SHARD_BYTES, Plan, begun, divided
@@ -51,6 +52,8 @@ from hf_distill.target_bytes import id_bits
 from hf_distill.teachers import ModelTeacher
 from hf_distill.teachers.stored import TOKENIZER
 from hf_distill.token_rows import pad
+
+logger = logging.getLogger(__name__)
 
 PROBE_POSITIONS = 2048  # on which a rounding, or tau, is chosen and the fidelity measured
 LOCK = "writing.lock"
@@ -72,7 +75,7 @@ class Method:
         seed: of samples and rotations.
 
     Raises:
-        `ValueError`: an unknown name, or a number of entries that cannot be had.
+        `ValueError`: an unknown name, or a number that cannot be had.
     """
 
     store: str = "hidden"
@@ -89,9 +92,12 @@ class Method:
                 raise ValueError(f"{name} has to be one of {', '.join(known)}, got {value!r}")
         is_mean = self.store == "sampled" and self.sampler == "threshold"
         most = MOST_ENTRIES if self.store == "sampled" else math.inf
-        if not 1 <= self.entries <= most or not (is_mean or float(self.entries).is_integer()):
+        is_number = isinstance(self.entries, int | float) and not isinstance(self.entries, bool)
+        if not (is_number and 1 <= self.entries <= most) or not (is_mean or float(self.entries).is_integer()):
             kind = "a number" if is_mean else "a whole number"
-            raise ValueError(f"entries has to be {kind} from 1 to {most:g}, got {self.entries}")
+            raise ValueError(f"entries has to be {kind} from 1 to {most:g}, got {self.entries!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed has to be a whole number from 0 to 2**63 - 1, got {self.seed!r}")
 
 
 class StoreWriter:
@@ -105,7 +111,6 @@ class StoreWriter:
         about: what the manifest has to say of teacher, tokenizer and rows.
         vocab_size, temperature: of the run.
         batch_size: documents of a forward.
-        precision: a context in which the teacher is asked, such as autocast.
     """
 
     def __init__(
@@ -120,15 +125,19 @@ class StoreWriter:
         vocab_size: int,
         temperature: float,
         batch_size: int,
-        precision: Callable[[], Any],
     ) -> None:
         self.teacher, self.method, self.accelerator, self.tokenizer = teacher, method, accelerator, tokenizer
         self.documents = documents.with_labels().distinct()
         if not len(self.documents):
             raise ValueError("no row has a label-bearing token, so there is nothing to write")
-        self.batch_size, self.precision, self.about = batch_size, precision, about
-        self.vocab_size, self.temperature = vocab_size, temperature if method.store == "sampled" else 1.0
+        self.batch_size, self.about = batch_size, about
+        self.vocab_size, self.run_temperature = vocab_size, temperature
         self._probe: TeacherSignal | None = None
+
+    @property
+    def temperature(self) -> float:
+        """At which probabilities are taken."""
+        return self.run_temperature if self.method.store == "sampled" else 1.0
 
     # ------------------------------------------------------------------------------------------------ the teacher
 
@@ -139,7 +148,7 @@ class StoreWriter:
         device = self.accelerator.device
         positions, _ = label_positions(labels.to(device))
         inputs = {"input_ids": tokens.to(device), "attention_mask": mask.long().to(device)}
-        with torch.no_grad(), self.precision():
+        with torch.no_grad():
             return self.teacher(inputs, positions)
 
     def probe(self) -> TeacherSignal:
@@ -150,8 +159,7 @@ class StoreWriter:
                 self.ask(*zip(*(self.documents[int(i)] for i in chosen[start : start + self.batch_size]), strict=True))
                 for start in range(0, len(chosen), self.batch_size)
             ]
-            hidden = torch.cat([part.hidden for part in parts])
-            self._probe = TeacherSignal(hidden, self.teacher.head)
+            self._probe = parts[0]._replace(hidden=torch.cat([part.hidden for part in parts]))
         return self._probe
 
     def _probe_documents(self) -> np.ndarray:
@@ -194,52 +202,81 @@ class StoreWriter:
         if not self.accelerator.is_main_process:
             yield
             return
-        there = {path.name for path in folder.iterdir() if path.suffix != PART} if folder.exists() else set()
-        if there - BEGUN and not is_store(folder):
-            raise ValueError(
-                f"{folder} holds something else than a store ({min(there - BEGUN)}): take another output_dir"
-            )
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file: take another output_dir")
         folder.mkdir(parents=True, exist_ok=True)
+        others = {path.name for path in folder.iterdir() if path.suffix != PART} - BEGUN
+        if others and not is_store(folder):
+            raise ValueError(f"{folder} holds something else than a store ({min(others)}): take another output_dir")
+        lock = FileLock(folder / LOCK, timeout=0)
         try:
-            with FileLock(folder / LOCK, timeout=0):
-                yield
+            lock.acquire()
         except Timeout as error:
             raise ValueError(
                 f"another process is writing into {folder}: wait for it, or take another output_dir"
             ) from error
-        (folder / LOCK).unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)  # while it is held, so that no two processes hold two files
+            lock.release()
 
     def _begin(self, folder: Path) -> tuple[Manifest, Format]:
         """The manifest of the store, which is written if there is none, and its format."""
-        asked, is_new = self._asked(), not is_store(folder)
-        self.accelerator.wait_for_everyone()
-        if is_new:
+        asked, is_main = self._asked(), self.accelerator.is_main_process
+        if not is_store(folder):
             manifest, rounding = self._chosen(asked)
-            if self.accelerator.is_main_process:
-                save_tokenizer(self.tokenizer, folder / TOKENIZER)
-                if rounding is not None:
-                    write_rounding(folder, rounding)
-                    manifest = replace(manifest, head=write_head(folder, folded_head(self.teacher.head, rounding)))
-                manifest.write(folder)
+            self.accelerator.wait_for_everyone()
+            if is_main:
+                room = self.position_bytes(format_of(manifest, rounding)) * self.documents.num_labels.sum()
+                self._refuse_full(folder, room + self._head_bytes)
+                self._write_beginning(folder, manifest, rounding)
         self.accelerator.wait_for_everyone()
         manifest = read_manifest(folder)
         manifest.refuse_other(asked, folder)
-        rounding = None
-        if manifest.method == "hidden":
-            rounding = read_rounding(folder, self.method.dtype, manifest.chosen["rounding"])
+        if manifest.head is None:
+            return manifest, format_of(manifest)
+        rounding = read_rounding(folder, self.method.dtype, manifest.chosen)
+        if is_main:
+            manifest = self._with_whole_head(folder, manifest, rounding)
         return manifest, format_of(manifest, rounding)
+
+    def _write_beginning(self, folder: Path, manifest: Manifest, rounding: Rounding | None) -> None:
+        """Writes all but shards; the manifest last, since with it the folder is a store."""
+        save_tokenizer(self.tokenizer, folder / TOKENIZER)
+        if rounding is not None:
+            head = write_head(folder, folded_head(self.teacher.head, rounding))
+            manifest = replace(manifest, chosen=write_rounding(folder, rounding), head=head)
+        manifest.write(folder)
+
+    def _with_whole_head(self, folder: Path, manifest: Manifest, rounding: Rounding) -> Manifest:
+        """The manifest of a store whose head is there; it is written again if it is missing or damaged."""
+        assert manifest.head is not None
+        try:
+            read_head(folder, manifest.head)
+        except ValueError as error:
+            logger.warning("%s; it is written again", str(error).partition(": ")[0])
+            manifest = replace(manifest, head=write_head(folder, folded_head(self.teacher.head, rounding)))
+            manifest.write(folder)
+        return manifest
+
+    @property
+    def _head_bytes(self) -> int:
+        return self.teacher.head.weight.nbytes if self.method.store == "hidden" else 0
 
     def _asked(self) -> Manifest:
         """The manifest as far as settings tell it."""
-        method = self.method
+        method, weight = self.method, self.teacher.head.weight
         parameters: dict[str, Any] = {"dtype": method.dtype}
+        head = {"width": weight.shape[1], "dtype": str(weight.dtype).removeprefix("torch.")}
         if method.store == "sampled":
             parameters = {"sampler": method.sampler, "entries": method.entries}
         elif method.store == "topk":
             parameters = {"entries": min(int(method.entries), self.vocab_size)}
         return Manifest(
             method.store, parameters, self.about["teacher"], self.about["tokenizer"], self.vocab_size, self.temperature,
-            method.seed, rows=self.about["rows"], versions={name: version(name) for name in LIBRARIES},
+            method.seed, head=head if method.store == "hidden" else None, rows=self.about["rows"],
+            versions={name: version(name) for name in LIBRARIES},
         )  # fmt: skip
 
     def _chosen(self, asked: Manifest) -> tuple[Manifest, Rounding | None]:
@@ -249,7 +286,7 @@ class StoreWriter:
             rounding, fidelity = choose_rounding(
                 signal.hidden, self.teacher.head, self.method.dtype, vocab_size=vocab_size, seed=asked.seed
             )
-            return replace(asked, chosen={"rounding": rounding.name}, fidelity=fidelity), rounding
+            return replace(asked, fidelity=fidelity), rounding
         if asked.parameters.get("sampler") == "threshold":
             probs = [
                 likeliest(x.div_(self.temperature), MOST_ENTRIES).double().cpu() for x in chunks(signal, vocab_size)
@@ -283,13 +320,17 @@ class StoreWriter:
         plan = Plan(run["run"], run["before"], documents, shards)
         there = set(shard_names(folder))
         left = [batch for i, shard in enumerate(shards) if plan.name(i) not in there for batch in shard]
-        need = self.position_bytes(format) * sum(documents.num_labels[batch].sum() for batch in left)
+        num_labels = documents.num_labels
+        self._refuse_full(folder, self.position_bytes(format) * sum(num_labels[batch].sum() for batch in left))
+        return plan
+
+    def _refuse_full(self, folder: Path, need: float) -> None:
+        """Raises `ValueError` if the disk has less than `need` bytes free."""
         if need > (free := shutil.disk_usage(folder).free):
             raise ValueError(
                 f"the store needs about {convert_bytes(need)} more, and {convert_bytes(free)} are free in {folder}: "
                 "make room, or take a smaller store (--dry_run shows the bytes of each)"
             )
-        return plan
 
     def position_bytes(self, format: Format) -> float:
         """About the bytes of a label-bearing position in the files: a number that settings alone decide."""
@@ -351,14 +392,11 @@ class StoreWriter:
     def _of_kind(self, method: Method) -> "StoreWriter":
         other = copy.copy(self)
         other.method = method
-        other.temperature = self.temperature if method.store == "sampled" else 1.0
         return other
 
     def _estimate(self, signal: TeacherSignal, forward: float) -> dict[str, Any]:
         manifest, rounding = self._chosen(self._asked())
-        head = self.teacher.head.weight
-        width, dtype = head.shape[1], str(head.dtype).removeprefix("torch.")
-        format = format_of(replace(manifest, head={"width": width, "dtype": dtype}), rounding)
+        format = format_of(manifest, rounding)
         start, positions = time.perf_counter(), len(signal.hidden)
         arrays = format.encode(signal, [b"probe"], [positions])[0]
         encoding = (time.perf_counter() - start) / positions
@@ -369,6 +407,6 @@ class StoreWriter:
             "store": manifest.kind,
             "position_bytes": position_bytes,
             "bytes": position_bytes * num_labels.sum(),
-            "head_bytes": head.nbytes if manifest.method == "hidden" else 0,
+            "head_bytes": self._head_bytes,
             "seconds": (forward + encoding * num_labels.sum()) / self.accelerator.num_processes,
         }

@@ -21,10 +21,16 @@ def store_writer(trainer: Any, method: Method, batch_size: int | None = None) ->
         batch_size (`int`, *optional*): documents of a forward; `per_device_eval_batch_size` by default.
 
     Raises:
-        `ValueError`: several teachers, one that is no model, or rows that are no texts yet.
+        `ValueError`: several teachers, one that is no model, or one with another tokenizer of which no hidden states
+            are kept; rows that are no texts yet.
     """
     args, tokenizer = trainer.args, trainer.processing_class
     teacher, columns = _asked(trainer.teacher)
+    if columns is not None and method.store != "hidden":
+        raise ValueError(
+            f"{teacher.name} has another tokenizer than the student, and store={method.store!r} has nothing that can "
+            "be aligned: take store='hidden'"
+        )
     if args.packing and args.packing_strategy == "wrapped":
         raise ValueError("packing_strategy='wrapped' cuts texts wherever a row ends: take 'bfd'")
     parts = []
@@ -42,7 +48,8 @@ def store_writer(trainer: Any, method: Method, batch_size: int | None = None) ->
         "weights": weights_fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": f"{kind[0]}bit" if kind[0].isdigit() else None,
-        "precision": trainer.accelerator.mixed_precision,
+        # A teacher is asked outside of the student's mixed precision, unless the engine has split it.
+        "precision": trainer.accelerator.mixed_precision if getattr(teacher, "sharded", False) else "no",
     }
     vocabularies = {
         name: fingerprint(sorted(each.get_vocab().items())) for name, each in (("own", own), ("student", tokenizer))
@@ -57,7 +64,6 @@ def store_writer(trainer: Any, method: Method, batch_size: int | None = None) ->
         vocab_size=trainer.vocab_size if columns is None else teacher.head.weight.shape[0],
         temperature=args.temperature,
         batch_size=batch_size or args.per_device_eval_batch_size,
-        precision=trainer.compute_loss_context_manager,
     )
 
 

@@ -96,3 +96,18 @@ def test_when_one_process_fails_both_stop_within_a_minute_and_the_checkpoint_sta
     # The process that writes saves the student unless it is dead itself, has no room, or is stuck.
     saves = (action, rank) in [("error", 0), ("error", 1), ("death", 1)]
     assert (stopped / "emergency" / "model.safetensors").exists() == saves
+
+
+@pytest.mark.parametrize("num_kills", [8, pytest.param(200, marks=SLOW)])
+def test_stores_whose_writing_is_killed_at_random_moments_end_in_the_bytes_of_those_that_were_not(tmp_path, num_kills):
+    script = Path(__file__).with_name("write_runs.py")
+    done = run([sys.executable, script, tmp_path, "--kills", num_kills, "--seed", num_kills], tmp_path)
+    stores = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert sum(store["kills"] for store in stores) >= num_kills
+    assert not any(store["differs"] for store in stores)
+    if num_kills > 100:
+        assert {(store["method"], store["processes"]) for store in stores if store["kills"]} == {
+            (method, number) for method in ("hidden", "sampled", "topk") for number in (1, 2)
+        }
+        assert len({state for store in stores for state in store["left"]}) == 7
