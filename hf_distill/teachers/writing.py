@@ -91,11 +91,12 @@ class Method:
             if value not in known:
                 raise ValueError(f"{name} has to be one of {', '.join(known)}, got {value!r}")
         is_mean = self.store == "sampled" and self.sampler == "threshold"
-        most = MOST_ENTRIES if self.store == "sampled" else math.inf
         is_number = isinstance(self.entries, int | float) and not isinstance(self.entries, bool)
-        if not (is_number and 1 <= self.entries <= most) or not (is_mean or float(self.entries).is_integer()):
+        most = MOST_ENTRIES if self.store == "sampled" else math.inf
+        if not (is_number and 1 <= self.entries <= most and (is_mean or float(self.entries).is_integer())):
             kind = "a number" if is_mean else "a whole number"
-            raise ValueError(f"entries has to be {kind} from 1 to {most:g}, got {self.entries!r}")
+            limits = f"from 1 to {most}" if self.store == "sampled" else "of at least 1"
+            raise ValueError(f"entries has to be {kind} {limits}, got {self.entries!r}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed has to be a whole number from 0 to 2**63 - 1, got {self.seed!r}")
 
@@ -128,6 +129,8 @@ class StoreWriter:
     ) -> None:
         self.teacher, self.method, self.accelerator, self.tokenizer = teacher, method, accelerator, tokenizer
         self.documents = documents.with_labels().distinct()
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size has to be a whole number from 1, got {batch_size!r}")
         if not len(self.documents):
             raise ValueError("no row has a label-bearing token, so there is nothing to write")
         self.batch_size, self.about = batch_size, about

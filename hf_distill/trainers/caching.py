@@ -63,7 +63,7 @@ def store_writer(trainer: Any, method: Method, batch_size: int | None = None) ->
         tokenizer=own,
         vocab_size=trainer.vocab_size if columns is None else teacher.head.weight.shape[0],
         temperature=args.temperature,
-        batch_size=batch_size or args.per_device_eval_batch_size,
+        batch_size=args.per_device_eval_batch_size if batch_size is None else batch_size,
     )
 
 
