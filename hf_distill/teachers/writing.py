@@ -290,12 +290,16 @@ class StoreWriter:
                 signal.hidden, self.teacher.head, self.method.dtype, vocab_size=vocab_size, seed=asked.seed
             )
             return replace(asked, fidelity=fidelity), rounding
-        if asked.parameters.get("sampler") == "threshold":
-            probs = [
-                likeliest(x.div_(self.temperature), MOST_ENTRIES).double().cpu() for x in chunks(signal, vocab_size)
-            ]
-            asked = replace(asked, chosen={"tau": tau_for(torch.cat(probs), self.method.entries)})
+        asked = self._with_tau(asked)
         return replace(asked, fidelity=sparse_fidelity(format_of(asked), signal, vocab_size, self.temperature)), None
+
+    def _with_tau(self, asked: Manifest) -> Manifest:
+        """The manifest with the tau of the threshold sampler, of which no other method has one."""
+        if asked.parameters.get("sampler") != "threshold":
+            return asked
+        logits = (chunk.div_(self.temperature) for chunk in chunks(self.probe(), self.vocab_size))
+        probs = torch.cat([likeliest(chunk, MOST_ENTRIES).double().cpu() for chunk in logits])
+        return replace(asked, chosen={"tau": tau_for(probs, self.method.entries)})
 
     def _plan(self, folder: Path, format: Format, shard_bytes: int) -> Plan:
         """The documents to write, in batches and shards; `ValueError` if the disk has no room for them."""
@@ -398,8 +402,8 @@ class StoreWriter:
         return other
 
     def _estimate(self, signal: TeacherSignal, forward: float) -> dict[str, Any]:
-        manifest, rounding = self._chosen(self._asked())
-        format = format_of(manifest, rounding)
+        manifest = self._with_tau(self._asked())
+        format = format_of(manifest, Rounding(self.method.dtype, "token"))  # a basis changes no byte count
         start, positions = time.perf_counter(), len(signal.hidden)
         arrays = format.encode(signal, [b"probe"], [positions])[0]
         encoding = (time.perf_counter() - start) / positions
