@@ -95,7 +95,7 @@ class Method:
         most = MOST_ENTRIES if self.store == "sampled" else math.inf
         if not (is_number and 1 <= self.entries <= most and (is_mean or float(self.entries).is_integer())):
             kind = "a number" if is_mean else "a whole number"
-            limits = f"from 1 to {most}" if self.store == "sampled" else "of at least 1"
+            limits = f"from 1 to {most}" if self.store == "sampled" else "from 1"
             raise ValueError(f"entries has to be {kind} {limits}, got {self.entries!r}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed has to be a whole number from 0 to 2**63 - 1, got {self.seed!r}")
