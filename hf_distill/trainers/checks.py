@@ -94,13 +94,29 @@ def refuse_packed_evaluation(name: str, args: Any) -> None:
         )
 
 
-def refuse_other_layers(saved: LayerMapping, mine: LayerMapping) -> None:
-    """Raises `ValueError` for a checkpoint whose student has learned from other layers."""
-    if saved != mine:
+def one_width_each(sides: Iterable[set[int]], what: str, setting: str) -> list[int]:
+    """The widths of the mapped layers of student and teacher; `ValueError` for several widths of one side."""
+    for name, found in zip(("student", "teacher"), sides, strict=True):
+        if len(found) > 1:
+            raise ValueError(
+                f"the {name}'s mapped layers have {what} of widths {sorted(found)}: choose others with {setting}"
+            )
+    return [width for (width,) in sides]
+
+
+def saved_mapping(mappings: Mapping[str, LayerMapping], name: str, mine: LayerMapping, layers: Any) -> LayerMapping:
+    """A checkpoint's layer mapping of this name, or `mine` without one.
+
+    Raises:
+        `ValueError`: its student has learned from other layers than `mine`, which the setting `layers` names.
+    """
+    saved = mappings.get(name, mine)
+    if layers != "cka" and saved != mine:
         raise ValueError(
             f"the student of the checkpoint learns from other layers ({describe_mapping(saved)}) than this one "
             f"({describe_mapping(mine)}): resume with the settings that it began with"
         )
+    return saved
 
 
 def refuse_layers(layers: Any, student: str | PreTrainedModel, teachers: Mapping[str, Any], args: Any) -> None:

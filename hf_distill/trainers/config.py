@@ -233,6 +233,11 @@ class KDConfig(HardLabelConfig):
         """True if inner hidden states are a part of the loss."""
         return bool(self.hidden_weight or "hidden_weight" in keywords(self.schedule))
 
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The names of the terms beside divergence and hard labels, as they are logged."""
+        return ("hidden",) if self.has_hidden else ()
+
     def scheduled(self, name: str, progress: float) -> float:
         """The value of a setting at `progress`, from 0 in the first update to 1 in the last."""
         return value_at(keywords(self.schedule)[name], progress)

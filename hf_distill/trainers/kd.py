@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import DataCollator, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig
 
-from hf_distill.layer_mapping import Mapping as LayerMapping
 from hf_distill.layer_mapping import describe_mapping, load_mappings, save_mappings
 from hf_distill.losses.divergence import check_divergence
 from hf_distill.losses.hard import hard_label_loss
@@ -47,8 +46,9 @@ from hf_distill.trainers.config import KDConfig
 from hf_distill.trainers.given import Given, Reader
 from hf_distill.trainers.hard_label import HardLabelTrainer
 from hf_distill.trainers.hard_label_config import keywords
-from hf_distill.trainers.hidden_layers import PROJECTOR, HiddenLayers
+from hf_distill.trainers.hidden_layers import HiddenLayers
 from hf_distill.trainers.input_checks import check_teachers
+from hf_distill.trainers.terms import Term
 
 
 class KDTrainer(HardLabelTrainer):
@@ -62,7 +62,8 @@ class KDTrainer(HardLabelTrainer):
         teachers (`dict` of `str` to [`~hf_distill.teachers.Teacher`]): by name.
         teacher ([`~hf_distill.teachers.Teacher`]): the one that all of them make.
         vocab_size (`int`): token ids below this mean the same to student and teachers; others get no probability.
-        hidden_layers ([`HiddenLayers`], *optional*): the term of inner hidden states.
+        terms (`list` of [`~hf_distill.trainers.terms.Term`]): those of the loss beside divergence and hard labels.
+        hidden_layers ([`HiddenLayers`], *optional*): the one of inner hidden states.
         student, projectors, means and all else: [`HardLabelTrainer`].
 
     Args:
@@ -138,6 +139,8 @@ class KDTrainer(HardLabelTrainer):
         given = self.check(given, named.models)
         self.open(given, named)
         self.start(given, vocab_size=self._opened.vocab_size)
+        self.terms: list[Term] = []
+        self.add_terms()
 
     # ------------------------------------------------------------------------------------------- steps of construction
 
@@ -148,8 +151,12 @@ class KDTrainer(HardLabelTrainer):
         if any(given.model is teacher and not isinstance(given.model, str) for teacher in teachers.values()):
             raise ValueError("the teacher is the student object itself; load the model twice to distil it into itself")
         given = super().check(given, teachers)
-        for layers in self._layer_settings(given.args, teachers):
-            refuse_layers(layers, given.model, teachers, given.args)
+        if given.args.has_hidden and len(teachers) > 1:
+            raise ValueError("hidden_weight needs one teacher, whose layers the student's learn from; set it to 0")
+        for term in given.args.terms:
+            require_models(teachers, f"{term}_weight")
+            if hasattr(given.args, f"{term}_layers"):
+                refuse_layers(getattr(given.args, f"{term}_layers"), given.model, teachers, given.args)
         if has_base and not given.has_adapters:
             raise ValueError("teacher_model='base' needs a student with adapters: pass a peft_config (--use_peft)")
         return given
@@ -157,26 +164,16 @@ class KDTrainer(HardLabelTrainer):
     @classmethod
     def evaluated(cls, args: KDConfig) -> tuple[str, ...]:
         own = cls._signal_metrics if cls._has_signal(args) else ()
-        return (*super().evaluated(args), *own, *(["hidden"] if args.has_hidden else []))
+        return (*super().evaluated(args), *own, *args.terms)
 
     @staticmethod
     def _has_signal(args: KDConfig) -> bool:
         """True if the teachers are asked at some time of the training, and so in its evaluations."""
-        return max(keywords(args.schedule).get("kd_weight", [args.kd_weight])) > 0 or args.has_hidden
+        return max(keywords(args.schedule).get("kd_weight", [args.kd_weight])) > 0 or bool(args.terms)
 
     def check_rows(self, dataset: AnyDataset, name: str, args: Any, has_formatting: bool) -> None:
         super().check_rows(dataset, name, args, has_formatting)
         refuse_row_columns(dataset, name, args)
-
-    @staticmethod
-    def _layer_settings(args: KDConfig, teachers: Mapping[str, Any]) -> list[Any]:
-        """The layer-mapping settings."""
-        if not args.has_hidden:
-            return []
-        if len(teachers) > 1:
-            raise ValueError("hidden_weight needs one teacher, whose layers the student's learn from; set it to 0")
-        require_models(teachers, "hidden_weight")
-        return [args.hidden_layers]
 
     def open(self, given: Given, named: NamedTeachers) -> None:
         """The second step: the teachers, which are loaded before the student."""
@@ -197,23 +194,20 @@ class KDTrainer(HardLabelTrainer):
         for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
             self._keep_columns(dataset)
         self.divergence_params = check_divergence(self.args.divergence, keywords(self.args.divergence_params))
+
+    def add_terms(self) -> None:
+        """The last step: the terms beside divergence and hard labels. Rows have been tried out, and may be measured."""
         self.hidden_layers = None
         if self.args.has_hidden:
-            for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
-                self.check_readers(dataset)  # before rows are read to measure layers
-            self._attach_hidden_layers()
+            self.hidden_layers = HiddenLayers(self, require_model(self.teacher, "hidden_weight"))
+            self.add_term(self.hidden_layers)
 
-    def _attach_hidden_layers(self) -> None:
-        self.hidden_layers = HiddenLayers(self, require_model(self.teacher, "hidden_weight"))
-        self._tell(f"hidden states, student's layer <- teacher's: {describe_mapping(self.hidden_layers.mapping)}")
-        if self.hidden_layers.projector is not None:
-            if self.optimizer is not None:
-                mine, theirs = self.hidden_layers.widths
-                raise ValueError(
-                    f"student and teacher have hidden sizes {mine} and {theirs}, and the projector between them would "
-                    "not be in an optimizer of your own: leave optimizers out"
-                )
-            self.projectors[PROJECTOR] = self.hidden_layers.projector
+    def add_term(self, term: Term) -> None:
+        """Makes a term a part of the loss, checkpoints and model card; its projectors are trained with the student."""
+        self.terms.append(term)
+        self.projectors.update(term.projectors)
+        for name, mapping in term.mappings().items():
+            self._tell(f"{name}, student's layer <- teacher's: {describe_mapping(mapping)}")
 
     def batch_collator(self) -> Any:
         return TeacherColumnsCollator(self.data_collator, self._collate)
@@ -257,13 +251,13 @@ class KDTrainer(HardLabelTrainer):
         def with_hidden(outputs: Any, head: Head) -> dict[str, Any]:
             hidden = select_positions(outputs.last_hidden_state, positions)  # (N, Ds)
             terms = self.distillation_terms(hidden, head, signal, hard_labels, objective)
-            if self.hidden_layers is not None:
-                terms["hidden"] = self.hidden_layers.loss(outputs.hidden_states, signal, positions)
-                weight = self.setting("hidden_weight") / torch.as_tensor(objective.divisor(len(hidden)))
-                terms["loss"] = terms["loss"] + weight.to(hidden.device) * terms["hidden"]
+            for term in reversed(self.terms):  # the order decides the last bit of the sum
+                weight, divisor = self.setting(f"{term.name}_weight"), objective.divisor(len(hidden))
+                share, terms[term.name] = term.loss(outputs, signal, positions, weight, divisor)
+                terms["loss"] = terms["loss"] + share
             return terms
 
-        forward = {} if self.hidden_layers is None else {"output_hidden_states": True}
+        forward = {name: value for term in self.terms for name, value in term.forward.items()}
         return self.finish(model, inputs, with_hidden, hard_labels, num_items_in_batch, return_outputs, **forward)
 
     def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> Signal | None:
@@ -275,9 +269,9 @@ class KDTrainer(HardLabelTrainer):
         return self.teacher(whole, positions) if self._needs_signal() else None
 
     def _needs_signal(self) -> bool:
-        if not self.model.training:
-            return self._has_signal(self.args)
-        return self.setting("kd_weight") > 0 or self.hidden_layers is not None
+        if self.model.training and not self.terms:
+            return self.setting("kd_weight") > 0
+        return self._has_signal(self.args)
 
     def distillation_terms(
         self, hidden: Tensor, head: Head, signal: Signal | None, labels: Tensor, objective: Objective
@@ -347,21 +341,14 @@ class KDTrainer(HardLabelTrainer):
         scheduled = keywords(self.args.schedule) if mode == "train" else {}
         return super().pop_means(mode) | {f"schedule/{name}": self._setting_of(name, last) for name in scheduled}
 
-    def layer_mappings(self) -> dict[str, LayerMapping]:
-        """The layers that the student's learn from. Checkpoints keep them, because measured ones would change."""
-        return {} if self.hidden_layers is None else {"hidden states": self.hidden_layers.mapping}
-
-    def use_layer_mappings(self, mappings: dict[str, LayerMapping]) -> None:
-        """Goes on with those of a checkpoint; `ValueError` for others than the settings name."""
-        if self.hidden_layers is not None and "hidden states" in mappings:
-            self.hidden_layers.resume(mappings["hidden states"])
-
     def save_extra_state(self, checkpoint: Path) -> None:
-        if mappings := self.layer_mappings():
+        if mappings := {name: mapping for term in self.terms for name, mapping in term.mappings().items()}:
             save_mappings(checkpoint, mappings)
 
     def load_extra_state(self, checkpoint: Path) -> None:
-        self.use_layer_mappings(load_mappings(checkpoint))
+        mappings = load_mappings(checkpoint)
+        for term in self.terms:
+            term.resume(mappings)
 
     def write_cache(
         self, folder: str | Path, method: Method | None = None, *, batch_size: int | None = None
@@ -407,8 +394,8 @@ class KDTrainer(HardLabelTrainer):
             more["the teacher's outputs"] = f"from a store: {'; '.join(kinds.values())}"
         if methods := alignment_methods(self.teachers):
             more["other tokenizers"] = ", ".join(f"{name}: {method}" for name, method in methods.items())
-        if self.hidden_layers is not None:
-            more["hidden states"] = self.hidden_layers.describe()
+        for term in self.terms:
+            more |= term.describe()
         return {
             "teacher": self.teacher.name + quantization,
             **combination,

@@ -79,3 +79,7 @@ class KVProjectionConfig(KDConfig):
                 "reentrant gradient checkpointing gives keys and values without a gradient: leave "
                 "gradient_checkpointing_kwargs out, or set use_reentrant to False"
             )
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        return (*super().terms, "kv")

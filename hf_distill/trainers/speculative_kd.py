@@ -276,7 +276,7 @@ class SpeculativeKDTrainer(KDTrainer):
             hidden = written.teacher_hidden
             self._rollout_means[mode].add(written.stats, int(mask.sum()), source == "speculative")
         hidden = hidden.to(self.args.device)
-        if self._is_logging(mode) and any(row.student_prompt_ids != row.teacher_prompt_ids for row in rows):
+        if self.is_logging(mode) and any(row.student_prompt_ids != row.teacher_prompt_ids for row in rows):
             kl = self._value_of_privilege(batch, ids, mask, hidden)
             self._rollout_means[mode].add_privilege(kl, int(mask.sum()))
         # A compact copy: padding does not have to wait for the update.

@@ -277,7 +277,7 @@ class SurvivingTrainer(SFTTrainer):
         # Without any hard label there is no "ce", without any token that is paired with one no "agreement".
         return {name: value for part in means.values() for name, value in part.pop(self._sum_over_processes).items()}
 
-    def _is_logging(self, mode: str) -> bool:
+    def is_logging(self, mode: str) -> bool:
         """True if this update is logged, so that expensive diagnostics are worth computing."""
         step = self.state.global_step + 1
         if mode == "eval" or (step == 1 and self.args.logging_first_step):

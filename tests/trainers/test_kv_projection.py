@@ -914,7 +914,7 @@ def test_teacher_that_cannot_embed_the_students_padding_token(tmp_path, rows, te
 
 def test_mapped_layers_of_different_widths_are_refused(tmp_path, tokenizer, rows, student, teacher, monkeypatch):
     monkeypatch.setattr(
-        "hf_distill.trainers.kv_projection.kv_widths",
+        "hf_distill.trainers.keys_values.kv_widths",
         lambda model, layers, name, positions: {layer: 16 + 16 * (layer == 0) for layer in layers},
     )
     with pytest.raises(ValueError, match="mapped layers have keys of widths"):
