@@ -24,7 +24,7 @@ Arrays = dict[str, np.ndarray]
 SAMPLERS = ("threshold", "multinomial")
 MOST_ENTRIES = 255  # of a position; a byte counts them
 LOWEST = -1e4  # stored log-probability of a token that has none
-SAMPLED_ROWS = 16  # positions that are sampled at a time on a CPU, whose tensors stay in its cache
+SAMPLED_LOGITS = 2**21  # that are sampled at a time on a CPU: their tensors stay in its cache
 
 
 class Format(Protocol):
@@ -122,7 +122,7 @@ class SampledFormat:
         parts, start = [], 0
         for logits in chunks(signal, self.vocab_size):
             logits = logits.div_(self.temperature)
-            rows = len(logits) if logits.is_cuda else SAMPLED_ROWS
+            rows = len(logits) if logits.is_cuda else max(1, SAMPLED_LOGITS // self.vocab_size)
             for some in logits.split(rows):
                 drawn = torch.from_numpy(numbers[start : start + len(some)]).to(some.device)
                 parts.append(self._sample(some, drawn))
