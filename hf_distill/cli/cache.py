@@ -8,13 +8,13 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate.utils import convert_bytes
 from rich.console import Console
-from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from hf_distill.cli.arguments import CacheArguments, KDArguments
@@ -22,13 +22,13 @@ from hf_distill.cli.training import trainer_arguments
 from hf_distill.named import student_tokenizer
 from hf_distill.report import markdown, table
 from hf_distill.store.formats import format_of
-from hf_distill.store.head import read_head
+from hf_distill.store.head import read_head, read_rounding
 from hf_distill.store.hub import CACHE, create_repository, find_store, push
 from hf_distill.store.manifest import Manifest, read_manifest
 from hf_distill.store.plan import NAME as PLAN
 from hf_distill.store.reader import Store, damages
 from hf_distill.store.shards import REMEDY, shard_names
-from hf_distill.teachers.stored import ROW_SETTINGS, TOKENIZER, fingerprint
+from hf_distill.teachers.stored import ROW_SETTINGS, TOKENIZER, has_tokenizer
 from hf_distill.teachers.writing import Method, StoreWriter
 from hf_distill.trainers.caching import store_writer
 from hf_distill.trainers.config import KDConfig, keywords
@@ -239,15 +239,13 @@ def problems_of(folder: Path) -> list[str]:
     damaged = damages(folder, streams)
     problems = list(damaged.values())
     if manifest.head is not None:
-        try:
-            read_head(folder, manifest.head)
-        except ValueError as error:
-            problems.append(str(error))
-    try:
-        vocabulary = AutoTokenizer.from_pretrained(folder / TOKENIZER).get_vocab()
-    except (OSError, ValueError):
-        vocabulary = {}
-    if fingerprint(sorted(vocabulary.items())) != manifest.tokenizer["own"]:
+        checks = partial(read_head, folder, manifest.head), partial(read_rounding, folder, "", manifest.chosen)
+        for check in checks:
+            try:
+                check()
+            except ValueError as error:
+                problems.append(str(error))
+    if not has_tokenizer(folder, manifest):
         problems.append(f"{folder / TOKENIZER} is not the tokenizer of the teacher, or damaged: {REMEDY}")
     there = sum(len(Store(folder, streams, [name])) for name in shard_names(folder) if name not in damaged)
     written = manifest.counts.get("documents", 0)

@@ -21,8 +21,9 @@ from hf_distill.store.documents import Documents
 from hf_distill.store.formats import Format, format_of
 from hf_distill.store.head import read_head
 from hf_distill.store.hub import CACHE, find_store
-from hf_distill.store.manifest import is_store, read_manifest
+from hf_distill.store.manifest import Manifest, is_store, read_manifest
 from hf_distill.store.reader import Store
+from hf_distill.store.shards import REMEDY
 from hf_distill.teachers import Signal
 from hf_distill.teachers.columns import PREFIX, AnyDataset, own_columns
 from hf_distill.teachers.local import with_own_text
@@ -54,6 +55,23 @@ def row_settings(args: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
 def fingerprint(value: Any) -> str:
     """A hash of what `repr` says of a value."""
     return blake2b(repr(value).encode(), digest_size=8).hexdigest()
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer in the folder of a store; `ValueError` if it is missing or damaged."""
+    try:
+        return AutoTokenizer.from_pretrained(folder / TOKENIZER)
+    except Exception as error:  # of a damaged file tokenizers raises no class of its own
+        raise ValueError(f"{folder / TOKENIZER} is missing or damaged: {REMEDY}") from error
+
+
+def has_tokenizer(folder: Path, manifest: Manifest) -> bool:
+    """True if the tokenizer in the folder of a store is the one that its manifest speaks of."""
+    try:
+        vocabulary = read_tokenizer(folder).get_vocab()
+    except ValueError:
+        return False
+    return fingerprint(sorted(vocabulary.items())) == manifest.tokenizer["own"]
 
 
 class StoredTeacher:
@@ -92,7 +110,7 @@ class StoredTeacher:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's, as it was when the store was written."""
-        return AutoTokenizer.from_pretrained(self.folder / TOKENIZER)
+        return read_tokenizer(self.folder)
 
     def bind(self, student: PreTrainedModel, accelerator: Accelerator, *, sharded: bool = False) -> None:
         """Called once, when the student is loaded. Lets each process read the rows of a stream itself.
@@ -146,12 +164,20 @@ class StoredTeacher:
         """Rows with the tokens of their `teacher_prompt`.
 
         Raises:
-            `ValueError`: rows that are not in the store; their number, the first of them, and the likely reason.
+            `ValueError`: rows that are not in the store; their number, the first of them, and the likely reason. Rows
+                without tokens.
         """
         if "teacher_prompt" in next(iter(dataset), {}):
             dataset = with_own_text(dataset, name, None, self.tokenizer, self.num_proc)
+        row = next(iter(dataset), {})
+        columns = self.columns_of(row)
+        if row and columns[0] not in row:
+            raise ValueError(
+                f"the {name} dataset has no column {columns[0]!r}, by which its rows are looked up in a store: let the "
+                "trainer prepare the rows, or give them tokens"
+            )
         if isinstance(dataset, Dataset):
-            self.refuse_missing(Documents.of_dataset(dataset, *self.columns_of(dataset[0])), name)
+            self.refuse_missing(Documents.of_dataset(dataset, *columns), name)
         else:  # what a stream needs is known when it comes
             self.store.require(np.arange(len(self.store)))
         return dataset

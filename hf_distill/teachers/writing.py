@@ -50,7 +50,7 @@ from hf_distill.store.reader import Store, remove_damaged
 from hf_distill.store.shards import PART, shard_names, write_shard
 from hf_distill.target_bytes import id_bits
 from hf_distill.teachers import ModelTeacher
-from hf_distill.teachers.stored import TOKENIZER
+from hf_distill.teachers.stored import TOKENIZER, has_tokenizer
 from hf_distill.token_rows import pad
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,8 @@ class StoreWriter:
                 self.ask(*zip(*(self.documents[int(i)] for i in chosen[start : start + self.batch_size]), strict=True))
                 for start in range(0, len(chosen), self.batch_size)
             ]
-            self._probe = parts[0]._replace(hidden=torch.cat([part.hidden for part in parts]))
+            hidden = torch.cat([part.hidden for part in parts])
+            self._probe = parts[0]._replace(hidden=hidden.to(parts[0].head.weight.device))
         return self._probe
 
     def _probe_documents(self) -> np.ndarray:
@@ -237,6 +238,9 @@ class StoreWriter:
         self.accelerator.wait_for_everyone()
         manifest = read_manifest(folder)
         manifest.refuse_other(asked, folder)
+        if is_main and not has_tokenizer(folder, manifest):
+            logger.warning("%s is missing or damaged; it is written again", folder / TOKENIZER)
+            save_tokenizer(self.tokenizer, folder / TOKENIZER)
         if manifest.head is None:
             return manifest, format_of(manifest)
         rounding = read_rounding(folder, self.method.dtype, manifest.chosen)

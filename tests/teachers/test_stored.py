@@ -367,6 +367,25 @@ def test_no_store(tmp_path, rows, tokenizer):
         make(tmp_path, f"cache:{tmp_path}", rows, tokenizer)
 
 
+def test_rows_without_tokens_are_refused_before_training(tmp_path, stores, rows, tokenizer):
+    for dataset in (rows, rows.to_iterable_dataset()):
+        with pytest.raises(ValueError, match="the train dataset has no column 'input_ids'"):
+            make(
+                tmp_path, f"cache:{stores / 'float16'}", dataset, tokenizer, remove_unused_columns=False,
+                dataset_kwargs={"skip_prepare_dataset": True},
+            )  # fmt: skip
+
+
+def test_a_store_without_its_tokenizer_says_so_and_gets_it_back(tmp_path, stores, rows, tokenizer):
+    store = tmp_path / "store"
+    shutil.copytree(stores / "float16", store)
+    shutil.rmtree(store / "tokenizer")
+    with pytest.raises(ValueError, match="tokenizer is missing or damaged: run `hf-distill cache write`"):
+        make(tmp_path, f"cache:{store}", rows, tokenizer)
+    make(tmp_path, teacher(), rows, tokenizer).write_cache(store)
+    assert make(tmp_path, f"cache:{store}", rows, tokenizer).teacher.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
 def test_a_batch_of_other_rows_is_noticed(tmp_path, stores, rows, tokenizer):
     trainer = make(tmp_path, f"cache:{stores / 'float16'}", rows, tokenizer)
     batch = trainer.batch_collator()(trainer.first_rows(trainer.train_dataset, 4))

@@ -487,3 +487,10 @@ def test_probes_are_spread_over_the_data(tmp_path, teacher, tokenizer, monkeypat
     assert len(writer.probe().hidden) == positions
     assert np.diff(chosen).max() <= 2 * np.diff(chosen).min() + 1
     assert (chosen[0], chosen[-1]) == (0, len(writer.documents) - 1)
+
+
+def test_a_probe_lies_where_the_head_is(tmp_path, teacher, rows, tokenizer):
+    """The body may be on other devices, and the head is always on the student's."""
+    writer = store_writer(make(tmp_path, teacher, rows, tokenizer), Method())
+    writer.teacher.head = writer.teacher.head.to(torch.device("meta"))
+    assert writer.probe().hidden.device.type == "meta"
