@@ -1,7 +1,6 @@
 """KDTrainer: training on a teacher's signal and on hard labels. The heart is `compute_loss`.
 
 What makes rows, hard labels and means exact is in `hard_label.py`, what makes runs survive in `surviving.py`.
-
 Shapes: B batch, T tokens, N label-bearing positions, Ds and Dt hidden widths of student and teacher.
 """
 
@@ -350,26 +349,19 @@ class KDTrainer(HardLabelTrainer):
         for term in self.terms:
             term.resume(mappings)
 
-    def write_cache(
-        self, folder: str | Path, method: Method | None = None, *, batch_size: int | None = None
-    ) -> Manifest:
-        """Writes what the teacher says about the rows of all data sets into a store, to train from it later.
+    def write_cache(self, folder: str | Path, method: Method | None = None, batch_size: int | None = None) -> Manifest:
+        """Writes what the teacher says about the rows of all data sets into a store; returns its manifest.
 
-        All processes come here. A writing that was interrupted goes on, and a store that is there gets the documents
-        that it lacks. Whoever reads it gives the folder as `teacher_model`, with the settings and rows of this trainer
-        (docs/cache.md).
+        All processes come here. A writing that was interrupted goes on, and a store gets the texts that it lacks.
+        `teacher_model="cache:folder"` reads it, with the settings and rows of this trainer (docs/cache.md).
 
         Args:
             folder (`str` or `Path`): of the store; new, or of one that this teacher has written.
             method ([`~hf_distill.teachers.writing.Method`], *optional*): what is kept; by default hidden states.
             batch_size (`int`, *optional*): texts of a forward; `per_device_eval_batch_size` by default.
 
-        Returns:
-            [`~hf_distill.store.manifest.Manifest`]: what has been written, and how good it is.
-
         Raises:
-            `ValueError`: several teachers or one that is no model, the folder of another store or of something else,
-                too little room.
+            `ValueError`: no single model as teacher, a folder of anything else, too little room.
         """
         return store_writer(self, method or Method(), batch_size).write(Path(folder))
 
