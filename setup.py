@@ -30,7 +30,7 @@ REQUIREMENTS = [
     "safetensors>=0.8",
     "rich>=13",
     "matplotlib>=3.9",  # 3.8 asks for NumPy 1, which datasets' pyarrow refuses
-    "pyyaml>=6.0",
+    "pyyaml>=6.0.1",  # TRL asks for it
 ]
 
 QUANTIZATION = ["bitsandbytes>=0.49"]
