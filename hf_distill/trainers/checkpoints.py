@@ -162,7 +162,8 @@ def try_saving_run(
         save: saves model and tokenizer, given a folder and a state.
         create_card (*optional*): writes the model card to `trainer.args.output_dir`.
     """
-    if not trainer.args.should_save or trainer.is_distributed_loading_by_transformers:
+    splits = getattr(trainer, "is_distributed_loading_by_transformers", False)  # transformers 5.17 has no such loading
+    if not trainer.args.should_save or splits:
         return
 
     def state(folder: str) -> None:
