@@ -361,8 +361,13 @@ class SurvivingTrainer(SFTTrainer):
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = output_dir or str(self.args.output_dir)
         # Checkpoints name themselves.
-        with nullcontext() if _internal_call else naming(Path(output_dir or str(self.args.output_dir))):
+        with nullcontext() if _internal_call else naming(Path(folder)):
+            self.make_own(folder)
+            # Here, and not in _save: all processes have to gather what an engine has split, and older versions of
+            # transformers call _save in the process alone that writes.
+            self.projectors.save(folder, is_writer=self.args.should_save)
             super().save_model(output_dir, _internal_call)
 
     def _try_saving(self, with_card: bool = False) -> None:
@@ -381,7 +386,6 @@ class SurvivingTrainer(SFTTrainer):
             drop_unreadable_padding(self.student)
             mend_generation_config(self.student)
             super()._save(folder, state_dict and self.projectors.without(state_dict))
-        self.projectors.save(folder, is_writer=self.args.should_save)
         if self.args.should_save:
             keep_paths_off_the_card(folder)
 
