@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 from rich.console import Console
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
@@ -238,6 +239,8 @@ class SurvivingTrainer(SFTTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         # transformers calls this once per update, right before the optimizer's step.
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()  # older versions of accelerate leave it split: item() would be a part
         scaler = self.accelerator.scaler
         # With float16's loss scaling a non-finite gradient is everyday: the scaler skips that step and halves its
         # scale. DeepSpeed has stepped by now, and has a limit of its own; watch_loss has checked its loss.
