@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from hf_distill.modeling import causal_lm, num_token_ids
+from hf_distill.modeling import causal_lm, num_positions, num_token_ids
 
 # Parts of the names of files that tokenizers are saved in.
 TOKENIZER_FILES = ("token", "vocab", "merges", "spiece", "sentencepiece", "tekken")
@@ -35,6 +35,11 @@ def student_config(model: str | PreTrainedModel, args: SFTConfig) -> PreTrainedC
 def student_rows(model: str | PreTrainedModel, args: SFTConfig) -> int:
     """The number of token ids that the student has embeddings for, before it is loaded."""
     return student_config(model, args).vocab_size if isinstance(model, str) else num_token_ids(causal_lm(model))
+
+
+def student_positions(model: str | PreTrainedModel, args: SFTConfig) -> int | None:
+    """The number of tokens that the student can read, as `num_positions` tells it, before it is loaded."""
+    return num_positions(student_config(model, args) if isinstance(model, str) else model)
 
 
 def student_tokenizer(model: str | PreTrainedModel, args: SFTConfig) -> PreTrainedTokenizerBase:

@@ -6,20 +6,26 @@ all values at once takes less time than a loop over a single row.
 Shapes: R rows, n values of all rows together; B rows of a batch, T tokens of its longest row.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from datasets.utils import tqdm
 from torch import Tensor, nn
 
+logger = logging.getLogger(__name__)
+
 ROWS_PER_BLOCK = 4096
 MAX_THREADS = 8
+# A stream has to have a usable row within these.
+PEEKED_ROWS = 1000
 # Columns with one value per token of `input_ids`. The same names with `teacher_` belong to the teacher's own text.
 PER_TOKEN = ("labels", "attention_mask", "completion_mask", "assistant_masks")
 COLUMNS = ("input_ids", *PER_TOKEN, "seq_lengths", "position_ids", "teacher_input_ids", "teacher_labels")
@@ -34,6 +40,14 @@ class Limits(NamedTuple):
     max_length: int | None = None  # the length to which rows are cut
     known_to: str = "student and teacher share only"  # for messages: who knows the ids below `num_ids`
     completion_masks: bool = True  # whether `completion_mask` selects the trained tokens (completion_only_loss)
+
+
+class Room(NamedTuple):
+    """The largest number of tokens that a model can read."""
+
+    reader: str  # for messages
+    tokens: int | None  # None for no limit
+    column: str = "input_ids"  # the tokens that it reads
 
 
 class Ragged(NamedTuple):
@@ -106,17 +120,94 @@ def check_rows(dataset: Dataset, name: str, limits: Limits, num_threads: int | N
     over_blocks(dataset, COLUMNS, check, f"Checking {name} dataset", num_threads)
 
 
-def longest_text(dataset: Dataset) -> int:
-    """The number of tokens of the longest text in tokenised rows, or of the longest document in packed ones."""
-    column = next((name for name in ("seq_lengths", "input_ids") if name in dataset.column_names), None)
-    if column is None or dataset.format["type"] == "custom":
-        return 0
+def longest_text(dataset: Dataset, column: str = "input_ids") -> tuple[int, int]:
+    """The number of tokens of the longest text in a column of tokenised rows, and the number of its row.
 
-    def longest(columns: Mapping[str, Any], _: int) -> int:
-        cells = ragged(columns[column], column)
-        return int((cells.values if column == "seq_lengths" else cells.lengths).max(initial=0))
+    Of packed rows each document counts for itself.
+    """
+    if column not in dataset.column_names or dataset.format["type"] == "custom":
+        return 0, 0
 
-    return max(over_blocks(dataset, [column], longest, "Measuring rows", None), default=0)
+    def longest(columns: Mapping[str, Any], start: int) -> tuple[int, int]:
+        lengths = _text_lengths(columns, column)
+        row = int(lengths.argmax())
+        return int(lengths[row]), start + row
+
+    found = over_blocks(dataset, [column, "seq_lengths"], longest, "Measuring rows", None)
+    return max(found, key=lambda block: block[0], default=(0, 0))
+
+
+def without_long_rows(
+    dataset: Dataset | IterableDataset, name: str, rooms: Iterable[Room], num_threads: int | None = None
+) -> Any:
+    """The rows that have no more tokens than each of the `rooms` allows; a warning counts those that are dropped.
+
+    Of packed rows each document counts for itself. A stream drops rows as they come, and does not count them.
+
+    Args:
+        dataset: tokenised rows.
+        name (`str`): that of the dataset, for messages.
+
+    Raises:
+        `ValueError`: no row is left, of a stream none of the first `PEEKED_ROWS`.
+    """
+    readers: dict[str, tuple[int, str]] = {}  # the least room of each column, and whose it is
+    for reader, tokens, column in rooms:
+        if tokens is not None:
+            readers[column] = min(readers.get(column, (tokens, reader)), (tokens, reader))
+    if not readers:
+        return dataset
+    limits = {column: tokens for column, (tokens, _) in readers.items()}
+    if isinstance(dataset, Dataset):
+        too_long = _too_long(dataset, name, limits, num_threads)
+        fits = ~np.any(list(too_long.values()), axis=0)
+        kept = dataset if fits.all() else dataset.select(np.flatnonzero(fits))
+        which, is_empty = f"all rows of the {name} dataset", not fits.any()
+        longer = _longer(readers, [column for column, found in too_long.items() if found.any()])
+        if (count := len(dataset) - len(kept)) > 0:
+            logger.warning("%d of %d %s rows have %s and are dropped", count, len(dataset), name, longer)
+    else:
+        function = partial(_has_room, limits=limits)
+        kept, first = dataset.filter(function), dataset.take(PEEKED_ROWS).filter(function)
+        which, is_empty = f"the first {PEEKED_ROWS:,} rows of the {name} dataset", next(iter(first), None) is None
+        longer = _longer(readers, readers)
+        logger.warning("%s rows that have %s are dropped as they come; a stream's are not counted", name, longer)
+    if is_empty:
+        raise ValueError(
+            f"{which} have {longer}, and drop_long_rows=True leaves none of them: lower max_length, or shorten the rows"
+        )
+    return kept
+
+
+def _longer(readers: Mapping[str, tuple[int, str]], columns: Iterable[str]) -> str:
+    return " or ".join("more than {} tokens for {}".format(*readers[column]) for column in columns)
+
+
+def _too_long(dataset: Dataset, name: str, limits: Mapping[str, int], num_threads: int | None) -> dict[str, np.ndarray]:
+    """For each column, True for rows whose text is longer than its limit, (R,)."""
+
+    def find(columns: Mapping[str, Any], start: int) -> list[np.ndarray]:
+        none = np.zeros(min(ROWS_PER_BLOCK, len(dataset) - start), dtype=bool)
+        return [_text_lengths(columns, c) > limits[c] if c in columns else none for c in limits]
+
+    if dataset.format["type"] != "custom" and not limits.keys() & {*dataset.column_names}:
+        return dict.fromkeys(limits, np.zeros(len(dataset), dtype=bool))  # the dataset's own collator makes the tokens
+    found = over_blocks(dataset, ("seq_lengths", *limits), find, f"Measuring {name} dataset", num_threads)
+    return dict(zip(limits, map(np.concatenate, zip(*found, strict=True)), strict=True))
+
+
+def _has_room(row: Mapping[str, Any], limits: Mapping[str, int]) -> bool:
+    columns = {name: [row[name]] for name in ("seq_lengths", *limits) if row.get(name) is not None}
+    return all(_text_lengths(columns, name)[0] <= limits[name] for name in limits.keys() & columns.keys())
+
+
+def _text_lengths(columns: Mapping[str, Any], column: str) -> np.ndarray:
+    """The number of tokens of each row's text, of a packed row that of its longest document, (R,)."""
+    if column == "input_ids" and "seq_lengths" in columns:
+        documents = ragged(columns["seq_lengths"], "seq_lengths")
+        parts = np.split(documents.values, documents.starts[1:-1])
+        return np.array([part.max(initial=0) for part in parts])
+    return ragged(columns[column], column).lengths
 
 
 def rows_with_label(

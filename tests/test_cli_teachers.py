@@ -122,7 +122,7 @@ def test_conversations_need_a_template_on_the_teachers_side_too(tmp_path, tokeni
 
 def test_a_template_that_refuses_a_row_is_named(tmp_path, tokenizer, foreign):
     foreign.chat_template = "{{ raise_exception('no system, please') }}"
-    with pytest.raises(ValueError, match=r"the teacher's tokenizer refuses a row of the train dataset \(no system"):
+    with pytest.raises(ValueError, match=r"tokenizer refuses row 0 of the prepared train dataset \(no system"):
         across(tokenizer, foreign, conversations())
 
 
@@ -144,7 +144,7 @@ def test_texts_longer_than_the_teacher_can_read_are_refused(tmp_path, tokenizer,
     with pytest.raises(ValueError, match=r"take \d+ tokens, the teacher has 16 positions: lower max_length"):
         across(tokenizer, foreign, rows, teacher={"max_position_embeddings": 16})
     prompts = [{"prompt": "Hi", "completion": text, "teacher_prompt": "Well, " * 20} for text in SENTENCES]
-    with pytest.raises(ValueError, match=r"teacher_prompt and completion of a row of the train .* take \d+ tokens"):
+    with pytest.raises(ValueError, match=r"teacher_prompt and completion of row 0 of .* take \d+ tokens"):
         across(tokenizer, tokenizer, Dataset.from_list(prompts), teacher={"max_position_embeddings": 16})
 
 

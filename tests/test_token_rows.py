@@ -12,12 +12,15 @@ from hf_distill.token_rows import (
     ROWS_PER_BLOCK,
     Cut,
     Limits,
+    Room,
     check_row,
     check_rows,
     count_cut,
     has_label,
+    longest_text,
     pad,
     rows_with_label,
+    without_long_rows,
 )
 
 VOCAB = 50
@@ -68,6 +71,20 @@ def test_rows_with_a_label_are_those_that_a_loop_finds(kind):
     found = rows_with_label(dataset, "train", LIMITS, num_threads=2)
     assert found.tolist() == labelled(ROWS) == [has_label(row) for row in ROWS]
     assert 0 < found.sum() < len(ROWS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_rows_are_those_that_a_loop_finds(kind, caplog):
+    rooms = [Room("the student", 5), Room("the teacher", 4), Room("the crowd", None), Room("the label", 3, "labels")]
+    kept = without_long_rows(KINDS[kind](ROWS), "train", rooms[:3], num_threads=2)
+    assert [list(map(int, row["input_ids"])) for row in kept] == [r["input_ids"] for r in ROWS if len(r["labels"]) <= 4]
+    dropped = f"{len(ROWS) - len(kept)} of {len(ROWS)} train rows have more than 4 tokens for the teacher and are"
+    assert dropped in caplog.text
+    assert len(without_long_rows(KINDS[kind](ROWS), "train", rooms)) == sum(len(r["labels"]) <= 3 for r in ROWS)
+    assert "more than 4 tokens for the teacher or more than 3 tokens for the label and" in caplog.text
+    lengths = [len(row["input_ids"]) for row in ROWS]
+    by_arrow = kind not in ("transform", "arrays", "tensors")  # whose rows are not known before they are asked for
+    assert longest_text(KINDS[kind](ROWS)) == ((6, lengths.index(6)) if by_arrow else (0, 0))
 
 
 @pytest.mark.parametrize("kind", KINDS)

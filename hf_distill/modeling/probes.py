@@ -89,10 +89,15 @@ def check_head(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def check_length(model: PreTrainedModel, name: str, length: int) -> None:
+def check_length(model: PreTrainedModel, name: str, length: int, text: str = "a text", remedy: str = "") -> None:
     """If `length` exceeds the number of positions of a model, tries a text of one token more than that number.
 
     Rotary embeddings go on, more or less well. A table of positions ends, and on a GPU that ends the process.
+
+    Args:
+        length (`int`): the number of tokens of the longest text.
+        text (`str`): its name in the message.
+        remedy (`str`): what to do, by default a lower `max_length`.
 
     Raises:
         `ValueError`: the model cannot read beyond its number of positions.
@@ -101,8 +106,8 @@ def check_length(model: PreTrainedModel, name: str, length: int) -> None:
     if limit is None or length <= limit:
         return
     ids = torch.zeros(1, limit + 1, dtype=torch.long, device=input_device(model))
-    refusal = f"the {name} ({type(model).__name__}) has {limit} positions, and a text has {length} tokens"
-    with torch.no_grad(), evaluating(model), trying(f"{refusal}: set max_length to at most {limit}"):
+    refusal = f"the {name} ({type(model).__name__}) has {limit} positions, and {text} has {length} tokens"
+    with torch.no_grad(), evaluating(model), trying(f"{refusal}: {remedy or f'set max_length to at most {limit}'}"):
         last_hidden_states(model, input_ids=ids).sum().item()  # waits for the device, where errors come late
 
 

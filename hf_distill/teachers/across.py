@@ -27,12 +27,12 @@ from hf_distill.teachers.columns import (
 from hf_distill.teachers.local import LocalTeacher
 from hf_distill.teachers.stored import StoredHiddenTeacher
 from hf_distill.token_alignment import shared_tokens, vocabulary_pieces
+from hf_distill.token_rows import PEEKED_ROWS, Room, without_long_rows
 
 logger = logging.getLogger(__name__)
 
 # With fewer names in common than this share of the smaller vocabulary, probabilities are compared by rank alone.
 ENOUGH_SHARED = 0.1
-PEEKED_ROWS = 1000  # rows of which the quality of the alignment is counted
 PEEKED_TEMPLATES = 20  # rows whose conversations are looked for in the teacher's text
 
 
@@ -102,9 +102,13 @@ class AcrossTeacher:
             )
         function = partial(
             with_own_tokens, prefix=self.prefix, tokenizer=self.tokenizer, student_tokenizer=self.student_tokenizer,
-            pieces=self.pieces, positions=self.teacher.num_positions, dataset_name=name,
+            pieces=self.pieces, positions=None if self.teacher.drop_long_rows else self.teacher.num_positions,
+            dataset_name=name,
         )  # fmt: skip
         dataset = map_rows(dataset, function, f"Aligning {name} dataset with {self.name}", self.teacher.num_proc)
+        if self.teacher.drop_long_rows:
+            room = Room(f"the teacher ({self.name})", self.teacher.num_positions, f"{self.prefix}input_ids")
+            dataset = without_long_rows(dataset, name, [room], self.teacher.num_proc)
         self._tell_alignment(dataset, name)
         return self.teacher.prepare(dataset, name)
 

@@ -52,10 +52,15 @@ def take_columns(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def map_rows(dataset: AnyDataset, function: Callable[..., dict], what: str, num_proc: int | None) -> AnyDataset:
-    """`dataset.map`, with a progress bar called `what` where the rows are there already."""
+    """`dataset.map` with the rows' numbers, and a progress bar called `what` where the rows are there already."""
     if isinstance(dataset, Dataset):
-        return dataset.map(function, num_proc=num_proc, desc=what)
-    return dataset.map(function)
+        return dataset.map(function, with_indices=True, num_proc=num_proc, desc=what)
+    return dataset.map(function, with_indices=True)
+
+
+def called(index: int, dataset_name: str) -> str:
+    """The name of a prepared row in messages. Its number is the caller's unless rows were dropped or shuffled."""
+    return f"row {index} of the prepared {dataset_name} dataset"
 
 
 def own_columns(row: Row) -> tuple[str, str]:
@@ -73,7 +78,7 @@ def has_label(row: Row) -> bool:
 
 
 def with_teacher_prompt(
-    row: Row, tokenizer: PreTrainedTokenizerBase, positions: int | None, dataset_name: str
+    row: Row, index: int, tokenizer: PreTrainedTokenizerBase, positions: int | None, dataset_name: str
 ) -> dict[str, list[int]]:
     """The columns `teacher_input_ids` and `teacher_labels`: the row's `teacher_prompt` before the same completion.
 
@@ -85,7 +90,7 @@ def with_teacher_prompt(
     """
     ids, labels = list(map(int, row["input_ids"])), list(map(int, row["labels"]))
     if row.get("teacher_prompt"):
-        name = f"a row of the {dataset_name} dataset"
+        name = called(index, dataset_name)
         start = next(i for i, label in enumerate(labels) if label != -100)
         if start == 0:
             raise ValueError(
@@ -99,7 +104,7 @@ def with_teacher_prompt(
                 f"the 'teacher_prompt' of {name} is for all teachers, but their chat templates or tokenizers make "
                 "different tokens of it: give 'prompt' and 'teacher_prompt' as text, or take teachers that agree"
             )
-        _refuse_length(ids, positions, "teacher_prompt and completion", name, "shorten it")
+        _refuse_length(ids, positions, "teacher_prompt and completion", name, "shorten them")
     return {"teacher_input_ids": ids, "teacher_labels": labels}
 
 
@@ -132,6 +137,7 @@ def collate_own_text(rows: Sequence[Row]) -> dict[str, Tensor]:
 
 def with_own_tokens(
     row: Row,
+    index: int,
     *,
     prefix: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -149,7 +155,7 @@ def with_own_tokens(
         `ValueError`: messages that are no text, or that the teacher's template refuses; more tokens than the teacher
             has `positions`, or one that it has no embedding for.
     """
-    name = f"a row of the {dataset_name} dataset"
+    name = called(index, dataset_name)
     student_ids, labels = row["input_ids"], row["labels"]
     ids, contents = _own_ids(row, tokenizer, student_tokenizer, name)
     if max(ids, default=0) >= len(pieces[1]):
@@ -157,7 +163,7 @@ def with_own_tokens(
             f"the teacher's tokenizer makes token {max(ids)} of {name}, but the teacher has only {len(pieces[1])}: "
             "they do not belong together"
         )
-    _refuse_length(ids, positions, "the teacher's own tokens", name, "lower max_length or drop long rows")
+    _refuse_length(ids, positions, "the teacher's own tokens", name, "lower max_length")
     sides = [
         [piece if (piece := side[i]) is not None else "" for i in tokens]
         for side, tokens in zip(pieces, (student_ids, ids), strict=True)
@@ -247,7 +253,10 @@ def lost_messages(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def _refuse_length(ids: list[int], positions: int | None, what: str, name: str, remedy: str) -> None:
     if positions is not None and len(ids) > positions:
-        raise ValueError(f"{what} of {name} take {len(ids)} tokens, the teacher has {positions} positions: {remedy}")
+        raise ValueError(
+            f"{what} of {name} take {len(ids)} tokens, the teacher has {positions} positions: {remedy}, or set "
+            "drop_long_rows=True"
+        )
 
 
 def _messages(row: Row) -> list[dict[str, str]] | None:

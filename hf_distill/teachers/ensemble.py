@@ -15,7 +15,7 @@ from hf_distill.collators import Row
 from hf_distill.losses.fused_linear import MixtureSignal, TeacherSignal
 from hf_distill.losses.sum import SumSignal
 from hf_distill.teachers import Signal, Teacher
-from hf_distill.teachers.columns import AnyDataset, map_rows
+from hf_distill.teachers.columns import AnyDataset, called, map_rows
 
 # "mixture" and "sum" weigh all teachers everywhere; with "route" a column of the dataset names the teacher of a row.
 COMBINATIONS = ("mixture", "sum", "route")
@@ -121,9 +121,9 @@ def _check_index(index: Iterable[int], number: int) -> None:
         raise ValueError(f"a row has teacher_index {strange[0]}; there are {number} teachers")
 
 
-def _with_index(row: dict[str, Any], names: list[str], dataset_name: str) -> dict[str, int]:
+def _with_index(row: dict[str, Any], index: int, names: list[str], dataset_name: str) -> dict[str, int]:
     if row["teacher"] not in names:
         raise ValueError(
-            f"a row of the {dataset_name} dataset has the teacher {row['teacher']!r}; there are {', '.join(names)}"
+            f"{called(index, dataset_name)} has the teacher {row['teacher']!r}; there are {', '.join(names)}"
         )
     return {"teacher_index": names.index(row["teacher"])}

@@ -40,7 +40,7 @@ from hf_distill.modeling import (
     trying,
 )
 from hf_distill.teachers.columns import PREFIX, AnyDataset, collate_own_text, map_rows, with_teacher_prompt
-from hf_distill.token_rows import check_batch
+from hf_distill.token_rows import Room, check_batch, without_long_rows
 
 
 class LocalTeacher:
@@ -53,6 +53,8 @@ class LocalTeacher:
         signal_device (`torch.device`): where the losses are computed, the student's device.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): for prompts of the teacher's own.
         num_proc (`int`, *optional*): processes that prepare rows.
+        drop_long_rows (`bool`): whether rows with a text of the teacher's own that is too long for it are dropped, not
+            refused.
     """
 
     def __init__(
@@ -61,11 +63,14 @@ class LocalTeacher:
         signal_device: torch.device,
         tokenizer: PreTrainedTokenizerBase | None = None,
         num_proc: int | None = None,
+        *,
+        drop_long_rows: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.name = public_name(model)
-        self.tokenizer, self.num_proc = tokenizer, num_proc
+        self.tokenizer, self.num_proc, self.drop_long_rows = tokenizer, num_proc, drop_long_rows
         self._causal_lm = causal_lm(model)
+        self.num_positions = num_positions(model)
         keep_4bit_weights(model)  # A teacher is left as it came.
         with gathered(self._causal_lm), align_module_device(head_layer(self._causal_lm)):
             head = head_of(self._causal_lm)
@@ -75,11 +80,6 @@ class LocalTeacher:
             self.head = head._replace(weight=head.weight.to(signal_device, copy=copy), bias=bias)
         self.layers: tuple[int, ...] = ()  # inner layers whose output is part of the signal
         self.sharded = False
-
-    @property
-    def num_positions(self) -> int | None:
-        """The number of tokens that it can read of a text; None for no limit."""
-        return num_positions(self.model)
 
     @property
     def layout(self) -> str:
@@ -109,7 +109,7 @@ class LocalTeacher:
 
     def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
         """Rows with the tokens of their `teacher_prompt` ([`~hf_distill.teachers.columns.with_teacher_prompt`])."""
-        return with_own_text(dataset, name, self.model, self.tokenizer, self.num_proc)
+        return with_own_text(self, dataset, name)
 
     collate = staticmethod(collate_own_text)
 
@@ -132,7 +132,8 @@ class BaseTeacher:
 
     Args:
         student (`PeftModel`, *optional*): trained in its adapters alone; may come later, by [`bind`].
-        tokenizer, num_proc: as in [`LocalTeacher`].
+        tokenizer, num_proc, drop_long_rows: as in [`LocalTeacher`].
+        positions (`int`, *optional*): the number of tokens that a student which comes later can read.
 
     Raises:
         `ValueError`: the student has no adapters, or trains parameters of its base model.
@@ -142,9 +143,16 @@ class BaseTeacher:
     name = "the student without adapters"
 
     def __init__(
-        self, student: Any = None, tokenizer: PreTrainedTokenizerBase | None = None, num_proc: int | None = None
+        self,
+        student: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        num_proc: int | None = None,
+        *,
+        positions: int | None = None,
+        drop_long_rows: bool = False,
     ) -> None:
-        self.tokenizer, self.num_proc = tokenizer, num_proc
+        self.tokenizer, self.num_proc, self.drop_long_rows = tokenizer, num_proc, drop_long_rows
+        self.num_positions = positions
         self.layers: tuple[int, ...] = ()
         self.model: Any = None
         if student is not None:
@@ -160,7 +168,7 @@ class BaseTeacher:
                 f"teacher_model='base' needs a base model that stays as it is, but {trained[0]} is trained: remove "
                 "modules_to_save and bias from the peft_config, or pass the teacher by name"
             )
-        self.model = student
+        self.model, self.num_positions = student, num_positions(student)
         self.name = f"{public_name(causal_lm(student))} without adapters"
         # Its head is the student's, which has been checked. It reads without the student's mixed precision.
         unfit = f"the teacher ({self.name}) cannot read by itself; load it in one dtype"
@@ -174,7 +182,7 @@ class BaseTeacher:
 
     def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
         """As in [`LocalTeacher`]."""
-        return with_own_text(dataset, name, self.model, self.tokenizer, self.num_proc)
+        return with_own_text(self, dataset, name)
 
     collate = staticmethod(collate_own_text)
 
@@ -202,19 +210,21 @@ class BaseTeacher:
                 parameter.requires_grad_(True)
 
 
-def with_own_text(
-    dataset: AnyDataset,
-    name: str,
-    model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    num_proc: int | None,
-) -> AnyDataset:
-    """Rows with a teacher's own text, if they have a `teacher_prompt`; `model` is None until it is loaded."""
-    if tokenizer is None or "teacher_prompt" not in next(iter(dataset), {}):
-        return dataset
-    positions = None if model is None else num_positions(model)
-    function = partial(with_teacher_prompt, tokenizer=tokenizer, positions=positions, dataset_name=name)
-    return map_rows(dataset, function, f"Tokenizing teacher prompts of {name} dataset", num_proc)
+def with_own_text(teacher: Any, dataset: AnyDataset, name: str) -> AnyDataset:
+    """Rows with the text of a teacher's own that their `teacher_prompt` makes, if they have one.
+
+    The teacher has `tokenizer`, `num_positions`, `num_proc` and `drop_long_rows`, as [`LocalTeacher`].
+    """
+    columns = set(next(iter(dataset), {}))
+    if teacher.tokenizer is not None and "teacher_prompt" in columns:
+        positions = None if teacher.drop_long_rows else teacher.num_positions
+        function = partial(with_teacher_prompt, tokenizer=teacher.tokenizer, positions=positions, dataset_name=name)
+        dataset = map_rows(dataset, function, f"Tokenizing teacher prompts of {name} dataset", teacher.num_proc)
+        columns.add("teacher_input_ids")
+    if teacher.drop_long_rows and "teacher_input_ids" in columns:
+        room = Room(f"the teacher ({teacher.name})", teacher.num_positions, "teacher_input_ids")
+        dataset = without_long_rows(dataset, name, [room], teacher.num_proc)
+    return dataset
 
 
 def own_view(model: PreTrainedModel, inputs: Mapping[str, Any], positions: Tensor) -> tuple[dict[str, Any], Tensor]:

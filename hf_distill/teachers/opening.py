@@ -11,14 +11,22 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.modeling import causal_lm, num_token_ids, public_name, shared_vocabulary, weights_kind
-from hf_distill.named import load_tokenizer, name_of, student_rows, text_config
+from hf_distill.modeling import (
+    causal_lm,
+    num_positions,
+    num_token_ids,
+    public_name,
+    shared_vocabulary,
+    weights_kind,
+)
+from hf_distill.named import load_tokenizer, name_of, student_positions, student_rows, text_config
 from hf_distill.teachers import DenseTeacher, Introduced, ModelTeacher, Teacher, require_model
 from hf_distill.teachers.across import AcrossTeacher
 from hf_distill.teachers.ensemble import EnsembleTeacher
 from hf_distill.teachers.loading import load_teacher
 from hf_distill.teachers.local import BaseTeacher, LocalTeacher, refuse_shared_memory
 from hf_distill.teachers.stored import StoredHiddenTeacher, StoredTeacher, is_stored, open_store
+from hf_distill.token_rows import Room
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +149,10 @@ def open_teachers(
     by_name: dict[str, Teacher] = {}
     for name, given in named.models.items():
         if is_base(given):
-            by_name[name] = BaseTeacher(None, tokenizers[name], num_proc)
+            by_name[name] = BaseTeacher(
+                None, tokenizers[name], num_proc, positions=student_positions(student, args),
+                drop_long_rows=args.drop_long_rows,
+            )  # fmt: skip
             continue
         teacher: Any = given
         if not isinstance(given, Teacher):
@@ -189,6 +200,18 @@ def bind_teachers(opened: OpenTeachers, student: PreTrainedModel, accelerator: A
     for name, teacher in opened.by_name.items():
         if isinstance(teacher, LocalTeacher | AcrossTeacher | BaseTeacher | StoredTeacher):
             teacher.bind(student, accelerator, sharded=name in opened.sharded)
+
+
+def rooms(teachers: Mapping[str, Teacher], columns: set[str]) -> list[Room]:
+    """The tokens that the teachers which read the student's own rows can read; `columns` are those of the rows."""
+    if columns & {"teacher_prompt", "teacher_input_ids"}:
+        return []
+    called = {name: "the teacher" if len(teachers) == 1 else f"the teacher {name}" for name in teachers}
+    return [
+        Room(called[name], num_positions(teacher.model))
+        for name, teacher in teachers.items()
+        if not isinstance(teacher, BaseTeacher) and isinstance(teacher, ModelTeacher)  # the base is the student
+    ]
 
 
 def own_models(teachers: Mapping[str, Teacher]) -> dict[str, LocalTeacher]:
@@ -248,7 +271,7 @@ def _loaded(
     )
     if not isinstance(student, str) and not has_adapters:
         refuse_shared_memory(student, model)  # Before the teacher is frozen, and what it shares with it.
-    return LocalTeacher(model, args.device, tokenizer, args.dataset_num_proc)
+    return LocalTeacher(model, args.device, tokenizer, args.dataset_num_proc, drop_long_rows=args.drop_long_rows)
 
 
 def _check_settings(named: Mapping[str, Any], args: Any) -> None:

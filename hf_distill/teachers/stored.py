@@ -105,7 +105,8 @@ class StoredTeacher:
         self.columns: tuple[str, str] | None = None  # of another text than the student's, or its own prompt's
         self._settings: dict[str, Any] = {}  # that rows depend on, of this run
 
-    num_positions = None
+    num_positions = None  # its texts have been read
+    drop_long_rows = False
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -168,7 +169,7 @@ class StoredTeacher:
                 without tokens.
         """
         if "teacher_prompt" in next(iter(dataset), {}):
-            dataset = with_own_text(dataset, name, None, self.tokenizer, self.num_proc)
+            dataset = with_own_text(self, dataset, name)
         row = next(iter(dataset), {})
         columns = self.columns_of(row)
         if row and columns[0] not in row:

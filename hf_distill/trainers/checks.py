@@ -25,9 +25,6 @@ from hf_distill.trainers.hard_label_config import HardLabelConfig
 
 logger = logging.getLogger(__name__)
 
-# A stream has to have a label within these.
-PEEKED_ROWS = 1000
-
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, AnyDataset]:
     """All datasets by the name that messages call them."""
@@ -279,16 +276,21 @@ def check_lengths(
     """
     if not isinstance(dataset, Dataset):
         return
-    if "teacher_input_ids" in dataset.column_names:  # which the teachers read
-        readers = readers[:1]
-    limit = min((limit for _, model, _ in readers if (limit := num_positions(model))), default=None)
-    cut = None if args.skips_preparation else args.max_length
-    if limit is None or (cut is not None and cut <= limit):
-        return
-    length = longest_text(dataset)
-    with trying_out():
-        for name, model, _ in readers:
-            check_length(model, name, length)
+    has_own = "teacher_input_ids" in dataset.column_names  # which the teachers read
+    for column, part in {
+        "input_ids": readers[:1] if has_own else readers,
+        "teacher_input_ids": readers[1:] if has_own else [],
+    }.items():
+        limit = min((limit for _, model, _ in part if (limit := num_positions(model))), default=None)
+        cut = None if args.skips_preparation or column != "input_ids" else args.max_length
+        if limit is None or (cut is not None and cut <= limit):
+            continue
+        length, row = longest_text(dataset, column)
+        with trying_out():
+            for name, model, _ in part:
+                remedy = "shorten it" if column != "input_ids" else f"set max_length to at most {num_positions(model)}"
+                text = f"row {row} of the prepared rows"
+                check_length(model, name, length, text, f"{remedy}, or set drop_long_rows=True")
 
 
 def as_it_came(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: HardLabelConfig) -> AsItCame:

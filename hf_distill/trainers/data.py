@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import nested_truncate
+from transformers.trainer_utils import PredictionOutput
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
@@ -23,8 +25,18 @@ from hf_distill.rows import (
     with_messages,
 )
 from hf_distill.teachers.columns import OWN_COLUMNS
-from hf_distill.token_rows import COLUMNS, Cut, Limits, check_row, check_rows, count_cut, has_label, rows_with_label
-from hf_distill.trainers.checks import PEEKED_ROWS, AnyDataset
+from hf_distill.token_rows import (
+    COLUMNS,
+    PEEKED_ROWS,
+    Cut,
+    Limits,
+    check_row,
+    check_rows,
+    count_cut,
+    has_label,
+    rows_with_label,
+)
+from hf_distill.trainers.checks import AnyDataset
 
 logger = logging.getLogger(__name__)
 
@@ -254,6 +266,36 @@ def tell_lost_labels(num_rows: int, num_dropped: int, name: str, cut: Cut | None
             cut.shortened, num_rows, name, args.max_length, 100 * cut.lost / cut.labels,
             "beginnings" if args.truncation_mode == "keep_end" else "ends",
         )  # fmt: skip
+
+
+def tell_uncounted(name: str, args: SFTConfig) -> None:
+    """Says of a stream what nobody counts: its rows are dropped and cut as they come, maybe in other processes."""
+    cut = "" if args.max_length is None else f", and rows longer than max_length={args.max_length} are cut"
+    logger.warning(
+        "the %s dataset is a stream: rows without a label are dropped%s, as they come and uncounted. To have them "
+        "counted, pass a Dataset of some of its rows once", name, cut,
+    )  # fmt: skip
+
+
+def filled_up(dataset: AnyDataset, size: int, filler: Callable[[dict[str, Any]], dict[str, Any] | None]) -> AnyDataset:
+    """A data set of a multiple of `size` rows: without it accelerate would repeat rows, which then count.
+
+    Rows that count for nothing are added at its end; `filler` makes one of the first row, or None.
+    """
+    if not isinstance(dataset, Dataset) or (missing := -len(dataset) % size) == 0:
+        return dataset
+    if (row := filler(dataset[0])) is None:
+        return dataset
+    return concatenate_datasets([dataset, Dataset.from_list([row] * missing, features=dataset.features)])
+
+
+def without_fillers(found: PredictionOutput, dataset: AnyDataset) -> PredictionOutput:
+    """Predictions without those of the rows that fill up the batches of several processes."""
+    if not isinstance(dataset, Dataset):
+        return found
+    cut = partial(nested_truncate, limit=len(dataset))
+    parts = {name: getattr(found, name) for name in ("predictions", "label_ids")}
+    return found._replace(**{name: cut(part) for name, part in parts.items() if part is not None})
 
 
 def _filled(count: int, args: SFTConfig) -> str:

@@ -15,11 +15,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor
 from transformers import DataCollator, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_pt_utils import nested_truncate
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
@@ -38,10 +37,9 @@ from hf_distill.modeling import (
     load_balancing_loss,
     select_positions,
 )
-from hf_distill.named import student_rows, student_tokenizer
-from hf_distill.token_rows import Limits, check_batch
+from hf_distill.named import student_positions, student_rows, student_tokenizer
+from hf_distill.token_rows import PEEKED_ROWS, Limits, Room, check_batch, without_long_rows
 from hf_distill.trainers.checks import (
-    PEEKED_ROWS,
     AnyDataset,
     as_it_came,
     check_best_metric,
@@ -64,11 +62,14 @@ from hf_distill.trainers.data import (
     check_columns,
     checked,
     cut_labels,
+    filled_up,
     formatted,
     one_format,
     refuse_no_label,
     tell_lost_labels,
+    tell_uncounted,
     with_label,
+    without_fillers,
 )
 from hf_distill.trainers.given import Given, Reader
 from hf_distill.trainers.hard_label_config import HardLabelConfig, keywords
@@ -212,12 +213,14 @@ class HardLabelTrainer(SurvivingTrainer):
             given ([`Given`]): from `check`.
             vocab_size (`int`): token ids below this may be labels.
         """
-        self.vocab_size = vocab_size  # Before SFTTrainer's construction, which prepares the rows.
         args = given.args
+        # Before SFTTrainer's construction, which prepares the rows.
+        self.vocab_size, self._positions = vocab_size, student_positions(given.model, args)
         as_given = as_it_came(given.model, given.processing_class, args)
         if args.skips_preparation:
             # Rows that no model can read would fail in the middle of training.
             given = given.with_rows(partial(as_they_are, limits=self.limits(args, None), args=args))
+            given = given.with_rows(partial(self._without_long_rows, args=args))
             given = given.with_rows(partial(self.prepare_rows, args=args))
         if isinstance(given.model, str) and args.device.type == "cuda" and args.world_size == 1:
             # TRL would spread the student over all GPUs, those of others too.
@@ -411,13 +414,7 @@ class HardLabelTrainer(SurvivingTrainer):
             test_dataset = self._prepare_dataset(
                 test_dataset, self.processing_class, self.args, packing, self._formatting_func, metric_key_prefix
             )
-        found = super().predict(test_dataset, ignore_keys, metric_key_prefix)
-        if not isinstance(test_dataset, Dataset):
-            return found
-        # Without the rows that fill up the batches of several processes.
-        cut = partial(nested_truncate, limit=len(test_dataset))
-        parts = {name: getattr(found, name) for name in ("predictions", "label_ids")}
-        return found._replace(**{name: cut(part) for name, part in parts.items() if part is not None})
+        return without_fillers(super().predict(test_dataset, ignore_keys, metric_key_prefix), test_dataset)
 
     # --------------------------------------------------------------------------------------------------------- rows
 
@@ -427,6 +424,14 @@ class HardLabelTrainer(SurvivingTrainer):
         """The ids, labels and lengths that rows may have."""
         masks = args.completion_only_loss is not False
         return Limits(self.vocab_size, max_length=max_length, completion_masks=masks)
+
+    def rooms(self, columns: set[str]) -> list[Room]:
+        """The tokens that the models can read of the student's rows; `columns` are those of the rows."""
+        return [Room("the student", self._positions)]
+
+    def _without_long_rows(self, dataset: Any, name: str, args: Any) -> Any:
+        rooms = self.rooms(set(next(iter(dataset), {}))) if args.drop_long_rows else []
+        return without_long_rows(dataset, name, rooms, args.dataset_num_proc)
 
     def prepare_rows(self, dataset: Any, name: str, args: Any) -> Any:
         """Rows of token ids and labels, as the trainer needs them; trainers add columns of theirs here."""
@@ -475,24 +480,19 @@ class HardLabelTrainer(SurvivingTrainer):
             first = dataset.take(PEEKED_ROWS)
             first = super()._prepare_dataset(first, processing_class, args, False, formatting_func, dataset_name)
             refuse_no_label(with_label(first, dataset_name, limits, args), dataset_name, args)
-        return kept
+            tell_uncounted(dataset_name, args)
+        return kept if packing else self._without_long_rows(kept, dataset_name, args)
 
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training: bool = False, **kwargs):
         if not is_training:
             self.check_readers(dataset)  # of an evaluation's own rows
-            dataset = self._fill_up(dataset, batch_size) if isinstance(dataset, Dataset) else dataset
+            processes = self.accelerator.num_processes
+            dataset = filled_up(dataset, batch_size * processes, self.filler) if processes > 1 else dataset
         own, self.data_collator = self.data_collator, self.batch_collator()
         try:
             return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
         finally:
             self.data_collator = own
-
-    def _fill_up(self, dataset: Dataset, batch_size: int) -> Any:
-        """Adds rows without a label until every process has as many: accelerate would repeat rows, which then count."""
-        missing = -len(dataset) % (batch_size * self.accelerator.num_processes)
-        if self.accelerator.num_processes == 1 or missing == 0 or (filler := self.filler(dataset[0])) is None:
-            return dataset
-        return concatenate_datasets([dataset, Dataset.from_list([filler] * missing, features=dataset.features)])
 
     def filler(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """A row like this one that counts for nothing; None where there is no telling."""

@@ -65,6 +65,14 @@ class HardLabelConfig(SFTConfig):
         },
     )
 
+    drop_long_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether rows that are longer than the student or a teacher has positions are dropped, with a "
+            "count. By default they are an error, unless rotary embeddings read on. max_length cuts rows before."
+        },
+    )
+
     def __post_init__(self):
         self._check_json()
         take_types(self)

@@ -35,10 +35,11 @@ from hf_distill.teachers.opening import (
     open_teachers,
     readable_ids,
     require_models,
+    rooms,
     stored_kinds,
 )
 from hf_distill.teachers.writing import Method
-from hf_distill.token_rows import Limits
+from hf_distill.token_rows import Limits, Room
 from hf_distill.trainers.caching import store_writer
 from hf_distill.trainers.checks import named_datasets, refuse_layers, refuse_row_columns, refuse_teacher_layouts
 from hf_distill.trainers.config import KDConfig
@@ -316,6 +317,9 @@ class KDTrainer(HardLabelTrainer):
 
     def limits(self, args: SFTConfig, max_length: int | None) -> Limits:
         return super().limits(args, max_length)._replace(teacher_ids=readable_ids(self.teachers, self.vocab_size))
+
+    def rooms(self, columns: set[str]) -> list[Room]:
+        return [*super().rooms(columns), *rooms(self.teachers, columns)]
 
     def prepare_rows(self, dataset: Any, name: str, args: Any) -> Any:
         columns = set(next(iter(dataset), {}))

@@ -18,14 +18,13 @@ from hf_distill.collators import PromptCollator, pad_prompts, warn_of_truncation
 from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.losses.objective import Objective
 from hf_distill.metrics import RolloutMeans
-from hf_distill.modeling import WholeCopy, causal_lm, check_cache, is_split, num_positions
-from hf_distill.named import student_config
+from hf_distill.modeling import WholeCopy, causal_lm, check_cache, is_split
 from hf_distill.speculative import Block, completion_hidden, rollout
 from hf_distill.teachers import Signal
 from hf_distill.teachers.columns import AnyDataset
 from hf_distill.teachers.local import LocalTeacher
 from hf_distill.teachers.opening import is_base, require_models
-from hf_distill.token_rows import pad
+from hf_distill.token_rows import Room, pad, without_long_rows
 from hf_distill.trainers.data import refuse_unread
 from hf_distill.trainers.given import Given
 from hf_distill.trainers.kd import KDTrainer
@@ -40,7 +39,6 @@ ENCODED = Features(
         "teacher_prompt_ids": List(Value("int64")),
         "completion_ids": List(Value("int64")),
         "knowledge_truncated": Value("bool"),
-        "completion_truncated": Value("bool"),
     }
 )
 
@@ -133,7 +131,6 @@ class SpeculativeKDTrainer(KDTrainer):
             )
         # Before SFTTrainer's construction, which prepares the rows.
         self._prompts = data_collator
-        self._student = model
         # Evaluations measure generated text, unless none is generated.
         written = {name: share for name, share in args.shares.items() if name != "dataset"}
         self._mixes = {"train": args.shares, "eval": written if sum(written.values()) else args.shares}
@@ -168,7 +165,11 @@ class SpeculativeKDTrainer(KDTrainer):
 
     def check(self, given: Given, teachers: Mapping[str, Any] | None = None) -> Given:
         require_models(teachers or {}, "SpeculativeKDTrainer")
-        return super().check(given, teachers)
+        given = super().check(given, teachers)
+        args = given.args
+        if args.eos_token is not None or args.chat_template_path is not None:
+            return given  # the tokenizer gets them when the student is loaded
+        return given.with_rows(partial(self._encoded, tokenizer=given.processing_class, args=args))
 
     # ------------------------------------------------------------------------------------------------------ data
 
@@ -182,37 +183,56 @@ class SpeculativeKDTrainer(KDTrainer):
 
     _brought = staticmethod(lambda rows, *_, **__: rows)  # collators read more formats, row by row
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        collator = self._prompts or PromptCollator(processing_class)
-        configs = {
-            "student": student_config(self._student, args),
-            "teacher": causal_lm(self.teacher.model).config.get_text_config(),
-        }
-        function = partial(
-            _encode, collator=collator, vocab_size=self.vocab_size,
-            positions={side: num_positions(config) for side, config in configs.items()},
-            max_new_tokens=args.max_new_tokens, dataset_name=dataset_name,
-            needs_completion=self._mixes["train" if dataset_name == "train" else "eval"].get("dataset", 0) > 0,
-        )  # fmt: skip
+    def _encoded(self, dataset: AnyDataset, name: str, tokenizer: Any, args: Any) -> AnyDataset:
+        """Rows of prompts and completions in token ids; `ValueError` for a row that cannot be read."""
         columns = list(next(iter(dataset)))
+        needs_completion = self._mixes["train" if name == "train" else "eval"].get("dataset", 0) > 0
+        collator = self._prompts or PromptCollator(tokenizer)
+        function = partial(_encode, collator=collator, dataset_name=name, needs_completion=needs_completion)
         if not isinstance(dataset, Dataset):
             return dataset.map(function, with_indices=True, remove_columns=columns)
-        with args.main_process_first(desc=f"encoding the {dataset_name} dataset"):
+        with args.main_process_first(desc=f"encoding the {name} dataset"):
+            return dataset.map(
+                function, with_indices=True, remove_columns=columns, num_proc=args.dataset_num_proc, features=ENCODED,
+                desc=f"Encoding prompts of {name} dataset",
+            )  # fmt: skip
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        if not ENCODED.keys() <= set(next(iter(dataset))):
+            dataset = self._encoded(dataset, dataset_name, processing_class, args)
+        new, positions = args.max_new_tokens, {"student": self._positions, "teacher": self.teacher.num_positions}
+        rooms = [
+            Room(f"the {side}, which max_new_tokens={new} follow,", limit - new, f"{side}_prompt_ids")
+            for side, limit in positions.items()
+            if limit is not None and args.drop_long_rows
+        ]
+        function = partial(
+            _checked, vocab_size=self.vocab_size, positions=dict.fromkeys(positions) if rooms else positions,
+            max_new_tokens=new, dataset_name=dataset_name,
+        )  # fmt: skip
+        reads_completions = bool(self._mixes["train"].get("dataset"))
+        if not isinstance(dataset, Dataset):
+            if reads_completions:
+                logger.warning(
+                    "the %s dataset is a stream: completions longer than max_new_tokens=%d are cut, uncounted",
+                    dataset_name, new,
+                )  # fmt: skip
+            return without_long_rows(dataset.map(function, with_indices=True), dataset_name, rooms)
+        with args.main_process_first(desc=f"checking the {dataset_name} dataset"):
             dataset = dataset.map(
-                function, with_indices=True, remove_columns=columns, num_proc=args.dataset_num_proc,
-                features=ENCODED, desc=f"Encoding prompts of {dataset_name} dataset",
-            )  # fmt: skip
+                function, with_indices=True, num_proc=args.dataset_num_proc, desc=f"Checking {dataset_name} dataset"
+            )
+        dataset = without_long_rows(dataset, dataset_name, rooms, args.dataset_num_proc)
         warn_of_truncation(sum(dataset["knowledge_truncated"]), len(dataset), f"{dataset_name} dataset")
-        if self._mixes["train"].get("dataset") and (cut := sum(dataset["completion_truncated"])):
+        if reads_completions and (cut := sum(dataset["completion_truncated"])):
             logger.warning(
-                "%d of %d completions of the %s dataset end at max_new_tokens=%d",
-                cut, len(dataset), dataset_name, args.max_new_tokens,
-            )  # fmt: skip
+                "%d of %d completions of the %s dataset end at max_new_tokens=%d", cut, len(dataset), dataset_name, new
+            )
         dataset = dataset.remove_columns(["knowledge_truncated", "completion_truncated"])
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = [name for name in ENCODED if name != "completion_truncated"]
+        self._signature_columns = list(ENCODED)
 
     def filler(self, row: dict[str, Any]) -> dict[str, Any] | None:
         return {**row, "teacher_prompt_ids": []}
@@ -361,28 +381,42 @@ class SpeculativeKDTrainer(KDTrainer):
 
 
 def _encode(
+    row: dict[str, Any], index: int, *, collator: Any, dataset_name: str, needs_completion: bool
+) -> dict[str, Any]:
+    """A row of token ids."""
+    name = f"row {index} of the {dataset_name} dataset"
+    row = row if "teacher_prompt_ids" in row else collator.encode(row, name)
+    completion = row.get("completion_ids") or []
+    if needs_completion and not completion:
+        raise ValueError(f"{name} has no completion, and rollout_mix has a share of the source 'dataset'")
+    for side in ("student", "teacher"):
+        if not (ids := row[f"{side}_prompt_ids"]):
+            raise ValueError(f"the {side}'s prompt of {name} is empty; it needs at least one token")
+        if strange := [i for i in (*ids, *completion) if isinstance(i, bool)]:
+            raise ValueError(f"{name} has token id {strange[0]}, which is no integer")
+    return {
+        "student_prompt_ids": row["student_prompt_ids"],
+        "teacher_prompt_ids": row["teacher_prompt_ids"],
+        "completion_ids": completion,
+        "knowledge_truncated": row.get("knowledge_truncated", False),
+    }
+
+
+def _checked(
     row: dict[str, Any],
     index: int,
     *,
-    collator: Any,
     vocab_size: int,
     positions: dict[str, int | None],
     max_new_tokens: int,
     dataset_name: str,
-    needs_completion: bool,
 ) -> dict[str, Any]:
-    """A row of token ids, checked; its completion ends at `max_new_tokens`, as those do that are written."""
+    """A row that the models can read; its completion ends at `max_new_tokens`, as those do that are generated."""
     name = f"row {index} of the {dataset_name} dataset"
-    row = row if "teacher_prompt_ids" in row else collator.encode(row, name)
-    whole = row.get("completion_ids") or []
-    completion = whole[:max_new_tokens]
-    if needs_completion and not completion:
-        raise ValueError(f"{name} has no completion, and rollout_mix has a share of the source 'dataset'")
+    completion = row["completion_ids"][:max_new_tokens]
     for side, limit in positions.items():
         ids = row[f"{side}_prompt_ids"]
-        if not ids:
-            raise ValueError(f"the {side}'s prompt of {name} is empty; it needs at least one token")
-        if strange := [i for i in (*ids, *completion) if isinstance(i, bool) or not 0 <= i < vocab_size]:
+        if strange := [i for i in (*ids, *completion) if not 0 <= i < vocab_size]:
             raise ValueError(
                 f"{name} has token id {strange[0]}, but student and teacher share only the ids below "
                 f"{vocab_size}: one of them cannot read it. Use tokens (eos_token, chat template) that both know"
@@ -390,16 +424,10 @@ def _encode(
         if limit is not None and len(ids) + max_new_tokens > limit:
             raise ValueError(
                 f"the {side}'s prompt of {name} ({len(ids)} tokens) and max_new_tokens={max_new_tokens} do not "
-                f"fit the {side}'s {limit} positions; lower max_new_tokens, or drop or shorten long rows (a "
-                "LUPICollator cuts knowledge at max_prompt_length)"
+                f"fit the {side}'s {limit} positions; lower max_new_tokens, or drop or shorten long rows "
+                "(drop_long_rows=True drops them; a LUPICollator cuts knowledge at max_prompt_length)"
             )
-    return {
-        "student_prompt_ids": row["student_prompt_ids"],
-        "teacher_prompt_ids": row["teacher_prompt_ids"],
-        "completion_ids": completion,
-        "knowledge_truncated": row.get("knowledge_truncated", False),
-        "completion_truncated": len(whole) > max_new_tokens,
-    }
+    return {"completion_ids": completion, "completion_truncated": len(row["completion_ids"]) > max_new_tokens}
 
 
 def _rows(batch: dict[str, Tensor]) -> list[Row]:
