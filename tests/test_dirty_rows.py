@@ -6,7 +6,7 @@ import json
 import pytest
 from transformers import PreTrainedModel
 
-from hf_distill import KDConfig, KDTrainer, cli
+from hf_distill import KDTrainer, SpeculativeKDTrainer, cli
 from hf_distill.row_files import load_rows
 from tests.conftest import SENTENCES
 from tests.test_cli import options
@@ -94,6 +94,26 @@ TOKENS = {
 }  # fmt: skip
 
 
+ROLLOUTS = {
+    "no prompt": (changed(PAIRS, prompt=None), f"{ROW} has no prompt: it needs a 'prompt'"),
+    "an empty prompt": (changed(PAIRS, prompt=""), f"{ROW} has no prompt"),
+    "a number as prompt": (changed(PAIRS, prompt=5), f"{ROW} has 5 as its 'prompt', which has to be text or"),
+    "a list as prompt": (changed(PAIRS, prompt=["a"]), rf"{ROW} has \['a'\] as its 'prompt'"),
+    "messages before a text": (changed(PAIRS, prompt=user("a")), f"{ROW} has 'prompt' as messages and 'completion'"),
+    "no completion": (changed(PAIRS, completion=None), f"{ROW} has no completion, and rollout_mix has a share"),
+    "no conversation": (changed(CHATS, messages=None), f"{ROW} has no prompt"),
+    "a text as conversation": (changed(CHATS, messages="hello"), f"{ROW} has 'hello' as its 'messages', which"),
+    "a message without content": (changed(CHATS, messages=[{"role": "user"}]), f"a message of {ROW} has no content"),
+    "an unknown role": (
+        changed(CHATS, messages=[{"from": "alien", "value": "a"}]), f"a message of {ROW} has the role 'alien'"
+    ),
+    "tools that are no JSON": (
+        [{**row, "tools": "search" if i == CHANGED else "[]"} for i, row in enumerate(CHATS)],
+        f"{ROW} has 'search' as its 'tools', which has to be a list of tools",
+    ),
+}  # fmt: skip
+
+
 def write(path, rows):
     path.write_text(rows if isinstance(rows, str) else "\n".join(map(json.dumps, rows)))
     return path
@@ -111,35 +131,30 @@ def test_a_dirty_row_is_named_before_a_weight_is_read(folder, tmp_path, capsys, 
     refuse(folder, tmp_path, capsys, path, message)
 
 
+@pytest.mark.parametrize("case", ROLLOUTS)
+def test_a_dirty_row_of_rollouts_is_named_before_a_weight_is_read(folder, tmp_path, capsys, monkeypatch, case):
+    rows, message = ROLLOUTS[case]
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights are read"))
+    path = write(tmp_path / "rows.jsonl", rows)
+    mix = {"dataset": 0.5, "speculative": 0.5}
+    refuse(folder, tmp_path, capsys, path, message, "skd", SpeculativeKDTrainer, rollout_mix=mix)
+
+
 @pytest.mark.parametrize("case", TOKENS)
 def test_a_row_of_wrong_tokens_is_named(folder, tmp_path, capsys, case):
     rows, message = TOKENS[case]
     refuse(folder, tmp_path, capsys, write(tmp_path / "rows.jsonl", rows), message)
 
 
-def refuse(folder, tmp_path, capsys, path, message):
+def refuse(folder, tmp_path, capsys, path, message, command="kd", trainer=KDTrainer, **settings):
     """Sees that command line and trainer refuse a file in the same line; held-out rows as well as those to train on."""
+    flags = {name: json.dumps(value) for name, value in settings.items()}
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["kd", *options(folder, dataset=path, output_dir=tmp_path / "out")])
+        cli.main([command, *options(folder, dataset=path, output_dir=tmp_path / "out", **flags)])
     assert stopped.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    args = KDConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[])
+    shared = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "bf16": False, "report_to": []}
     models = str(folder / "student"), str(folder / "teacher")
     with pytest.raises(ValueError, match=message) as error:
-        KDTrainer(*models, args, load_rows(str(path), "train"))
-    assert line == f"hf-distill kd: error: {error.value}"
-    with pytest.raises(ValueError, match=message.replace("train dataset", "eval dataset")):
-        KDTrainer(*models, args, load_rows(str(folder / "rows.jsonl"), "train"), load_rows(str(path), "train"))
-
-
-def test_good_rows_of_every_kind_pass(folder, tmp_path):
-    """Beside the dirty ones: text is text whatever stands in it, and what a template knows is for it to say."""
-    tool = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    for rows in (
-        changed(TEXTS, text=""), changed(PAIRS, completion=""), changed(CHATS, messages=user("only a question")),
-        [{**row, "tools": []} for row in CHATS], [{**row, "tools": json.dumps(tool)} for row in CHATS],
-        changed(CHATS, messages=user([{"type": "text", "text": "in parts"}])),
-    ):  # fmt: skip
-        args = KDConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[])
-        data = load_rows(str(write(tmp_path / "rows.jsonl", rows)), "train")
-        KDTrainer(str(folder / "student"), str(folder / "teacher"), args, data)
+        trainer(*models, trainer._config(**shared, **settings), load_rows(str(path), "train"))
+    assert line == f"hf-distill {command}: error: {error.value}"
