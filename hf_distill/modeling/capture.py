@@ -121,7 +121,7 @@ class _LookingCache:
     def __init__(self, keep: Callable[[int, Tensor, Tensor], None]) -> None:
         self._keep = keep
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         self._keep(layer, key, value)
         return key, value
 
@@ -132,6 +132,8 @@ class _LookingCache:
 def _cache_of_its_own(module: nn.Module) -> str | None:
     """The keyword of the cache of an attention layer that does not call transformers' attention function, else None."""
     numbered = hasattr(module, "layer_idx") or hasattr(module, "layer_id")
+    if "attention" not in type(module).__name__.lower():
+        return None  # a state-space layer, whose cache holds other states (Mamba)
     if not numbered or hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
         return None
     names = inspect.signature(module.forward).parameters
