@@ -18,7 +18,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -26,6 +26,7 @@ from peft.utils.integrations import dequantize_module_weight
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_distill.losses.feature import effective_rank_of
 from hf_distill.modeling import causal_lm, without_values
@@ -112,12 +113,9 @@ def describe_lora(model: PreTrainedModel, config: LoraConfig) -> LoraReport:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("the model has adapters already: describe it before get_peft_model; then describe_updates")
     asked, config = config, copy.deepcopy(config)
-    config.base_model_name_or_path = None
-    if config.init_lora_weights != "mica":
-        config.init_lora_weights = True  # Other ways need data or weights; of these, only MiCA changes what is trained.
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        adapted = get_peft_model(without_values(model), config, low_cpu_mem_usage=True)
+        adapted = _adapted_without_values(model, config)
     modules = _trained_modules(causal_lm(adapted), model)
     heard = dict.fromkeys(str(w.message) for w in said if issubclass(w.category, UserWarning | RuntimeWarning))
     return LoraReport(
@@ -129,6 +127,35 @@ def describe_lora(model: PreTrainedModel, config: LoraConfig) -> LoraReport:
             *(message for message in heard if "fan_in_fan_out" not in message),  # PEFT corrects it
         ],
     )
+
+
+def refuse_targets(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Raises `ValueError` for a LoraConfig that PEFT refuses for a model, which may be on the meta device.
+
+    What cannot be tried out on a copy without values is left to the training.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _adapted_without_values(model, copy.deepcopy(config))
+    except ValueError as error:
+        head = model.get_output_embeddings()
+        linear = (n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head)
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"peft_config does not fit the student: {reason} The linear layers of {type(model).__name__}: {names}"
+        ) from error
+    except (AttributeError, ImportError, NotImplementedError, RuntimeError, TypeError):
+        return
+
+
+def _adapted_without_values(model: PreTrainedModel, config: LoraConfig) -> PeftModel | PeftMixedModel:
+    """A copy of a model that PEFT has adapted, on the meta device; `config` is changed."""
+    config.base_model_name_or_path = None
+    if config.init_lora_weights != "mica":
+        config.init_lora_weights = True  # Other ways need data or weights; of these, only MiCA changes what is trained.
+    return get_peft_model(without_values(model), config, low_cpu_mem_usage=True)
 
 
 def _trained_modules(adapted: nn.Module, model: PreTrainedModel) -> list[TrainedModule]:

@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
@@ -30,6 +32,26 @@ def text_config(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedConfig
 def student_config(model: str | PreTrainedModel, args: SFTConfig) -> PreTrainedConfig:
     """The student's configuration, in the revision that will be loaded."""
     return text_config(model, trust_remote_code=args.trust_remote_code, revision=revision_of(args.model_init_kwargs))
+
+
+def student_without_weights(model: str, args: SFTConfig) -> PreTrainedModel | None:
+    """The student on the meta device, before it is loaded; None for remote code, and where a configuration is not all.
+
+    Its class is the one that TRL loads.
+    """
+    if args.model_init_kwargs and "gguf_file" in args.model_init_kwargs:
+        return None
+    config = AutoConfig.from_pretrained(
+        model, trust_remote_code=args.trust_remote_code, revision=revision_of(args.model_init_kwargs)
+    )
+    cls = getattr(transformers, (config.architectures or [""])[0], None)
+    if cls is None or getattr(config, "auto_map", None):
+        return None
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except (AttributeError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None  # loading says it better
 
 
 def student_rows(model: str | PreTrainedModel, args: SFTConfig) -> int:

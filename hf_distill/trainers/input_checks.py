@@ -8,14 +8,16 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HTTPError
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
+from hf_distill.lora import refuse_targets
 from hf_distill.model_files import class_problem, is_adapter_folder, name_problem
 from hf_distill.modeling import causal_lm
+from hf_distill.named import student_without_weights
 from hf_distill.row_files import FILE_FORMATS
 from hf_distill.saving import base_and_adapter
 from hf_distill.teachers.opening import BASE
@@ -30,7 +32,7 @@ def check_inputs(model: Any, train_dataset: Any, eval_dataset: Any, args: SFTCon
 
     Raises:
         `ValueError`: a model without a causal head, another object than a dataset, adapters that are none or come
-            twice, a tracker that is not installed, or a push that could not reach the hub.
+            twice or fit no module, a tracker that is not installed, or a push that could not reach the hub.
     """
     check_trackers(args)
     check_datasets(train_dataset, eval_dataset)
@@ -47,6 +49,10 @@ def check_inputs(model: Any, train_dataset: Any, eval_dataset: Any, args: SFTCon
             "merge the adapters first (hf-distill merge) and pass the merged model"
         )
     check_model(model, args)
+    if isinstance(peft_config, LoraConfig):
+        student = student_without_weights(model, args) if isinstance(model, str) else model
+        if student is not None:
+            refuse_targets(student, peft_config)
     check_push(args)
 
 

@@ -171,6 +171,51 @@ def test_adapters_do_not_come_twice_nor_as_something_else(adapters):
         check(peft_config={"r": 2})
 
 
+MISFITS = {
+    "another family's names": ({"target_modules": ["c_attn", "c_proj"]}, "c_attn.* not found in the base model"),
+    "a pattern": ({"target_modules": r".*\.query"}, r"query not found in the base model"),
+    "layers that are not there": ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, "q_proj.* not found"),
+    "parameters": ({"target_modules": [], "target_parameters": ["mlp.experts"]}, "found"),
+}
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("case", MISFITS)
+def test_adapters_that_fit_no_module_are_refused_before_a_weight_is_read(tmp_path, monkeypatch, case, by_name):
+    settings, message = MISFITS[case]
+    model = make_model()
+    if by_name:
+        model.save_pretrained(tmp_path)
+        monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(ValueError, match=rf"peft_config does not fit the student: .*{message}") as error:
+        check(str(tmp_path) if by_name else model, peft_config=LoraConfig(**settings))
+    assert str(error.value).endswith(
+        "The linear layers of LlamaForCausalLM: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    )
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"target_modules": "all-linear"}, {"target_modules": r".*\.1\..*_proj"}, {"init_lora_weights": "pissa"}],
+)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_adapters_that_fit_change_nothing_when_they_are_tried(tmp_path, by_name, settings):
+    model, lora = make_model(), LoraConfig(**settings)
+    model.save_pretrained(tmp_path)
+    before = torch.get_rng_state(), lora.to_dict(), str(model)
+    check(str(tmp_path) if by_name else model, peft_config=lora)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (lora.to_dict(), str(model)) == before[1:]
+
+
+def test_adapters_on_remote_code_are_left_to_the_real_model(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModelForCausalLM": "code.Model"}}))
+    check(str(tmp_path), peft_config=LoraConfig(target_modules=["its_own"]))
+
+
 def test_adapters_of_a_model_that_is_not_there_are_told(adapters, tmp_path):
     config_file = adapters / "lora" / "adapter_config.json"
     (tmp_path / "adapter_config.json").write_text(
