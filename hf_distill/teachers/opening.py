@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -235,6 +236,19 @@ def stored_kinds(teachers: Mapping[str, Teacher]) -> dict[str, str]:
     """What is in the store of each teacher that is read from one, for people."""
     sides = {name: t.teacher if isinstance(t, AcrossTeacher) else t for name, t in teachers.items()}
     return {name: teacher.manifest.kind for name, teacher in sides.items() if isinstance(teacher, StoredTeacher)}
+
+
+def quantised_weights(teachers: Mapping[str, Teacher]) -> dict[str, str]:
+    """Bits of those teachers whose weights are quantised, however they came to be or were in a store, for people."""
+    sides = {name: t.teacher if isinstance(t, AcrossTeacher) else t for name, t in teachers.items()}
+    found = {}
+    for name, teacher in sides.items():
+        if isinstance(teacher, StoredTeacher):
+            found[name] = teacher.manifest.teacher.get("quantization")
+        elif isinstance(model := getattr(teacher, "model", None), PreTrainedModel | PeftModel):
+            kind = weights_kind(model)
+            found[name] = None if kind.startswith("torch.") else kind
+    return {name: kind for name, kind in found.items() if kind}
 
 
 def alignment_methods(teachers: Mapping[str, Teacher]) -> dict[str, str]:

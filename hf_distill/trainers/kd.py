@@ -33,6 +33,7 @@ from hf_distill.teachers.opening import (
     is_base,
     name_teachers,
     open_teachers,
+    quantised_weights,
     readable_ids,
     require_models,
     rooms,
@@ -383,17 +384,19 @@ class KDTrainer(HardLabelTrainer):
     def describe(self) -> dict[str, str]:
         """Teacher, loss and settings, for the model card."""
         params = "".join(f", {name} {value}" for name, value in self.divergence_params.items())
-        quantization = f" ({self.args.teacher_quantization})" if self.args.teacher_quantization else ""
         combination = {"combination of the teachers": self.args.teacher_combination} if len(self.teachers) > 1 else {}
         more = {f"{name} over the training": str(values) for name, values in keywords(self.args.schedule).items()}
         if kinds := stored_kinds(self.teachers):
             more["the teacher's outputs"] = f"from a store: {'; '.join(kinds.values())}"
+        if kinds := quantised_weights(self.teachers):
+            is_one = len(self.teachers) == 1
+            more["weights of the teacher"] = ", ".join(k if is_one else f"{name}: {k}" for name, k in kinds.items())
         if methods := alignment_methods(self.teachers):
             more["other tokenizers"] = ", ".join(f"{name}: {method}" for name, method in methods.items())
         for term in self.terms:
             more |= term.describe()
         return {
-            "teacher": self.teacher.name + quantization,
+            "teacher": self.teacher.name,
             **combination,
             "divergence": self.args.divergence + params,
             "temperature": str(self.args.temperature),

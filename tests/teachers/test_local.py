@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_distill.modeling import head_of
 from hf_distill.teachers.loading import check_quantization, load_teacher
@@ -177,7 +178,28 @@ def test_4bit_teacher_and_full_student_keep_apart(tmp_path, tokenizer, text_data
     trainer.train()
     assert any(type(module).__name__ == "Linear4bit" for module in trainer.teacher.model.modules())
     assert not any(type(module).__name__ == "Linear4bit" for module in trainer.model.modules())
-    assert trainer.describe()["teacher"] == "teacher (4bit)"
+    assert trainer.describe()["teacher"] == "teacher"
+    assert trainer.describe()["weights of the teacher"] == "4-bit (bitsandbytes)"
+
+
+@pytest.mark.parametrize("way", ["object", "folder", "two"])
+def test_the_card_says_that_a_teachers_weights_are_quantised_however_they_came(tmp_path, tokenizer, text_dataset, way):
+    pytest.importorskip("bitsandbytes")
+    from hf_distill import KDConfig, KDTrainer
+
+    make_model(seed=1).save_pretrained(tmp_path / "whole")
+    kwargs: dict = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", **kwargs)
+    teacher.save_pretrained(tmp_path / "saved")
+    given = {"object": teacher, "folder": str(tmp_path / "saved"), "two": {"a": make_model(seed=3), "b": teacher}}[way]
+    args = KDConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[])
+    trainer = KDTrainer(
+        make_model(seed=2), given, args, text_dataset,
+        processing_class=tokenizer, teacher_processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.create_model_card()
+    kind = f"{'b: ' * (way == 'two')}8-bit (bitsandbytes)"
+    assert f"| weights of the teacher | {kind} |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_quantisation_of_a_loaded_model_is_refused():
