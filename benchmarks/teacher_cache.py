@@ -82,12 +82,13 @@ def sources(stores: dict, teacher: Any) -> dict[str, tuple[Any, float | None, di
 
 def main() -> None:
     parser = make_parser(__doc__)
-    add_budget(parser, steps=240, learning_rate=3e-3)
+    add_budget(parser, steps=120, learning_rate=3e-3)
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 4], help="the teacher's, for the student")
     options = parser.parse_args()
     disable_progress_bars()
     teacher, tokenizer = load_teacher(options.teacher)
     rows, held_out = load_rows(options, tokenizer)
+    rows = rows.select(range(min(len(rows), options.steps * options.batch_size)))  # each is trained on once
     table = []
     with tempfile.TemporaryDirectory() as folder:
         stores = write_stores(Path(folder), teacher, rows, tokenizer, options)
