@@ -1,6 +1,7 @@
 """The commands about stores of a teacher's outputs: `cache write`, `cache info`, `cache verify`."""
 
 import errno
+import json
 import shlex
 import shutil
 import sys
@@ -148,7 +149,7 @@ def _given(options: Any, values: Any, names: Any) -> dict[str, str]:
     """The values of options that differ from their defaults."""
     defaults = {entry.name: entry.default for entry in fields(options)}
     return {
-        name: str(getattr(values, name))
+        name: json.dumps(value) if isinstance(value := getattr(values, name), dict) else str(value)
         for name in names
         if defaults[name] is MISSING or getattr(values, name) != defaults[name]
     }
@@ -175,7 +176,11 @@ def facts(folder: Path) -> dict[str, str]:
         "store": manifest.kind,
         **({} if manifest.method == "hidden" else {"temperature": f"{manifest.temperature:g}"}),
         "vocabulary": f"{manifest.vocab_size:,}",
-        **{name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in manifest.chosen.items()},
+        **{
+            name: f"{value:.3g}" if isinstance(value, float) else str(value)
+            for name, value in manifest.chosen.items()
+            if name != "checksum"
+        },
         "texts": f"{counts['documents']:,}",
         "label-bearing positions": f"{positions:,}",
         "bytes": convert_bytes(counts["bytes"]),

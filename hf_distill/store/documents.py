@@ -91,12 +91,12 @@ class Documents:
     @property
     def num_labels(self) -> np.ndarray:
         """(n,), of tokens that bear a label."""
-        return np.diff(np.concatenate([[0], np.cumsum(self.bears_label)])[self.starts])
+        return np.diff(np.searchsorted(np.flatnonzero(self.bears_label), self.starts))
 
     def keys(self) -> np.ndarray:
         """(n, 16) uint8: a hash of the tokens and of which bear a label."""
         found = bytearray()
-        ids = self.ids.astype("<i4")
+        ids = self.ids.astype("<i4", copy=False)
         for start, end in pairwise(self.starts.tolist()):
             digest = hashlib.blake2b(ids[start:end].tobytes(), digest_size=KEY_BYTES)
             digest.update(np.packbits(self.bears_label[start:end]).tobytes())

@@ -91,8 +91,9 @@ class Manifest:
 
 
 def is_store(path: Any) -> bool:
-    """True for a folder with a manifest."""
-    return isinstance(path, str | Path) and Path(path, NAME).is_file()
+    """True for a folder with a manifest. A model's folder may hold one of another kind."""
+    manifest = Path(path, NAME) if isinstance(path, str | Path) else None
+    return manifest is not None and manifest.is_file() and b'"method"' in manifest.read_bytes()
 
 
 def read_manifest(folder: Path) -> Manifest:

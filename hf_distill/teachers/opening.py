@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_distill.modeling import (
     causal_lm,
+    is_split,
     num_positions,
     num_token_ids,
     public_name,
@@ -249,6 +250,22 @@ def quantised_weights(teachers: Mapping[str, Teacher]) -> dict[str, str]:
             kind = weights_kind(model)
             found[name] = None if kind.startswith("torch.") else kind
     return {name: kind for name, kind in found.items() if kind}
+
+
+def model_to_ask(teacher: Teacher) -> tuple[ModelTeacher, tuple[str, str] | None]:
+    """The model to ask, and the columns that it reads if they are not the student's; `ValueError` if there is none."""
+    inner = teacher.teacher if isinstance(teacher, AcrossTeacher) else teacher
+    if not isinstance(inner, ModelTeacher):
+        raise ValueError(
+            f"a store is written of one teacher that is a model in this process; {teacher.name} "
+            f"({type(inner).__name__}) is none. Of several teachers write a store each"
+        )
+    if isinstance(inner, BaseTeacher) and is_split(inner.model):
+        raise ValueError(
+            "teacher_model='base' is split by ZeRO-3 with its student, and cannot be asked before the training: give "
+            "the base model by name as teacher_model, or write without DeepSpeed"
+        )
+    return inner, teacher.columns if isinstance(teacher, AcrossTeacher) else None
 
 
 def alignment_methods(teachers: Mapping[str, Teacher]) -> dict[str, str]:

@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_POSITIONS = 2048  # on which a rounding, or tau, is chosen and the fidelity measured
 LOCK = "writing.lock"
+POLLING = 1.0  # seconds between two looks at what other processes have written
 LIBRARIES = ("hf_distill", "torch", "transformers", "numpy", "safetensors")
 BEGUN = {TOKENIZER, HEAD, ROUNDING, PLAN, LOCK}  # what a folder may hold before it has a manifest
 DTYPES = ("float16", "int8")
@@ -191,7 +192,7 @@ class StoreWriter:
             manifest, format = self._begin(folder)
             plan = self._plan(folder, format, shard_bytes)
             self._write_shards(folder, plan, format)
-            self.accelerator.wait_for_everyone()
+            self._wait_for_shards(folder, plan)
             store = Store(folder, format.streams)
             manifest = replace(manifest, counts={**store.counts(), "head_bytes": (manifest.head or {}).get("bytes", 0)})
             if self.accelerator.is_main_process:
@@ -369,6 +370,13 @@ class StoreWriter:
                 bar.set_postfix_str(f"{convert_bytes(done)} of about {convert_bytes(done * total / max(bar.n, 1))}")
             for _ in range(spare):
                 self._asked_about(plan.documents, plan.shards[0][0])
+
+    def _wait_for_shards(self, folder: Path, plan: Plan) -> None:
+        """Returns when all processes have written theirs. A barrier alone would give up after half an hour."""
+        processes = range(self.accelerator.num_processes)
+        while any(plan.to_do(folder, process, len(processes)) for process in processes):
+            time.sleep(POLLING)
+        self.accelerator.wait_for_everyone()
 
     def _encoded(self, documents: Documents, batch: np.ndarray, format: Format) -> list[Arrays]:
         signal = self._asked_about(documents, batch)

@@ -4,9 +4,8 @@ from typing import Any
 
 from hf_distill.modeling import causal_lm, weights_fingerprint, weights_kind
 from hf_distill.store.documents import Documents, joined
-from hf_distill.teachers import ModelTeacher, Teacher
-from hf_distill.teachers.across import AcrossTeacher
 from hf_distill.teachers.columns import own_columns
+from hf_distill.teachers.opening import model_to_ask
 from hf_distill.teachers.stored import fingerprint, row_settings
 from hf_distill.teachers.writing import Method, StoreWriter
 from hf_distill.trainers.checks import named_datasets
@@ -25,7 +24,7 @@ def store_writer(trainer: Any, method: Method, batch_size: int | None = None) ->
             are kept; rows that are no texts yet.
     """
     args, tokenizer = trainer.args, trainer.processing_class
-    teacher, columns = _asked(trainer.teacher)
+    teacher, columns = model_to_ask(trainer.teacher)
     if columns is not None and method.store != "hidden":
         raise ValueError(
             f"{teacher.name} has another tokenizer than the student, and store={method.store!r} has nothing that can "
@@ -65,14 +64,3 @@ def store_writer(trainer: Any, method: Method, batch_size: int | None = None) ->
         temperature=args.temperature,
         batch_size=args.per_device_eval_batch_size if batch_size is None else batch_size,
     )
-
-
-def _asked(teacher: Teacher) -> tuple[ModelTeacher, tuple[str, str] | None]:
-    """The model to ask, and the columns that it reads if they are not the student's; `ValueError` if there is none."""
-    inner = teacher.teacher if isinstance(teacher, AcrossTeacher) else teacher
-    if not isinstance(inner, ModelTeacher):
-        raise ValueError(
-            f"a store is written of one teacher that is a model in this process; {teacher.name} "
-            f"({type(inner).__name__}) is none. Of several teachers write a store each"
-        )
-    return inner, teacher.columns if isinstance(teacher, AcrossTeacher) else None
