@@ -24,7 +24,9 @@ Arrays = dict[str, np.ndarray]
 SAMPLERS = ("threshold", "multinomial")
 MOST_ENTRIES = 255  # of a position; a byte counts them
 LOWEST = -1e4  # stored log-probability of a token that has none
-SAMPLED_LOGITS = 2**21  # that are sampled at a time on a CPU: their tensors stay in its cache
+# Positions that are sampled at a time on a CPU, so that their tensors stay in its cache: 16 of a large vocabulary, as
+# many of a small one as have this many logits.
+SAMPLED_ROWS, SAMPLED_LOGITS = 16, 2**18
 
 
 class Format(Protocol):
@@ -122,7 +124,7 @@ class SampledFormat:
         parts, start = [], 0
         for logits in chunks(signal, self.vocab_size):
             logits = logits.div_(self.temperature)
-            rows = len(logits) if logits.is_cuda else max(1, SAMPLED_LOGITS // self.vocab_size)
+            rows = len(logits) if logits.is_cuda else max(SAMPLED_ROWS, SAMPLED_LOGITS // self.vocab_size)
             for some in logits.split(rows):
                 drawn = torch.from_numpy(numbers[start : start + len(some)]).to(some.device)
                 parts.append(self._sample(some, drawn))
