@@ -19,6 +19,7 @@ with different parts can share a folder.
 import argparse
 import json
 import os
+import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ from hf_distill.pruning import drop_layers
 
 CHUNK = 128  # positions whose logits exist at a time
 GROUP = 5  # stores that share a forward of the student: their summed gradients are held
-SAVED_EVERY = 10  # blocks of the head's part
+SAVED_EVERY = 5  # blocks of the head's part
 HEAD_BLOCKS = 10  # blocks whose own angles are measured in the head's part
 HEAD_MARKS = (1, 3, 10, 30)  # blocks after which the angles of sums are measured there, and at the end
 EXACT = "the teacher itself"
@@ -155,7 +156,10 @@ def measure_parameters(blocks: Blocks, number: int, path: Path) -> dict[str, Any
                     add_(totals, name, gradient)
             add_(totals, EXACT, exact)
             say(f"parameters, block {index}: {'; '.join(pending)}")
-        results = {name: {"blocks": found[name], "total": compare(totals[name], totals[EXACT])} for name in pending}
+        results = {
+            name: {"blocks": found[name], "totals": {str(number): compare(totals[name], totals[EXACT])}}
+            for name in pending
+        }
         save(path, load_json(path) | results)  # another process may have added some
     return load_json(path)
 
@@ -236,14 +240,19 @@ def mean_sums(blocks: Blocks, number: int) -> dict[str, dict[str, float]]:
 # ------------------------------------------------------------------------------------------------------------- report
 
 
-def mean_angle(found: Sequence[Mapping[str, float]]) -> float:
-    return sum(one["angle"] for one in found) / len(found)
+def angles(tokens: int, found: Mapping[str, Any]) -> dict[int, float]:
+    """Angles in degrees over the number of tokens: of one block in the mean over blocks, then of sums.
+
+    Args: the tokens of a block, and a store's results in `measure_parameters` or `measure_head`.
+    """
+    first = {tokens: statistics.mean(one["angle"] for one in found["blocks"])}
+    return first | {tokens * int(n): one["angle"] for n, one in found["totals"].items() if n != "1"}
 
 
 def table(
-    sums: Mapping[str, Mapping[str, float]], parameters: Mapping[str, Any], head: Mapping[str, Any]
+    tokens: int, sums: Mapping[str, Mapping[str, float]], parameters: Mapping[str, Any], head: Mapping[str, Any]
 ) -> list[dict[str, str]]:
-    """A row for each store; angles in degrees, those of one block in the mean over blocks."""
+    """A row for each store. "all" are the angles of all parameters, "head" those of the head's weight."""
     rows = []
     for name, means in sums.items():
         row = {
@@ -254,17 +263,10 @@ def table(
             "KL, nats": f"{means['kl']:.2g}" if "kl" in means else "",
         }
         if name in parameters:
-            found = parameters[name]["blocks"]
-            row |= {
-                "all, 1 block": f"{mean_angle(found):.3g}°",
-                f"all, {len(found)} blocks": f"{parameters[name]['total']['angle']:.3g}°",
-                "KL to the student": f"{sum(x['kl_error'] for x in found) / len(found):+.4f}",
-            }
-        if name in head:
-            row["head, 1 block"] = f"{mean_angle(head[name]['blocks']):.3g}°"
-            for number, found in head[name]["totals"].items():
-                if number != "1":
-                    row[f"head, {number} blocks"] = f"{found['angle']:.3g}°"
+            row["loss, nats"] = f"{statistics.mean(one['kl_error'] for one in parameters[name]['blocks']):+.4f}"
+        for part, results in (("all", parameters), ("head", head)):
+            if name in results:
+                row |= {f"{part}, {n:,}": f"{angle:.3g}°" for n, angle in angles(tokens, results[name]).items()}
         rows.append(row)
     return rows
 
@@ -279,9 +281,7 @@ def save_picture(path: Path, tokens: int, parameters: Mapping[str, Any], head: M
             method, _, size = name.partition(", K = ")
             color = f"C{methods.setdefault(method, len(methods))}"
             style = {"": "-", "12": "-", "25": "--", "50": ":"}.get(size, "-.")
-            totals = found["totals"] if panel != "all parameters" else {str(len(found["blocks"])): found["total"]}
-            points = {tokens: mean_angle(found["blocks"])}
-            points |= {tokens * int(number): one["angle"] for number, one in totals.items() if number != "1"}
+            points = angles(tokens, found)
             axes.plot(list(points), list(points.values()), style, color=color, marker=".", label=name)
         axes.set(xscale="log", yscale="log", xlabel="label-bearing tokens", title=panel)
         axes.grid(which="both", alpha=0.2)
@@ -302,7 +302,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--column", default="text", help="the text of a line")
     parser.add_argument("--folder", required=True, type=Path, help="everything that is measured, to go on from")
     parser.add_argument("--drop", type=int, nargs="+", default=[9, 13, 17, 21, 25], help="layers the student lacks")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[12, 50, 25], help="K, in the order of measurement")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[12, 25, 50], help="K")
     parser.add_argument("--rows", type=int, default=4, help="rows of a block")
     parser.add_argument("--length", type=int, default=257, help="tokens of a row")
     parser.add_argument("--seed", type=int, default=0)
@@ -388,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{Path(options.teacher).name}, student without layers {', '.join(map(str, options.drop))}; "
         f"blocks of {tokens:,} tokens"
     )
-    print_table(f"{title}; {machine('cpu')}", table(sums, *found), options.markdown)
+    print_table(f"{title}; {machine('cpu')}", table(tokens, sums, *found), options.markdown)
     if options.picture:
         save_picture(options.picture, tokens, *found, title)
 

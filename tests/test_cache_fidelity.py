@@ -140,7 +140,7 @@ def test_a_run_writes_its_table_and_picture_and_goes_on_from_its_folder(folder, 
     main([*arguments, "--picture", str(tmp_path / "picture.png")])
     first = capsys.readouterr().out
     assert first.count("| threshold") == 2
-    assert "head, 3 blocks" in first
+    assert "head, 96" in first  # 3 blocks of 2 rows with 16 label-bearing tokens
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
     def refuse(*_):
