@@ -20,8 +20,8 @@ _OPEN: dict[str, Any] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lz
 ARCHIVES = (".zip", ".tar", ".tgz", ".zst", ".7z", ".rar", ".lz4")
 # The errors of loading for a name or a file that holds no rows, IndexError for the empty name.
 _FAILURES = (
-    OSError, ValueError, RuntimeError, NotImplementedError, StopIteration, EOFError, IndexError, DatasetsError,
-    HfHubHTTPError, pa.ArrowException,
+    OSError, ValueError, TypeError, RuntimeError, NotImplementedError, StopIteration, EOFError, IndexError,
+    DatasetsError, HfHubHTTPError, pa.ArrowException,
 )  # fmt: skip
 
 

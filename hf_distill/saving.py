@@ -39,7 +39,7 @@ LEFT_BY_A_RUN = (
 )  # fmt: skip
 
 # Settings of a configuration that training changes temporarily.
-CHANGED_BY_TRAINING = ("use_cache", "pad_token_id", "output_router_logits", "router_aux_loss_coef")
+CHANGED_BY_TRAINING = ("use_cache", "bos_token_id", "pad_token_id", "output_router_logits", "router_aux_loss_coef")
 # Settings that say how a tokenizer was found on this machine. transformers writes them to the tokenizer's file.
 FOUND_BY = ("is_local", "local_files_only")
 
