@@ -60,7 +60,7 @@ def write_stores(folder: Path, teacher: Any, rows: Dataset, tokenizer: Any, opti
     settings = {**budget(options, 0), "per_device_eval_batch_size": 32}
     writer = make_trainer(KDTrainer, KDConfig, some_layers(teacher, options.layers), teacher, rows, tokenizer, settings)
     found = {}
-    for name, method in METHODS.items():
+    for name, method in ((name, METHODS[name]) for name in METHODS if name in options.methods):
         counts = writer.write_cache(folder / name.replace(" ", "-"), method).counts
         found[name] = (folder / name.replace(" ", "-"), counts["bytes"] / counts["positions"])
     return found
@@ -74,7 +74,7 @@ def sources(stores: dict, teacher: Any) -> dict[str, tuple[Any, float | None, di
             Renormalised(str(stores[f"top-{k} and the rest"][0])), stores[f"top-{k} and the rest"][1],
             {"kd_weight": 1.0},
         )
-        for k in (12, 50)
+        for k in (12, 50) if f"top-{k} and the rest" in stores
     }  # fmt: skip
     online = {"the teacher online": (teacher, None, {"kd_weight": 1.0})}
     return {**online, **stored, **biased, "hard labels": (teacher, None, {"kd_weight": 0.0})}
@@ -84,6 +84,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     add_budget(parser, steps=120, learning_rate=3e-3)
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 4], help="the teacher's, for the student")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     options = parser.parse_args()
     disable_progress_bars()
     teacher, tokenizer = load_teacher(options.teacher)

@@ -233,6 +233,19 @@ def describe_teachers(teachers: Mapping[str, Teacher]) -> dict[str, str]:
     }
 
 
+def describe_sources(teachers: Mapping[str, Teacher]) -> dict[str, str]:
+    """Stores, quantised weights and other tokenizers of teachers, for model cards; nothing of those without any."""
+    found: dict[str, str] = {}
+    if kinds := stored_kinds(teachers):
+        found["the teacher's outputs"] = f"from a store: {'; '.join(kinds.values())}"
+    if kinds := quantised_weights(teachers):
+        is_one = len(teachers) == 1
+        found["weights of the teacher"] = ", ".join(k if is_one else f"{name}: {k}" for name, k in kinds.items())
+    if methods := alignment_methods(teachers):
+        found["other tokenizers"] = ", ".join(f"{name}: {method}" for name, method in methods.items())
+    return found
+
+
 def stored_kinds(teachers: Mapping[str, Teacher]) -> dict[str, str]:
     """What is in the store of each teacher that is read from one, for people."""
     sides = {name: t.teacher if isinstance(t, AcrossTeacher) else t for name, t in teachers.items()}

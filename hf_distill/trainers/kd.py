@@ -26,18 +26,16 @@ from hf_distill.teachers import Signal, Teacher, model_teachers, require_model
 from hf_distill.teachers.columns import PREFIX, AnyDataset, TeacherColumnsCollator, take_columns
 from hf_distill.teachers.opening import (
     NamedTeachers,
-    alignment_methods,
     bind_teachers,
+    describe_sources,
     describe_teachers,
     find_tokenizers,
     is_base,
     name_teachers,
     open_teachers,
-    quantised_weights,
     readable_ids,
     require_models,
     rooms,
-    stored_kinds,
 )
 from hf_distill.teachers.writing import Method
 from hf_distill.token_rows import Limits, Room
@@ -386,13 +384,7 @@ class KDTrainer(HardLabelTrainer):
         params = "".join(f", {name} {value}" for name, value in self.divergence_params.items())
         combination = {"combination of the teachers": self.args.teacher_combination} if len(self.teachers) > 1 else {}
         more = {f"{name} over the training": str(values) for name, values in keywords(self.args.schedule).items()}
-        if kinds := stored_kinds(self.teachers):
-            more["the teacher's outputs"] = f"from a store: {'; '.join(kinds.values())}"
-        if kinds := quantised_weights(self.teachers):
-            is_one = len(self.teachers) == 1
-            more["weights of the teacher"] = ", ".join(k if is_one else f"{name}: {k}" for name, k in kinds.items())
-        if methods := alignment_methods(self.teachers):
-            more["other tokenizers"] = ", ".join(f"{name}: {method}" for name, method in methods.items())
+        more |= describe_sources(self.teachers)
         for term in self.terms:
             more |= term.describe()
         return {
