@@ -32,6 +32,7 @@ from hf_distill.store.manifest import NAME as MANIFEST
 from hf_distill.store.plan import NAME as PLAN
 from hf_distill.store.shards import PART
 from hf_distill.teachers.local import LocalTeacher
+from hf_distill.teachers.stored import fingerprint
 from hf_distill.teachers.writing import LOCK, Method, StoreWriter
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.distributed import engines
@@ -83,10 +84,11 @@ def write(
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == num_ranks
     assert accelerator.process_index == rank
+    vocabulary = fingerprint(sorted(material.tokenizer.get_vocab().items()))
     writer = StoreWriter(
         material.teacher, material.documents, METHODS[method], accelerator,
-        about={"teacher": {"name": "teacher"}, "tokenizer": {}, "rows": {}}, tokenizer=material.tokenizer,
-        vocab_size=384, temperature=1.0, batch_size=2,
+        about={"teacher": {"name": "teacher"}, "tokenizer": {"own": vocabulary}, "rows": {}},
+        tokenizer=material.tokenizer, vocab_size=384, temperature=1.0, batch_size=2,
     )  # fmt: skip
     count, inside = 0, f"{folder}{os.sep}"
 
