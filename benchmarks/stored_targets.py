@@ -32,7 +32,7 @@ ROWS = 16  # positions that are sampled at a time: their tensors fit the cache
 
 
 class Stored(NamedTuple):
-    """What a store says at n positions, as it is read back."""
+    """The content of a store at n positions, as it is read back."""
 
     signal: SparseSignal | TopKSignal | TeacherSignal
     num_bytes: float  # of all n positions

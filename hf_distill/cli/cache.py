@@ -91,7 +91,7 @@ def write(arguments: CacheArguments, args: KDConfig, model_config: ModelConfig) 
 
 
 def _method(arguments: CacheArguments, args: KDConfig) -> Method:
-    """What is kept; `ValueError` for what `kd` could not use afterwards. Nothing has been loaded yet."""
+    """The method of the store, before anything is loaded; `ValueError` for one that `kd` could not train from."""
     if args.resume_from_checkpoint:
         raise ValueError("--resume_from_checkpoint is for training: the same `cache write` goes on by itself")
     if args.output_dir == NO_FOLDER and not arguments.dry_run:
@@ -166,7 +166,7 @@ def info(words: Namespace) -> None:
 
 
 def facts(folder: Path) -> dict[str, str]:
-    """What is in a store, for people."""
+    """The contents of a store, for people."""
     manifest = read_manifest(folder)
     counts = Store(folder, format_of(manifest).streams).counts()
     teacher, positions = manifest.teacher, counts["positions"]

@@ -257,7 +257,7 @@ def _num_tokens(trainer: KDTrainer) -> int:
 
 
 def _measured_teacher(trainer: KDTrainer) -> PreTrainedModel | StoredHiddenTeacher | None:
-    """What a student is measured against: one teacher with the student's tokenizer, a model or its hidden states.
+    """The one teacher with the student's tokenizer, a model or its hidden states, that a student is measured against.
 
     None for several teachers, for one with another tokenizer or without either, and for the student's own base, which
     is the student while it is measured. A store has hidden states of the teacher's own prompts, if there are some.

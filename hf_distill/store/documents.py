@@ -31,7 +31,7 @@ class Documents:
 
     @classmethod
     def of_columns(cls, columns: Mapping[str, Any], ids: str = "input_ids", labels: str = "labels") -> "Documents":
-        """Those of the columns of tokenised rows, each a list of lists or an Arrow column.
+        """The documents in columns of tokenised rows, each a list of lists or an Arrow column.
 
         A row with `seq_lengths` has been packed, and holds several. A row that has no label for the student fills up a
         batch: it has none for a teacher.
@@ -55,13 +55,13 @@ class Documents:
 
     @classmethod
     def of_rows(cls, rows: Sequence[Mapping[str, Any]], ids: str = "input_ids", labels: str = "labels") -> "Documents":
-        """Those of tokenised rows, all with the same columns."""
+        """The documents in tokenised rows, which all have the same columns."""
         names = {ids, labels, "input_ids", "labels", "seq_lengths"} & rows[0].keys()
         return cls.of_columns({name: [row[name] for row in rows] for name in names}, ids, labels)
 
     @classmethod
     def of_dataset(cls, dataset: Iterable[Any], ids: str = "input_ids", labels: str = "labels") -> "Documents":
-        """Those of all rows of a data set, or of a stream, which is read to its end."""
+        """The documents in all rows of a data set, or of a stream, which is read to its end."""
         if isinstance(dataset, Dataset):
             names = {ids, labels, "input_ids", "labels", "seq_lengths"}
 
@@ -111,7 +111,7 @@ class Documents:
         return Documents(ids, bears, np.cumsum([0, *self.num_tokens[chosen]]), self.rows[chosen])
 
     def with_labels(self) -> "Documents":
-        """Those that are trained on. A store has nothing to say about the others."""
+        """The documents that are trained on. A store keeps nothing of the others."""
         has_label = self.num_labels > 0
         return self if has_label.all() else self.take(np.flatnonzero(has_label))
 

@@ -30,7 +30,7 @@ SAMPLED_ROWS, SAMPLED_LOGITS = 16, 2**18
 
 
 class Format(Protocol):
-    """What a method keeps of a document, and what it makes of it."""
+    """A method of storing: hidden states to arrays of documents, and arrays to signals."""
 
     @property
     def streams(self) -> Mapping[str, Stream]:
@@ -206,7 +206,7 @@ class TopKFormat:
 
 
 def sparse_fidelity(format: Format, signal: TeacherSignal, vocab_size: int, temperature: float) -> dict[str, float]:
-    """How far sparse targets are from the teacher's distributions t at N positions.
+    """The distance of sparse targets from the teacher's distributions t at N positions.
 
     Returns:
         "entries", the mean number of entries; "known_mass", the mean share of the probability that belongs to tokens

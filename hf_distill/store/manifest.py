@@ -19,7 +19,7 @@ ANYWHERE = ("name", "revision")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store is.
+    """The description of a store.
 
     Args:
         method: "hidden" (states), "sampled" (probabilities) or "topk" (probabilities).

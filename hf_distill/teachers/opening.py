@@ -247,7 +247,7 @@ def describe_sources(teachers: Mapping[str, Teacher]) -> dict[str, str]:
 
 
 def stored_kinds(teachers: Mapping[str, Teacher]) -> dict[str, str]:
-    """What is in the store of each teacher that is read from one, for people."""
+    """The kind of store of each teacher that is read from one, for people."""
     sides = {name: t.teacher if isinstance(t, AcrossTeacher) else t for name, t in teachers.items()}
     return {name: teacher.manifest.kind for name, teacher in sides.items() if isinstance(teacher, StoredTeacher)}
 

@@ -42,7 +42,7 @@ def is_stored(name: Any) -> bool:
 
 
 def row_settings(args: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the rows of a run depend on beside the data; `tokenizer` is the student's."""
+    """The settings, and the student's `tokenizer`, that the rows of a run depend on."""
     settings = {name: getattr(args, name) for name in ROW_SETTINGS}
     if not args.packing:
         del settings["packing_strategy"]
@@ -280,7 +280,7 @@ def read_rows(
     columns: tuple[str, str] | None,
     reason: str,
 ) -> dict[str, Tensor]:
-    """What a store has of the rows of a batch: tensors that are flat over its label-bearing positions, rows in order.
+    """The stored tensors of a batch, flat over its label-bearing positions, rows in order.
 
     Raises:
         `ValueError`: a text that is not in the store, or a damaged shard.

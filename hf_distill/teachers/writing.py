@@ -65,7 +65,7 @@ DTYPES = ("float16", "int8")
 
 @dataclass(frozen=True)
 class Method:
-    """What is kept of a teacher.
+    """The method of a store, and its settings.
 
     Args:
         store: "hidden" (states), "sampled" (probabilities) or "topk" (probabilities).
