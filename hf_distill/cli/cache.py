@@ -78,7 +78,7 @@ def write(arguments: CacheArguments, args: KDConfig, model_config: ModelConfig) 
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise ValueError(f"{error}: make room and run the same command again; finished shards stay") from error
+            raise ValueError(str(error)) from error  # which says that shards stay, and what to do
         except KeyboardInterrupt:
             print(f"\nstopped; the same command goes on with the store in {folder}", file=sys.stderr)
             sys.exit(130)

@@ -35,10 +35,6 @@ class Stream:
     shape: tuple[int, ...] = ()
     ragged: bool = False
 
-    def none(self) -> np.ndarray:
-        """No entries."""
-        return np.zeros((0, *self.shape), self.dtype)
-
     @property
     def num_bytes(self) -> int:
         """Of one entry."""

@@ -218,8 +218,7 @@ def rooms(teachers: Mapping[str, Teacher], columns: set[str]) -> list[Room]:
 
 def own_models(teachers: Mapping[str, Teacher]) -> dict[str, LocalTeacher]:
     """Those that are models with weights of their own in this process."""
-    sides = {name: t.teacher if isinstance(t, AcrossTeacher) else t for name, t in teachers.items()}
-    return {name: teacher for name, teacher in sides.items() if isinstance(teacher, LocalTeacher)}
+    return {name: each for name in teachers if isinstance(each := _source(teachers[name]), LocalTeacher)}
 
 
 def describe_teachers(teachers: Mapping[str, Teacher]) -> dict[str, str]:
@@ -248,15 +247,14 @@ def describe_sources(teachers: Mapping[str, Teacher]) -> dict[str, str]:
 
 def stored_kinds(teachers: Mapping[str, Teacher]) -> dict[str, str]:
     """The kind of store of each teacher that is read from one, for people."""
-    sides = {name: t.teacher if isinstance(t, AcrossTeacher) else t for name, t in teachers.items()}
-    return {name: teacher.manifest.kind for name, teacher in sides.items() if isinstance(teacher, StoredTeacher)}
+    sources = {name: _source(teacher) for name, teacher in teachers.items()}
+    return {name: each.manifest.kind for name, each in sources.items() if isinstance(each, StoredTeacher)}
 
 
 def quantised_weights(teachers: Mapping[str, Teacher]) -> dict[str, str]:
     """Bits of those teachers whose weights are quantised, however they came to be or were in a store, for people."""
-    sides = {name: t.teacher if isinstance(t, AcrossTeacher) else t for name, t in teachers.items()}
     found = {}
-    for name, teacher in sides.items():
+    for name, teacher in ((name, _source(teacher)) for name, teacher in teachers.items()):
         if isinstance(teacher, StoredTeacher):
             found[name] = teacher.manifest.teacher.get("quantization")
         elif isinstance(model := getattr(teacher, "model", None), PreTrainedModel | PeftModel):
@@ -267,7 +265,7 @@ def quantised_weights(teachers: Mapping[str, Teacher]) -> dict[str, str]:
 
 def model_to_ask(teacher: Teacher) -> tuple[ModelTeacher, tuple[str, str] | None]:
     """The model to ask, and the columns that it reads if they are not the student's; `ValueError` if there is none."""
-    inner = teacher.teacher if isinstance(teacher, AcrossTeacher) else teacher
+    inner = _source(teacher)
     if not isinstance(inner, ModelTeacher):
         raise ValueError(
             f"a store is written of one teacher that is a model in this process; {teacher.name} "
@@ -300,6 +298,11 @@ def teacher_config(model: Any, args: Any) -> PreTrainedConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------- details
+
+
+def _source(teacher: Teacher) -> Teacher:
+    """The teacher itself, or the one inside of it that has the weights or the store."""
+    return teacher.teacher if isinstance(teacher, AcrossTeacher) else teacher
 
 
 def _loaded(

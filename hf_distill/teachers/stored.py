@@ -291,6 +291,4 @@ def read_rows(
         raise ValueError(
             f"{int((numbers < 0).sum())} of {len(numbers)} texts of a batch are not in the store. {reason}"
         )
-    # A batch may be of rows that fill up the last one.
-    found = store.read(numbers.tolist()) or [{name: stream.none() for name, stream in format.streams.items()}]
-    return {prefix + name: tensor for name, tensor in format.collate(found).items()}
+    return {prefix + name: tensor for name, tensor in format.collate(store.read(numbers.tolist())).items()}
