@@ -25,14 +25,16 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 
 from benchmarks.measure import machine, print_table
 from hf_distill import KDConfig, KDTrainer
+from hf_distill.losses.head import default_chunk_size
+from hf_distill.store.formats import chunks
 from hf_distill.teachers.stored import open_store
 from hf_distill.teachers.writing import Method
 from hf_distill.trainers.caching import store_writer
-from tests.conftest import make_tokenizer
 
 METHODS = {
     "hidden, float16": Method(),
@@ -60,7 +62,8 @@ def make_trainer(folder: str, teacher: Any, rows: Dataset, options: argparse.Nam
         "disable_tqdm": True, "per_device_train_batch_size": options.batch_size, "max_length": None, "kd_weight": 0.5,
         "per_device_eval_batch_size": options.batch_size, "dataset_kwargs": {"skip_prepare_dataset": True}, **changes,
     }  # fmt: skip
-    tokenizer = make_tokenizer(384)
+    words = models.WordLevel({f"t{i}": i for i in range(options.vocab_size)}, unk_token="t0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="t1", pad_token="t0")
     student = make_model(options.student_layers, options)
     trainer = KDTrainer(student, teacher, KDConfig(**settings), rows, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
@@ -81,7 +84,6 @@ def in_turns(variants: dict[str, Callable[[], Any]], times: int) -> dict[str, fl
 
 def writing(trainer: KDTrainer, folder: Path, options: argparse.Namespace) -> list[dict[str, str]]:
     """Seconds of writing all rows, against the teacher's body, and body and head product, over the same batches."""
-    teacher = trainer.teacher
     writers = {name: store_writer(trainer, method) for name, method in METHODS.items()}
     documents = next(iter(writers.values())).documents
     order = np.argsort(-documents.num_tokens, kind="stable")
@@ -95,8 +97,8 @@ def writing(trainer: KDTrainer, folder: Path, options: argparse.Namespace) -> li
     def product() -> None:
         for batch in batches:
             signal = writer.ask(*zip(*(documents[int(i)] for i in batch), strict=True))
-            for part in signal.hidden.split(640):
-                teacher.head.logits(part)
+            for _ in chunks(signal, options.vocab_size):
+                pass
 
     for name, each in writers.items():  # the probe is made once for a store, whatever its size
         each.write(folder / name)
@@ -164,9 +166,10 @@ def stepping(folder: Path, teacher: Any, rows: Dataset, options: argparse.Namesp
     head = make_model(1, options).lm_head.weight.data
     positions = sum(len(rows[i]["input_ids"]) - 1 for i in range(options.batch_size))
     hidden = torch.randn(positions, 576)
+    rows_per_chunk = default_chunk_size(hidden.device, options.vocab_size)
 
     def product() -> None:
-        for part in hidden.split(640):
+        for part in hidden.split(rows_per_chunk):
             part @ head.T
 
     found = in_turns({**steps, "head product": product}, options.times)
@@ -185,7 +188,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=49152)
     parser.add_argument("--layers", type=int, default=30, help="of the teacher")
     parser.add_argument("--student-layers", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256, help="tokens of the longest row")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--times", type=int, default=3)
@@ -194,7 +197,7 @@ def main() -> None:
     disable_progress_bars()
     torch.manual_seed(0)
     lengths = torch.linspace(options.length / 2, options.length, options.rows).int().tolist()
-    ids = [torch.randint(2, 380, (length,)).tolist() for length in lengths]
+    ids = [torch.randint(2, options.vocab_size, (length,)).tolist() for length in lengths]
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
     teacher = make_model(options.layers, options)
     print(machine("cpu"), f"V = {options.vocab_size:,}, D = 576")

@@ -21,7 +21,9 @@ MORE_IS_BETTER = {
     **dict.fromkeys(f"rollout/tokens_{name}" for name in ("drafted", "accepted", "corrected")),
     **dict.fromkeys(("rollout/hard_label_fraction", "rollout/value_of_privilege")),
     **dict.fromkeys(("alignment/exact_fraction", "alignment/compared_fraction")),
-    "teacher/exact_mass": None,
+    **dict.fromkeys(
+        f"teacher/{name}" for name in ("exact_mass", "requests", "retries", "seconds", "positions", "megabytes")
+    ),
     **dict.fromkeys(("student_entropy", "kv/magnitude_ratio", "kv/target_effective_rank", "num_tokens", "epoch")),
 }
 

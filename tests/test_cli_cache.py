@@ -96,8 +96,9 @@ def test_a_run_from_a_store_is_measured_and_compared_as_one_with_its_teacher(fol
     capsys.readouterr()
     cli.main(["compare", *(str(tmp_path / name) for name in teachers), "--output_dir", str(tmp_path / "both")])
     rows = json.loads((tmp_path / "both" / "comparison.json").read_text())
-    found = {row["run"]: row["teacher_store"] for row in rows}
-    assert found == {"online": None, "stored": "hidden states, float16", "sample": "sampled, threshold, 255 entries"}
+    found = {row["run"]: row["teacher_outputs"] for row in rows}
+    sources = {"stored": "a store: hidden states, float16", "sample": "a store: sampled, threshold, 255 entries"}
+    assert found == {"online": None, **sources}
 
 
 def test_a_dry_run_shows_every_store_and_writes_nothing(folder, tmp_path, capsys):

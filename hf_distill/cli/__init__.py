@@ -26,6 +26,7 @@ from hf_distill.cli.parsing import CommandParser
 from hf_distill.cli.pruning import merge, prune
 from hf_distill.cli.training import start_kd, start_kv, start_skd
 from hf_distill.report import save_comparison
+from hf_distill.servers import TeacherAway
 from hf_distill.trainers.config import KDConfig
 from hf_distill.trainers.kv_projection_config import KVProjectionConfig
 from hf_distill.trainers.speculative_kd_config import SpeculativeKDConfig
@@ -120,5 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     if run is not None:
         try:
             run()
+        except TeacherAway as error:
+            options.exit(1, f"{options.prog}: error: {error}\n")
         except KeyboardInterrupt:
             sys.exit(130)  # the trainer has said where the student is

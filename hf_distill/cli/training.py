@@ -22,8 +22,10 @@ from hf_distill.report import EVALUATION_COLUMNS, FIDELITY_COLUMNS, ROLLOUT_COLU
 from hf_distill.rows import tokenized_row
 from hf_distill.saved_weights import other_adapters
 from hf_distill.saving import adapters_on, save_tokenizer
+from hf_distill.servers.client import public_address
 from hf_distill.teachers.local import LocalTeacher
-from hf_distill.teachers.opening import stored_kinds
+from hf_distill.teachers.opening import brought_from
+from hf_distill.teachers.remote import RemoteTeacher, is_address
 from hf_distill.teachers.stored import StoredHiddenTeacher, StoredTeacher
 from hf_distill.trainers.checkpoints import find_checkpoint, problem_of
 from hf_distill.trainers.config import KDConfig, keywords
@@ -58,13 +60,15 @@ def start_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: 
 
 def _settings(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
     """Every option under its name on the command line."""
-    return asdict(arguments) | args.to_dict() | asdict(model_config)
+    teachers = arguments.teacher_model if isinstance(arguments.teacher_model, list) else [arguments.teacher_model]
+    public = [public_address(teacher) if is_address(teacher) else teacher for teacher in teachers]
+    return asdict(arguments) | args.to_dict() | asdict(model_config) | {"teacher_model": public}
 
 
 def _run(trainer: Any, run: Callable[[Any], None], settings: dict[str, Any]) -> None:
     run(trainer)
-    if kinds := stored_kinds(trainer.teachers):
-        settings["teacher_store"] = "; ".join(kinds.values())
+    if sources := brought_from(trainer.teachers):
+        settings["teacher_outputs"] = "; ".join(sources.values())
     if trainer.is_world_process_zero():
         save_settings(str(trainer.args.output_dir), settings)
 
@@ -242,7 +246,9 @@ def _compared(trainer: KDTrainer, evaluated: Mapping[str, float]) -> dict[str, f
     if "eval_agreement" in evaluated:
         found["agreement"] = evaluated["eval_agreement"]
     is_kl = trainer.args.divergence == "forward_kl" and trainer.setting("temperature") == 1
-    if is_kl and isinstance(trainer.teacher, StoredTeacher) and trainer.teacher.manifest.method != "topk":
+    teacher = trainer.teacher
+    is_sample = isinstance(teacher, StoredTeacher) and teacher.manifest.method != "topk"
+    if is_kl and (is_sample or (isinstance(teacher, RemoteTeacher) and teacher.is_whole)):
         found["kl"] = evaluated["eval_kd"]  # of a sample its mean is right, of top-k it is a lower bound
     return found
 
@@ -305,10 +311,10 @@ def _report(
     folder = str(trainer.args.output_dir)
     if results["before"] and trainer.is_world_process_zero():
         rows: Any = trainer.eval_dataset
-        kinds = "; ".join(stored_kinds(trainer.teachers).values())
+        sources = "; ".join(brought_from(trainer.teachers).values())
         save_report(
             folder, results, {"training": trainer.state.log_history}, title, columns, num_rows=len(rows),
-            note=f"The teacher's outputs came from a store: {kinds}." if kinds else "",
+            note=f"The teacher's outputs came from {sources}." if sources else "",
         )  # fmt: skip
         print(f"student, report.md and report.png are in {folder}")
     elif trainer.is_world_process_zero():

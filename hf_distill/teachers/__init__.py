@@ -12,8 +12,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.losses.fused_linear import Head, TeacherSignal
 from hf_distill.losses.objective import Signal
+from hf_distill.servers import TeacherAway
 
-__all__ = ["DenseTeacher", "Introduced", "ModelTeacher", "Signal", "Teacher", "model_teachers", "require_model"]
+__all__ = [
+    "Counting",
+    "DenseTeacher",
+    "Introduced",
+    "ModelTeacher",
+    "Signal",
+    "Teacher",
+    "TeacherAway",
+    "model_teachers",
+    "require_model",
+]
 
 
 @runtime_checkable
@@ -41,7 +52,8 @@ class Teacher(Protocol):
     def collate(self) -> Callable[[Sequence[dict[str, Any]]], Mapping[str, Tensor]]:
         """Called with the rows of a batch, in the workers of the data loader; returns tensors to add to the batch.
 
-        A method, or a function that can be pickled without the teacher.
+        A method, or a function that can be pickled without the teacher. It raises [`TeacherAway`] if what it asks does
+        not answer: the run then writes a checkpoint of its last finished update and stops, in all processes.
         """
         ...
 
@@ -63,6 +75,15 @@ class Introduced(Protocol):
 
         Raises `ValueError` if the teacher does not fit them.
         """
+        ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A teacher that counts what it costs. The method is not a part of [`Teacher`]: most do not need it."""
+
+    def take_counts(self) -> dict[str, float]:
+        """Sums by name since the last call, which are logged as `teacher/name`, summed over processes."""
         ...
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.collators import PromptCollator, Row, template_arguments
+from hf_distill.servers import TeacherAway
 from hf_distill.token_alignment import Piece, align, group_numbers
 from hf_distill.token_rows import pad
 
@@ -25,8 +26,13 @@ PREFIX = "teacher_"
 OWN_COLUMNS = ("input_ids", "labels", "groups", "student_groups", "exact")
 
 
+# In the place of the teachers' tensors, why one of them is away: the bytes of a text. An exception in the worker of one
+# process would leave the others waiting for it.
+AWAY = f"{PREFIX}away"
+
+
 class TeacherColumnsCollator:
-    """Adds the teachers' tensors to the batches of the student's collator.
+    """Adds the teachers' tensors to the batches of the student's collator, or why a teacher is away.
 
     Args:
         collator: makes the student's batches; it is given rows without the teachers' columns.
@@ -39,7 +45,15 @@ class TeacherColumnsCollator:
 
     def __call__(self, rows: Sequence[Row]) -> Row:
         batch = self.collator([{k: v for k, v in row.items() if not k.startswith(PREFIX)} for row in rows])
-        return {**batch, **self.collate(rows)}
+        try:
+            return {**batch, **self.collate(rows)}
+        except TeacherAway as error:
+            return {**batch, AWAY: torch.tensor([*str(error).encode()], dtype=torch.uint8)}
+
+
+def reason_away(batch: Mapping[str, Any]) -> str | None:
+    """Why a teacher had nothing to say about a batch; None if it had."""
+    return bytes(batch[AWAY].tolist()).decode() if AWAY in batch else None
 
 
 def take_columns(inputs: dict[str, Any]) -> dict[str, Any]:

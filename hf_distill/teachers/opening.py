@@ -24,9 +24,11 @@ from hf_distill.modeling import (
 from hf_distill.named import load_tokenizer, name_of, student_positions, student_rows, text_config
 from hf_distill.teachers import DenseTeacher, Introduced, ModelTeacher, Teacher, require_model
 from hf_distill.teachers.across import AcrossTeacher
+from hf_distill.teachers.brought import BroughtTeacher
 from hf_distill.teachers.ensemble import EnsembleTeacher
 from hf_distill.teachers.loading import load_teacher
 from hf_distill.teachers.local import BaseTeacher, LocalTeacher, refuse_shared_memory
+from hf_distill.teachers.remote import RemoteTeacher, is_address
 from hf_distill.teachers.stored import StoredHiddenTeacher, StoredTeacher, is_stored, open_store
 from hf_distill.token_rows import Room
 
@@ -60,7 +62,8 @@ def name_teachers(teachers: Any, tokenizers: Any, args: Any) -> NamedTeachers:
     """The teachers by name; several may have the same, and are numbered then.
 
     Args:
-        teachers: one, a list or a dict of hub ids, paths, stores, models or [`Teacher`] objects.
+        teachers: one, a list or a dict of hub ids, paths, stores, addresses, models or [`Teacher`] objects. Several
+            addresses in a list are those of one teacher.
         tokenizers: one, a list or a dict of their tokenizers, or None.
         args ([`KDConfig`]): settings.
 
@@ -73,6 +76,10 @@ def name_teachers(teachers: Any, tokenizers: Any, args: Any) -> NamedTeachers:
         open_store(str(each), index=i, num_proc=args.dataset_num_proc) if is_stored(each) else each
         for i, each in enumerate(given)
     ]
+    if isinstance(teachers, Mapping):
+        given = [_with_servers([each], args, index=i)[0] for i, each in enumerate(given)]
+    else:
+        given = _with_servers(given, args)
     if not given or any(teacher is None for teacher in given):
         raise ValueError("teacher_model is missing: pass a hub id, a path or a model (HardLabelTrainer trains without)")
     if strange := [type(teacher).__name__ for teacher in given if not isinstance(teacher, str | nn.Module | Teacher)]:
@@ -200,7 +207,7 @@ def teacher_weights(teacher: Teacher, teachers: Mapping[str, Teacher]) -> dict[s
 def bind_teachers(opened: OpenTeachers, student: PreTrainedModel, accelerator: Accelerator) -> None:
     """Tells our teachers that the student is loaded."""
     for name, teacher in opened.by_name.items():
-        if isinstance(teacher, LocalTeacher | AcrossTeacher | BaseTeacher | StoredTeacher):
+        if isinstance(teacher, LocalTeacher | AcrossTeacher | BaseTeacher | BroughtTeacher):
             teacher.bind(student, accelerator, sharded=name in opened.sharded)
 
 
@@ -210,9 +217,10 @@ def rooms(teachers: Mapping[str, Teacher], columns: set[str]) -> list[Room]:
         return []
     called = {name: "the teacher" if len(teachers) == 1 else f"the teacher {name}" for name in teachers}
     return [
-        Room(called[name], num_positions(teacher.model))
+        Room(called[name], num_positions(teacher.model) if isinstance(teacher, ModelTeacher) else teacher.num_positions)
         for name, teacher in teachers.items()
-        if not isinstance(teacher, BaseTeacher) and isinstance(teacher, ModelTeacher)  # the base is the student
+        # The base is the student.
+        if isinstance(teacher, ModelTeacher | BroughtTeacher) and not isinstance(teacher, BaseTeacher)
     ]
 
 
@@ -233,10 +241,10 @@ def describe_teachers(teachers: Mapping[str, Teacher]) -> dict[str, str]:
 
 
 def describe_sources(teachers: Mapping[str, Teacher]) -> dict[str, str]:
-    """Stores, quantised weights and other tokenizers of teachers, for model cards; nothing of those without any."""
+    """Stores, servers, quantised weights and other tokenizers of teachers, for model cards; those that there are."""
     found: dict[str, str] = {}
-    if kinds := stored_kinds(teachers):
-        found["the teacher's outputs"] = f"from a store: {'; '.join(kinds.values())}"
+    if sources := brought_from(teachers):
+        found["the teacher's outputs"] = f"from {'; '.join(sources.values())}"
     if kinds := quantised_weights(teachers):
         is_one = len(teachers) == 1
         found["weights of the teacher"] = ", ".join(k if is_one else f"{name}: {k}" for name, k in kinds.items())
@@ -245,10 +253,10 @@ def describe_sources(teachers: Mapping[str, Teacher]) -> dict[str, str]:
     return found
 
 
-def stored_kinds(teachers: Mapping[str, Teacher]) -> dict[str, str]:
-    """The kind of store of each teacher that is read from one, for people."""
+def brought_from(teachers: Mapping[str, Teacher]) -> dict[str, str]:
+    """Where the outputs of each teacher come from that is no model in this process, for people."""
     sources = {name: _source(teacher) for name, teacher in teachers.items()}
-    return {name: each.manifest.kind for name, each in sources.items() if isinstance(each, StoredTeacher)}
+    return {name: each.source for name, each in sources.items() if isinstance(each, BroughtTeacher)}
 
 
 def quantised_weights(teachers: Mapping[str, Teacher]) -> dict[str, str]:
@@ -298,6 +306,16 @@ def teacher_config(model: Any, args: Any) -> PreTrainedConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------- details
+
+
+def _with_servers(given: Sequence[Any], args: Any, index: int = 0) -> list[Any]:
+    """The teachers, of which several addresses are one: copies of a server, which share the rows."""
+    addresses = [each for each in given if is_address(each)]
+    if not addresses:
+        return list(given)
+    first = given.index(addresses[0])
+    remote = RemoteTeacher(addresses, args, index=index + first)
+    return [remote if i == first else each for i, each in enumerate(given) if i == first or not is_address(each)]
 
 
 def _source(teacher: Teacher) -> Teacher:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_distill.collators import Row
 from hf_distill.losses.fused_linear import TeacherSignal
@@ -25,8 +24,8 @@ from hf_distill.store.manifest import Manifest, is_store, read_manifest
 from hf_distill.store.reader import Store
 from hf_distill.store.shards import REMEDY
 from hf_distill.teachers import Signal
-from hf_distill.teachers.columns import PREFIX, AnyDataset, own_columns
-from hf_distill.teachers.local import with_own_text
+from hf_distill.teachers.brought import BroughtTeacher
+from hf_distill.teachers.columns import AnyDataset, own_columns
 
 TOKENIZER = "tokenizer"  # the folder of the teacher's tokenizer
 # Settings of a run that the tokens of its rows, and which of them bear a label, depend on.
@@ -74,7 +73,7 @@ def has_tokenizer(folder: Path, manifest: Manifest) -> bool:
     return fingerprint(sorted(vocabulary.items())) == manifest.tokenizer["own"]
 
 
-class StoredTeacher:
+class StoredTeacher(BroughtTeacher):
     """The outputs of a teacher, read from a store.
 
     Args:
@@ -95,38 +94,19 @@ class StoredTeacher:
         num_proc: int | None = None,
         fetch: Callable[[Sequence[str]], None] | None = None,
     ) -> None:
+        super().__init__("stored", index=index, num_proc=num_proc)
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.format: Format = format_of(self.manifest)
         self.store = Store(self.folder, self.format.streams, fetch=fetch)
         self.name = self.manifest.teacher["name"]
-        self.layout = f"from a store ({self.manifest.kind})"
-        self.prefix, self.num_proc = f"{PREFIX}stored_{index}_", num_proc
-        self.columns: tuple[str, str] | None = None  # of another text than the student's, or its own prompt's
+        self.source = f"a store: {self.manifest.kind}"
         self._settings: dict[str, Any] = {}  # that rows depend on, of this run
-
-    num_positions = None  # its texts have been read
-    drop_long_rows = False
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's, as it was when the store was written."""
         return read_tokenizer(self.folder)
-
-    def bind(self, student: PreTrainedModel, accelerator: Accelerator, *, sharded: bool = False) -> None:
-        """Called once, when the student is loaded. Lets each process read the rows of a stream itself.
-
-        The tensors of a batch are flat over its positions. A process that hands out parts of batches to the others
-        would cut them as if they had a row for each text.
-
-        Raises:
-            `ValueError`: the settings want one process to hand out batches.
-        """
-        if accelerator.dataloader_config.dispatch_batches:
-            raise ValueError(
-                "dispatch_batches=True cuts what a store has of a batch: remove it from accelerator_config"
-            )
-        accelerator.dataloader_config.dispatch_batches = False
 
     def introduce(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         """As in [`~hf_distill.teachers.Introduced`]: probabilities are normalised over one vocabulary."""
@@ -168,24 +148,13 @@ class StoredTeacher:
             `ValueError`: rows that are not in the store; their number, the first of them, and the likely reason. Rows
                 without tokens.
         """
-        if "teacher_prompt" in next(iter(dataset), {}):
-            dataset = with_own_text(self, dataset, name)
-        row = next(iter(dataset), {})
-        columns = self.columns_of(row)
-        if row and columns[0] not in row:
-            raise ValueError(
-                f"the {name} dataset has no column {columns[0]!r}, by which its rows are looked up in a store: let the "
-                "trainer prepare the rows, or give them tokens"
-            )
+        dataset = super().prepare(dataset, name)
+        columns = self.columns_of(next(iter(dataset), {}))
         if isinstance(dataset, Dataset):
             self.refuse_missing(Documents.of_dataset(dataset, *columns), name)
         else:  # what a stream needs is known when it comes
             self.store.require(np.arange(len(self.store)))
         return dataset
-
-    def columns_of(self, row: Row) -> tuple[str, str]:
-        """The columns of tokens and labels that the teacher reads."""
-        return self.columns or own_columns(row)
 
     def refuse_missing(self, documents: Documents, name: str) -> None:
         """Raises `ValueError` for documents of a data set that are not in the store."""
@@ -226,21 +195,6 @@ class StoredTeacher:
     def __call__(self, inputs: Mapping[str, Any], positions: Tensor) -> Signal:
         """The signal at flat `positions` (N,) of a batch, which `collate` has read."""
         return self.format.signal(self.read(inputs, positions), None)
-
-    def read(self, inputs: Mapping[str, Any], positions: Tensor) -> dict[str, Tensor]:
-        """The tensors that `collate` has read for `positions` (N,), on their device."""
-        tensors = {
-            name.removeprefix(self.prefix): tensor.to(positions.device)
-            for name, tensor in inputs.items()
-            if name.startswith(self.prefix)
-        }
-        found = len(next(iter(tensors.values()), ()))
-        if found != len(positions):
-            raise ValueError(
-                f"a batch has {len(positions)} label-bearing positions, and the store {found} for its rows: a collator "
-                "or transform has changed rows after they were prepared; prepare them before"
-            )
-        return tensors
 
 
 class StoredHiddenTeacher(StoredTeacher):

@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import math
+import os
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -109,6 +110,35 @@ class KDConfig(HardLabelConfig):
             "student's device."
         },
     )
+    teacher_served_name: str | None = field(
+        default=None,
+        metadata={"help": "Of a teacher at an address that serves several models: the name of the one."},
+    )
+    teacher_logprobs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of a teacher at an address: the most likely tokens of each position whose log-probabilities are "
+            "asked for; -1 is the whole vocabulary. The default is as many as the server gives, up to 64."
+        },
+    )
+    teacher_timeout: float = field(
+        default=600.0,
+        metadata={
+            "help": "Of a teacher at an address: the seconds that requests are tried for. If nothing answers then, the "
+            "run saves a checkpoint of its last update and stops."
+        },
+    )
+    teacher_key_variable: str | None = field(
+        default=None,
+        metadata={"help": "Of a teacher at an address that wants a key: the environment variable that holds it."},
+    )
+    dataloader_num_workers: int | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None,
+        metadata={
+            "help": "Processes that make batches. The default is 2 for a teacher at an address, which they ask while "
+            "the student trains, and 0 otherwise."
+        },
+    )
     teacher_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of several teachers, in their order. The default is equal ones."}
     )
@@ -153,6 +183,8 @@ class KDConfig(HardLabelConfig):
     )
 
     def __post_init__(self):
+        self.chose_workers = self.dataloader_num_workers is not None
+        self.dataloader_num_workers = self.dataloader_num_workers or 0  # pyright: ignore
         super().__post_init__()
         if not 0 <= self.kd_weight <= 1:
             raise ValueError(f"kd_weight has to lie in [0, 1], got {self.kd_weight}")
@@ -160,6 +192,7 @@ class KDConfig(HardLabelConfig):
         self._check_divergence()
         self._check_teachers()
         self._check_loading()
+        self._check_server()
         self._check_hidden()
 
     def _check_divergence(self) -> None:
@@ -213,6 +246,21 @@ class KDConfig(HardLabelConfig):
                 raise ValueError(
                     f"teacher_model_init_kwargs has {name!r}, and {setting}={value!r} says another: remove one of them"
                 )
+
+    def _check_server(self) -> None:
+        """Raises `ValueError` for settings of a teacher at an address that no server could serve."""
+        if self.teacher_logprobs is not None and self.teacher_logprobs != -1:
+            require_at_least("teacher_logprobs", self.teacher_logprobs, 1)
+        if not 0 < self.teacher_timeout < self.ddp_timeout:
+            raise ValueError(
+                f"teacher_timeout has to be above 0 and below ddp_timeout={self.ddp_timeout}, after which processes "
+                f"give each other up, got {self.teacher_timeout}"
+            )
+        if self.teacher_key_variable is not None and self.teacher_key_variable not in os.environ:
+            raise ValueError(
+                "teacher_key_variable has to be the name of an environment variable that is set, and there is none "
+                f"of the name that was given ({len(self.teacher_key_variable)} characters long)"
+            )
 
     def _check_hidden(self) -> None:
         require_at_least("hidden_weight", self.hidden_weight, 0.0)

@@ -4,6 +4,7 @@ What makes rows, hard labels and means exact is in `hard_label.py`, what makes r
 Shapes: B batch, T tokens, N label-bearing positions, Ds and Dt hidden widths of student and teacher.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,11 @@ from hf_distill.losses.divergence import check_divergence
 from hf_distill.losses.hard import hard_label_loss
 from hf_distill.losses.head import Head
 from hf_distill.losses.objective import Objective
+from hf_distill.metrics import sum_dtype
 from hf_distill.modeling import select_positions
 from hf_distill.store.manifest import Manifest
-from hf_distill.teachers import Signal, Teacher, model_teachers, require_model
-from hf_distill.teachers.columns import PREFIX, AnyDataset, TeacherColumnsCollator, take_columns
+from hf_distill.teachers import Counting, ModelTeacher, Signal, Teacher, TeacherAway, model_teachers, require_model
+from hf_distill.teachers.columns import PREFIX, AnyDataset, TeacherColumnsCollator, reason_away, take_columns
 from hf_distill.teachers.opening import (
     NamedTeachers,
     bind_teachers,
@@ -69,7 +71,8 @@ class KDTrainer(HardLabelTrainer):
         model (`str` or `PreTrainedModel`):
             The student, as hub id, local path or model. A folder of adapters is trained on in these adapters.
         teacher_model (`str`, `PreTrainedModel` or [`~hf_distill.teachers.Teacher`], or a list or dict of them):
-            The teacher. By name it is loaded in the dtype it was saved in. It is frozen, in eval mode, never saved.
+            The teacher. By name it is loaded in the dtype it was saved in. It is frozen, in eval mode, never saved. A
+            store is `cache:folder`, a server `http://host:8000/v1`.
             Several are combined as `args.teacher_combination` says; a dict names them. "base" is the student's own base
             model, with its adapters switched off.
         args ([`KDConfig`], *optional*): settings; by default those of `KDConfig` with an output directory.
@@ -265,7 +268,11 @@ class KDTrainer(HardLabelTrainer):
         None where no term of the loss needs it: the teachers are not asked.
         """
         whole = take_columns(inputs)
-        return self.teacher(whole, positions) if self._needs_signal() else None
+        if not self._needs_signal():
+            return None
+        if (reason := reason_away(whole)) is not None:
+            raise TeacherAway(reason)
+        return self.teacher(whole, positions)
 
     def _needs_signal(self) -> bool:
         if self.model.training and not self.terms:
@@ -341,7 +348,20 @@ class KDTrainer(HardLabelTrainer):
     def pop_means(self, mode: str) -> dict[str, float]:
         last = max(self.state.global_step - 1, 0)  # the update that has just been made
         scheduled = keywords(self.args.schedule) if mode == "train" else {}
-        return super().pop_means(mode) | {f"schedule/{name}": self._setting_of(name, last) for name in scheduled}
+        settings = {f"schedule/{name}": self._setting_of(name, last) for name in scheduled}
+        return super().pop_means(mode) | settings | self._pop_counts()
+
+    def _pop_counts(self) -> dict[str, float]:
+        """What teachers have cost since the last call, summed over teachers and processes."""
+        counts = Counter[str]()
+        for teacher in self.teachers.values():
+            if isinstance(teacher, Counting):
+                counts.update(teacher.take_counts())  # pyright: ignore[reportArgumentType]
+        if not counts:
+            return {}
+        total = torch.tensor([*counts.values()], dtype=sum_dtype(self.args.device), device=self.args.device)
+        sums = self._sum_over_processes(total).tolist()
+        return {f"teacher/{name}": value for name, value in zip(counts, sums, strict=True)}
 
     def save_extra_state(self, checkpoint: Path) -> None:
         if mappings := {name: mapping for term in self.terms for name, mapping in term.mappings().items()}:
@@ -367,6 +387,33 @@ class KDTrainer(HardLabelTrainer):
             `ValueError`: no single model as teacher, a folder of anything else, too little room.
         """
         return store_writer(self, method or Method(), batch_size).write(Path(folder))
+
+    # -------------------------------------------------------------------------------------- teachers that may be away
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.stop_if_away(next(filter(None, map(reason_away, batches)), None))
+        return batches, num_items
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        self.stop_if_away(reason_away(inputs))
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def stop_if_away(self, reason: str | None) -> None:
+        """Stops the run in all processes if a teacher of one of them is away; they all come here, between two updates.
+
+        Args:
+            reason (`str`, *optional*): why it is away, if it is.
+
+        Raises:
+            [`TeacherAway`]: with the reason, after a checkpoint of the last finished update has been saved.
+        """
+        if all(isinstance(teacher, ModelTeacher) for teacher in self.teachers.values()):
+            return  # these are never away
+        away = torch.tensor([reason is not None], dtype=torch.float32, device=self.args.device)
+        if self._sum_over_processes(away).item():
+            saved = f"; {self.save_finished_update()}" if self.is_in_train else ""
+            raise TeacherAway(f"{reason or 'the teacher of another process is away'}{saved}")
 
     # ------------------------------------------------------------------------------------------------ descriptions
 

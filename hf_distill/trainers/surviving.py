@@ -89,6 +89,7 @@ class SurvivingTrainer(SFTTrainer):
         self._update_loss: Tensor | float = 0.0  # the sum of this update's losses, finite as long as they are
         self._skipped_updates = 0
         self._first_update = 0  # of this call of train(), which counts tokens from there
+        self._saved_update = -1  # by `save_finished_update`
         self._has_told_tokens = False
         self.means: dict[str, dict[str, TokenMeans]] = {"train": {}, "eval": {}}
         name_bases_absolutely(self.model)
@@ -268,6 +269,24 @@ class SurvivingTrainer(SFTTrainer):
                 "rows of this step"
             )
 
+    def save_finished_update(self) -> str:
+        """Saves a checkpoint of the last finished update, before a stop; all processes come here between two updates.
+
+        Returns:
+            What a message says of it.
+        """
+        step, folder = self.state.global_step, str(self.args.output_dir)
+        if step > self._first_update:
+            self._save_checkpoint(self.model_wrapped, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        elif step == 0:
+            return "no update has been finished, so there is nothing to go on from"
+        self._saved_update = step
+        return (
+            f"update {step} is finished and saved in {folder}: go on with resume_from_checkpoint=True, on the command "
+            "line --resume_from_checkpoint true"
+        )
+
     # ------------------------------------------------------------------------------------------- means over tokens
 
     def add_means(self, mode: str, over: str, count: Tensor | int, **sums: Tensor) -> None:
@@ -347,7 +366,7 @@ class SurvivingTrainer(SFTTrainer):
 
     def _save_emergency(self, error: BaseException) -> None:
         folder = Path(str(self.args.output_dir), "emergency")
-        if self.state.global_step == 0 and folder.exists():
+        if self.state.global_step == self._saved_update or (self.state.global_step == 0 and folder.exists()):
             return  # A run that failed to start has nothing to save over the student of an earlier one.
         # Only a non-finite loss stops all processes at the same place. From anywhere else a student that is spread
         # over them cannot be collected: the others may wait for something else, or be gone.

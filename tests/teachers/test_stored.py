@@ -390,7 +390,7 @@ def test_a_batch_of_other_rows_is_noticed(tmp_path, stores, rows, tokenizer):
     trainer = make(tmp_path, f"cache:{stores / 'float16'}", rows, tokenizer)
     batch = trainer.batch_collator()(trainer.first_rows(trainer.train_dataset, 4))
     batch["labels"][0, :5] = -100
-    with pytest.raises(ValueError, match=r"a batch has \d+ label-bearing positions, and the store \d+"):
+    with pytest.raises(ValueError, match=r"a batch has \d+ label-bearing positions, and .* said something about \d+"):
         trainer.compute_loss(trainer.model, batch)
 
 
