@@ -79,10 +79,11 @@ def test_liger_kernels_are_refused_where_they_cannot_run(monkeypatch):
     assert config(use_liger_kernel=True).use_liger_kernel
 
 
-def test_defaults_of_sftconfig_are_kept_but_for_the_filter_that_hides_non_finite_losses():
+def test_defaults_of_sftconfig_are_kept_but_for_what_hides_losses_and_what_a_server_needs():
     own, base = ({f.name: f for f in dataclasses.fields(c)} for c in (KDConfig, SFTConfig))
     differing = [name for name, field in base.items() if own[name].default != field.default]
-    assert differing == ["logging_nan_inf_filter"]
+    assert set(differing) == {"dataloader_num_workers", "logging_nan_inf_filter"}
+    assert config().dataloader_num_workers == 0
     assert config().logging_nan_inf_filter is False
 
 
