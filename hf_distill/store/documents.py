@@ -4,7 +4,7 @@ Shapes: n documents.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice, pairwise
 from typing import Any
 
@@ -63,12 +63,7 @@ class Documents:
     def of_dataset(cls, dataset: Iterable[Any], ids: str = "input_ids", labels: str = "labels") -> "Documents":
         """The documents in all rows of a data set, or of a stream, which is read to its end."""
         if isinstance(dataset, Dataset):
-            names = {ids, labels, "input_ids", "labels", "seq_lengths"}
-
-            def read(columns: Mapping[str, Any], _: int) -> Documents:
-                return cls.of_columns(columns, ids, labels)
-
-            blocks = over_blocks(dataset, names, read, "Hashing rows", None)
+            blocks = _of_blocks(dataset, ids, labels, lambda documents: documents)
         else:
             rows = iter(dataset)
             some = iter(lambda: list(islice(rows, ROWS_PER_BLOCK)), [])
@@ -119,6 +114,33 @@ class Documents:
         """Each document once, in the order in which they come first."""
         _, first = np.unique(as_bytes(self.keys()), return_index=True)
         return self if len(first) == len(self) else self.take(np.sort(first))
+
+
+def keys_of_dataset(dataset: Dataset, ids: str = "input_ids", labels: str = "labels") -> tuple[np.ndarray, np.ndarray]:
+    """The keys (n, 16) of the documents of a data set that are trained on, and the row (n,) that each is in.
+
+    Only these are held in memory, 24 bytes of a document; texts are read block by block.
+    """
+
+    def read(documents: Documents) -> tuple[np.ndarray, np.ndarray]:
+        documents = documents.with_labels()
+        return documents.keys(), documents.rows
+
+    blocks = _of_blocks(dataset, ids, labels, read)
+    keys, rows = np.zeros((0, KEY_BYTES), np.uint8), np.zeros(0, np.int64)
+    return (
+        np.concatenate([keys, *(block[0] for block in blocks)]),
+        np.concatenate([rows, *(block[1] + ROWS_PER_BLOCK * i for i, block in enumerate(blocks))]),
+    )
+
+
+def _of_blocks(dataset: Dataset, ids: str, labels: str, function: Callable[[Documents], Any]) -> list[Any]:
+    """Results of a function of the documents of each `ROWS_PER_BLOCK` rows, in order."""
+
+    def read(columns: Mapping[str, Any], _: int) -> Any:
+        return function(Documents.of_columns(columns, ids, labels))
+
+    return over_blocks(dataset, {ids, labels, "input_ids", "labels", "seq_lengths"}, read, "Hashing rows", None)
 
 
 def as_bytes(keys: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
-from hf_distill.store.documents import Documents, joined
+from hf_distill.store.documents import Documents, joined, keys_of_dataset
 from hf_distill.token_rows import ROWS_PER_BLOCK
 
 LENGTHS = [5, 1, 12, 2, 9, 7, 3]
@@ -120,6 +121,31 @@ def test_rows_count_over_blocks():
         documents = Documents.of_dataset(dataset)
         assert documents.rows.tolist() == [*range(len(rows))]
         assert documents.ids[::2].tolist() == [*range(len(rows))]
+
+
+def test_keys_of_a_data_set_are_those_of_its_documents_with_labels():
+    rows = [row for i in range(1000) for row in random_rows()[i % 3 :]]
+    for dataset in (Dataset.from_list(rows), Dataset.from_list(packed(rows[:100], [40, 60]))):
+        documents = Documents.of_dataset(dataset).with_labels()
+        keys, places = keys_of_dataset(dataset)
+        assert np.array_equal(keys, documents.keys())
+        assert np.array_equal(places, documents.rows)
+    keys, places = keys_of_dataset(Dataset.from_dict({"input_ids": []}))
+    assert (keys.shape, places.shape) == ((0, 16), (0,))
+
+
+def test_keys_of_a_data_set_take_little_memory_however_long_texts_are(monkeypatch):
+    for place in ("token_rows", "store.documents"):
+        monkeypatch.setattr(f"hf_distill.{place}.ROWS_PER_BLOCK", 64)
+    dataset = Dataset.from_dict({"input_ids": np.arange(2**21, dtype=np.int32).reshape(4096, 512)})
+    peaks = []
+    for function in (Documents.of_dataset, keys_of_dataset):
+        tracemalloc.start()
+        function(dataset)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[0] > 5 * 2**21  # four bytes of a token, and one of its label
+    assert peaks[1] < peaks[0] / 4
 
 
 def test_without_labels_all_tokens_but_the_first_are_trained():
