@@ -41,24 +41,24 @@ class Store:
     ) -> None:
         self.folder, self.streams, self.fetch = folder, streams, fetch
         self._names = shard_names(folder) if shards is None else list(shards)
-        self._load()
-
-    def _load(self) -> None:
-        self.shards = [Shard(self.folder, name, self.streams) for name in self._names]
+        self.shards = {i: Shard(folder, name, streams) for i, name in enumerate(self._names)}
         self._opened: dict[int, None] = {}  # in the order of their last use
-        keys = [shard.keys for shard in self.shards]
-        self._shard = np.repeat(np.arange(len(keys)), [len(each) for each in keys])  # of each document
-        self._place = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(each)) for each in keys)])
+        keys = [shard.keys for shard in self.shards.values()]
+        shard = np.repeat(np.arange(len(keys), dtype=np.int32), [len(each) for each in keys])  # of each document
+        place = np.concatenate([np.zeros(0, np.int32), *(np.arange(len(each), dtype=np.int32) for each in keys)])
         unsorted = as_bytes(np.concatenate([np.zeros((0, KEY_BYTES), np.uint8), *keys]))
         order = np.argsort(unsorted)
-        self._keys, self._shard, self._place = unsorted[order], self._shard[order], self._place[order]
+        self._keys, self._shard, self._place = unsorted[order], shard[order], place[order]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "streams": self.streams, "fetch": self.fetch, "_names": self._names}
+        """All but the shards: another process opens those that it reads."""
+        return {**self.__dict__, "shards": {}, "_opened": {}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._load()
+    def shard(self, number: int) -> Shard:
+        """A shard by its number; its index is read if this process has not done so."""
+        if number not in self.shards:
+            self.shards[number] = Shard(self.folder, self._names[number], self.streams)
+        return self.shards[number]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -73,7 +73,7 @@ class Store:
 
     def require(self, numbers: np.ndarray) -> None:
         """Gets the files that these documents need; raises `ValueError` if one is missing or cut off."""
-        shards = [self.shards[i] for i in np.unique(self._shard[numbers])]
+        shards = [self.shard(int(i)) for i in np.unique(self._shard[numbers])]
         missing = [shard.name for shard in shards if not shard.path.exists()]
         if missing and self.fetch is not None:
             self.fetch(missing)
@@ -94,20 +94,29 @@ class Store:
         if len(self._opened) > OPEN_SHARDS:
             oldest = next(iter(self._opened))
             del self._opened[oldest]
-            self.shards[oldest].close()
-        return self.shards[number]
+            self.shard(oldest).close()
+        return self.shard(number)
 
     def counts(self) -> dict[str, int]:
         """The number of documents, of their label-bearing positions, and of the bytes of their files."""
-        positions = int(sum(shard.num_labels.sum() for shard in self.shards))
-        size = sum(shard.num_bytes for shard in self.shards)
+        shards = [self.shard(i) for i in range(len(self._names))]
+        positions = int(sum(shard.num_labels.sum() for shard in shards))
+        size = sum(shard.num_bytes for shard in shards)
         return {"documents": len(self), "positions": positions, "bytes": size}
 
 
-def damages(folder: Path, streams: Mapping[str, Stream]) -> dict[str, str]:
-    """The shards that are damaged, and what is wrong with each. Reads all of them, with a progress bar."""
+def damages(
+    folder: Path, streams: Mapping[str, Stream], names: Sequence[str] | None = None, *, hide: bool = False
+) -> dict[str, str]:
+    """The shards that are damaged, and what is wrong with each. Reads all of them, with a progress bar.
+
+    Args:
+        names: of the shards to look at; all by default.
+        hide: no progress bar.
+    """
     found = {}
-    for name in tqdm(shard_names(folder), desc="Checking the store", unit=" shards", leave=False):
+    names = shard_names(folder) if names is None else names
+    for name in tqdm(names, desc="Checking the store", unit=" shards", leave=False, disable=hide or None):
         try:
             Shard(folder, name, streams).check()
         except ValueError as error:
@@ -115,11 +124,17 @@ def damages(folder: Path, streams: Mapping[str, Stream]) -> dict[str, str]:
     return found
 
 
-def remove_damaged(folder: Path, streams: Mapping[str, Stream]) -> None:
-    """Removes damaged shards, and what a writer that was killed has left half done."""
-    for name, problem in damages(folder, streams).items():
+def remove_damaged(
+    folder: Path, streams: Mapping[str, Stream], names: Sequence[str] | None = None, *, hide: bool = False
+) -> None:
+    """Removes the indices of damaged shards, so that only their data stays; the arguments are those of `damages`."""
+    for name, problem in damages(folder, streams, names, hide=hide).items():
         logger.warning("%s; its documents are written again", problem.partition(": ")[0])
         (folder / f"index-{name}.safetensors").unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the files of shards that are not whole: data without an index, and parts of files."""
     whole = set(shard_names(folder))
     for path in list(folder.iterdir()):
         file = FILE.fullmatch(path.name.removesuffix(PART))

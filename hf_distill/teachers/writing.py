@@ -46,7 +46,7 @@ from hf_distill.store.head import HEAD, ROUNDING, read_head, read_rounding, writ
 from hf_distill.store.manifest import METHODS, Manifest, is_store, read_manifest
 from hf_distill.store.plan import NAME as PLAN
 from hf_distill.store.plan import SHARD_BYTES, Plan, begun, divided
-from hf_distill.store.reader import Store, remove_damaged
+from hf_distill.store.reader import Store, remove_damaged, remove_leftovers
 from hf_distill.store.shards import PART, shard_names, write_shard
 from hf_distill.target_bytes import id_bits
 from hf_distill.teachers import ModelTeacher
@@ -308,9 +308,11 @@ class StoreWriter:
 
     def _plan(self, folder: Path, format: Format, shard_bytes: int) -> Plan:
         """The documents to write, in batches and shards; `ValueError` if the disk has no room for them."""
-        processes = self.accelerator.num_processes
-        if self.accelerator.is_main_process:
-            remove_damaged(folder, format.streams)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        names = shard_names(folder)[rank::processes]
+        self.accelerator.wait_for_everyone()  # all have looked, before one removes a shard
+        # Each checks its share: while one reads terabytes, the others would give up waiting.
+        remove_damaged(folder, format.streams, names, hide=rank > 0)
         self.accelerator.wait_for_everyone()
         keys = self.documents.keys()
         settings = f"{self.batch_size}-{processes}-{shard_bytes}"
@@ -322,6 +324,7 @@ class StoreWriter:
             return f"{settings}-{blake2b(keys[missing(shards)].tobytes(), digest_size=16).hexdigest()}"
 
         if self.accelerator.is_main_process:
+            remove_leftovers(folder)
             begun(folder, key_of)
         self.accelerator.wait_for_everyone()
         run = begun(folder, key_of)

@@ -8,7 +8,7 @@ import pytest
 
 from hf_distill.store import reader as module
 from hf_distill.store.reader import Store
-from hf_distill.store.shards import Stream, write_shard
+from hf_distill.store.shards import Shard, Stream, write_shard
 
 STREAMS = {"scale": Stream("float32"), "ids": Stream("uint8", ragged=True)}
 
@@ -105,7 +105,7 @@ def test_more_shards_are_read_than_are_open(tmp_path, monkeypatch):
     for order in (range(20), [0, 1, 2, 0, 3, 0, 4, 0], np.random.default_rng(0).integers(0, 20, 200)):
         order = np.asarray(order)
         assert numbers(store, keys[order]) == order.tolist()
-        assert sum(shard._data is not None for shard in store.shards) <= 3
+        assert sum(shard._data is not None for shard in store.shards.values()) <= 3
     kept = store.read(store.find(keys[:1]).tolist())[0]["scale"]
     numbers(store, keys[10:])
     assert kept.tolist() == [0.0]  # what was read outlives its shard
@@ -128,6 +128,23 @@ def test_a_store_is_read_in_other_processes(tmp_path):
     process.start()
     assert queue.get(timeout=60) == [*range(7)]
     process.join()
+
+
+def test_another_process_sorts_nothing_and_opens_only_what_it_reads(tmp_path, monkeypatch):
+    keys = random_keys(40)
+    for i in range(8):
+        write(tmp_path, keys[5 * i : 5 * (i + 1)], f"0001-{i:05d}", 5 * i)
+    there = pickle.dumps(Store(tmp_path, STREAMS))
+    opened = []
+    monkeypatch.setattr(module, "Shard", lambda *args: opened.append(args[1]) or Shard(*args))
+    monkeypatch.setattr(module.np, "argsort", None)
+    store = pickle.loads(there)
+    assert (store.find(random_keys(9, seed=1)) == -1).all()
+    assert opened == []
+    assert numbers(store, keys[[12, 13, 38]]) == [12, 13, 38]
+    assert opened == ["0001-00002", "0001-00007"]
+    assert store.counts()["documents"] == 40
+    assert len(opened) == 8
 
 
 def test_counts_are_those_of_the_files(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hf_distill.store import shards as module
-from hf_distill.store.reader import damages, remove_damaged
+from hf_distill.store.reader import damages, remove_damaged, remove_leftovers
 from hf_distill.store.shards import Shard, Stream, checksums, shard_names, write_file, write_shard
 
 STREAMS = {
@@ -182,12 +182,30 @@ def test_damaged_shards_and_half_files_are_removed_and_nothing_else(folder, capl
     for name in others:
         (folder / name).write_bytes(b"of the user's")
     remove_damaged(folder, STREAMS)
+    remove_leftovers(folder)
     kept = {path.name for path in folder.iterdir()}
     assert kept == {*others, f"data-{NAME}.safetensors", f"index-{NAME}.safetensors"}
     assert f"{data} has" in caplog.text
     assert "written again" in caplog.text
     assert shard_names(folder) == [NAME]
     assert not index.exists()
+
+
+def test_processes_that_share_the_shards_check_all_of_them(folder):
+    for i in range(1, 5):
+        write_shard(folder, f"0001-{i:05d}", *random_documents(), STREAMS)
+    names = shard_names(folder)
+    damaged = [names[0], names[3], names[4]]
+    for name in damaged:
+        path = folder / f"data-{name}.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    assert [*damages(folder, STREAMS, names[:2])] == damaged[:1]
+    for rank in range(2):
+        remove_damaged(folder, STREAMS, names[rank::2])
+    assert shard_names(folder) == [names[1], names[2]]
+    assert len([*folder.glob("data-*")]) == 5
+    remove_leftovers(folder)
+    assert len([*folder.glob("data-*")]) == 2
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
@@ -221,6 +239,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_shard_leaves_no_shard(folder, m
         write_shard(folder, "0001-00001", *random_documents(), STREAMS)
     assert shard_names(folder) == [NAME]
     remove_damaged(folder, STREAMS)
+    remove_leftovers(folder)
     assert sorted(path.name for path in folder.iterdir()) == [f"{k}-{NAME}.safetensors" for k in ("data", "index")]
 
 
