@@ -36,6 +36,7 @@ from hf_distill.losses.sparse import SparseSignal
 from hf_distill.teachers.stored import StoredTeacher
 from hf_distill.teachers.writing import Method
 
+MEASURED = {**FIDELITY, "KL to the teacher": ("kl", "{:.4f}")}  # a percent of it is to be seen
 METHODS = {
     "hidden, float16": Method(),
     "hidden, int8": Method(dtype="int8"),
@@ -102,7 +103,7 @@ def main() -> None:
                 trainer.train()
                 found.append(measure_fidelity(trainer.model, teacher, held_out, tokenizer))
             bytes_text = "-" if size is None else f"{size:.1f}"
-            table.append({"teacher": name, "bytes a position": bytes_text, **describe_all(found, FIDELITY)})
+            table.append({"teacher": name, "bytes a position": bytes_text, **describe_all(found, MEASURED)})
             print(table[-1], flush=True)
     print(machine("cpu"))
     print_table("training from a store, held-out stories", table, options.markdown)
