@@ -52,6 +52,7 @@ def test_a_store_is_written_shown_verified_and_trained_from(folder, tmp_path, ca
     cli.main(["cache", "info", str(place)])
     shown = cells(capsys.readouterr().out)
     assert shown["texts"] == str(len(SENTENCES))
+    assert shown["max_length"] == "1024"
     size = sum(path.stat().st_size for path in place.glob("*-*-*.safetensors"))
     positions = int(shown["label-bearing positions"])
     assert float(shown["bytes of a position"]) == pytest.approx(size / positions, abs=0.06)

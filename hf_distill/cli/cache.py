@@ -139,7 +139,8 @@ def _show_estimates(trainer: KDTrainer, writer: StoreWriter, folder: Path) -> No
 
 def next_command(arguments: KDArguments, args: KDConfig, folder: Path) -> str:
     """The command that trains from a store, with the options that its rows depend on."""
-    rows = (*ROW_SETTINGS, "packing", "temperature", "divergence", "divergence_params")
+    tokens = "eos_token", "chat_template_path"
+    rows = (*ROW_SETTINGS, *tokens, "packing", "temperature", "divergence", "divergence_params")
     given = _given(KDArguments, arguments, [entry.name for entry in fields(KDArguments)])
     given = {**given, "teacher_model": f"{CACHE}{folder}", **_given(KDConfig, args, rows), "output_dir": "out"}
     return shlex.join(["hf-distill", "kd", *(word for name, value in given.items() for word in (f"--{name}", value))])
@@ -181,6 +182,7 @@ def facts(folder: Path) -> dict[str, str]:
             for name, value in manifest.chosen.items()
             if name != "checksum"
         },
+        "max_length": ", ".join(dict.fromkeys(str(rows.get("max_length")) for rows in manifest.rows)),
         "texts": f"{counts['documents']:,}",
         "label-bearing positions": f"{positions:,}",
         "bytes": convert_bytes(counts["bytes"]),

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from hashlib import blake2b
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -10,7 +11,8 @@ from typing import Any, get_args, get_origin
 from hf_distill.store.shards import write_file
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+OLDEST = 1  # of the formats that can be read
 METHODS = ("hidden", "sampled", "topk")
 # What has to be the same when documents are added, and what of it need not: the same weights may lie elsewhere.
 IDENTITY = ("method", "parameters", "teacher", "tokenizer", "vocab_size", "temperature", "seed")
@@ -31,7 +33,7 @@ class Manifest:
         seed: of samples and of rotations.
         chosen: what a probe chose, such as the rounding, or tau; it stays when documents are added.
         head: dtype, width and rows of the output layer, factor and cap of its logits, checksum of its file.
-        rows: settings that the written rows depend on, to say why rows are missing.
+        rows: for each writing with other settings, those that rows depend on, to say why rows are missing.
         fidelity: distances between the teacher and what is stored, measured on the first documents.
         counts: documents, label-bearing positions, and bytes of all files when the last writing ended.
         versions: of the libraries that wrote it.
@@ -46,14 +48,15 @@ class Manifest:
     seed: int
     chosen: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Any] | None = None
-    rows: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
     fidelity: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Writes it into a folder, in the place of an older one."""
-        write_file(folder / NAME, (json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n").encode())
+        """Writes it into a folder, in the place of an older one, with a digest of its contents."""
+        values = {"format": FORMAT, **asdict(self)}
+        write_file(folder / NAME, (json.dumps({**values, "digest": _digest(values)}, indent=2) + "\n").encode())
 
     @property
     def kind(self) -> str:
@@ -79,6 +82,10 @@ class Manifest:
                 f"{self.temperature:g}: take that, or a store of hidden states"
             )
 
+    def with_rows_of(self, other: "Manifest") -> "Manifest":
+        """The same, with the settings of the rows of another writing."""
+        return replace(self, rows=[*self.rows, *(settings for settings in other.rows if settings not in self.rows)])
+
     def refuse_other(self, other: "Manifest", folder: Path) -> None:
         """Raises `ValueError` unless documents of another run, `other`, may be added."""
         for name in IDENTITY:
@@ -93,7 +100,12 @@ class Manifest:
 def is_store(path: Any) -> bool:
     """True for a folder with a manifest. A model's folder may hold one of another kind."""
     manifest = Path(path, NAME) if isinstance(path, str | Path) else None
-    return manifest is not None and manifest.is_file() and b'"method"' in manifest.read_bytes()
+    # Two of its fields, so that it is known with a damaged byte, too.
+    return (
+        manifest is not None
+        and manifest.is_file()
+        and any(name in manifest.read_bytes() for name in (b'"method"', b'"vocab_size"'))
+    )
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -107,16 +119,24 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{folder} is no store of a teacher's outputs: it has no {NAME}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        digest, own = values.pop("digest", None), _digest(values)
         version = values.pop("format")
         if not isinstance(version, int):
             raise ValueError(f"its format is {version!r}")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is no manifest of a store, or damaged: {error}") from error
-    if version != FORMAT:
+    if not OLDEST <= version <= FORMAT:
         raise ValueError(
-            f"the store in {folder} has format {version}, and this version of hf_distill reads format {FORMAT}: "
-            + ("update hf_distill" if version > FORMAT else "write the store again")
+            f"the store in {folder} has format {version}, and this version of hf_distill reads formats {OLDEST} to "
+            f"{FORMAT}: " + ("update hf_distill" if version > FORMAT else "write the store again")
         )
+    if digest not in (own, None):
+        raise ValueError(
+            f"{path} is not as it was written: it is damaged, or was edited. Take it from a copy of the store; if you "
+            'edited it, remove its "digest"'
+        )
+    if version == 1:
+        values = _of_format_1(values)
     kinds = {entry.name: entry.type for entry in fields(Manifest)}
     strange = kinds.keys() ^ values.keys() or {name for name in kinds if not _fits(values[name], kinds[name])}
     if values.get("method") not in METHODS:
@@ -124,6 +144,23 @@ def read_manifest(folder: Path) -> Manifest:
     if strange:
         raise ValueError(f"{path} is no manifest of a store, or damaged: look at {', '.join(sorted(strange))}")
     return Manifest(**values)
+
+
+def _digest(values: Any) -> str:
+    """A hash of the contents of a manifest, whatever the order and layout of its JSON."""
+    return blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _of_format_1(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a manifest of format 1, which had the settings of its first writing alone.
+
+    Three of them are left out, which say something else now.
+    """
+    rows = values.get("rows")
+    if not isinstance(rows, dict):
+        return values
+    others = "packing_strategy", "eos_token", "chat_template_path"
+    return {**values, "rows": [{name: rows[name] for name in rows if name not in others}]}
 
 
 def _fits(value: Any, kind: Any) -> bool:

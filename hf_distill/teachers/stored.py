@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_distill.collators import Row
 from hf_distill.losses.fused_linear import TeacherSignal
-from hf_distill.store.documents import Documents
+from hf_distill.store.documents import Documents, keys_of_dataset
 from hf_distill.store.formats import Format, format_of
 from hf_distill.store.head import read_head
 from hf_distill.store.hub import CACHE, find_store
@@ -30,8 +30,8 @@ from hf_distill.teachers.columns import AnyDataset, own_columns
 TOKENIZER = "tokenizer"  # the folder of the teacher's tokenizer
 # Settings of a run that the tokens of its rows, and which of them bear a label, depend on.
 ROW_SETTINGS = (
-    "max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "packing_strategy", "eos_token",
-    "chat_template_path",
+    "max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "packing_strategy", "eval_packing",
+    "dataset_text_field",
 )  # fmt: skip
 
 
@@ -41,14 +41,31 @@ def is_stored(name: Any) -> bool:
 
 
 def row_settings(args: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The settings, and the student's `tokenizer`, that the rows of a run depend on."""
+    """The settings, and the student's `tokenizer` with its tokens and template, that the rows of a run depend on."""
     settings = {name: getattr(args, name) for name in ROW_SETTINGS}
-    if not args.packing:
-        del settings["packing_strategy"]
+    if args.packing_strategy != "bfd_split" or not (args.packing or args.eval_packing):
+        settings |= {"packing_strategy": None, "eval_packing": None}  # texts are those of rows that are not packed
     return settings | {
         "tokenizer": fingerprint(sorted(tokenizer.get_vocab().items())),
+        "eos_token": tokenizer.eos_token,
         "chat template": fingerprint(tokenizer.chat_template),
     }
+
+
+def changes(writings: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> list[str]:
+    """The settings of `now` that no writing had; if each was had by one, those that the nearest writing lacks.
+
+    Settings that are not known of a writing are left out.
+    """
+    differing = [{name for name in now if name in past and past[name] != now[name]} for past in writings]
+    if not differing:
+        return []
+    changed = set.intersection(*differing) or min(differing, key=len)
+    before = {
+        name: dict.fromkeys(repr(past[name]) for past, other in zip(writings, differing, strict=True) if name in other)
+        for name in now if name in changed
+    }  # fmt: skip
+    return [f"{name} was {' or '.join(past)} and is {now[name]!r}" for name, past in before.items()]
 
 
 def fingerprint(value: Any) -> str:
@@ -101,7 +118,8 @@ class StoredTeacher(BroughtTeacher):
         self.store = Store(self.folder, self.format.streams, fetch=fetch)
         self.name = self.manifest.teacher["name"]
         self.source = f"a store: {self.manifest.kind}"
-        self._settings: dict[str, Any] = {}  # that rows depend on, of this run
+        self._run: tuple[Any, PreTrainedTokenizerBase] | None = None  # settings and the student's tokenizer
+        self._settings: dict[str, Any] = {}  # of this run, that rows depend on
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -121,7 +139,7 @@ class StoredTeacher(BroughtTeacher):
 
         `tokenizer` is the student's.
         """
-        self._settings = row_settings(args, tokenizer)
+        self._run = args, tokenizer
         if args.packing and args.packing_strategy == "wrapped":
             raise ValueError(
                 "packing_strategy='wrapped' cuts texts wherever a row ends, so that they are in no store: take 'bfd'"
@@ -148,35 +166,30 @@ class StoredTeacher(BroughtTeacher):
             `ValueError`: rows that are not in the store; their number, the first of them, and the likely reason. Rows
                 without tokens.
         """
+        if self._run is not None:  # the trainer has given the tokenizer the tokens and the template of the settings
+            self._settings = row_settings(*self._run)
         dataset = super().prepare(dataset, name)
         columns = self.columns_of(next(iter(dataset), {}))
         if isinstance(dataset, Dataset):
-            self.refuse_missing(Documents.of_dataset(dataset, *columns), name)
+            self.refuse_missing(*keys_of_dataset(dataset, *columns), name)
         else:  # what a stream needs is known when it comes
             self.store.require(np.arange(len(self.store)))
         return dataset
 
-    def refuse_missing(self, documents: Documents, name: str) -> None:
-        """Raises `ValueError` for documents of a data set that are not in the store."""
-        documents = documents.with_labels()
-        numbers = self.store.find(documents.keys())
+    def refuse_missing(self, keys: np.ndarray, rows: np.ndarray, name: str) -> None:
+        """Raises `ValueError` for documents of a data set, by keys (n, 16) and rows (n,), that are not in the store."""
+        numbers = self.store.find(keys)
         self.store.require(numbers[numbers >= 0])
         missing = np.flatnonzero(numbers < 0)
         if len(missing):
             raise ValueError(
                 f"{len(missing):,} of {len(numbers):,} texts of the {name} dataset are not in the store {self.folder}; "
-                f"the first is in row {documents.rows[missing[0]]}. {self.reason()}"
+                f"the first is in row {rows[missing[0]]}. {self.reason()}"
             )
 
     def reason(self) -> str:
         """Why texts may be missing, for messages: what has changed since the store was written."""
-        written, now = self.manifest.rows, self._settings
-        changed = [
-            f"{name} was {written.get(name)!r} and is {now.get(name)!r}"
-            for name in {**written, **now}
-            if written.get(name) != now.get(name)
-        ]
-        if changed:
+        if changed := changes(self.manifest.rows, self._settings):
             return f"Since it was written, settings have changed that tokens and labels depend on: {'; '.join(changed)}"
         return "Settings are those of its writing, so these texts are new: add them with `hf-distill cache write`"
 

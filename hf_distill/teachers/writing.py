@@ -237,8 +237,11 @@ class StoreWriter:
                 self._refuse_full(folder, room + self._head_bytes)
                 self._write_beginning(folder, manifest, rounding)
         self.accelerator.wait_for_everyone()
-        manifest = read_manifest(folder)
-        manifest.refuse_other(asked, folder)
+        there = read_manifest(folder)
+        there.refuse_other(asked, folder)
+        manifest = there.with_rows_of(asked)
+        if is_main and manifest != there:
+            manifest.write(folder)
         if is_main and not has_tokenizer(folder, manifest):
             logger.warning("%s is missing or damaged; it is written again", folder / TOKENIZER)
             save_tokenizer(self.tokenizer, folder / TOKENIZER)
@@ -283,7 +286,7 @@ class StoreWriter:
             parameters = {"entries": min(int(method.entries), self.vocab_size)}
         return Manifest(
             method.store, parameters, self.about["teacher"], self.about["tokenizer"], self.vocab_size, self.temperature,
-            method.seed, head=head if method.store == "hidden" else None, rows=self.about["rows"],
+            method.seed, head=head if method.store == "hidden" else None, rows=[self.about["rows"]],
             versions={name: version(name) for name in LIBRARIES},
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ MANIFEST = Manifest(
     temperature=1.0,
     seed=0,
     chosen={"tau": 0.01},
-    rows={"max_length": 512},
+    rows=[{"max_length": 512}],
     counts={"documents": 3},
     versions={"torch": "2"},
 )
@@ -55,6 +55,7 @@ VALUES = {"format": FORMAT, **MANIFEST.__dict__}
         (json.dumps({**VALUES, "format": FORMAT + 1}), f"has format {FORMAT + 1}, and this version of hf_distill"),
         (json.dumps({**VALUES, "format": FORMAT + 1}), "update hf_distill"),
         (json.dumps({**VALUES, "format": 0, "whatever": 1}), "write the store again"),
+        (json.dumps({**VALUES, "digest": "0" * 32}), 'not as it was written: .* if you edited it, remove its "digest"'),
         (json.dumps({**VALUES, "format": "1"}), "is no manifest of a store, or damaged"),
         (json.dumps({**VALUES, "format": None}), "is no manifest of a store, or damaged"),
         (json.dumps({**VALUES, "more": 1}), "damaged: look at more"),
@@ -71,6 +72,44 @@ def test_a_manifest_that_cannot_be_read_is_refused_by_name(tmp_path, text, words
     with pytest.raises(ValueError, match=words) as error:
         read_manifest(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+def test_a_flipped_bit_of_a_manifest_is_told(tmp_path):
+    MANIFEST.write(tmp_path)
+    path = tmp_path / NAME
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in range(8):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            assert is_store(tmp_path), (place, bit)
+            with pytest.raises(ValueError, match=f"{tmp_path}.*(damaged|has format \\d)"):
+                read_manifest(tmp_path)
+
+
+def test_an_edited_manifest_without_its_digest_is_read(tmp_path):
+    MANIFEST.write(tmp_path)
+    path = tmp_path / NAME
+    values = json.loads(path.read_text())
+    values["teacher"]["name"] = "another name"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"{path} is not as it was written: it is damaged, or was edited"):
+        read_manifest(tmp_path)
+    del values["digest"]
+    path.write_text(json.dumps(values))
+    assert read_manifest(tmp_path) == replace(MANIFEST, teacher=values["teacher"])
+
+
+def test_a_manifest_of_format_1_is_read(tmp_path):
+    rows = {"max_length": 512, "eos_token": None, "chat_template_path": "t.jinja", "packing_strategy": "bfd"}
+    (tmp_path / NAME).write_text(json.dumps({**VALUES, "format": 1, "rows": rows}))
+    assert read_manifest(tmp_path) == MANIFEST
+
+
+def test_settings_of_each_writing_are_kept_once():
+    other = replace(MANIFEST, rows=[{"max_length": 9}], teacher={})
+    both = MANIFEST.with_rows_of(other)
+    assert both == replace(MANIFEST, rows=[{"max_length": 512}, {"max_length": 9}])
+    assert both.with_rows_of(other) == both.with_rows_of(MANIFEST) == both
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path):
@@ -103,7 +142,9 @@ def test_documents_of_another_run_are_refused_by_what_differs(tmp_path, changes,
 
 def test_documents_of_the_same_run_elsewhere_may_be_added(tmp_path):
     elsewhere = {**MANIFEST.teacher, "name": "copy", "revision": "f00"}
-    other = replace(MANIFEST, teacher=elsewhere, rows={"max_length": 9}, versions={}, chosen={}, fidelity={}, counts={})
+    other = replace(
+        MANIFEST, teacher=elsewhere, rows=[{"max_length": 9}], versions={}, chosen={}, fidelity={}, counts={}
+    )
     MANIFEST.refuse_other(other, tmp_path)
 
 

@@ -20,7 +20,7 @@ from hf_distill.losses.sparse import SparseSignal, TopKSignal
 from hf_distill.store.documents import Documents
 from hf_distill.store.formats import format_of
 from hf_distill.teachers.across import AcrossTeacher
-from hf_distill.teachers.stored import StoredTeacher, open_store
+from hf_distill.teachers.stored import StoredTeacher, changes, open_store
 from hf_distill.teachers.writing import Method
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 
@@ -327,6 +327,58 @@ def test_another_chat_template_and_other_labels_are_named(tmp_path, messages_dat
         make(tmp_path / "run", str(store), messages_dataset, other)
     with pytest.raises(ValueError, match=r"are not in the store .*assistant_only_loss was False and is True"):
         make(tmp_path / "run", str(store), messages_dataset, tokenizer, assistant_only_loss=True)
+
+
+def test_only_what_no_writing_had_is_blamed(tmp_path, rows, tokenizer):
+    """A second writing has added rows with other settings. What is missing then is missing in both."""
+    store = tmp_path / "store"
+    for length in (16, 24):
+        manifest = make(tmp_path / "writer", teacher(), rows, tokenizer, max_length=length).write_cache(store)
+    assert [settings["max_length"] for settings in manifest.rows] == [16, 24]
+    for length in (16, 24):
+        make(tmp_path / "run", str(store), rows, tokenizer, max_length=length)
+    with pytest.raises(ValueError, match=r"depend on: max_length was 16 or 24 and is 20$"):
+        make(tmp_path / "run", str(store), rows, tokenizer, max_length=20)
+    more = Dataset.from_dict({"text": [*rows["text"], "nobody has written this"]})
+    with pytest.raises(ValueError, match=r"1 of 17 .* row 16\. Settings are those of its writing, so these"):
+        make(tmp_path / "run", str(store), more, tokenizer, max_length=24)
+
+
+@pytest.mark.parametrize(
+    ("writings", "now", "expected"),
+    [
+        ([{"a": 1, "b": 2}], {"a": 1, "b": 2}, []),
+        ([{"a": 1, "b": 2}], {"a": 3, "b": 2}, ["a was 1 and is 3"]),
+        ([{"a": 1, "b": 2}, {"a": 3, "b": 2}], {"a": 3, "b": 2}, []),
+        ([{"a": 1, "b": 2}, {"a": 3, "b": 4}], {"a": 5, "b": 4}, ["a was 1 or 3 and is 5"]),
+        ([{"a": 1, "b": 2, "c": 0}, {"a": 3, "b": 4, "c": 9}], {"a": 3, "b": 2, "c": 0}, ["a was 1 and is 3"]),
+        ([{"b": 2}], {"a": 1, "b": 2}, []),  # of an older format
+        ([], {"a": 1}, []),
+    ],
+)
+def test_changes_are_those_from_the_nearest_writing(writings, now, expected):
+    assert changes(writings, now) == expected
+
+
+def test_the_same_template_from_elsewhere_is_the_same(tmp_path, messages_dataset, tokenizer):
+    """A file of the settings, or a template that the tokenizer came with: what counts is its text."""
+    other = make_tokenizer()
+    other.chat_template = other.chat_template.replace("<eos>", "!")
+    (tmp_path / "template.jinja").write_text(other.chat_template)
+    store, options = tmp_path / "store", {"chat_template_path": str(tmp_path / "template.jinja")}
+    make(tmp_path / "writer", teacher(), messages_dataset, make_tokenizer(), **options).write_cache(store)
+    make(tmp_path / "run", str(store), messages_dataset, make_tokenizer(), **options)
+    make(tmp_path / "run", str(store), messages_dataset, other)
+    longer = messages_dataset.map(lambda row: {"messages": [*row["messages"], *row["messages"]]})
+    with pytest.raises(ValueError, match="Settings are those of its writing, so these texts are new"):
+        make(tmp_path / "run", str(store), longer, make_tokenizer(), **options)
+    with pytest.raises(ValueError, match=r"depend on: chat template was '\w+' and is '\w+'$"):
+        make(tmp_path / "run", str(store), messages_dataset, make_tokenizer())
+
+
+def test_another_end_of_text_is_named(tmp_path, stores, rows, tokenizer):
+    with pytest.raises(ValueError, match=r"depend on: eos_token was '<eos>' and is '<\|user\|>'"):
+        make(tmp_path, str(stores / "float16"), rows, make_tokenizer(), eos_token="<|user|>")
 
 
 def test_a_smaller_vocabulary_than_that_of_the_probabilities(tmp_path, stores, rows, tokenizer):

@@ -159,7 +159,7 @@ def test_all_data_sets_are_written(tmp_path, teacher, rows, tokenizer):
 def test_texts_are_tokenised_as_for_training(tmp_path, teacher, text_dataset, tokenizer):
     trainer = make(tmp_path, teacher, text_dataset, tokenizer, max_length=9)
     trainer.write_cache(tmp_path / "store")
-    assert read_manifest(tmp_path / "store").rows["max_length"] == 9
+    assert [rows["max_length"] for rows in read_manifest(tmp_path / "store").rows] == [9]
     assert kl(answers(teacher, trainer.train_dataset), stored(tmp_path / "store", trainer.train_dataset)) < 1e-6
 
 
