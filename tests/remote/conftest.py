@@ -28,6 +28,7 @@ class Server:
     truth: ServedModel
     tolerance: float  # of log-probabilities, against transformers
     between_batches: float = 0.0  # the same, between a row alone and in a batch
+    ties: int = 0  # ranks may differ by so many
 
     def ask(self, path: str, body=None):
         return ask(self.url.removesuffix("/v1") + path, body)
@@ -69,7 +70,7 @@ def server(request, tiny):
         card = models["data"][0]
         folder = os.environ["HF_DISTILL_TEACHER_MODEL"]
         truth = ServedModel.load(folder, name=card["id"], max_model_len=card["max_model_len"])
-        yield Server(REAL_URL, truth, 1e-4, 1e-4)
+        yield Server(REAL_URL, truth, tolerance=1e-4, between_batches=1e-4, ties=2)
         return
     with Stub(tiny, max_logprobs=-1) as stub:
         yield Server(stub.url, tiny, 1e-6)

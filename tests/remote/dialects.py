@@ -6,6 +6,7 @@ an empty body. An address that the server does not know gives 404.
 
 import itertools
 import time
+import zlib
 
 from tests.remote.served_model import Generated, Sampling, ServedModel
 
@@ -20,13 +21,27 @@ def log_prob(value: float) -> float:
 class BadRequest(Exception):
     """A request that the server refuses: the message, and where it has one the parameter at fault."""
 
-    def __init__(self, message: str, param: str | None = None):
-        super().__init__(message)
+    def __init__(self, message: str, param: str | None = None, value=None):
+        super().__init__(message if param is None else f"{message} (parameter={param}, value={value})")
         self.param = param
 
 
 class VLLM:
-    """The completions of vLLM 0.32.
+    """The completions of vLLM 0.32, compared with a running server on the CPU, answer by answer.
+
+    What a client has to know:
+
+    - A position's entries begin with the actual token, whose rank counts all tokens that are at least as likely. The
+      most likely ones follow. There are K entries, or K + 1 where the actual token is not among them. K = 0 gives the
+      actual token alone. Log-probabilities are those at temperature 1, and -9999.0 stands for minus infinity.
+    - One token is always generated, also with `echo` and `max_tokens` 0, where only the text hides it. So a prompt
+      has at most `max_model_len - 1` tokens. More tokens to generate than fit are cut without a word.
+    - `decoded_token` of a part of a character is the character where the tokens before complete it, else empty: it
+      differs from decoding the id alone.
+    - Choices come in the order of the prompts. The same seed and prompt give the same tokens in one batch, too.
+    - `logprobs` names tokens by their text, so two of them may collide; with `return_tokens_as_token_ids` by
+      `token_id:ID`. `return_token_ids` gives the ids of the prompt and of what was generated.
+    - Without `model` any model answers. Without a setting the model's generation config decides.
 
     Args:
         served: the model.
@@ -50,9 +65,12 @@ class VLLM:
         if path == "/v1/models":
             card = {"id": self.served.name, "object": "model", "created": int(time.time()), "owned_by": "vllm"}
             card |= {"root": f"/models/{self.served.name}", "parent": None}
-            card |= {"max_model_len": self.served.max_model_len, "permission": []}
+            card |= {
+                "max_model_len": self.served.max_model_len,
+                "permission": [{"id": "modelperm-0", "object": "model_permission"}],
+            }
             return 200, {"object": "list", "data": [card]}
-        return NOT_FOUND
+        return (405, {"detail": "Method Not Allowed"}) if path == "/v1/completions" else NOT_FOUND
 
     def post(self, path: str, body: dict):
         if path != "/v1/completions":
@@ -67,7 +85,7 @@ class VLLM:
             asked = self._number_of_log_probs(body, "prompt_logprobs", "prompt")
             sample_asked = self._number_of_log_probs(body, "logprobs", "sample")
             for prompt in prompts:
-                self._check(prompt, how)
+                self._check(prompt, body.get("echo") and body.get("max_tokens") == 0)
         except BadRequest as refusal:
             return 400, self._error(str(refusal), "BadRequestError", refusal.param, 400)
         if asked is None and body.get("echo"):
@@ -75,10 +93,12 @@ class VLLM:
         choices = [self._choice(index, prompt, body, how, asked, sample_asked) for index, prompt in enumerate(prompts)]
         tokens = sum(map(len, prompts))
         generated = sum(choice.pop("_generated") for choice in choices)
-        answer = {"id": f"cmpl-{next(self._number):032x}", "object": "text_completion", "created": int(time.time())}
-        answer |= {"model": self.served.name, "choices": choices, "service_tier": None, "system_fingerprint": None}
+        answer = {"id": f"cmpl-{next(self._number):016x}", "object": "text_completion", "created": int(time.time())}
+        fingerprint = f"vllm-{self.served.version}-{zlib.crc32(self.served.name.encode()):08x}"
+        answer |= {"model": self.served.name, "choices": choices, "service_tier": None}
+        answer["system_fingerprint"] = fingerprint
         usage = {"prompt_tokens": tokens, "total_tokens": tokens + generated, "completion_tokens": generated}
-        answer["usage"] = usage | {"prompt_tokens_details": None}
+        answer["usage"] = usage | {"prompt_tokens_details": None, "completion_tokens_details": None}
         return 200, answer | {"kv_transfer_params": None, "ec_transfer_params": None, "metrics": None}
 
     def _error(self, message, kind, param, code):
@@ -88,6 +108,8 @@ class VLLM:
         prompt = body.get("prompt")
         if isinstance(prompt, str) and prompt and self.served.tokenizer is not None:
             prompt = self.served.tokenizer.encode(prompt)
+        if prompt == []:
+            raise BadRequest("You must pass at least one prompt")
         if not prompt:
             raise BadRequest("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
         return prompt if isinstance(prompt[0], list) else [prompt]
@@ -95,7 +117,11 @@ class VLLM:
     def _sampling(self, body) -> Sampling:
         max_tokens = 16 if body.get("max_tokens") is None else body["max_tokens"]
         if max_tokens < 1 and not (max_tokens == 0 and body.get("echo")):
-            raise BadRequest(f"max_tokens must be at least 1, got {max_tokens}.", "max_tokens")
+            raise BadRequest(f"max_tokens must be at least 1, got {max_tokens}.", "max_tokens", max_tokens)
+        most = self.served.max_model_len
+        if max_tokens > most:
+            message = f"max_tokens={max_tokens} cannot be greater than max_model_len={most}. "
+            raise BadRequest(message + "Please request fewer output tokens.", "max_tokens", max_tokens)
 
         def setting(name, otherwise):
             value = body.get(name)
@@ -103,8 +129,8 @@ class VLLM:
 
         allowed = body.get("allowed_token_ids")
         how = Sampling(
-            max_tokens=max_tokens,
-            temperature=setting("temperature", 1.0),
+            max_tokens=max(max_tokens, 1),
+            temperature=float(setting("temperature", 1.0)),
             top_k=setting("top_k", 0),
             top_p=setting("top_p", 1.0),
             min_p=setting("min_p", 0.0),
@@ -115,14 +141,16 @@ class VLLM:
             bias={int(id): bias for id, bias in (body.get("logit_bias") or {}).items()},
         )
         if not 0.0 <= how.temperature <= 2.0:
-            raise BadRequest(f"temperature must be in [0, 2], got {how.temperature}.", "temperature")
+            message = f"temperature must be in [0, 2], got {how.temperature}."
+            raise BadRequest(message, "temperature", how.temperature)
         for name, ids in (("stop_token_ids", how.stop_ids), ("logit_bias", how.bias)):
             outside = [id for id in ids if not 0 <= id < self.served.vocab_size]
             if outside:
                 message = f"token_id(s) {outside} in {name} contain out-of-vocab token ids. Vocabulary size: "
-                raise BadRequest(message + str(self.served.vocab_size), name)
-        if allowed is not None and any(not 0 <= id < self.served.vocab_size for id in allowed):
-            raise BadRequest("allowed_token_ids contains out-of-vocab token id!", "allowed_token_ids")
+                raise BadRequest(message + str(self.served.vocab_size), name, outside)
+        outside = [id for id in allowed or () if not 0 <= id < self.served.vocab_size]
+        if outside:
+            raise BadRequest("allowed_token_ids contains out-of-vocab token id!", "allowed_token_ids", outside)
         return how
 
     def _number_of_log_probs(self, body, name: str, kind: str) -> int | None:
@@ -130,7 +158,7 @@ class VLLM:
         if asked is None:
             return None
         if asked < -1:
-            raise BadRequest(f"`{name}` must be a positive value or -1.", name)
+            raise BadRequest(f"`{name}` must be a positive value or -1.", name, asked)
         allowed = self.served.vocab_size if self.max_logprobs == -1 else self.max_logprobs
         asked = self.served.vocab_size if asked == -1 else asked
         if asked > allowed:
@@ -138,17 +166,23 @@ class VLLM:
             raise BadRequest(message, name)
         return asked
 
-    def _check(self, prompt, how: Sampling):
+    def _check(self, prompt, is_echoed: bool):
+        if not prompt:
+            raise BadRequest("The decoder prompt cannot be empty")
         if max(prompt) >= self.served.vocab_size:
-            raise BadRequest(f"Token id {max(prompt)} is out of vocabulary", "prompt")
+            raise BadRequest(f"Token id {max(prompt)} is out of vocabulary")
         most, length = self.served.max_model_len, len(prompt)
         if length > most:
-            length = f"at least {length}" if length == most + 1 else length
-            message = f"This model's maximum context length is {most} tokens. However, your prompt contains {length} "
+            told = f"at least {length}" if length == most + 1 else length
+            message = f"This model's maximum context length is {most} tokens. However, your prompt contains {told} "
             message += "input tokens, which exceeds this limit even without any output tokens. "
-            raise BadRequest(message + "Please reduce the length of the input prompt.", "input_tokens")
-        if length == most and how.max_tokens > 0:  # it fits, but the tokens to generate are cut to none
-            raise BadRequest("max_tokens must be at least 1, got 0.", "max_tokens")
+            raise BadRequest(message + "Please reduce the length of the input prompt.", "input_tokens", length)
+        if length == most and not is_echoed:  # it fits, but the tokens to generate are cut to none
+            raise BadRequest("max_tokens must be at least 1, got 0.", "max_tokens", 0)
+        if length == most:
+            message = f"The decoder prompt (length {length}) plus the number of requested output tokens (at least 1) "
+            message += f"is longer than the maximum model length of {most}. Make sure that `max_model_len` is no "
+            raise BadRequest(message + "smaller than the number of text tokens (prompt + requested output tokens).")
 
     def _choice(self, index, prompt, body, how: Sampling, asked, sample_asked) -> dict:
         made = self.served.generate(prompt, how)
@@ -160,9 +194,10 @@ class VLLM:
         ids, rows = made.ids, self._sampled_entries(prompt, made, sample_asked)
         text = self.served.text(made.ids if made.stopped_by is None else made.ids[:-1])
         if body.get("echo"):
-            ids = [*prompt, *made.ids]
-            rows = None if sample_asked is None else [*prompt_rows, *rows]
-            text = ("" if body.get("return_token_ids") else self.served.text(prompt)) + text
+            shown = made.ids if body.get("max_tokens") != 0 else []
+            ids = [*prompt, *shown]
+            rows = None if sample_asked is None else [*prompt_rows, *rows][: len(ids)]
+            text = ("" if body.get("return_token_ids") else self.served.text(prompt)) + (text if shown else "")
         as_ids = bool(body.get("return_tokens_as_token_ids"))
         with_ids = bool(body.get("return_token_ids"))
         return {
