@@ -135,7 +135,7 @@ def main():
         folder = prepare(given.model, Path(room, "wide"))
         with RealServer(given.vllm, folder, given.port or free_port(), Path(room, "vllm.log")) as server:
             known = {"HF_DISTILL_TEACHER_URL": server.url, "HF_DISTILL_TEACHER_MODEL": str(folder)}
-            command = [sys.executable, "-m", "pytest", "tests/remote", *arguments]
+            command = [sys.executable, "-m", "pytest", "-m", "not gpu", "tests/remote", *arguments]
             done = subprocess.run(command, cwd=ROOT, env=os.environ | known)
     sys.exit(done.returncode)
 

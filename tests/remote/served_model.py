@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+PART = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for a part of a character
+
 
 @dataclass
 class Sampling:
@@ -60,6 +62,7 @@ class ServedModel:
         self.eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
         self._lock = threading.Lock()
         self._unseeded = itertools.count()
+        self._texts: dict[int, str] = {}
 
     @classmethod
     def load(cls, folder, **settings):
@@ -77,15 +80,22 @@ class ServedModel:
 
     def decoded(self, id: int, before: list[int]) -> str:
         """The text of one token; of a part of a character only what it completes after the tokens before it."""
-        text = self.text([id])
+        text = self._text(id)
+        if not text.endswith(PART):
+            return text
+        if not self._text(before[-1]).endswith(PART):
+            return ""  # nothing waits to be completed
         for start in range(1, 5):
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                return text
             context = before[-start:]
             text = self.text([*context, id])
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                return text.removeprefix(self.text(context).rstrip("\N{REPLACEMENT CHARACTER}"))
+            if not text.endswith(PART):
+                return text.removeprefix(self.text(context).rstrip(PART))
         return ""
+
+    def _text(self, id: int) -> str:
+        if id not in self._texts:
+            self._texts[id] = self.text([id])
+        return self._texts[id]
 
     def log_probs(self, ids: list[int]) -> torch.Tensor:
         """Log-probabilities `(N, V)` of the token after each of N ids, in float32."""
