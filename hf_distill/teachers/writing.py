@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ from hf_distill.store.manifest import METHODS, Manifest, is_store, read_manifest
 from hf_distill.store.plan import NAME as PLAN
 from hf_distill.store.plan import SHARD_BYTES, Plan, begun, divided
 from hf_distill.store.reader import Store, remove_damaged, remove_leftovers
-from hf_distill.store.shards import PART, shard_names, write_shard
+from hf_distill.store.shards import PART, shard_names, write_file, write_shard
 from hf_distill.target_bytes import id_bits
 from hf_distill.teachers import ModelTeacher
 from hf_distill.teachers.stored import TOKENIZER, has_tokenizer
@@ -244,7 +245,7 @@ class StoreWriter:
             manifest.write(folder)
         if is_main and not has_tokenizer(folder, manifest):
             logger.warning("%s is missing or damaged; it is written again", folder / TOKENIZER)
-            save_tokenizer(self.tokenizer, folder / TOKENIZER)
+            self._save_tokenizer(folder)
         if manifest.head is None:
             return manifest, format_of(manifest)
         rounding = read_rounding(folder, self.method.dtype, manifest.chosen)
@@ -254,11 +255,20 @@ class StoreWriter:
 
     def _write_beginning(self, folder: Path, manifest: Manifest, rounding: Rounding | None) -> None:
         """Writes all but shards; the manifest last, since with it the folder is a store."""
-        save_tokenizer(self.tokenizer, folder / TOKENIZER)
+        self._save_tokenizer(folder)
         if rounding is not None:
             head = write_head(folder, folded_head(self.teacher.head, rounding))
             manifest = replace(manifest, chosen=write_rounding(folder, rounding), head=head)
         manifest.write(folder)
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        """Writes each file of the tokenizer as all others: whole, and named by the error of a full disk."""
+        with TemporaryDirectory() as elsewhere:
+            save_tokenizer(self.tokenizer, Path(elsewhere))
+            for path in sorted(path for path in Path(elsewhere).rglob("*") if path.is_file()):
+                place = folder / TOKENIZER / path.relative_to(elsewhere)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                write_file(place, path.read_bytes())
 
     def _with_whole_head(self, folder: Path, manifest: Manifest, rounding: Rounding) -> Manifest:
         """The manifest of a store whose head is there; it is written again if it is missing or damaged."""

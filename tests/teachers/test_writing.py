@@ -325,8 +325,8 @@ def test_an_interrupted_writing_goes_on_to_the_same_bytes(tmp_path, teacher, row
                 raise Stopped
             original(path, data)
 
-        for module in ("shards", "plan", "head", "manifest"):
-            monkeypatch.setattr(f"hf_distill.store.{module}.write_file", write_file)
+        for module in ("store.shards", "store.plan", "store.head", "store.manifest", "teachers.writing"):
+            monkeypatch.setattr(f"hf_distill.{module}.write_file", write_file)
         folder = tmp_path / f"stopped-{number}"
         try:
             write(folder, trainer, METHODS[name])
@@ -419,7 +419,7 @@ def test_a_full_disk_loses_nothing(tmp_path, teacher, rows, tokenizer, monkeypat
 
     def fsync(file):
         calls.append(file)
-        if len(calls) > 7:
+        if len(calls) > 10:
             raise OSError(28, "No space left on device")
         original(file)
 
@@ -434,6 +434,25 @@ def test_a_full_disk_loses_nothing(tmp_path, teacher, rows, tokenizer, monkeypat
     write(folder, trainer)
     assert contents(folder) == contents(tmp_path / "whole")
     assert all(contents(folder)[name] == there[name] for name in there if name.startswith("index"))
+
+
+def test_a_disk_that_is_full_of_the_tokenizer_is_told_by_name(tmp_path, teacher, rows, tokenizer, monkeypatch):
+    """The tokenizer's own library would raise an error without a class or a file."""
+    trainer = make(tmp_path, teacher, rows, tokenizer)
+    folder, original = tmp_path / "store", os.replace
+
+    def replace(part, path):
+        if path.name == "tokenizer.json":
+            raise OSError(28, "No space left on device")
+        original(part, path)
+
+    monkeypatch.setattr(shards.os, "replace", replace)
+    with pytest.raises(OSError, match=r"tokenizer/tokenizer\.json could not be written: No space left.*: make room"):
+        write(folder, trainer)
+    monkeypatch.undo()
+    write(folder, trainer)
+    write(tmp_path / "whole", trainer)
+    assert contents(folder) == contents(tmp_path / "whole")
 
 
 def test_room_is_looked_for_before_anything_is_written(tmp_path, teacher, rows, tokenizer, monkeypatch):
