@@ -122,6 +122,7 @@ def test_the_command_to_go_on_with_has_the_options_that_rows_depend_on(folder, t
     printed = written(folder, tmp_path / "store", capsys, completion_template=" {answer}", **changes)
     assert "--max_length 9" in printed
     assert "--prompt_template '{query}?' --completion_template ' {answer}'" in printed
+    assert "--use_cpu True --bf16 False" in printed
     assert "--learning_rate" not in printed
 
 

@@ -138,9 +138,10 @@ def _show_estimates(trainer: KDTrainer, writer: StoreWriter, folder: Path) -> No
 
 
 def next_command(arguments: KDArguments, args: KDConfig, folder: Path) -> str:
-    """The command that trains from a store, with the options that its rows depend on."""
+    """The command that trains from a store here, with the options that its rows depend on."""
     tokens = "eos_token", "chat_template_path"
-    rows = (*ROW_SETTINGS, *tokens, "packing", "temperature", "divergence", "divergence_params")
+    device = ("use_cpu", "bf16") if args.use_cpu else ()
+    rows = (*ROW_SETTINGS, *tokens, "packing", "temperature", "divergence", "divergence_params", *device)
     given = _given(KDArguments, arguments, [entry.name for entry in fields(KDArguments)])
     given = {**given, "teacher_model": f"{CACHE}{folder}", **_given(KDConfig, args, rows), "output_dir": "out"}
     return shlex.join(["hf-distill", "kd", *(word for name, value in given.items() for word in (f"--{name}", value))])
