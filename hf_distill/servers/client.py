@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit, urlunsplit
 
 import httpx2 as httpx
 import numpy as np
@@ -295,8 +296,8 @@ def distance(scores: Scores, others: Scores) -> float:
 
 def public_address(address: str) -> str:
     """An address without user and password."""
-    url = httpx.URL(address)
-    return str(url.copy_with(userinfo=b"")).rstrip("/") if url.userinfo else address
+    url = urlsplit(address)
+    return urlunsplit(url._replace(netloc=url.netloc.rpartition("@")[2]))
 
 
 def _divided(lengths: Sequence[int], num_entries: int, least: int) -> list[list[int]]:

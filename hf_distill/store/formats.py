@@ -37,8 +37,11 @@ class Format(Protocol):
         """The arrays of a document."""
         ...
 
-    def encode(self, signal: TeacherSignal, keys: Sequence[bytes], counts: Sequence[int]) -> list[Arrays]:
-        """The arrays of documents with `counts` label-bearing positions, N in all."""
+    def encode(self, signal: Any, keys: Sequence[bytes], counts: Sequence[int]) -> list[Arrays]:
+        """The arrays of documents with `counts` label-bearing positions, N in all.
+
+        The signal is that of a model or, for the most likely tokens, one that has them already.
+        """
         ...
 
     def collate(self, documents: Sequence[Arrays]) -> dict[str, Tensor]:
@@ -173,14 +176,9 @@ class TopKFormat:
             "log_tail": Stream("float16"),
         }
 
-    def encode(self, signal: TeacherSignal, keys: Sequence[bytes], counts: Sequence[int]) -> list[Arrays]:
-        parts = []
-        for logits in chunks(signal, self.vocab_size):
-            values, ids = logits.topk(self.num_entries)
-            total = logits.logsumexp(-1, keepdim=True)
-            tail = logits.scatter_(-1, ids, -torch.inf).logsumexp(-1) - total.squeeze(-1)
-            parts.append((ids.cpu(), (values - total).clamp_(min=LOWEST).cpu(), tail.cpu()))
-        ids, log_probs, log_tail = (torch.cat(side).numpy() for side in zip(*parts, strict=True))
+    def encode(self, signal: TeacherSignal | TopKSignal, keys: Sequence[bytes], counts: Sequence[int]) -> list[Arrays]:
+        top = self._of_server(signal) if isinstance(signal, TopKSignal) else self._of_model(signal)
+        ids, log_probs, log_tail = (side.numpy() for side in top)
         return [
             {
                 "ids": pack_bits(ids[part].ravel(), id_bits(self.vocab_size)),
@@ -189,6 +187,28 @@ class TopKFormat:
             }
             for part in _parts(counts)
         ]
+
+    def _of_model(self, signal: TeacherSignal) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and log-probabilities (N, K), and the logarithm of what the others have (N,)."""
+        parts = []
+        for logits in chunks(signal, self.vocab_size):
+            values, ids = logits.topk(self.num_entries)
+            total = logits.logsumexp(-1, keepdim=True)
+            tail = logits.scatter_(-1, ids, -torch.inf).logsumexp(-1) - total.squeeze(-1)
+            parts.append((ids.cpu(), (values - total).clamp_(min=LOWEST).cpu(), tail.cpu()))
+        ids, log_probs, log_tail = (torch.cat(side) for side in zip(*parts, strict=True))
+        return ids, log_probs, log_tail
+
+    def _of_server(self, signal: TopKSignal) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of a signal that has them. In the place of an entry that lacks comes a token without probability."""
+        ids, log_probs = (side[:, : self.num_entries].cpu() for side in signal[:2])
+        log_tail = torch.log1p(-log_probs.double().exp().sum(-1).clamp(max=1.0)).clamp(min=LOWEST)
+        ids, lacking = ids.clone(), ids < 0
+        for row in lacking.any(-1).nonzero().flatten().tolist():
+            unused = torch.ones(self.vocab_size, dtype=torch.bool)
+            unused[ids[row][~lacking[row]].long()] = False
+            ids[row, lacking[row]] = unused.nonzero().flatten()[: int(lacking[row].sum())].to(ids.dtype)
+        return ids, log_probs.clamp(min=LOWEST), log_tail.float()
 
     def collate(self, documents: Sequence[Arrays]) -> dict[str, Tensor]:
         bits = id_bits(self.vocab_size)
@@ -205,19 +225,27 @@ class TopKFormat:
         return TopKSignal(**tensors, vocab_size=self.vocab_size)
 
 
-def sparse_fidelity(format: Format, signal: TeacherSignal, vocab_size: int, temperature: float) -> dict[str, float]:
+def sparse_fidelity(
+    format: Format, signal: TeacherSignal | TopKSignal, vocab_size: int, temperature: float
+) -> dict[str, float]:
     """The distance of sparse targets from the teacher's distributions t at N positions.
 
     Returns:
         "entries", the mean number of entries; "known_mass", the mean share of the probability that belongs to tokens
         whose own probability is known; "squared_error", the mean of `sum_v (w_v - t_v)^2`, w being zero where nothing
-        is kept.
+        is kept, if the teacher is a model.
     """
-    tensors = format.collate(format.encode(signal, [b"probe"], [len(signal.hidden)]))
+    tensors = format.collate(format.encode(signal, [b"probe"], [len(signal[0])]))
     is_top = "log_probs" in tensors
     weights = tensors["log_probs"].exp() if is_top else tensors["weights"]
     known = tensors.get("num_exact", torch.full((len(weights),), weights.shape[1]))
     is_known = torch.arange(weights.shape[1]) < known.unsqueeze(-1)
+    found = {
+        "entries": (weights > 0).sum(-1).double().mean().item(),
+        "known_mass": (weights * is_known).sum(-1).double().mean().item(),
+    }
+    if isinstance(signal, TopKSignal):
+        return found
     errors, start = [], 0
     for logits in chunks(signal, vocab_size):
         rows = slice(start, start + len(logits))
@@ -226,11 +254,7 @@ def sparse_fidelity(format: Format, signal: TeacherSignal, vocab_size: int, temp
         probs.scatter_add_(-1, ids, -weights[rows].to(logits.device, probs.dtype))
         errors.append(probs.square_().sum(-1))
         start += len(logits)
-    return {
-        "entries": (weights > 0).sum(-1).double().mean().item(),
-        "known_mass": (weights * is_known).sum(-1).double().mean().item(),
-        "squared_error": torch.cat(errors).double().mean().item(),
-    }
+    return {**found, "squared_error": torch.cat(errors).double().mean().item()}
 
 
 def uniforms(seed: int, key: bytes, count: int, draws: int) -> np.ndarray:

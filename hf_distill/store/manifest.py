@@ -16,7 +16,8 @@ OLDEST = 1  # of the formats that can be read
 METHODS = ("hidden", "sampled", "topk")
 # What has to be the same when documents are added, and what of it need not: the same weights may lie elsewhere.
 IDENTITY = ("method", "parameters", "teacher", "tokenizer", "vocab_size", "temperature", "seed")
-ANYWHERE = ("name", "revision")
+# What a server says about one text differs in its last digits: whoever writes compares that.
+ANYWHERE = ("name", "revision", "server", "watched")
 
 
 @dataclass(frozen=True)

@@ -271,12 +271,18 @@ def quantised_weights(teachers: Mapping[str, Teacher]) -> dict[str, str]:
     return {name: kind for name, kind in found.items() if kind}
 
 
-def model_to_ask(teacher: Teacher) -> tuple[ModelTeacher, tuple[str, str] | None]:
-    """The model to ask, and the columns that it reads if they are not the student's; `ValueError` if there is none."""
+def teacher_to_ask(teacher: Teacher) -> tuple[ModelTeacher | RemoteTeacher, tuple[str, str] | None]:
+    """The model or server to ask, and the columns that it reads if they are not the student's.
+
+    Raises:
+        `ValueError`: it is neither.
+    """
     inner = _source(teacher)
+    if isinstance(inner, RemoteTeacher):
+        return inner, None
     if not isinstance(inner, ModelTeacher):
         raise ValueError(
-            f"a store is written of one teacher that is a model in this process; {teacher.name} "
+            f"a store is written of one teacher that is a model, here or behind an address; {teacher.name} "
             f"({type(inner).__name__}) is none. Of several teachers write a store each"
         )
     if isinstance(inner, BaseTeacher) and is_split(inner.model):

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_distill.collators import Row
 from hf_distill.losses.sparse import TopKSignal
 from hf_distill.servers import Scores, TeacherAway
-from hf_distill.servers.client import ENTRY_BYTES, Counts, Server
+from hf_distill.servers.client import ENTRY_BYTES, Counts, Server, distance
 from hf_distill.servers.dialects import DIALECTS, WHOLE
 from hf_distill.servers.handshake import TOLD, WARNED, Expected, greet, name_of_model, roots
 from hf_distill.store.documents import Documents
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 # A text whose answer comes with every other one: another model says other things about it.
 WATCHED_TEXT = "The capital of France is Paris. Two plus two is four, and once upon a time there was a little"
 MOST_WATCHED = 24  # tokens of it
+WATCHED_ENTRIES = 8  # of each position, in a manifest
 ANSWER_BYTES = 64 * 2**20  # of the answers for a batch, about: more only where the number of entries is said
 WORKERS, PREFETCHED = 2, 2  # of the data loader, unless the user chose
 
@@ -88,6 +89,7 @@ class RemoteTeacher(BroughtTeacher):
         Raises:
             `ValueError`: what does not, and what to do about it.
         """
+        self.tokenizer = tokenizer  # of prompts of its own
         text = tokenizer(WATCHED_TEXT, add_special_tokens=False)["input_ids"]
         text = tuple(int(i) for i in text if i < vocab_size)[:MOST_WATCHED]  # pyright: ignore[reportGeneralTypeIssues]
         expected = Expected(vocab_size, text, lambda token: str(tokenizer.decode([token])))
@@ -158,6 +160,28 @@ class RemoteTeacher(BroughtTeacher):
                 f"teacher_logprobs=-1 asks for {self.num_entries:,} log-probabilities of each token, in JSON up to "
                 f"{size / 2**20:,.0f} MiB for a batch: take the most likely ones (teacher_logprobs=64), or say the "
                 f"number, teacher_logprobs={self.num_entries}, if that is meant"
+            )
+
+    # ------------------------------------------------------------------------------------------------- of a store
+
+    def watched(self) -> dict[str, Any]:
+        """What the server says about the watched text, as JSON, for a manifest."""
+        watched = self.server.watched
+        assert watched is not None
+        ids, log_probs = (side[:, :WATCHED_ENTRIES] for side in watched.scores[:2])
+        return {"text": list(watched.text), "ids": ids.tolist(), "log_probs": log_probs.round(4).tolist()}
+
+    def refuse_other(self, about: Mapping[str, Any]) -> None:
+        """Raises `ValueError` if what a manifest has of the watched text is that of another model."""
+        watched, there = self.server.watched, about.get("watched") or {}
+        assert watched is not None
+        if there.get("text") != list(watched.text):
+            return  # its tokenizer is another, which the manifest tells
+        ids, log_probs = np.asarray(there["ids"], np.int32), np.asarray(there["log_probs"], np.float32)
+        if (far := distance(Scores(ids, log_probs, watched.scores.own), watched.scores)) > watched.allowed:
+            raise ValueError(
+                f"the store was written by another model: about one text {self.name} says now what is {far:.2g} away "
+                "from that, in probability. Take another output_dir"
             )
 
     # ------------------------------------------------------------------------------------------------- of a batch

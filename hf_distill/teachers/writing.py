@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.hidden_bytes import Rounding, choose_rounding, folded_head
-from hf_distill.losses.fused_linear import TeacherSignal
+from hf_distill.losses.sparse import TopKSignal
 from hf_distill.modeling import label_positions
 from hf_distill.samplers import likeliest, tau_for
 from hf_distill.saving import save_tokenizer
@@ -50,7 +50,6 @@ from hf_distill.store.plan import SHARD_BYTES, Plan, begun, divided
 from hf_distill.store.reader import Store, remove_damaged, remove_leftovers
 from hf_distill.store.shards import PART, shard_names, write_file, write_shard
 from hf_distill.target_bytes import id_bits
-from hf_distill.teachers import ModelTeacher
 from hf_distill.teachers.stored import TOKENIZER, has_tokenizer
 from hf_distill.token_rows import pad
 
@@ -107,18 +106,20 @@ class StoreWriter:
     """Asks a teacher about documents, and writes what it says into a folder.
 
     Args:
-        teacher ([`ModelTeacher`]): a model in this process.
+        teacher ([`ModelTeacher`] or [`~hf_distill.teachers.remote.RemoteTeacher`]): of a server only the most likely
+            tokens can be kept.
         documents ([`Documents`]): of all data sets.
         method ([`Method`]): what is kept.
         accelerator: of the run; each process writes its share.
         about: what the manifest has to say of teacher, tokenizer and rows.
         vocab_size, temperature: of the run.
         batch_size: documents of a forward.
+        refuse: raises `ValueError` for a store of another teacher, as far as its manifest alone does not tell.
     """
 
     def __init__(
         self,
-        teacher: ModelTeacher,
+        teacher: Any,
         documents: Documents,
         method: Method,
         accelerator: Accelerator,
@@ -128,6 +129,7 @@ class StoreWriter:
         vocab_size: int,
         temperature: float,
         batch_size: int,
+        refuse: Callable[[Manifest], None] = lambda manifest: None,
     ) -> None:
         self.teacher, self.method, self.accelerator, self.tokenizer = teacher, method, accelerator, tokenizer
         self.documents = documents.with_labels().distinct()
@@ -135,9 +137,9 @@ class StoreWriter:
             raise ValueError(f"batch_size has to be a whole number from 1, got {batch_size!r}")
         if not len(self.documents):
             raise ValueError("no row has a label-bearing token, so there is nothing to write")
-        self.batch_size, self.about = batch_size, about
+        self.batch_size, self.about, self.refuse = batch_size, about, refuse
         self.vocab_size, self.run_temperature = vocab_size, temperature
-        self._probe: TeacherSignal | None = None
+        self._probe: Any = None
 
     @property
     def temperature(self) -> float:
@@ -146,17 +148,18 @@ class StoreWriter:
 
     # ------------------------------------------------------------------------------------------------ the teacher
 
-    def ask(self, ids: Sequence[np.ndarray], bears_label: Sequence[np.ndarray]) -> TeacherSignal:
+    def ask(self, ids: Sequence[np.ndarray], bears_label: Sequence[np.ndarray]) -> Any:
         """The teacher's signal at the N label-bearing positions of B documents, in order."""
-        tokens, mask = pad([row.tolist() for row in ids], 0)
-        labels, _ = pad([np.where(own, row, -100).tolist() for row, own in zip(ids, bears_label, strict=True)], -100)
+        labels = [np.where(own, row, -100).tolist() for row, own in zip(ids, bears_label, strict=True)]
+        rows = [{"input_ids": row.tolist(), "labels": own} for row, own in zip(ids, labels, strict=True)]
+        tokens, mask = pad([row["input_ids"] for row in rows], 0)
         device = self.accelerator.device
-        positions, _ = label_positions(labels.to(device))
+        positions, _ = label_positions(pad(labels, -100)[0].to(device))
         inputs = {"input_ids": tokens.to(device), "attention_mask": mask.long().to(device)}
         with torch.no_grad():
-            return self.teacher(inputs, positions)
+            return self.teacher({**inputs, **self.teacher.collate(rows)}, positions)
 
-    def probe(self) -> TeacherSignal:
+    def probe(self) -> Any:
         """The teacher's signal at some thousand positions of documents from all over the data."""
         if self._probe is None:
             chosen = self._probe_documents()
@@ -164,8 +167,7 @@ class StoreWriter:
                 self.ask(*zip(*(self.documents[int(i)] for i in chosen[start : start + self.batch_size]), strict=True))
                 for start in range(0, len(chosen), self.batch_size)
             ]
-            hidden = torch.cat([part.hidden for part in parts])
-            self._probe = parts[0]._replace(hidden=hidden.to(parts[0].head.weight.device))
+            self._probe = _joined(parts)
         return self._probe
 
     def _probe_documents(self) -> np.ndarray:
@@ -240,6 +242,7 @@ class StoreWriter:
         self.accelerator.wait_for_everyone()
         there = read_manifest(folder)
         there.refuse_other(asked, folder)
+        self.refuse(there)
         manifest = there.with_rows_of(asked)
         if is_main and manifest != there:
             manifest.write(folder)
@@ -287,16 +290,18 @@ class StoreWriter:
 
     def _asked(self) -> Manifest:
         """The manifest as far as settings tell it."""
-        method, weight = self.method, self.teacher.head.weight
+        method, head = self.method, None
         parameters: dict[str, Any] = {"dtype": method.dtype}
-        head = {"width": weight.shape[1], "dtype": str(weight.dtype).removeprefix("torch.")}
-        if method.store == "sampled":
+        if method.store == "hidden":
+            weight = self.teacher.head.weight
+            head = {"width": weight.shape[1], "dtype": str(weight.dtype).removeprefix("torch.")}
+        elif method.store == "sampled":
             parameters = {"sampler": method.sampler, "entries": method.entries}
         elif method.store == "topk":
             parameters = {"entries": min(int(method.entries), self.vocab_size)}
         return Manifest(
             method.store, parameters, self.about["teacher"], self.about["tokenizer"], self.vocab_size, self.temperature,
-            method.seed, head=head if method.store == "hidden" else None, rows=[self.about["rows"]],
+            method.seed, head=head, rows=[self.about["rows"]],
             versions={name: version(name) for name in LIBRARIES},
         )  # fmt: skip
 
@@ -399,7 +404,7 @@ class StoreWriter:
         chosen = documents.take(batch)
         return format.encode(signal, [*map(bytes, chosen.keys())], chosen.num_labels.tolist())
 
-    def _asked_about(self, documents: Documents, batch: np.ndarray) -> TeacherSignal:
+    def _asked_about(self, documents: Documents, batch: np.ndarray) -> Any:
         return self.ask(*zip(*(documents[int(i)] for i in batch), strict=True))
 
     def estimates(self) -> list[dict[str, Any]]:
@@ -422,6 +427,7 @@ class StoreWriter:
             Method("sampled", entries=entries, sampler=sampler, seed=seed),
             Method("topk", entries=round(entries)),
         ]
+        kinds = kinds[-1:] if isinstance(signal, TopKSignal) else kinds  # a server tells nothing else
         return [self._of_kind(kind)._estimate(signal, forward) for kind in kinds]
 
     def _of_kind(self, method: Method) -> "StoreWriter":
@@ -429,10 +435,10 @@ class StoreWriter:
         other.method = method
         return other
 
-    def _estimate(self, signal: TeacherSignal, forward: float) -> dict[str, Any]:
+    def _estimate(self, signal: Any, forward: float) -> dict[str, Any]:
         manifest = self._with_tau(self._asked())
         format = format_of(manifest, Rounding(self.method.dtype, "token"))  # a basis changes no byte count
-        start, positions = time.perf_counter(), len(signal.hidden)
+        start, positions = time.perf_counter(), len(signal[0])
         arrays = format.encode(signal, [b"probe"], [positions])[0]
         encoding = (time.perf_counter() - start) / positions
         num_labels = self.documents.num_labels
@@ -445,3 +451,11 @@ class StoreWriter:
             "head_bytes": self._head_bytes,
             "seconds": (forward + encoding * num_labels.sum()) / self.accelerator.num_processes,
         }
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """One signal at the positions of several, one after the other."""
+    first = parts[0]
+    if isinstance(first, TopKSignal):
+        return first._replace(**{name: torch.cat([getattr(p, name) for p in parts]) for name in ("ids", "log_probs")})
+    return first._replace(hidden=torch.cat([part.hidden for part in parts]).to(first.head.weight.device))

@@ -147,6 +147,7 @@ class SurvivingTrainer(SFTTrainer):
                     )
                 raise
             finally:
+                self.is_in_train = False  # transformers leaves it after an error
                 self._as_it_came.restore(self.model)
 
     def begin(self) -> None:
@@ -275,13 +276,13 @@ class SurvivingTrainer(SFTTrainer):
         Returns:
             What a message says of it.
         """
-        step, folder = self.state.global_step, str(self.args.output_dir)
+        self._saved_update = step = self.state.global_step
+        folder = str(self.args.output_dir)
         if step > self._first_update:
             self._save_checkpoint(self.model_wrapped, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         elif step == 0:
             return "no update has been finished, so there is nothing to go on from"
-        self._saved_update = step
         return (
             f"update {step} is finished and saved in {folder}: go on with resume_from_checkpoint=True, on the command "
             "line --resume_from_checkpoint true"

@@ -24,6 +24,8 @@ from hf_distill import (
     SpeculativeKDTrainer,
 )
 from tests.conftest import SENTENCES, make_model, make_tokenizer
+from tests.remote.served_model import ServedModel
+from tests.remote.stub import Stub
 
 # One update of eight rows, however many processes there are.
 NUM_ROWS = 8
@@ -121,6 +123,15 @@ def run_stored(folder, num_processes: int, **changes) -> dict:
     return results_of(trainer)
 
 
+def run_remote(folder, num_processes: int) -> dict:
+    """The same with a teacher at an address; each process has a server of its own, which does not change anything."""
+    served = ServedModel(make_model(seed=1, hidden_size=48), make_tokenizer(), name="t")
+    with Stub(served, max_logprobs=-1) as stub:
+        trainer = make_trainer(folder, num_processes, make_model(seed=2), stub.url, tokenizers={}, teacher_logprobs=-1)
+        trainer.train()
+        return results_of(trainer)
+
+
 def students() -> dict[str, nn.Module]:
     adapted = get_peft_model(make_model(seed=2), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     torch.manual_seed(7)
@@ -141,6 +152,7 @@ def run(folder, num_processes: int) -> dict:
     results["speculative"] = run_speculative(Path(folder, "speculative"), num_processes)
     results["kv"] = run_kv(Path(folder, "kv"), num_processes)
     results["stored"] = run_stored(Path(folder, "stored"), num_processes)
+    results["remote"] = run_remote(Path(folder, "remote"), num_processes)
     results["streamed"] = run_stored(Path(folder, "streamed"), num_processes, stream=True)
     return results
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.distributed.kd_runs import run
 
-RUNS = ["full", "lora", "tied", "speculative", "kv", "stored", "streamed"]
+RUNS = ["full", "lora", "tied", "speculative", "kv", "stored", "streamed", "remote"]
 
 
 @pytest.fixture(scope="module")
