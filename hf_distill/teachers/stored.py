@@ -190,7 +190,10 @@ class StoredTeacher(BroughtTeacher):
     def reason(self) -> str:
         """Why texts may be missing, for messages: what has changed since the store was written."""
         if changed := changes(self.manifest.rows, self._settings):
-            return f"Since it was written, settings have changed that tokens and labels depend on: {'; '.join(changed)}"
+            return (
+                f"Since it was written, settings have changed that tokens and labels depend on: {'; '.join(changed)}. "
+                "Take the old ones, or add these texts with `hf-distill cache write`"
+            )
         return "Settings are those of its writing, so these texts are new: add them with `hf-distill cache write`"
 
     @property
