@@ -3,6 +3,7 @@
 Shapes: T tokens of a text, K entries at a position.
 """
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ import numpy as np
 from hf_distill.servers import Scores, WrongAnswer
 from hf_distill.servers.client import LARGEST_DISTANCE, Passing, Refused, Server, Watched, distance, public_address
 from hf_distill.servers.dialects import DIALECTS, WHOLE, Dialect
+
+logger = logging.getLogger(__name__)
 
 WANTED = 64  # entries, unless asked otherwise
 # Caps of servers that do not tell theirs.
@@ -238,6 +241,8 @@ def _compare_vocabulary(server: Server, expected: Expected, room: int) -> None:
             raise ValueError(f"{where} gives no answer about the student's tokens: {error}") from error
         theirs |= server.dialect.texts(answer)
     compared = [token for token in ids if token in theirs and _plain(own[token]) and _plain(theirs[token])]
+    if not compared:
+        logger.warning("%s tells no texts of tokens, so it is not known whether its tokenizer is the student's", where)
     other = [token for token in compared if _plain(own[token]) != _plain(theirs[token])]
     if len(other) > LARGEST_DIFFERENCE * len(compared):
         token = other[0]
