@@ -80,7 +80,7 @@ def evaluate_fidelity(
     """
     models, stored = (student,), None
     if isinstance(teacher, StoredHiddenTeacher):
-        stored, vocab_size = teacher, min(_vocab_size(tokenizer, models, vocab_size), len(teacher.head.weight))
+        stored, vocab_size = teacher, min(true_vocabulary(tokenizer, models, vocab_size), len(teacher.head.weight))
     else:
         models = (student, teacher)
     means = TokenMeans()
@@ -88,13 +88,13 @@ def evaluate_fidelity(
 
     def documents() -> Iterator[dict[str, list[int]]]:
         nonlocal num_rows
-        for _, tokens in _tokenized(dataset, tokenizer, models, vocab_size):
-            for document in _documents(tokens):
+        for _, tokens in tokenized_rows(dataset, tokenizer, models, vocab_size):
+            for document in documents_of(tokens):
                 cut = {name: ids[:max_length] for name, ids in document.items()}
                 num_rows += has_label(cut)
                 yield cut
 
-    with _measuring(**dict(zip(("student", "teacher"), models, strict=False))):
+    with measuring(**dict(zip(("student", "teacher"), models, strict=False))):
         for labels, (student_log_probs, teacher_log_probs) in _log_probs(
             models, documents(), tokenizer, batch_size, vocab_size, stored
         ):
@@ -161,12 +161,12 @@ def perplexity(
     num_characters: list[int | None] = []  # per row
 
     def windows() -> Iterator[dict[str, list[int]]]:
-        for row, tokens in _tokenized(dataset, tokenizer, (model,), vocab_size):
+        for row, tokens in tokenized_rows(dataset, tokenizer, (model,), vocab_size):
             num_characters.append(_num_characters(row, tokens["labels"], tokenizer))
-            for document in _documents(tokens):
+            for document in documents_of(tokens):
                 yield from _windows(document, length, stride)
 
-    with _measuring(model=model):
+    with measuring(model=model):
         for labels, (log_probs,) in _log_probs((model,), windows(), tokenizer, batch_size, vocab_size):
             num_tokens += len(labels)
             means.add(len(labels), ce=_cross_entropy(log_probs, labels))
@@ -200,7 +200,7 @@ def window_length(model: PreTrainedModel, max_length: int | None, stride: int | 
 
 
 @contextmanager
-def _measuring(**models: PreTrainedModel) -> Iterator[None]:
+def measuring(**models: PreTrainedModel) -> Iterator[None]:
     """Eval mode without gradients for a while, with 4-bit weights in the layout that they have.
 
     Raises:
@@ -243,9 +243,9 @@ def _log_probs(
 
     Those of a teacher in a store come last.
     """
-    size = _vocab_size(tokenizer, models, vocab_size)
-    for rows in _groups(documents, batch_size):
-        batch = _batch(rows)
+    size = true_vocabulary(tokenizer, models, vocab_size)
+    for rows in groups_of(documents, batch_size):
+        batch = batch_of(rows)
         positions, labels = label_positions(batch.pop("labels"))  # (N,)
         sides = []
         for model in map(causal_lm, models):
@@ -268,13 +268,15 @@ def _log_probs(
             yield labels[chunk], [tensor.log_softmax(-1).to(device) for tensor in logits]
 
 
-def _vocab_size(tokenizer: PreTrainedTokenizerBase, models: tuple[PreTrainedModel, ...], vocab_size: int | None) -> int:
+def true_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, models: tuple[PreTrainedModel, ...], vocab_size: int | None
+) -> int:
     """The true vocabulary: the tokens that the tokenizer and all heads have."""
     vocab_size = vocab_size or max(tokenizer.get_vocab().values()) + 1
     return min(vocab_size, *(len(head_of(causal_lm(model)).weight) for model in models))
 
 
-def _tokenized(
+def tokenized_rows(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     models: tuple[PreTrainedModel, ...],
@@ -282,14 +284,16 @@ def _tokenized(
 ) -> Iterator[tuple[dict[str, Any], dict[str, list[int]]]]:
     """Rows and their tokens, with a progress bar; `ValueError` for tokens that a model cannot read or predict."""
     num_ids = min(num_token_ids(causal_lm(model)) for model in models)
-    limits = Limits(_vocab_size(tokenizer, models, vocab_size), num_ids, known_to="the models have embeddings only for")
+    limits = Limits(
+        true_vocabulary(tokenizer, models, vocab_size), num_ids, known_to="the models have embeddings only for"
+    )
     for index, row in enumerate(tqdm(dataset, desc="measuring", unit="row", leave=False)):
         tokens = tokenized_row(row, tokenizer, f"row {index} of the dataset")
         check_row(tokens, f"row {index} of the dataset", limits)
         yield row, tokens
 
 
-def _groups(documents: Iterable[dict[str, list[int]]], batch_size: int) -> Iterator[list[dict[str, list[int]]]]:
+def groups_of(documents: Iterable[dict[str, list[int]]], batch_size: int) -> Iterator[list[dict[str, list[int]]]]:
     """The documents that have a label, some at a time."""
     with_label = (document for document in documents if has_label(document))
     return iter(lambda: list(islice(with_label, batch_size)), [])
@@ -306,7 +310,7 @@ def _windows(document: dict[str, list[int]], length: int | None, stride: int | N
         counted, end = end, min(end + (stride or length // 2), len(ids))
 
 
-def _documents(row: dict[str, list[int]]) -> list[dict[str, list[int]]]:
+def documents_of(row: dict[str, list[int]]) -> list[dict[str, list[int]]]:
     """The documents of a packed row; a row that is not packed is one document."""
     lengths = row.pop("seq_lengths", None) or [len(row["input_ids"])]
     ends = list(accumulate(lengths))
@@ -314,7 +318,7 @@ def _documents(row: dict[str, list[int]]) -> list[dict[str, list[int]]]:
     return [{k: ids[a:b] for k, ids in row.items()} for a, b in zip(starts, ends, strict=True)]
 
 
-def _batch(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+def batch_of(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     """A right-padded batch of input_ids, attention_mask and labels (B, T)."""
     input_ids, is_token = pad([row["input_ids"] for row in rows], 0)
     labels, _ = pad([row["labels"] for row in rows], -100)
