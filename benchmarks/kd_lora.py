@@ -18,7 +18,7 @@ from datasets import disable_progress_bars
 from benchmarks.measure import print_table
 from benchmarks.stories import FIDELITY, describe_all, load_rows, load_teacher, make_parser, some_layers
 from hf_distill import cli
-from hf_distill.report import compare_runs, save_comparison
+from hf_distill.comparison import compare_runs, save_comparison
 from hf_distill.row_files import first_rows
 
 NAMES = "learning_rate num_train_epochs lora_r lora_alpha kd_weight temperature".split()

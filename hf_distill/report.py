@@ -1,15 +1,15 @@
 """Results as a table in the terminal, as Markdown and as a picture."""
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -30,23 +30,22 @@ EVALUATION_COLUMNS = {
     "eval_kd": ("divergence, nats", "{:.4f}"),
     "eval_agreement": ("agreement", "{:.1%}"),
 }
+# The same without a teacher.
+HARD_LABEL_COLUMNS = {
+    "student_perplexity": FIDELITY_COLUMNS["student_perplexity"],
+    "eval_ce": EVALUATION_COLUMNS["eval_ce"],
+}
 # The same for `SpeculativeKDTrainer.evaluate`, whose completions are generated.
 ROLLOUT_COLUMNS = {
     "eval_kd": ("divergence, nats", "{:.4f}"),
     "eval_agreement": ("agreement", "{:.1%}"),
     "eval_rollout/acceptance_rate": ("accepted", "{:.1%}"),
 }
-# Columns of a comparison of runs.
-COMPARED_COLUMNS = {key: FIDELITY_COLUMNS[key] for key in ("student_perplexity", "kl", "agreement")}
 # Logged terms in the histories of a picture, each with its own line style.
 LOSS_TERMS = ("loss", "kd", "ce", "hidden", "kv", "aux_loss")
 LINE_STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)))
 # Terms in other units than nats.
 OTHER_UNITS = {"hidden", "kv", "aux_loss"}
-# Files of a finished run of the command line: its options, its logs, its results.
-RUN_FILES = ("settings.json", "trainer_state.json", "report.json")
-# Settings that say where a run writes; they do not tell runs apart.
-PLACES = {"output_dir", "run_name", "hub_model_id", "run_files"}
 
 
 def result_rows(
@@ -132,8 +131,11 @@ def save_picture(
     columns: Mapping[str, tuple[str, str]] = FIDELITY_COLUMNS,
     terms: Sequence[str] = LOSS_TERMS,
     num_rows: int | None = None,
+    is_one_set: bool = True,
 ) -> None:
     """A PNG: the loss terms over the steps, and a bar per model for each measure of fidelity.
+
+    Dots are held-out rows. A line across shows the teacher, if all results have the same one.
 
     Args:
         path: the file to write.
@@ -141,27 +143,62 @@ def save_picture(
         results: for each model what `evaluate_fidelity` returned, or other numbers with their `columns`.
         terms: the terms of the histories to draw, where they were logged.
         num_rows: the rows that were measured.
+        is_one_set: whether all results are of the same rows; the picture says it if they are not.
     """
     measured = set.intersection(*(set(values) for values in results.values()))
     drawn_columns = {key: column for key, column in columns.items() if key in measured and key != "teacher_perplexity"}
     figure = Figure(figsize=(14, 4), layout="constrained")
     curves, *bars = figure.subplots(1, 1 + len(drawn_columns), width_ratios=[2.6, *[1] * len(drawn_columns)])
     colors = {name: f"C{i}" for i, name in enumerate([*results, *(run for run in histories if run not in results)])}
-    _draw_terms(curves, histories, colors, terms)
-    for axes, (key, (title, form)) in zip(bars, drawn_columns.items(), strict=True):
-        heights = [values[key] for values in results.values()]
-        drawn = axes.bar(list(results), heights, color=[colors[name] for name in results])
-        axes.bar_label(drawn, labels=[form.format(height) for height in heights], fontsize=7)
-        positive = [height for height in heights if height > 0]
-        if not more_is_better(key) and positive and max(positive) > 10 * min(positive):
-            axes.set_yscale("log")  # or the bar of an untrained model would hide the others
-            axes.set_ylim(bottom=min(positive) / 3)
-        axes.set_title(f"{title}\n({'more' if more_is_better(key) else 'less'} is better)", fontsize=9)
-        axes.tick_params(axis="x", rotation=35, labelsize=7)
-        axes.margins(y=0.15)
-    if sizes := measured_on(results, num_rows):
+    teacher = teacher_results(results)
+    _draw_terms(curves, histories, colors, terms, teacher if "ce" in terms else {})
+    for axes, (key, column) in zip(bars, drawn_columns.items(), strict=True):
+        heights = {name: values[key] for name, values in results.items()}
+        _draw_bars(axes, heights, colors, key, column, teacher.get(key))
+    sizes = measured_on(results, num_rows)
+    if not is_one_set:
+        figure.suptitle("measured on different held-out rows", fontsize=8, x=0.99, horizontalalignment="right")
+    elif sizes:
         figure.suptitle(f"measured on {sizes}", fontsize=8, x=0.99, horizontalalignment="right")
     figure.savefig(path, dpi=130)
+
+
+def teacher_results(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The teacher's own measures, under the names of a student's, if all results have the same teacher."""
+    found = {values.get("teacher_perplexity") for values in results.values()}
+    known = [value for value in found if value is not None]
+    if len(found) != len(known) or not known or max(known) > 1.0001 * min(known):  # devices round differently
+        return {}
+    return {"student_perplexity": known[0], "kl": 0.0, "agreement": 1.0, "expected_acceptance": 1.0}
+
+
+def _draw_bars(
+    axes: Axes,
+    heights: Mapping[str, float],
+    colors: Mapping[str, str],
+    key: str,
+    column: tuple[str, str],
+    teacher: float | None,
+) -> None:
+    title, form = column
+    drawn = axes.bar(list(heights), list(heights.values()), color=[colors[name] for name in heights])
+    axes.bar_label(drawn, labels=[form.format(height) for height in heights.values()], fontsize=7)
+    positive = [height for height in heights.values() if height > 0]
+    better = more_is_better(key)
+    if teacher and not better:  # a line at 0, or at 100 %, is the axis
+        axes.axhline(teacher, color="0.4", linewidth=1, linestyle="--")
+        axes.annotate(
+            "teacher", (0.99, teacher), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7
+        )
+        positive.append(teacher)
+    if not better and positive and max(positive) > 10 * min(positive):
+        axes.set_yscale("log")  # or the bar of an untrained model would hide the others
+        axes.set_ylim(bottom=min(positive) / 3)
+    if "%" in form:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_title(f"{title}\n({'more' if better else 'less'} is better)", fontsize=9)
+    axes.tick_params(axis="x", rotation=35, labelsize=7)
+    axes.margins(y=0.15)
 
 
 def save_curve(
@@ -177,149 +214,37 @@ def save_curve(
         bottom = limit
     axes.plot(*zip(*points, strict=True), color="C1", marker="." if len(points) < 50 else "")
     axes.set(xlabel="step", title=title, ylim=(min(0.0, *(value for _, value in points)), bottom))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=130)
 
 
 def _draw_terms(
-    axes: Axes, histories: Mapping[str, Sequence[Mapping[str, float]]], colors: Mapping[str, str], terms: Sequence[str]
+    axes: Axes,
+    histories: Mapping[str, Sequence[Mapping[str, float]]],
+    colors: Mapping[str, str],
+    terms: Sequence[str],
+    teacher: Mapping[str, float],
 ) -> None:
     for run, history in histories.items():
         for term, style in zip(terms, LINE_STYLES, strict=False):
-            points = [(entry["step"], entry[term]) for entry in history if term in entry and "step" in entry]
-            if points:
-                label = ": ".join([run] * (len(histories) > 1) + [term] * (len(terms) > 1))
-                axes.plot(*zip(*points, strict=True), linestyle=style, color=colors[run], label=label)
+            for name, prefix, marker in ((term, "", ""), (f"eval_{term}", "held-out ", "o")):
+                points = [(entry["step"], entry[name]) for entry in history if name in entry and "step" in entry]
+                if points:
+                    label = ": ".join([run] * (len(histories) > 1) + [prefix + term] * (len(terms) > 1 or bool(prefix)))
+                    axes.plot(
+                        *zip(*points, strict=True), linestyle=style, color=colors[run], label=label, marker=marker,
+                        markersize=4, alpha=1.0 if prefix else 0.7,
+                    )  # fmt: skip
     title = "loss terms (kd without the factor T^2)" if len(terms) > 1 else f"{terms[0]} on training rows"
     logged = {term for history in histories.values() for entry in history for term in entry}
+    if len(terms) == 1 and f"eval_{terms[0]}" in logged:
+        title += "; dots: held-out rows"
     others = [term for term in terms if term in OTHER_UNITS & logged]
     unit = f"nats per token; {', '.join(others)}: a distance" if others else "nats per token"
+    if teacher and "eval_ce" in logged:
+        nats = math.log(teacher["student_perplexity"])
+        axes.axhline(nats, color="0.4", linewidth=1, linestyle="--", label="teacher, held-out ce")
     axes.set(xlabel="step", ylabel=unit, title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7)
-
-
-class Run(NamedTuple):
-    """A finished run of the command line, read from the folder that it wrote."""
-
-    settings: dict[str, Any]
-    history: list[dict[str, float]]  # `trainer.state.log_history`
-    measures: dict[str, float]  # of the student at the end
-
-    def logged(self, name: str) -> float | None:
-        """The last value that was logged under this name."""
-        return next((entry[name] for entry in reversed(self.history) if name in entry), None)
-
-
-def load_run(folder: str | PathLike[str]) -> Run:
-    """Reads the folder of a finished run.
-
-    Raises:
-        `ValueError`: a file is missing, because there was no run, it has not ended or it measured nothing; or a file
-            belongs to another run.
-    """
-    if missing := [name for name in RUN_FILES if not (Path(folder) / name).is_file()]:
-        raise ValueError(
-            f"run folder {str(folder)!r} has no {' and no '.join(missing)}: it needs a finished run of hf-distill kd, "
-            "kv or skd with held-out rows (--eval_dataset)"
-        )
-    settings, state, report = (json.loads((Path(folder) / name).read_text("utf-8")) for name in RUN_FILES)
-    written = settings.pop("run_files", {})  # older versions wrote none
-    if other := [name for name, digest in _digests(folder).items() if written.get(name, digest) != digest]:
-        raise ValueError(
-            f"run folder {str(folder)!r} holds files of different runs: {' and '.join(other)} changed after "
-            "settings.json was written. Compare runs that have a folder of their own"
-        )
-    return Run(settings, state["log_history"], report["after"])
-
-
-def save_settings(folder: str | PathLike[str], settings: Mapping[str, Any]) -> None:
-    """Writes `settings.json`, for people and for `compare_runs`; values that JSON does not know become text.
-
-    Call it last: it also records which other files belong to the run.
-    """
-    settings = {**settings, "run_files": _digests(folder)}
-    Path(folder, "settings.json").write_text(json.dumps(settings, indent=2, default=str), encoding="utf-8")
-
-
-def _digests(folder: str | PathLike[str]) -> dict[str, str]:
-    """SHA-256 of the files of a run beside its settings."""
-    paths = [Path(folder, name) for name in RUN_FILES if name != "settings.json"]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.exists()}
-
-
-def compare_runs(folders: Sequence[str | PathLike[str]]) -> list[dict[str, Any]]:
-    """A row per run, sorted by the student's distance from its teacher.
-
-    Every row has the same columns: `run`; the settings that differ between runs (None if a run has no such setting);
-    the measures of the student at the end, `COMPARED_COLUMNS` or, for runs of `skd`, `ROLLOUT_COLUMNS`; `num_tokens`
-    trained on, as logged last, and `seconds` of training (None if they were not logged).
-
-    Raises:
-        `ValueError`: a folder without a finished run, or runs measured on held-out rows beside runs of `skd`.
-    """
-    runs = _named_runs(folders)
-    names = {name: None for run in runs.values() for name in run.settings}  # a set that keeps the order
-    differing = [
-        name
-        for name in names
-        if name not in PLACES and len({json.dumps(run.settings.get(name)) for run in runs.values()}) > 1
-    ]
-    columns = _columns(runs)
-    rows = [
-        {"run": name}
-        | {setting: run.settings.get(setting) for setting in differing}
-        | {measure: run.measures.get(measure) for measure in columns}
-        | {"num_tokens": run.logged("num_tokens"), "seconds": run.logged("train_runtime")}
-        for name, run in runs.items()
-    ]
-    divergence = "kl" if "kl" in columns else "eval_kd"
-    return sorted(rows, key=lambda row: math.inf if row[divergence] is None else row[divergence])
-
-
-def save_comparison(folder: str | PathLike[str], folders: Sequence[str | PathLike[str]]) -> None:
-    """Prints the rows of `compare_runs`, and writes them to `comparison.md`, `.json` and, with curves, `.png`."""
-    rows, runs = compare_runs(folders), _named_runs(folders)
-    columns = _columns(runs)
-    forms = {**columns, "num_tokens": ("tokens", "{:,.0f}"), "seconds": ("seconds", "{:.0f}")}
-
-    def written(row: dict[str, Any]) -> dict[str, str]:
-        cells = {}
-        for key, value in row.items():
-            title, form = forms.get(key, (key, "{:g}" if isinstance(value, float) else "{}"))
-            cells[title] = "" if value is None else form.format(value)
-        return cells
-
-    # Settings and measures in one table would not fit a terminal. Names break into lines at spaces.
-    measures = [{key: row[key] for key in ("run", *forms)} for row in rows]
-    settings = [{key.replace("_", " "): value for key, value in row.items() if key not in forms} for row in rows]
-    sizes = measured_on({row["run"]: runs[row["run"]].measures for row in rows})
-    for part, title in ((measures, f"measured on {sizes}" if sizes else None), (settings, None)):
-        Console().print(table([written(row) for row in part], title=title))
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "comparison.md").write_text(_markdown_measured([written(row) for row in rows], sizes), "utf-8")
-    (folder / "comparison.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
-    save_picture(
-        folder / "comparison.png",
-        {row["run"]: runs[row["run"]].history for row in rows},
-        {row["run"]: runs[row["run"]].measures for row in rows},
-        columns,
-        terms=("ce",),  # the only term whose meaning does not depend on the settings
-    )
-    print(f"comparison.md, comparison.json and comparison.png are in {folder}")
-
-
-def _named_runs(folders: Sequence[str | PathLike[str]]) -> dict[str, Run]:
-    """Runs by the last part of their path, or by the whole path if last parts are equal."""
-    paths = [Path(folder) for folder in folders]
-    is_unique = len({path.resolve().name for path in paths}) == len(paths)
-    return {path.resolve().name if is_unique else str(path): load_run(path) for path in paths}
-
-
-def _columns(runs: Mapping[str, Run]) -> Mapping[str, tuple[str, str]]:
-    """Columns of the measures that the runs have."""
-    written = {name: "student_perplexity" not in run.measures for name, run in runs.items()}
-    if len(set(written.values())) > 1:
-        mixed = ", ".join(name for name, is_written in written.items() if is_written)
-        raise ValueError(f"{mixed}: measured on text that the models write, not on held-out rows; compare by itself")
-    return ROLLOUT_COLUMNS if any(written.values()) else COMPARED_COLUMNS

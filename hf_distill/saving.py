@@ -33,9 +33,9 @@ LEFT_BY_A_RUN = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "*tekken.json", "spiece.model", "sentencepiece*.model",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates", "README.md", "trainer_state.json",
-    "settings.json", "report.md", "report.json", "report.png", "comparison.md", "comparison.json", "comparison.png",
-    "cosine.png", "pruning.md", "complete.json", "all_results.json", "train_results.json", "eval_results.json",
-    "checkpoint-*", "emergency",
+    "settings.json", "report.md", "report.json", "report.png", "report.html", "tokens.json", "comparison.md",
+    "comparison.json", "comparison.png", "cosine.png", "pruning.md", "complete.json", "all_results.json",
+    "train_results.json", "eval_results.json", "checkpoint-*", "emergency",
 )  # fmt: skip
 
 # Settings of a configuration that training changes temporarily.

@@ -317,6 +317,10 @@ def _nothing(signal: Any, at: Tensor, student: Tensor, labels: Tensor) -> Said:
     return _filled(nothing.long(), nothing, unknown, unknown)
 
 
+class _Whole:
+    """The kind of a signal of the most likely tokens that has all of them."""
+
+
 class _Unknown:
     """The kind of a signal that does not say probabilities."""
 
@@ -326,15 +330,18 @@ def _kind(signal: Any) -> type:
     if isinstance(signal, SumSignal):
         members = {_kind(member) for weight, member in signal.members if weight}
         return SumSignal if members <= {TeacherSignal, MixtureSignal, SumSignal} else _Unknown
+    if isinstance(signal, TopKSignal) and signal.ids.shape[1] == signal.vocab_size:
+        return _Whole
     return type(None) if signal is None else next((kind for kind in _VIEWS if isinstance(signal, kind)), _Unknown)
 
 
 _VIEWS: dict[type, View] = {
     TeacherSignal: _dense, MixtureSignal: _dense, SumSignal: _dense, SparseSignal: _sampled, TopKSignal: _top,
-    AlignedSignal: _across,
+    _Whole: _top, AlignedSignal: _across,
 }  # fmt: skip
 _KL_IS = {
-    TeacherSignal: EXACT, MixtureSignal: EXACT, SumSignal: EXACT, SparseSignal: ESTIMATE, TopKSignal: LOWER_BOUND,
+    TeacherSignal: EXACT, MixtureSignal: EXACT, SumSignal: EXACT, _Whole: EXACT, SparseSignal: ESTIMATE,
+    TopKSignal: LOWER_BOUND,
 }  # fmt: skip
 _OWN_TEXT = "The teacher reads prompts of its own before the same completions."
 _NOTES = {
@@ -348,8 +355,8 @@ _NOTES = {
         "KL of a token is an estimate: it is right on average, and may be below 0."
     ),
     TopKSignal: (
-        "The teacher's probabilities come from a store of its most likely tokens. All others count as one, so the KL "
-        "of a token is a lower bound."
+        "Of the teacher, the probabilities of its most likely tokens alone are known. All others count as one, so the "
+        "KL of a token is a lower bound."
     ),
     AlignedSignal: (
         "The teacher has another tokenizer, so a token of the student has no KL. The teacher's tokens are shown where "

@@ -1,11 +1,13 @@
 """`hf-distill compare`: what finished runs leave, and what is read from it."""
 
 import json
+import math
 
 import pytest
 
-from hf_distill import KDTrainer, cli
-from hf_distill.report import COMPARED_COLUMNS, RUN_FILES, compare_runs, save_comparison, save_settings
+from hf_distill import KDTrainer, cli, report
+from hf_distill.comparison import COMPARED_COLUMNS, compare_runs, save_comparison
+from hf_distill.runs import RUN_FILES, save_settings
 from tests.conftest import SENTENCES
 from tests.test_cli import options
 
@@ -68,9 +70,10 @@ def test_runs_that_know_different_settings_and_log_different_things_have_the_sam
     assert [row["seconds"] for row in rows] == [None, 12.5]
     save_comparison(tmp_path / "out", [b, a])
     lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
-    assert lines[0].startswith("| run | kv_weight | perplexity |")
-    assert lines[2] == "| a |  | 8.000 | 0.5000 | 75.0% |  |  |"
-    assert lines[3] == "| b | 0.003 | 8.000 | 0.7500 | 75.0% | 200 | 12 |"
+    assert lines[0] == "|  | perplexity | KL, nats | agreement | tokens | seconds |"
+    assert lines[2] == "| a | 8.000 | 0.5000 | 75.0% |  |  |"
+    assert lines[3] == "| b | 8.000 | 0.7500 | 75.0% | 200 | 12 |"
+    assert "| kv_weight | - | 0.003 |" in lines
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
@@ -118,7 +121,7 @@ def test_finished_runs_are_compared_from_the_command_line(folder, tmp_path, caps
     report = json.loads((tmp_path / "fast" / "report.json").read_text())["after"]
     assert {key: rows[0][key] for key in COMPARED_COLUMNS} == {key: report[key] for key in COMPARED_COLUMNS}
     assert rows[0]["num_tokens"] == rows[1]["num_tokens"] > 0
-    assert f"measured on {len(SENTENCES)} rows, {report['num_tokens']:,} tokens" in " ".join(printed.split())
+    assert f"Measured on {len(SENTENCES)} rows, {report['num_tokens']:,} tokens" in " ".join(printed.split())
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     settings = json.loads((tmp_path / "fast" / "settings.json").read_text())
     assert settings["lora_target_modules"] == "all-linear"
@@ -133,3 +136,88 @@ def test_an_unfinished_run_leaves_no_settings(folder, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main(["kd", *options(folder, output_dir=tmp_path)])
     assert not (tmp_path / "settings.json").exists()
+
+
+def written(tmp_path, runs):
+    save_comparison(tmp_path / "out", runs)
+    return (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_settings_without_an_effect_are_not_shown(tmp_path):
+    without = {"use_peft": False, "lora_r": 8, "save_steps": 10, "logging_steps": 1, "max_steps": 5}
+    a = make_run(tmp_path / "a", {**without, "num_train_epochs": 1, "kd_weight": 0.5})
+    b = make_run(tmp_path / "b", {**without, "lora_r": 16, "save_steps": 20, "num_train_epochs": 3, "kd_weight": 0.5})
+    assert set(compare_runs([a, b])[0]) == {"run", *COMPARED_COLUMNS, "num_tokens", "seconds"}
+    c = make_run(tmp_path / "c", {**without, "use_peft": True, "kd_weight": 0.5})
+    rows = {row["run"]: row for row in compare_runs([a, c])}
+    assert (rows["a"]["lora_r"], rows["c"]["lora_r"]) == (None, 8)
+    assert "save_steps" not in rows["a"]
+
+
+def test_runs_of_different_held_out_rows_are_not_ranked_together(tmp_path, capsys):
+    settings = {"kd_weight": 1.0, "teacher_model": ["t"]}
+    folders = [
+        make_run(tmp_path / "a", {**settings, "held_out": "first"}, kl=0.75),
+        make_run(tmp_path / "b", {**settings, "held_out": "other"}, kl=0.25, num_tokens=900),
+        make_run(tmp_path / "c", {**settings, "held_out": "first"}, kl=0.5),
+    ]
+    assert [row["run"] for row in compare_runs(folders)] == ["c", "a", "b"]
+    text = written(tmp_path, folders)
+    first, second = text.split("| b |")[0], text.split("| b |")[1]
+    assert first.index("| c |") < first.index("| a |")
+    assert "Measured on 1,000 tokens. Other held-out rows than those of the other tables" in first
+    assert "Measured on 900 tokens." in second
+    assert "their numbers do not compare" in " ".join(capsys.readouterr().out.split())
+
+
+def test_runs_with_different_teachers_are_ranked_by_perplexity(tmp_path):
+    a = make_run(tmp_path / "a", {"teacher_model": ["t"]}, student_perplexity=7.0, kl=0.5)
+    b = make_run(tmp_path / "b", {"teacher_model": ["u"]}, student_perplexity=9.0, kl=0.1)
+    assert [row["run"] for row in compare_runs([b, a])] == ["a", "b"]
+
+
+def test_students_before_baselines_and_teachers_have_rows_of_their_own(tmp_path):
+    a = make_run(tmp_path / "a", {"seed": 0}, kl=0.25)
+    b = make_run(tmp_path / "b", {"seed": 1}, kl=0.5)
+    report = json.loads((b / "report.json").read_text())
+    report["baseline"] = MEASURES | {"kl": 0.625}
+    (b / "report.json").write_text(json.dumps(report))
+    lines = written(tmp_path, [a, b]).splitlines()[2:7]
+    assert lines == [
+        "| a | 8.000 | 0.2500 | 75.0% | 200 | 12 |",
+        "| b | 8.000 | 0.5000 | 75.0% | 200 | 12 |",
+        "| before | 8.000 | 0.5000 | 75.0% |  |  |",
+        "| baseline, b | 8.000 | 0.6250 | 75.0% |  |  |",
+        "| teacher | 5.000 | 0.0000 | 100.0% |  |  |",
+    ]
+
+
+def test_many_runs_with_many_settings_are_readable_at_eighty_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ("learning_rate", "kd_weight", "temperature", "lora_r", "per_device_train_batch_size", "seed")
+    folders = [
+        make_run(tmp_path / f"run_{i}", {"use_peft": True, **dict.fromkeys(names, i), "model": "HuggingFaceTB/Sm" * i})
+        for i in range(7)
+    ]
+    save_comparison(tmp_path / "out", folders)
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed[:-1])) <= 80  # the last line names the folder
+    for word in (*names, "run_6", "perplexity", "agreement", "seconds"):
+        assert any(word in line for line in printed), word
+
+
+def test_the_picture_has_held_out_curves_the_teacher_percent_and_whole_steps(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    a = make_run(tmp_path / "a", {"seed": 0}, history=[*HISTORY, {"step": 5, "eval_ce": 2.0}], student_perplexity=6.0)
+    b = make_run(tmp_path / "b", {"seed": 1})
+    save_comparison(tmp_path / "out", [a, b])
+    curves, perplexity, _, agreement = figures[0].axes
+    lines = {line.get_label(): line for line in curves.lines}
+    steps, values = lines["a: held-out ce"].get_data()
+    assert list(steps) == [0, 5, 10]
+    assert list(values) == pytest.approx([math.log(8.0), 2.0, math.log(6.0)])
+    assert list(lines["teacher, held-out ce"].get_ydata()) == pytest.approx([math.log(5.0)] * 2)
+    assert list(perplexity.lines[0].get_ydata()) == [5.0, 5.0]
+    assert agreement.yaxis.get_major_formatter()(0.75, 0) == "75%"
+    assert all(float(tick).is_integer() for tick in curves.xaxis.get_major_locator()())

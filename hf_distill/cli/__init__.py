@@ -3,7 +3,6 @@
 import argparse
 import logging
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,16 +17,19 @@ from hf_distill.cli.arguments import (
     KVArguments,
     MergeArguments,
     PruneArguments,
+    ReportArguments,
+    SFTArguments,
     SKDArguments,
     StagedArguments,
 )
 from hf_distill.cli.cache import info, verify, write
 from hf_distill.cli.parsing import CommandParser
 from hf_distill.cli.pruning import merge, prune
-from hf_distill.cli.training import start_kd, start_kv, start_skd
-from hf_distill.report import save_comparison
+from hf_distill.cli.reporting import compare, report
+from hf_distill.cli.training import start_kd, start_kv, start_sft, start_skd
 from hf_distill.servers import TeacherAway
 from hf_distill.trainers.config import KDConfig
+from hf_distill.trainers.hard_label_config import HardLabelConfig
 from hf_distill.trainers.kv_projection_config import KVProjectionConfig
 from hf_distill.trainers.speculative_kd_config import SpeculativeKDConfig
 
@@ -43,11 +45,6 @@ def _run_demo(folder: str) -> None:
     results = run_demo(folder)
     if results["distilled"]["student_perplexity"] >= results["hard labels only"]["student_perplexity"]:
         sys.exit("distillation did not win: please report this with the table above")
-
-
-def compare(arguments: CompareArguments, words: Namespace) -> None:
-    """Puts finished runs side by side."""
-    save_comparison(arguments.output_dir, words.runs)
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,9 @@ COMMANDS = {
     "skd": Command(
         "on text that student and teacher write together", (SKDArguments, SpeculativeKDConfig, ModelConfig), start_skd
     ),
+    "sft": Command(
+        "on hard labels alone, without a teacher: the baseline", (SFTArguments, HardLabelConfig, ModelConfig), start_sft
+    ),
     "prune": Command("drop the layers that change least, keep them as bundles", (PruneArguments,), prune),
     "merge": Command("merge an adapter into its base model", (MergeArguments,), merge),
     "cache write": Command(
@@ -93,6 +93,10 @@ COMMANDS = {
     ),
     "compare": Command(
         "put finished runs side by side: settings, fidelity, tokens, time", (CompareArguments,), compare,
+        words={"runs": "output directories of kd, kv or skd"},
+    ),
+    "report": Command(
+        "write the page of finished runs: results, curves, held-out rows token by token", (ReportArguments,), report,
         words={"runs": "output directories of kd, kv or skd"},
     ),
 }  # fmt: skip

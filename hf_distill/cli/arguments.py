@@ -11,13 +11,10 @@ class DemoArguments:
 
 
 @dataclass
-class KDArguments:
-    """Models and data of `kd`, `kv` and `skd`."""
+class SFTArguments:
+    """Model and data of `sft`, and of all other trainings."""
 
     model: str = field(metadata={"help": "The student: hub id or local path."})
-    teacher_model: list[str] = field(
-        metadata={"help": "The teacher: hub id, local path, or `base`, the student's own base model; or several."}
-    )
     dataset: str = field(
         metadata={
             "help": "Training rows: hub id, local folder, .jsonl, .json, .parquet or .csv file, compressed or not."
@@ -46,6 +43,22 @@ class KDArguments:
     completion_template: str | None = field(
         default=None,
         metadata={"help": "Completion of a row, with prompt_template and in its form: ' {answers[text][0]}'."},
+    )
+
+
+@dataclass(kw_only=True)
+class KDArguments(SFTArguments):
+    """Models and data of `kd`, `kv` and `skd`."""
+
+    teacher_model: list[str] = field(
+        metadata={"help": "The teacher: hub id, local path, or `base`, the student's own base model; or several."}
+    )
+    baseline: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the same student is also trained on hard labels alone, on the same rows for the same "
+            "updates: without it nobody knows whether the teacher helped. It goes to `baseline` in output_dir."
+        },
     )
 
 
@@ -173,3 +186,10 @@ class CompareArguments:
     """The options of `compare`; its words without an option are the runs."""
 
     output_dir: str = field(default="compare_out", metadata={"help": "Where table and picture go."})
+
+
+@dataclass
+class ReportArguments:
+    """The options of `report`; its words without an option are the runs."""
+
+    output_file: str = field(default="report.html", metadata={"help": "The page to write."})

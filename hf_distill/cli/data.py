@@ -7,13 +7,13 @@ from dataclasses import fields
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.cli.arguments import KDArguments, SKDArguments
+from hf_distill.cli.arguments import SFTArguments, SKDArguments
 from hf_distill.collators import LUPICollator
 from hf_distill.row_files import first_rows, load_rows, load_splits, take_split
 from hf_distill.rows import fill_templates
 
 
-def load_datasets(arguments: KDArguments) -> tuple[Dataset, Dataset | None]:
+def load_datasets(arguments: SFTArguments) -> tuple[Dataset, Dataset | None]:
     """Training rows, and held-out rows if there are any, with the templates filled in.
 
     Raises:
@@ -31,7 +31,7 @@ def load_datasets(arguments: KDArguments) -> tuple[Dataset, Dataset | None]:
     return train_rows, eval_rows
 
 
-def _held_out_rows(arguments: KDArguments, splits: DatasetDict) -> Dataset | None:
+def _held_out_rows(arguments: SFTArguments, splits: DatasetDict) -> Dataset | None:
     """Rows of `eval_dataset`; without it the `eval_split` or the split `test` of the training rows' dataset."""
     if arguments.eval_dataset is not None:
         only_split = "train" if os.path.isfile(os.path.expanduser(arguments.eval_dataset)) else "test"

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,14 +12,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from hf_distill.cli.arguments import MergeArguments, PruneArguments
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.lora import merge_adapter
+from hf_distill.page import page_of, write_page
 from hf_distill.pruning import drop_layers, original_layers, rank_layers, read_manifest, refuse_bundles
 from hf_distill.report import markdown, measured_on, result_rows, table
 from hf_distill.row_files import first_rows, load_rows
+from hf_distill.runs import Run
 from hf_distill.saving import refuse_folder, save_tokenizer, set_aside, try_saving
+from hf_distill.token_comparison import compare_tokens
+from hf_distill.token_data import comparison_data
 
 
 def prune(arguments: PruneArguments) -> None:
-    """Ranks layers, drops some, saves the student with its tokenizer, the bundles and `pruning.md`.
+    """Ranks layers, drops some, saves the student with its tokenizer, the bundles, `pruning.md` and `report.html`.
 
     Raises:
         `ValueError`: options that do not say which layers, or what `rank_layers` and `drop_layers` refuse.
@@ -51,6 +56,9 @@ def prune(arguments: PruneArguments) -> None:
     save_tokenizer(tokenizer, arguments.output_dir)
     if rows is not None:
         fidelity = {"pruned": evaluate_fidelity(student, model, rows, tokenizer, **reading)}
+        tokens = comparison_data(compare_tokens(student, model, rows, tokenizer, **reading))
+        run = Run(asdict(arguments), [], fidelity, {"command": "prune", "num_rows": {"held-out": len(rows)}}, tokens)
+        write_page(os.path.join(arguments.output_dir, "report.html"), page_of({"pruned": run}))
         tables[f"Against the whole model, {measured_on(fidelity, len(rows))}"] = result_rows(fidelity)
     kept = {"kept": original_layers(student)}
     kept |= {name: bundle["layers"] for name, bundle in read_manifest(bundle_dir)["bundles"].items()}
@@ -100,4 +108,4 @@ def _report(folder: str, tables: dict[str, list[dict[str, str]]]) -> None:
         Console().print(f"\n{title}", table(rows), sep="\n")
     with open(os.path.join(folder, "pruning.md"), "w", encoding="utf-8") as file:
         file.write("\n".join(f"## {title}\n\n{markdown(rows)}" for title, rows in tables.items()))
-    print(f"student, bundles and pruning.md are in {folder}")
+    print(f"student, bundles, pruning.md and, of --dataset, report.html are in {folder}")

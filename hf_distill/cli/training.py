@@ -1,4 +1,4 @@
-"""The commands that train: `kd`, `kv`, `skd`."""
+"""The commands that train: `kd`, `kv`, `skd`, `sft`."""
 
 import math
 import os
@@ -12,14 +12,23 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_distill.callbacks import CosinePhaseCallback, RolloutSamplesCallback
-from hf_distill.cli.arguments import KDArguments, KVArguments, SKDArguments, StagedArguments
+from hf_distill.cli.arguments import KDArguments, KVArguments, SFTArguments, SKDArguments, StagedArguments
+from hf_distill.cli.baseline import check_baseline, run_baseline
 from hf_distill.cli.data import load_datasets, lupi_collator, refuse_ignored, with_prompts
+from hf_distill.cli.reporting import PAGE, collected_warnings, finish, write_tokens
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.lora import ADAPTER_CONFIG
 from hf_distill.named import student_tokenizer
 from hf_distill.pruning import missing_bundles, original_layers, read_manifest, restore_layers
-from hf_distill.report import EVALUATION_COLUMNS, FIDELITY_COLUMNS, ROLLOUT_COLUMNS, save_report, save_settings
+from hf_distill.report import (
+    EVALUATION_COLUMNS,
+    FIDELITY_COLUMNS,
+    HARD_LABEL_COLUMNS,
+    ROLLOUT_COLUMNS,
+    save_report,
+)
 from hf_distill.rows import tokenized_row
+from hf_distill.runs import BASELINE, as_list, read_history
 from hf_distill.saved_weights import other_adapters
 from hf_distill.saving import adapters_on, save_tokenizer
 from hf_distill.servers.client import public_address
@@ -29,6 +38,8 @@ from hf_distill.teachers.remote import RemoteTeacher, is_address
 from hf_distill.teachers.stored import StoredHiddenTeacher, StoredTeacher
 from hf_distill.trainers.checkpoints import find_checkpoint, problem_of
 from hf_distill.trainers.config import KDConfig, keywords
+from hf_distill.trainers.hard_label import HardLabelTrainer
+from hf_distill.trainers.hard_label_config import HardLabelConfig
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
 from hf_distill.trainers.kv_projection_config import KVProjectionConfig
@@ -36,41 +47,66 @@ from hf_distill.trainers.resuming import no_state, other_trainer
 from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
 from hf_distill.trainers.speculative_kd_config import SpeculativeKDConfig
 
+# Trains and measures a baseline, with a function that measures the trainer's student, and its measures before.
+Baseline = Callable[[Callable[[], Mapping[str, float]], Mapping[str, float]], Mapping[str, float]]
+
 # ------------------------------------------------------------------------------------------------------- the commands
 
 
 def start_kd(arguments: StagedArguments, args: KDConfig, model_config: ModelConfig) -> Callable[[], None]:
     """Makes the trainer of `hf-distill kd`; returns the run."""
-    settings = _settings(arguments, args, model_config)
-    trainer = make_kd(arguments, args, model_config)
-    return partial(_run, trainer, run_kd if arguments.stage is None else partial(run_stage, arguments), settings)
+    run = run_kd if arguments.stage is None else partial(run_stage, arguments)
+    return _start("kd", make_kd, run, arguments, args, model_config)
 
 
 def start_kv(arguments: KVArguments, args: KVProjectionConfig, model_config: ModelConfig) -> Callable[[], None]:
     """Makes the trainer of `hf-distill kv`; returns the run."""
-    settings = _settings(arguments, args, model_config)
-    return partial(_run, make_kv(arguments, args, model_config), run_kd, settings)
+    return _start("kv", make_kv, run_kd, arguments, args, model_config)
 
 
 def start_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: ModelConfig) -> Callable[[], None]:
     """Makes the trainer of `hf-distill skd`; returns the run."""
+    return _start("skd", make_skd, run_skd, arguments, args, model_config)
+
+
+def start_sft(arguments: SFTArguments, args: HardLabelConfig, model_config: ModelConfig) -> Callable[[], None]:
+    """Makes the trainer of `hf-distill sft`; returns the run."""
+    return _start("sft", make_sft, run_sft, arguments, args, model_config)
+
+
+def _start(
+    command: str, make: Callable[..., Any], run: Callable[[Any], None], arguments: Any, args: Any, model_config: Any
+) -> Callable[[], None]:
     settings = _settings(arguments, args, model_config)
-    return partial(_run, make_skd(arguments, args, model_config), run_skd, settings)
+    with collected_warnings() as warnings:
+        trainer = make(arguments, args, model_config)
+    if getattr(arguments, "baseline", False):
+        check_baseline(trainer)
+        model = _restored(args) if getattr(arguments, "stage", None) else arguments.model
+        run = partial(
+            run, baseline=partial(
+                run_baseline, trainer, model=model, quantization_config=get_quantization_config(model_config),
+                settings=settings,
+            ),
+        )  # fmt: skip
+    return partial(_run, trainer, run, settings, command, warnings)
 
 
-def _settings(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
+def _settings(arguments: SFTArguments, args: HardLabelConfig, model_config: ModelConfig) -> dict[str, Any]:
     """Every option under its name on the command line."""
-    teachers = arguments.teacher_model if isinstance(arguments.teacher_model, list) else [arguments.teacher_model]
-    public = [public_address(teacher) if is_address(teacher) else teacher for teacher in teachers]
-    return asdict(arguments) | args.to_dict() | asdict(model_config) | {"teacher_model": public}
+    given = as_list(getattr(arguments, "teacher_model", []))
+    public = [public_address(teacher) if is_address(teacher) else teacher for teacher in given]
+    teachers = {"teacher_model": public} if given else {}
+    return asdict(arguments) | args.to_dict() | asdict(model_config) | teachers
 
 
-def _run(trainer: Any, run: Callable[[Any], None], settings: dict[str, Any]) -> None:
+def _run(trainer: Any, run: Callable[[Any], None], settings: dict[str, Any], command: str, warnings: list[str]) -> None:
     run(trainer)
-    if sources := brought_from(trainer.teachers):
+    if sources := brought_from(_teachers(trainer)):
         settings["teacher_outputs"] = "; ".join(sources.values())
     if trainer.is_world_process_zero():
-        save_settings(str(trainer.args.output_dir), settings)
+        finish(trainer, settings, command, warnings)
+        print(f"{PAGE} is in {trainer.args.output_dir}: open it in a browser")
 
 
 # ------------------------------------------------------------------------------------------------------- the trainers
@@ -122,8 +158,20 @@ def make_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: M
     return trainer
 
 
+def make_sft(arguments: SFTArguments, args: HardLabelConfig, model_config: ModelConfig) -> HardLabelTrainer:
+    """The trainer of `hf-distill sft`; `ValueError` for settings and data that it could not train with."""
+    return HardLabelTrainer(**student_arguments(arguments, args, model_config))
+
+
 def trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: ModelConfig) -> dict[str, Any]:
     """The arguments of a trainer, with the rows; `ValueError` for options that do not go together."""
+    teachers = arguments.teacher_model  # a single one out of a YAML file is no list
+    teacher = teachers if isinstance(teachers, str) or len(teachers) > 1 else teachers[0]
+    return {**student_arguments(arguments, args, model_config), "teacher_model": teacher}
+
+
+def student_arguments(arguments: SFTArguments, args: HardLabelConfig, model_config: ModelConfig) -> dict[str, Any]:
+    """The same without the teacher."""
     if model_config.model_name_or_path is not None:
         raise ValueError("--model_name_or_path is not used here: the student is --model, the teacher --teacher_model")
     targets = model_config.lora_target_modules
@@ -144,7 +192,6 @@ def trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: Mode
             or (other_adapters(folder, adapters) if compares else None)
         ),
     )
-    teachers = arguments.teacher_model  # a single one out of a YAML file is no list
     train_rows, eval_rows = load_datasets(arguments)
     args.model_init_kwargs = {
         "revision": model_config.model_revision,
@@ -154,7 +201,6 @@ def trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: Mode
     }
     return {
         "model": arguments.model,
-        "teacher_model": teachers if isinstance(teachers, str) or len(teachers) > 1 else teachers[0],
         "args": args,
         "train_dataset": train_rows,
         "eval_dataset": eval_rows,
@@ -168,7 +214,7 @@ def _restore(arguments: StagedArguments, args: KDConfig) -> tuple[str, list[int]
 
     It is written to `restored` in the output directory: an adapter is of no use without the model it was trained on.
     """
-    folder = os.path.abspath(os.path.join(str(args.output_dir), "restored"))
+    folder = _restored(args)
     tokenizer = student_tokenizer(arguments.model, args)
     if not _resume(args) and (adapters := adapters_on(folder, str(args.output_dir))):
         raise ValueError(
@@ -185,7 +231,12 @@ def _restore(arguments: StagedArguments, args: KDConfig) -> tuple[str, list[int]
     return folder, [i for i, layer in enumerate(original_layers(model)) if layer in restored]
 
 
-def _resume(args: KDConfig) -> str | bool | None:
+def _restored(args: KDConfig) -> str:
+    """The folder of the model with restored layers."""
+    return os.path.abspath(os.path.join(str(args.output_dir), "restored"))
+
+
+def _resume(args: HardLabelConfig) -> str | bool | None:
     resume = args.resume_from_checkpoint
     return True if str(resume).lower() == "true" else resume
 
@@ -193,18 +244,18 @@ def _resume(args: KDConfig) -> str | bool | None:
 # ----------------------------------------------------------------------------------------------------------- the runs
 
 
-def run_kd(trainer: KDTrainer) -> None:
+def run_kd(trainer: KDTrainer, baseline: Baseline | None = None) -> None:
     """Distils, measures the student before and after on held-out rows, saves student, table and picture."""
     title = "student against teacher, held-out rows"
     if _measured_teacher(trainer) is None or trainer.engine not in ("none", "DDP"):  # only the trainer can ask them
-        return _run_evaluated(trainer, title, EVALUATION_COLUMNS)
+        return _run_evaluated(trainer, title, EVALUATION_COLUMNS, baseline)
     before = _measure(trainer)
     _train(trainer)
     results = {"before": before, "after": _measure(trainer)}
-    _report(trainer, results, title, FIDELITY_COLUMNS)
+    _report(trainer, results, title, FIDELITY_COLUMNS, baseline and partial(baseline, partial(_measure, trainer)))
 
 
-def run_stage(arguments: StagedArguments, trainer: KDTrainer) -> None:
+def run_stage(arguments: StagedArguments, trainer: KDTrainer, baseline: Baseline | None = None) -> None:
     """The same with restored layers. Also measures the model without them, and with bundles that are still missing."""
     bundle_dir = str(arguments.bundle_dir)
 
@@ -221,39 +272,54 @@ def run_stage(arguments: StagedArguments, trainer: KDTrainer) -> None:
     missing = missing_bundles(trainer.model, bundle_dir)
     for i, name in enumerate(missing):
         results[f"with {name} untrained"] = _measure(trainer, partial(completed, missing[: i + 1]))
-    _report(trainer, results, f"stage {arguments.stage}: student against teacher, held-out rows", FIDELITY_COLUMNS)
+    title = f"stage {arguments.stage}: student against teacher, held-out rows"
+    _report(trainer, results, title, FIDELITY_COLUMNS, baseline and partial(baseline, partial(_measure, trainer)))
 
 
-def run_skd(trainer: SpeculativeKDTrainer) -> None:
+def run_skd(trainer: SpeculativeKDTrainer, baseline: Baseline | None = None) -> None:
     """Distils, and measures the student before and after on text that is generated from held-out prompts."""
-    _run_evaluated(trainer, "student against teacher, text written from held-out prompts", ROLLOUT_COLUMNS)
+    _run_evaluated(trainer, "student against teacher, text written from held-out prompts", ROLLOUT_COLUMNS, baseline)
 
 
-def _run_evaluated(trainer: KDTrainer, title: str, columns: Mapping[str, tuple[str, str]]) -> None:
+def run_sft(trainer: HardLabelTrainer) -> None:
+    """Trains on hard labels, and measures the student before and after on held-out rows."""
+    _run_evaluated(trainer, "student, held-out rows", HARD_LABEL_COLUMNS)
+
+
+def _run_evaluated(
+    trainer: Any, title: str, columns: Mapping[str, tuple[str, str]], baseline: Baseline | None = None
+) -> None:
     # The engines evaluate only what they have prepared for training.
     trainer.args.eval_on_start = trainer.eval_dataset is not None
     _train(trainer)
-    before = next((entry for entry in trainer.state.log_history if "eval_kd" in entry), {})
-    after = trainer.evaluate() if before else {}
-    if before and (num_tokens := _num_tokens(trainer)):
-        before, after = ({**_compared(trainer, values), "num_tokens": num_tokens} for values in (before, after))
-    _report(trainer, {"before": before, "after": after}, title, columns)
+    before = next((entry for entry in trainer.state.log_history if "eval_ce" in entry or "eval_kd" in entry), {})
+    num_tokens = _num_tokens(trainer) if before else 0
+
+    def completed(values: Mapping[str, float]) -> Mapping[str, float]:
+        return {**_compared(trainer, values), "num_tokens": num_tokens} if num_tokens else values
+
+    def measure() -> Mapping[str, float]:
+        return completed(trainer.evaluate()) if before else {}
+
+    results = {"before": completed(before), "after": measure()}
+    _report(trainer, results, title, columns, baseline and partial(baseline, measure))
 
 
-def _compared(trainer: KDTrainer, evaluated: Mapping[str, float]) -> dict[str, float]:
+def _compared(trainer: Any, evaluated: Mapping[str, float]) -> dict[str, float]:
     """The results of an evaluation on held-out rows, with those that `evaluate_fidelity` also has under its names."""
     found = {**evaluated, "student_perplexity": math.exp(min(evaluated["eval_ce"], 700))}
     if "eval_agreement" in evaluated:
         found["agreement"] = evaluated["eval_agreement"]
-    is_kl = trainer.args.divergence == "forward_kl" and trainer.setting("temperature") == 1
-    teacher = trainer.teacher
+    teacher = getattr(trainer, "teacher", None)
     is_sample = isinstance(teacher, StoredTeacher) and teacher.manifest.method != "topk"
-    if is_kl and (is_sample or (isinstance(teacher, RemoteTeacher) and teacher.is_whole)):
+    if not is_sample and not (isinstance(teacher, RemoteTeacher) and teacher.is_whole):
+        return found
+    if trainer.args.divergence == "forward_kl" and trainer.setting("temperature") == 1:
         found["kl"] = evaluated["eval_kd"]  # of a sample its mean is right, of top-k it is a lower bound
     return found
 
 
-def _num_tokens(trainer: KDTrainer) -> int:
+def _num_tokens(trainer: Any) -> int:
     """Label-bearing tokens of the held-out rows; 0 if they are still to be generated."""
     rows: Any = trainer.eval_dataset
     if "input_ids" not in rows.column_names:
@@ -275,7 +341,12 @@ def _measured_teacher(trainer: KDTrainer) -> PreTrainedModel | StoredHiddenTeach
     return teacher.model if isinstance(teacher, LocalTeacher) else None
 
 
-def _train(trainer: KDTrainer) -> None:
+def _teachers(trainer: Any) -> Mapping[str, Any]:
+    """The teachers by name; none of a training on hard labels."""
+    return getattr(trainer, "teachers", {})
+
+
+def _train(trainer: HardLabelTrainer) -> None:
     trainer.train(resume_from_checkpoint=_resume(trainer.args))
     trainer.save_model()
     trainer.save_state()
@@ -303,17 +374,24 @@ def _measure(trainer: KDTrainer, load: Callable[[], PreTrainedModel] | None = No
 
 
 def _report(
-    trainer: KDTrainer,
+    trainer: Any,
     results: Mapping[str, Mapping[str, float]],
     title: str,
     columns: Mapping[str, tuple[str, str]],
+    run_baseline: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None,
 ) -> None:
     folder = str(trainer.args.output_dir)
+    histories = {"training": trainer.state.log_history}
+    if results["before"] and trainer.is_world_process_zero():
+        write_tokens(trainer)
+    if run_baseline is not None:
+        results = {**results, BASELINE: run_baseline(results["before"])}
+        histories[BASELINE] = read_history(os.path.join(folder, BASELINE))
     if results["before"] and trainer.is_world_process_zero():
         rows: Any = trainer.eval_dataset
-        sources = "; ".join(brought_from(trainer.teachers).values())
+        sources = "; ".join(brought_from(_teachers(trainer)).values())
         save_report(
-            folder, results, {"training": trainer.state.log_history}, title, columns, num_rows=len(rows),
+            folder, results, histories, title, columns, num_rows=len(rows),
             note=f"The teacher's outputs came from {sources}." if sources else "",
         )  # fmt: skip
         print(f"student, report.md and report.png are in {folder}")

@@ -29,8 +29,12 @@ from transformers.utils import logging as transformers_logging
 from hf_distill.demo.text import stories
 from hf_distill.demo.train_teacher import special_token_ids
 from hf_distill.evaluation import evaluate_fidelity
-from hf_distill.report import save_report
+from hf_distill.page import page_of, write_page
+from hf_distill.report import measured_on, result_rows, save_report
+from hf_distill.runs import Run
 from hf_distill.saving import set_aside
+from hf_distill.token_comparison import compare_tokens
+from hf_distill.token_data import comparison_data
 from hf_distill.trainers.config import KDConfig
 from hf_distill.trainers.hard_label import HardLabelTrainer
 from hf_distill.trainers.hard_label_config import HardLabelConfig, checkpointing
@@ -71,8 +75,8 @@ def _quiet_on_one_thread() -> Iterator[None]:
 def run_demo(output_dir: str) -> dict[str, dict[str, float]]:
     """Trains the same student on hard labels and on the teacher, over three seeds, and returns the mean results.
 
-    Writes the distilled student of the first seed to `output_dir/student`, and `report.md`, `report.json` and
-    `report.png` beside it. Files of an earlier demo are moved aside.
+    Writes the distilled student of the first seed to `output_dir/student`, and `report.md`, `report.json`,
+    `report.png` and `report.html` beside it. Files of an earlier demo are moved aside.
     """
     console = Console()
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
@@ -80,7 +84,7 @@ def run_demo(output_dir: str) -> dict[str, dict[str, float]]:
     console.print(f"[bold]One of the {NUM_TRAIN} stories that a student sees:[/bold]\n{stories(1, seed=1000)[0]}\n")
 
     results: dict[str, list[dict[str, float]]] = {name: [] for name in ("teacher", "untrained student", *RUNS)}
-    histories = {}
+    runs: dict[str, Run] = {}
     columns = (
         TextColumn("{task.description:<26}"),
         BarColumn(),
@@ -103,13 +107,17 @@ def run_demo(output_dir: str) -> dict[str, dict[str, float]]:
                 trainer.train()
                 results[name].append(measure(trainer, trainer.model, teacher))
                 if seed == SEEDS[0]:
-                    histories[name] = trainer.state.log_history
+                    runs[name] = _run(trainer, results, name, teacher)
                     if name == RUNS[1]:
                         trainer.save_model(f"{output_dir}/student")
 
     means = {name: {key: mean(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()}
     title = f"held-out stories, means over {len(SEEDS)} seeds"
+    histories = {name: run.history for name, run in runs.items()}
     save_report(output_dir, means, histories, title, num_rows=NUM_HELD_OUT)
+    note = f"Means over {len(SEEDS)} seeds, measured on {measured_on(means)}. Curves and rows: seed {SEEDS[0]}."
+    page = {**page_of(runs), "title": "hf-distill demo", "tables": [{"rows": result_rows(means), "note": note}]}
+    write_page(Path(output_dir, "report.html"), page)
     pairs = list(zip(*(results[name] for name in RUNS), strict=True))
     for seed, (hard, soft) in zip(SEEDS, pairs, strict=True):
         console.print(
@@ -119,7 +127,9 @@ def run_demo(output_dir: str) -> dict[str, dict[str, float]]:
     console.print(
         f"The distilled student is closer in {sum(s['kl'] < h['kl'] for h, s in pairs)} of {len(SEEDS)} seeds."
     )
-    console.print(f"Look at {Path(output_dir, 'report.png')}; the student is in {Path(output_dir, 'student')}.")
+    console.print(
+        f"Open {Path(output_dir, 'report.html')} in a browser; the student is in {Path(output_dir, 'student')}."
+    )
     return means
 
 
@@ -177,6 +187,21 @@ def measure(trainer: HardLabelTrainer, model: Any, teacher: PreTrainedModel) -> 
     rows: Any = trainer.eval_dataset
     tokenizer: Any = trainer.processing_class
     return evaluate_fidelity(model, teacher, rows, tokenizer, batch_size=50)
+
+
+def _run(
+    trainer: HardLabelTrainer, results: dict[str, list[dict[str, float]]], name: str, teacher: PreTrainedModel
+) -> Run:
+    """A training that has just ended, for the page."""
+    student: Any = trainer.model
+    rows: Any = trainer.eval_dataset
+    tokenizer: Any = trainer.processing_class
+    compared = compare_tokens(student, teacher, rows, tokenizer, batch_size=50)
+    shown = ("kd_weight", "learning_rate", "per_device_train_batch_size", "max_steps", "seed")
+    settings = {setting: getattr(trainer.args, setting) for setting in shown if hasattr(trainer.args, setting)}
+    measured = {"before": results["untrained student"][-1], "after": results[name][-1]}
+    recorded = {"command": "demo", "num_rows": {"training": NUM_TRAIN, "held-out": NUM_HELD_OUT}}
+    return Run(settings, trainer.state.log_history, measured, recorded, comparison_data(compared))
 
 
 class _Advance(TrainerCallback):

@@ -135,6 +135,7 @@ class SpeculativeKDTrainer(KDTrainer):
         written = {name: share for name, share in args.shares.items() if name != "dataset"}
         self._mixes = {"train": args.shares, "eval": written if sum(written.values()) else args.shares}
         self.last_rows: list[Row] = []  # what has been written last, for callbacks
+        self.eval_rows: list[Row] = []  # all that the last evaluation has written
         self._rollout_means = {"train": RolloutMeans(), "eval": RolloutMeans()}
         super().__init__(model, teacher_model, args, train_dataset, eval_dataset, processing_class, **kwargs)
         self.data_collator = self._prompts or PromptCollator(self.processing_class)
@@ -271,6 +272,8 @@ class SpeculativeKDTrainer(KDTrainer):
                 for start in range(0, len(chosen), size):
                     self._write(student, chosen[start : start + size], mode, generator)
         self.last_rows = rows
+        if mode == "eval":
+            self.eval_rows += rows
         return [self._training_batch(batch) for batch in batches_of_rows]
 
     def _write(self, student: PreTrainedModel, rows: list[Row], mode: str, generator: torch.Generator) -> None:
@@ -361,7 +364,7 @@ class SpeculativeKDTrainer(KDTrainer):
             return TeacherSignal(hidden[completion_mask], head).loss(without, head, labels, objective).kd
 
     def evaluation_loop(self, *args, **kwargs):
-        self._eval_batches, self._rollout_means["eval"] = 0, RolloutMeans()
+        self._eval_batches, self._rollout_means["eval"], self.eval_rows = 0, RolloutMeans(), []
         return super().evaluation_loop(*args, **kwargs)
 
     def _log_block(self, source: str, block: Block) -> None:

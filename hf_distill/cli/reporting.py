@@ -1,0 +1,113 @@
+"""What a run leaves to be read beside its student: rows token by token, settings, its page; `report` and `compare`."""
+
+import json
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from hf_distill import __version__
+from hf_distill.cli.arguments import CompareArguments, ReportArguments
+from hf_distill.runs import TOKENS_FILE, rows_digest, save_settings
+
+PAGE = "report.html"
+
+
+def report(arguments: ReportArguments, words: Namespace) -> None:
+    """Writes the page of finished runs; `ValueError` for a folder without one."""
+    from hf_distill.page import save_page
+
+    path = Path(arguments.output_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_page(path, words.runs)
+    print(f"the report is in {path}; open it in a browser")
+
+
+def compare(arguments: CompareArguments, words: Namespace) -> None:
+    """Puts finished runs side by side."""
+    from hf_distill.comparison import save_comparison
+
+    save_comparison(arguments.output_dir, words.runs)
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """The warnings of hf_distill while it lasts: rows that are cut or dropped, tokenizers that differ."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger = logging.getLogger("hf_distill")
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+
+
+def write_tokens(trainer: Any, folder: str | None = None) -> None:
+    """Writes what both sides say of the held-out rows, token by token, into a folder, by default that of the run.
+
+    The main process alone comes here. Nothing is written where a part of the student is in other processes.
+    """
+    from hf_distill.token_comparison import compare_tokens
+    from hf_distill.token_data import comparison_data
+
+    if trainer.engine not in ("none", "DDP"):
+        return
+    rows, marks = _generated_rows(trainer) if hasattr(trainer, "eval_rows") else (trainer.eval_dataset, None)
+    student, teacher = trainer.accelerator.unwrap_model(trainer.model), getattr(trainer, "teacher", None)
+    comparison = compare_tokens(
+        student, teacher, rows, trainer.processing_class,
+        batch_size=trainer.args.per_device_eval_batch_size, vocab_size=trainer.vocab_size,
+    )  # fmt: skip
+    text = json.dumps(comparison_data(comparison, marks=marks), separators=(",", ":"))
+    Path(folder or trainer.args.output_dir, TOKENS_FILE).write_text(text, encoding="utf-8")
+
+
+def record(trainer: Any, settings: Mapping[str, Any], command: str, warnings: list[str], folder: str) -> None:
+    """Writes the settings of a run that has ended, with what the run says of itself, in the main process alone."""
+    held_out = trainer.eval_dataset
+    recorded = {
+        "command": command,
+        "held_out": None if held_out is None else rows_digest(held_out),
+        "num_rows": {
+            "training": _length(trainer.train_dataset), "held-out": None if held_out is None else _length(held_out)
+        },
+        "versions": {"hf_distill": __version__} | {name: version(name) for name in ("torch", "transformers", "trl")},
+        "warnings": warnings,
+    }  # fmt: skip
+    save_settings(folder, {**settings, **{name: value for name, value in recorded.items() if value is not None}})
+
+
+def finish(trainer: Any, settings: Mapping[str, Any], command: str, warnings: list[str]) -> None:
+    """Writes settings and page of a run that has ended, in the main process alone."""
+    from hf_distill.page import save_page
+
+    folder = str(trainer.args.output_dir)
+    record(trainer, settings, command, warnings, folder)
+    save_page(os.path.join(folder, PAGE), [folder])
+
+
+def _length(rows: Any) -> int | None:
+    return len(rows) if isinstance(rows, Dataset) else None
+
+
+def _generated_rows(trainer: Any) -> tuple[Dataset, dict[int, str]]:
+    """The texts of the last evaluation as rows, and by their numbers who has written their tokens."""
+    rows, marks = [], {}
+    for number, row in enumerate(trainer.eval_rows):
+        completion = row.completion_ids
+        found = {}
+        for prefix, prompt in (("", row.student_prompt_ids), ("teacher_", row.teacher_prompt_ids)):
+            found |= {f"{prefix}input_ids": prompt + completion}
+            found |= {f"{prefix}labels": [-100] * len(prompt) + completion}
+        rows.append(found)
+        drafted = row.drafted if row.source != "dataset" else []
+        marks[number] = "".join("d" if is_draft else "c" for is_draft in drafted) or "g" * len(completion)
+    return Dataset.from_list(rows), marks

@@ -1,0 +1,194 @@
+"""A report as a page: one HTML file without a network, of one run or of several side by side.
+
+`page.html` is the frame; its style, scripts and data are put into it when it is written. Python prepares everything
+that is shown, as one JSON; the scripts only draw it.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from hf_distill.comparison import (
+    compared_columns,
+    group_rows,
+    ranked_groups,
+    setting_tables,
+    setting_text,
+)
+from hf_distill.page.charts import chart_data
+from hf_distill.report import (
+    EVALUATION_COLUMNS,
+    FIDELITY_COLUMNS,
+    HARD_LABEL_COLUMNS,
+    ROLLOUT_COLUMNS,
+    measured_on,
+    result_rows,
+    teacher_results,
+)
+from hf_distill.runs import Run, named_runs, read_run, with_baselines
+
+MAX_BYTES = 4_900_000  # of a page
+SCRIPTS = ("charts.js", "tokens.js", "rows.js", "page.js")
+# Settings of a run that stand above the others: those that exist, by their names for people.
+MAIN_SETTINGS = {
+    "model": "student",
+    "teacher_model": "teacher",
+    "dataset": "training rows",
+    "eval_dataset": "held-out rows",
+    "divergence": "divergence",
+    "temperature": "temperature",
+    "kd_weight": "weight of the divergence",
+    "hidden_weight": "weight of hidden states",
+    "kv_weight": "weight of keys and values",
+    "learning_rate": "learning rate",
+    "per_device_train_batch_size": "rows of a batch",
+    "max_steps": "updates at most",
+    "num_train_epochs": "epochs",
+    "lora_r": "rank of LoRA",
+    "seed": "seed",
+}
+
+
+def save_page(path: str | PathLike[str], folders: Sequence[str | PathLike[str]]) -> None:
+    """Writes the page of the runs in these folders, and of their baselines.
+
+    Raises:
+        `ValueError`: no run has ended in one of the folders, its files are of different runs, or runs that were
+            measured on held-out rows stand beside runs of `skd`.
+    """
+    write_page(path, page_of(with_baselines(named_runs(folders, read_run), folders)))
+
+
+def write_page(path: str | PathLike[str], page: Mapping[str, Any]) -> None:
+    """Writes a page; rows that would make it larger than `MAX_BYTES` are left out, which it says.
+
+    Args:
+        path: the file.
+        page: as [`page_of`] makes it.
+    """
+    folder = files("hf_distill.page")
+    read = {name: (folder / name).read_text("utf-8") for name in ("page.html", "page.css", *SCRIPTS)}
+    frame = read["page.html"].replace("/*style*/", read["page.css"])
+    frame = frame.replace("/*script*/", "\n".join(read[name] for name in SCRIPTS))
+    before, after = frame.split("/*data*/")
+    runs = page["runs"]
+    empty = {**page, "runs": [{**run, "tokens": run["tokens"] and {**run["tokens"], "rows": []}} for run in runs]}
+    room = MAX_BYTES - len(frame.encode()) - len(_json(empty))
+    shares = max(1, sum(run["tokens"] is not None for run in runs))
+    fitting = [{**run, "tokens": run["tokens"] and _fitting(run["tokens"], room // shares)} for run in runs]
+    Path(path).write_text(before + _json({**page, "runs": fitting}) + after, encoding="utf-8")
+
+
+def page_of(runs: Mapping[str, Run]) -> dict[str, Any]:
+    """The JSON of a page.
+
+    Returns:
+        A dict with `title`; `tables` and `settings`, lists of dicts with `rows`, whose cells are text, and `note`;
+        `charts` ([`~hf_distill.page.charts.chart_data`]); and `runs`, dicts with `name`, `about`, pairs of text,
+        `warnings`, `options`, pairs of text, and `tokens`, what `comparison_data` returned, or None.
+    """
+    measured = {name: run for name, run in runs.items() if run.results}
+    tables: list[dict[str, Any]] = []
+    if len(runs) == 1:
+        tables = [_results(run) for run in measured.values()]
+    elif measured:
+        columns, groups = compared_columns(measured), ranked_groups(measured)
+        for group in groups:
+            note = _measured({name: run.measures for name, run in group.items()}, next(iter(group.values())))
+            if len(groups) > 1:
+                note += " These are other held-out rows than those of the other tables: their numbers do not compare."
+            tables.append({"rows": group_rows(group, columns), "note": note})
+    if missing := [name for name in runs if name not in measured]:
+        note = f"{', '.join(missing)}: there were no held-out rows (--eval_dataset) to measure the student on."
+        tables.append({"rows": [], "note": note})
+    return {
+        "title": " and ".join(runs) if len(runs) <= 3 else f"{len(runs)} runs",
+        "tables": tables,
+        "settings": [{"rows": rows, "note": ""} for rows in setting_tables(runs)],
+        "charts": chart_data(runs),
+        "runs": [_run(name, run) for name, run in runs.items()],
+    }
+
+
+def _run(name: str, run: Run) -> dict[str, Any]:
+    return {
+        "name": name,
+        "about": _about(run),
+        "warnings": run.recorded.get("warnings", []),
+        "options": [[setting, setting_text(value)] for setting, value in run.settings.items() if value is not None],
+        "tokens": run.tokens,
+    }
+
+
+def _about(run: Run) -> list[list[str]]:
+    """What was run, as pairs of text."""
+    settings, recorded = run.effective(), run.recorded
+    whole = {**run.settings, **settings}
+    found = [["command", f"hf-distill {recorded['command']}"]] if "command" in recorded else []
+    for name, label in MAIN_SETTINGS.items():
+        value = settings.get(name) if name != "eval_dataset" else whole.get(name)
+        if value not in (None, 0, -1, "", []):
+            found.append([label, setting_text(value)])
+    counts = recorded.get("num_rows", {})
+    found += [[f"rows of the {name} set", f"{count:,}"] for name, count in counts.items() if count is not None]
+    logged = {"updates": max((entry.get("step", 0) for entry in run.history), default=None)}
+    logged |= {"tokens trained on": run.logged("num_tokens"), "seconds of training": run.logged("train_runtime")}
+    found += [[label, f"{value:,.0f}"] for label, value in logged.items() if value is not None]
+    if versions := recorded.get("versions"):
+        found.append(["versions", ", ".join(f"{name} {version}" for name, version in versions.items())])
+    return found
+
+
+def _results(run: Run) -> dict[str, Any]:
+    """The table of a single run: every result, and the teacher."""
+    columns: Mapping[str, tuple[str, str]] = EVALUATION_COLUMNS
+    if "kl" in run.measures:  # the teacher has a row of its own
+        columns = {key: column for key, column in FIDELITY_COLUMNS.items() if key != "teacher_perplexity"}
+    elif "eval_rollout/acceptance_rate" in run.measures:
+        columns = ROLLOUT_COLUMNS
+    elif "eval_kd" not in run.measures:
+        columns = HARD_LABEL_COLUMNS
+    results = {**run.results}
+    if teacher := teacher_results(results):
+        results["teacher"] = teacher
+    rows = result_rows(results, columns)
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    filled = [{title: row.get(title, "") for title in titles} for row in rows]
+    return {"rows": filled, "note": _measured(run.results, run)}
+
+
+def _measured(results: Mapping[str, Mapping[str, float]], run: Run) -> str:
+    sizes = measured_on(results, run.recorded.get("num_rows", {}).get("held-out"))
+    return f"Measured on {sizes}, which were not trained on." if sizes else "Measured on held-out rows."
+
+
+def _fitting(tokens: Mapping[str, Any], max_bytes: int) -> dict[str, Any]:
+    """The rows that fit, from the first on, and how many do not."""
+    kept: list[Any] = []
+    for row in tokens["rows"]:
+        max_bytes -= len(_json(row)) + 1
+        if max_bytes < 0:
+            break
+        kept.append(row)
+    return {**tokens, "rows": kept, "notes": [*tokens["notes"], *_left_out(kept, tokens)]}
+
+
+def _left_out(kept: Sequence[Mapping[str, Any]], tokens: Mapping[str, Any]) -> Iterable[str]:
+    """Sentences about what is not shown."""
+    numbers, num_rows = {row["number"] for row in kept}, tokens["num_rows"]
+    if num_rows is not None and len(numbers) < num_rows:
+        yield f"Shown are the first {len(numbers):,} of {num_rows:,} held-out rows."
+    elif len(kept) < len(tokens["rows"]):
+        yield f"Shown are the first {len(kept):,} of {len(tokens['rows']):,} rows that were compared."
+    if cut := sum(row["length"] > len(row["tokens"]) for row in kept):
+        most = max(len(row["tokens"]) for row in kept)
+        yield f"Of {cut:,} longer rows the first {most:,} tokens are shown."
+
+
+def _json(value: Any) -> str:
+    """JSON that may stand in a script of a page: `</script>` and `<!--` cannot end it."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,0 +1,177 @@
+// The page from its data.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const main = document.querySelector("main"), nav = document.querySelector("nav");
+
+function section(id, title, ...children) {
+  main.append(element("h2", { id }, title), ...children.filter((child) => child !== null));
+  nav.append(element("a", { href: `#${id}` }, title));
+}
+
+function tableOf(rows, className = null) {
+  if (!rows.length) return null;
+  const titles = Object.keys(rows[0]);
+  const head = element("tr", {}, ...titles.map((title) => element("th", { scope: "col" }, title)));
+  const body = rows.map((row) => {
+    const name = row[""];
+    const cells = titles.map((title, i) => (i ? element("td", {}, row[title]) : element("th", { scope: "row" }, row[title])));
+    return element("tr", { class: name === "after" ? "is-after" : null }, ...cells);
+  });
+  return element("div", { class: "scroll" }, element("table", { class: className }, element("thead", {}, head), element("tbody", {}, ...body)));
+}
+
+function pairs(list) {
+  return element("dl", {}, ...list.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]));
+}
+
+function aboutRun(run) {
+  const parts = [data.runs.length > 1 ? element("h3", {}, run.name) : null, pairs(run.about)];
+  if (run.warnings.length)
+    parts.push(
+      element("details", { open: "" }, element("summary", {}, "The run warned"),
+        element("ul", { class: "warnings" }, ...run.warnings.map((text) => element("li", {}, text)))),
+    );
+  if (run.options.length)
+    parts.push(element("details", {}, element("summary", {}, `All ${run.options.length} settings`), pairs(run.options)));
+  return element("div", {}, ...parts.filter((part) => part !== null));
+}
+
+// --------------------------------------------------------------------------- where the distance is
+
+function allTokens(rows, run) {
+  return rows.flatMap((row) =>
+    row.lines.filter((line) => line.run === run).flatMap((line) => line.tokens.map((token) => ({ row, line, token }))),
+  ).filter(({ token }) => token.value !== null);
+}
+
+function share(part, whole) {
+  return whole > 0 ? `${((100 * part) / whole).toFixed(0)} %` : "-";
+}
+
+function sum(tokens) {
+  return tokens.reduce((total, { token }) => total + token.value, 0);
+}
+
+function context({ line, token }) {
+  const box = element("td", { dir: "auto" });
+  box.append(line.pieces.slice(Math.max(0, token.place - 8), token.place).join("").replace(/\s+/g, " "));
+  box.append(element("b", {}, visible(token.text)));
+  return box;
+}
+
+function likeliestCell(run, list) {
+  if (!list.length) return element("td", {}, "not known");
+  return element("td", {}, element("bdi", {}, visible(run.tokens.texts[list[0].index])), ` ${percent(list[0].probability)}`);
+}
+
+function worstTable(run, all, view) {
+  const worst = [...all].sort((a, b) => b.token.value - a.token.value).slice(0, 10);
+  const rows = worst.map((each) => {
+    const button = element("button", { type: "button" }, each.token.value.toFixed(2));
+    button.addEventListener("click", () => view.go(each.row, each.line, each.token));
+    return element("tr", {}, element("td", {}, button), context(each), likeliestCell(run, each.token.student), likeliestCell(run, each.token.teacher));
+  });
+  const titles = ["nats", "text, and the token that follows", "student expects", "teacher expects"];
+  const head = element("tr", {}, ...titles.map((title) => element("th", { scope: "col" }, title)));
+  return element("div", { class: "scroll" }, element("table", { class: "text" }, element("thead", {}, head), element("tbody", {}, ...rows)));
+}
+
+function sharesTable(all, parts) {
+  const total = sum(all);
+  return tableOf(parts.filter(([, part]) => part.length).map(([name, part]) => ({
+    "": name,
+    "tokens": part.length.toLocaleString("en"),
+    "of all tokens": share(part.length, all.length),
+    "of all distance": share(sum(part), total),
+    "mean, nats": (sum(part) / part.length).toFixed(3),
+  })));
+}
+
+function wherePart(run, rows, view) {
+  const all = allTokens(rows, run), total = sum(all);
+  if (!all.length || !(total > 0)) return [element("p", {}, "There is no distance to show.")];
+  const sorted = [...all].sort((a, b) => b.token.value - a.token.value);
+  let half = 0, count = 0;
+  while (half < total / 2) half += sorted[count++].token.value;
+  const parts = [
+    ["the most likely token is the same", all.filter(({ token }) => !token.differs)],
+    ["it differs", all.filter(({ token }) => token.differs)],
+    ["it differs, and the teacher is sure", all.filter(({ token }) => token.differs && token.isSure)],
+    ["the teacher is sure (80 % or more)", all.filter(({ token }) => token.isSure)],
+    ["the first 8 tokens of a row", all.filter(({ token }) => token.place <= 8)],
+    ["all later ones", all.filter(({ token }) => token.place > 8)],
+  ];
+  const byText = new Map();
+  for (const each of all) {
+    const text = each.token.teacher.length ? visible(run.tokens.texts[each.token.teacher[0].index]) : visible(each.token.text);
+    byText.set(text, [...(byText.get(text) ?? []), each]);
+  }
+  const frequent = [...byText].sort((a, b) => sum(b[1]) - sum(a[1])).slice(0, 8);
+  const knows = all.some(({ token }) => token.teacher.length);
+  return [
+    element("p", {}, `Half of the distance is in ${count.toLocaleString("en")} of ${all.length.toLocaleString("en")} tokens (${share(count, all.length)}). The mean of all tokens is ${(total / all.length).toFixed(4)} nats.`),
+    element("h3", {}, "The ten worst tokens"),
+    worstTable(run, all, view),
+    knows ? element("h3", {}, "Kinds of tokens") : null,
+    knows ? sharesTable(all, parts) : null,
+    element("h3", {}, knows ? "What the teacher expected, where most distance is" : "The tokens with the most distance"),
+    sharesTable(all, frequent),
+  ].filter((part) => part !== null);
+}
+
+function whereSection(runs, rows, view) {
+  const box = element("div");
+  const fill = (run) => box.replaceChildren(...wherePart(run, rows, view));
+  fill(runs[0]);
+  let choice = null;
+  if (runs.length > 1) {
+    const select = element("select", {}, ...runs.map((run, i) => element("option", { value: i }, run.name)));
+    select.addEventListener("change", () => fill(runs[Number(select.value)]));
+    choice = element("label", {}, "Run ", select);
+  }
+  section("where", "Where the distance is", choice, box);
+}
+
+function scaleLegend(kinds) {
+  const what = kinds.has(null) ? "surprise" : "KL";
+  const names = [`below ${LIMITS[0]}`, ...LIMITS.map((limit, i) => (i + 1 < LIMITS.length ? `${limit} to ${LIMITS[i + 1]}` : `${limit} and more`))];
+  const keys = names.map((name, i) => element("span", {}, element("span", { class: `t k${i}` }, ` ${name} `)));
+  const differs = element("span", {}, element("span", { class: "t d" }, " dotted "), " the most likely token differs");
+  return element("div", { class: "scale" }, element("span", {}, `${what}, nats:`), ...keys, kinds.has(null) ? null : differs);
+}
+
+function rowsSection(runs, rows, view) {
+  const kinds = new Set(runs.map((run) => run.tokens.kl_is));
+  const notes = [...new Set(runs.flatMap((run) => run.tokens.notes))];
+  const intro = kinds.has(null)
+    ? "The colour of a token says how much it surprises the student."
+    : "The colour of a token says how far the student's prediction of it is from the teacher's: KL(teacher ‖ student).";
+  const marks = runs.some((run) => run.tokens.rows.some((row) => row.marks))
+    ? element("p", {}, "These rows were written by student and teacher together. A token with a ", element("span", { class: "c" }, "line above"), " is the teacher's correction; the others were drafted by the student and accepted.")
+    : null;
+  section(
+    "rows", "Held-out rows",
+    element("p", {}, `${intro} Point at a token, or press it, to see what both sides expected. With the keyboard: Tab to a row, then the arrow keys; Enter keeps the panel, Escape closes it.`),
+    marks, ...notes.map((note) => element("p", { class: "soft" }, note)),
+    scaleLegend(kinds), view.tools(), view.count, view.list, view.more,
+  );
+  view.show();
+}
+
+// ------------------------------------------------------------------------------------------------ all
+
+document.title = `${data.title} · hf_distill report`;
+document.querySelector("h1").textContent = data.title;
+section("run", data.runs.length > 1 ? "Runs" : "Run", element("div", { class: "runs" }, ...data.runs.map(aboutRun)));
+section("results", "Results", ...data.tables.flatMap(({ rows, note }) => [tableOf(rows), note ? element("p", { class: "soft" }, note) : null]));
+if (!data.tables.length) main.append(element("p", {}, "There were no held-out rows (--eval_dataset) to measure the student on."));
+if (data.settings.length) section("settings", "Settings that differ", ...data.settings.map(({ rows }) => tableOf(rows)));
+if (data.charts.length) section("curves", "Curves", element("div", { class: "charts" }, ...data.charts.map((chart) => chartFigure(chart, data.runs.map((run) => run.name)))));
+const withRows = data.runs.filter((run) => run.tokens && run.tokens.rows.length);
+if (withRows.length) {
+  const rows = collectRows(withRows), view = new RowsView(rows, withRows);
+  whereSection(withRows, rows, view);
+  rowsSection(withRows, rows, view);
+} else {
+  section("rows", "Held-out rows", element("p", {}, "This report has no rows: none were held out, or the student is split over several processes."));
+}

@@ -1,0 +1,224 @@
+"""The page in a real browser: it draws what is embedded, says what it should at a token, and reports no error.
+
+    apt-get install chromium; pip install playwright    # no browser of playwright's own
+    python -m pytest -m browser tests/test_page_browser.py
+
+CHROMIUM names another executable. SCREENSHOTS names a folder that gets a picture of each test.
+"""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from hf_distill.page import page_of, write_page
+from tests.test_page import EVIL, HISTORY, MEASURES, run_of, tokens_of
+
+pytestmark = pytest.mark.browser
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+SIZES = {"desktop": (1280, 900), "phone": (375, 740)}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium: apt-get install chromium, or name it in CHROMIUM")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path, request):
+    """A function that opens a page; at the end nothing has failed in it, and nothing was asked of a network."""
+    problems, contexts = [], []
+
+    def open_page(runs, size="desktop", theme="light"):
+        path = tmp_path / "report.html"
+        if isinstance(runs, dict):
+            write_page(path, page_of(runs))
+        else:
+            path = runs
+        width, height = SIZES[size]
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on(
+            "console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None
+        )
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on(
+            "request", lambda asked: None if asked.url.startswith(("file:", "data:")) else problems.append(asked.url)
+        )
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    if folder := os.environ.get("SCREENSHOTS"):
+        for i, context in enumerate(contexts):
+            context.pages[0].screenshot(path=f"{folder}/{request.node.name}-{i}.png")
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def one_run():
+    """A run of two rows: numbers that tell tokens apart."""
+    tokens = tokens_of(num_rows=2, num_tokens=4, texts=("one", " two", " three", " four", "five", "six"))
+    first, second = (json.loads(json.dumps(row)) for row in tokens["rows"])
+    first |= {"kl": [0.01, 0.3, 2.5]}
+    second |= {"kl": [0.02, 0.02, 0.02], "tokens": [4, 5, 0, 1]}
+    first["student"] = {
+        "ids": [0, 1, 2, 3, 4] * 2 + [1, 0, 2, 3, 4],
+        "probs": [612, 200, 100, 50, 0] * 3,
+        "own": [1, 2, 3],
+    }
+    first["teacher"] = {
+        "ids": [0, 1, 2, 3, 4] * 3,
+        "probs": [600, 200, 100, 50, 10] * 2 + [905, 40, 3, 2, 1],
+        "own": [4, 5, 6],
+    }
+    return run_of(tokens={**tokens, "rows": [second, first]})
+
+
+def spans(page):
+    return page.locator(".row .t")
+
+
+def test_pointing_at_a_token_shows_what_both_sides_expected(opened):
+    page = opened({"run": one_run()})
+    assert page.title() == "run · hf_distill report"
+    assert page.locator(".row").count() == 2
+    assert "worst 2.50" in page.locator(".row").first.inner_text()  # the row with the largest mean comes first
+    worst = spans(page).nth(2)
+    assert worst.inner_text() == " four"
+    assert set(worst.get_attribute("class").split()) == {"t", "k5", "d"}
+    worst.hover()
+    detail = page.locator("#detail")
+    text = detail.inner_text()
+    assert "KL to the teacher: 2.50 nats" in text
+    assert "student 0.3 %, teacher 0.6 %" in text
+    student, teacher = (detail.locator(f".{side} li").all_inner_texts() for side in ("student", "teacher"))
+    assert [" ".join(line.split()) for line in student] == [
+        "␣two 61.2 %",
+        "one 20.0 %",
+        "␣three 10.0 %",
+        "␣four ✓ 5.0 %",
+        "five < 0.1 %",
+    ]
+    assert " ".join(teacher[0].split()) == "one 90.5 %"
+    page.mouse.move(0, 0)
+    page.locator("h1").hover()
+    assert detail.is_hidden()
+
+
+def test_a_pressed_token_stays_until_escape(opened):
+    page = opened({"run": one_run()})
+    spans(page).nth(1).click()
+    spans(page).nth(0).hover()
+    assert "0.30 nats" in page.locator("#detail").inner_text()
+    page.keyboard.press("Escape")
+    assert page.locator("#detail").is_hidden()
+
+
+def test_tokens_are_reached_by_keyboard_alone(opened):
+    page = opened({"run": one_run()})
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.classList.contains('t')"):
+            break
+    assert "0.0100 nats" in page.locator("#detail").inner_text()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert "2.50 nats" in page.locator("#detail").inner_text()
+    assert "four, 2.50 nats; student ␣two 61.2 %, teacher one 90.5 %" in page.locator("#spoken").inner_text()
+    page.keyboard.press("Home")
+    assert "0.0100 nats" in page.locator("#detail").inner_text()
+    page.keyboard.press("Tab")  # one stop for a row
+    assert page.evaluate("document.activeElement.closest('.row') === document.querySelectorAll('.row')[1]")
+
+
+def test_filters_search_and_order_choose_rows_and_tokens(opened):
+    page = opened({"run": one_run()})
+    page.get_by_label("the most likely token differs").check()
+    assert page.locator(".row").count() == 1
+    assert page.locator(".hit").all_inner_texts() == [" four"]
+    page.get_by_label("the teacher is sure").check()
+    assert page.locator(".hit").count() == 1
+    page.get_by_label("the most likely token differs").uncheck()
+    page.get_by_label("the teacher is sure").uncheck()
+    page.get_by_label("Search the rows").fill("FIVE")
+    assert [text.strip() for text in page.locator(".row .line").all_inner_texts()] == ["fivesixone two"]
+    assert "1 of 2 rows" in page.locator("[role=status]").inner_text()
+    page.get_by_label("Search the rows").fill("")
+    page.get_by_label("Order", exact=True).select_option(label="order of the data")
+    assert "Row 0:" in page.locator(".row").first.inner_text()
+
+
+def test_a_worst_token_leads_to_its_row(opened):
+    page = opened({"run": one_run()})
+    page.locator("#where ~ div button").first.click()
+    assert "2.50 nats" in page.locator("#detail").inner_text()
+    assert page.locator(".t.on").inner_text() == " four"
+
+
+def test_text_of_rows_is_text_and_runs_from_right_to_left_where_it_does(opened):
+    texts = (EVIL, "\u05e9\u05dc\u05d5\u05dd", " \u05e2\u05d5\u05dc\u05dd", "<b>x</b>", "e", "f")
+    tokens = tokens_of(num_rows=1, texts=texts)
+    right_to_left = {**tokens["rows"][0], "number": 1, "tokens": [1, 2, 1, 2]}
+    tokens["rows"] = [tokens["rows"][0], right_to_left]
+    page = opened({EVIL: run_of(settings={"model": EVIL}, recorded={"warnings": [EVIL]}, tokens=tokens)})
+    assert "broken" not in page.title().replace(EVIL, "")
+    assert "x" not in page.locator("main b").all_inner_texts()
+    assert page.locator(".line").first.text_content().startswith(EVIL)
+    lines = page.locator(".line")
+    assert lines.nth(1).evaluate("line => getComputedStyle(line).direction") == "rtl"
+    first, second = (lines.nth(1).locator("span").nth(i).bounding_box() for i in (0, 1))
+    assert second["x"] < first["x"]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_it_fits_the_screen_in_both_themes(opened, size, theme):
+    results = {"before": MEASURES, "after": MEASURES | {"kl": 0.25}}
+    history = [*HISTORY, *({"step": i, "ce": 3 / i, "kd": 2 / i, "agreement": 0.5} for i in range(11, 40))]
+    page = opened({"run": one_run()._replace(results=results, history=history)}, size, theme)
+    width = SIZES[size][0]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (theme == "light")
+    spans(page).nth(2).click()
+    box = page.locator("#detail").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
+
+
+def test_runs_stand_side_by_side(opened):
+    other = one_run()
+    other.tokens["rows"][1]["kl"] = [0.01, 0.02, 0.03]
+    page = opened({"a": one_run(), "b": other})
+    lines = page.locator(".row").first.locator(".line")
+    assert lines.count() == 2
+    assert page.locator(".row").first.locator(".name").all_inner_texts() == ["a, mean 0.937", "b, mean 0.020"]
+    lines.nth(1).locator(".t").nth(2).hover()
+    assert "0.0300 nats" in page.locator("#detail").inner_text()
+    page.get_by_label("Order and filters by").select_option(label="b")
+    assert "mean KL 0.020" in page.locator(".row").first.inner_text()
+    page.get_by_label("Order", exact=True).select_option(label="difference between the runs")
+    assert "Row 0" in page.locator(".row").first.inner_text()
+
+
+def test_a_curve_says_its_values_at_the_pointer_and_by_keyboard(opened):
+    page = opened({"run": one_run()})
+    figure = page.locator("figure").first
+    svg = figure.locator("svg").first
+    box = svg.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] / 2)
+    assert "step 5" in figure.inner_text()
+    assert "4" in figure.locator(".legend li").first.inner_text().split()
+    svg.focus()
+    page.keyboard.press("ArrowLeft")
+    assert "step 0" in figure.inner_text() or "step 5" in figure.inner_text()
