@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MambaConfig
 
-from hf_distill import speculative
+from hf_distill import verifying
 from hf_distill.modeling.probes import remembered
 from hf_distill.speculative import Block, RolloutConfig, completion_hidden, rollout, sample
 from tests.conftest import FAMILIES, make_model
@@ -823,13 +823,13 @@ def test_a_model_is_tried_out_once(monkeypatch):
     def cache(model, name):
         calls.append(("cache", model))
 
-    monkeypatch.setattr(speculative, "check_head", head)
-    monkeypatch.setattr(speculative, "check_cache", cache)
+    monkeypatch.setattr(verifying, "check_head", head)
+    monkeypatch.setattr(verifying, "check_cache", cache)
     models = make_pair()
     for _ in range(2):
         run(models)
     student, teacher = models
-    assert calls == [("head", student), ("cache", student), ("head", teacher), ("cache", teacher)]
+    assert calls == [("head", teacher), ("cache", teacher), ("head", student), ("cache", student)]
     dead = weakref.ref(student)
     del models, student, calls[:]
     gc.collect()

@@ -1,7 +1,7 @@
 """The sources of the teacher's signal.
 
 A teacher is anything that can say something about a row: [`Teacher`]. A teacher that is a model in this process is a
-[`ModelTeacher`], which inner layers, keys and values, and rollouts need.
+[`ModelTeacher`], which inner layers, and keys and values, need. Rollouts need a [`WritingTeacher`].
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_distill.losses.fused_linear import Head, TeacherSignal
 from hf_distill.losses.objective import Signal
 from hf_distill.servers import TeacherAway
+from hf_distill.verifying import Evidence, RolloutConfig, Verifier
 
 __all__ = [
     "Counting",
@@ -22,8 +23,10 @@ __all__ = [
     "Signal",
     "Teacher",
     "TeacherAway",
+    "WritingTeacher",
     "model_teachers",
     "require_model",
+    "require_writer",
 ]
 
 
@@ -110,9 +113,44 @@ class ModelTeacher(DenseTeacher, Protocol):
         ...
 
 
+@runtime_checkable
+class WritingTeacher(Teacher, Protocol):
+    """A teacher that takes part in rollouts: it checks what a student drafts, and generates text."""
+
+    num_positions: int | None
+    """The tokens of prompt and completion that it can read; None where that is not known."""
+
+    @property
+    def eos_token_ids(self) -> Sequence[int]:
+        """The tokens with which its own text ends, as far as they are known."""
+        ...
+
+    def verifier(self, prompt_ids: Tensor, prompt_mask: Tensor, config: RolloutConfig, vocab_size: int) -> Verifier:
+        """What checks the drafts that follow left-padded prompts (B, P). Raises `ValueError` for a rule it lacks."""
+        ...
+
+    def signal(self, evidence: Evidence) -> Signal:
+        """The signal at N positions from a verifier's evidence, (N, ...); it is empty where there is no position."""
+        ...
+
+    def divergence(self, evidence: Evidence, other: Evidence, vocab_size: int) -> Tensor:
+        """The sum over N positions of KL(evidence || other), in nats: the teacher's answer after two prompts."""
+        ...
+
+
 def model_teachers(teachers: Mapping[str, Teacher]) -> dict[str, ModelTeacher]:
     """Those that are a model in this process, and read the student's tokens."""
     return {name: teacher for name, teacher in teachers.items() if isinstance(teacher, ModelTeacher)}
+
+
+def require_writer(teacher: Teacher, what_for: str) -> WritingTeacher:
+    """The same teacher; `ValueError` if it can check no drafts, which `what_for` needs."""
+    if not isinstance(teacher, WritingTeacher):
+        raise ValueError(
+            f"{what_for} needs one teacher that can check drafts: a model in this process; {teacher.name} "
+            f"({type(teacher).__name__}) is none"
+        )
+    return teacher
 
 
 def require_model(teacher: Teacher, what_for: str) -> ModelTeacher:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import prepare_deepspeed
 
 from hf_distill.losses.fused_linear import Head, TeacherSignal
+from hf_distill.losses.objective import Objective
 from hf_distill.modeling import (
     backbone,
     causal_lm,
@@ -41,6 +42,7 @@ from hf_distill.modeling import (
 )
 from hf_distill.teachers.columns import PREFIX, AnyDataset, collate_own_text, map_rows, with_teacher_prompt
 from hf_distill.token_rows import Room, check_batch, without_long_rows
+from hf_distill.verifying import Evidence, LocalVerifier, RolloutConfig
 
 
 class LocalTeacher:
@@ -116,6 +118,31 @@ class LocalTeacher:
     def view(self, inputs: Mapping[str, Any], positions: Tensor) -> tuple[dict[str, Any], Tensor]:
         """The inputs that the model reads of a batch, and the positions (N,) in them."""
         return own_view(self._causal_lm, inputs, positions)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """As in [`~hf_distill.teachers.WritingTeacher`]: those that the model's generation knows."""
+        found = getattr(self.model.generation_config, "eos_token_id", None)
+        return [] if found is None else found if isinstance(found, list) else [found]
+
+    def verifier(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, config: RolloutConfig, vocab_size: int
+    ) -> LocalVerifier:
+        """As in [`~hf_distill.teachers.WritingTeacher`]."""
+        return LocalVerifier(self.model.eval(), prompt_ids, prompt_mask, config, vocab_size)
+
+    def signal(self, evidence: Evidence) -> TeacherSignal:
+        """As in [`~hf_distill.teachers.WritingTeacher`]."""
+        weight = self.head.weight
+        return TeacherSignal(evidence["hidden"] if evidence else weight.new_zeros(0, weight.shape[1]), self.head)
+
+    @torch.no_grad()
+    def divergence(self, evidence: Evidence, other: Evidence, vocab_size: int) -> Tensor:
+        """As in [`~hf_distill.teachers.WritingTeacher`]."""
+        hidden = other["hidden"]
+        no_labels = torch.full((len(hidden),), -100, device=hidden.device)
+        objective = Objective(kd_weight=1.0, vocab_size=vocab_size)
+        return self.signal(evidence).loss(hidden, self.head, no_labels, objective).kd
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], positions: Tensor) -> TeacherSignal:

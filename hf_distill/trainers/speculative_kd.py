@@ -15,20 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_distill.collators import PromptCollator, pad_prompts, warn_of_truncation
-from hf_distill.losses.fused_linear import TeacherSignal
-from hf_distill.losses.objective import Objective
 from hf_distill.metrics import RolloutMeans
-from hf_distill.modeling import WholeCopy, causal_lm, check_cache, is_split
-from hf_distill.speculative import Block, completion_hidden, rollout
-from hf_distill.teachers import Signal
-from hf_distill.teachers.columns import AnyDataset
-from hf_distill.teachers.local import LocalTeacher
-from hf_distill.teachers.opening import is_base, require_models
+from hf_distill.modeling import WholeCopy, check_cache, is_split
+from hf_distill.speculative import Block, verified_rollout
+from hf_distill.teachers import Signal, Teacher, WritingTeacher, require_writer
+from hf_distill.teachers.columns import PREFIX, AnyDataset, take_columns
+from hf_distill.teachers.opening import is_base
 from hf_distill.token_rows import Room, pad, without_long_rows
 from hf_distill.trainers.data import refuse_unread
 from hf_distill.trainers.given import Given
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.speculative_kd_config import HARD_SOURCES, ROLLOUT_SOURCES, SpeculativeKDConfig
+from hf_distill.verifying import Evidence, Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +50,7 @@ class Row:
     completion_ids: list[int] = field(default_factory=list)  # those of the data set, then those written
     source: str = ""
     drafted: list[bool] = field(default_factory=list)  # whether a token is the student's own
-    teacher_hidden: Tensor | None = None  # (C, Dt), until the row is part of a batch
+    evidence: Evidence = field(default_factory=dict)  # (C, ...), until the row is part of a batch
 
 
 class SpeculativeKDTrainer(KDTrainer):
@@ -78,7 +76,7 @@ class SpeculativeKDTrainer(KDTrainer):
     """
 
     args: SpeculativeKDConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    teacher: LocalTeacher  # pyright: ignore[reportIncompatibleVariableOverride]
+    teacher: WritingTeacher  # pyright: ignore[reportIncompatibleVariableOverride]
 
     _config = SpeculativeKDConfig
     _output_dir = "speculative_kd_output"
@@ -139,11 +137,10 @@ class SpeculativeKDTrainer(KDTrainer):
         self._rollout_means = {"train": RolloutMeans(), "eval": RolloutMeans()}
         super().__init__(model, teacher_model, args, train_dataset, eval_dataset, processing_class, **kwargs)
         self.data_collator = self._prompts or PromptCollator(self.processing_class)
-        self.eos_token_ids = _eos_token_ids(self.processing_class, self.student, self.teacher.model)
+        self.eos_token_ids = _eos_token_ids(self.processing_class, self.student, self.teacher)
         self.pad_token_id: int = self.processing_class.pad_token_id
         with self.trying_out():
             check_cache(self.student, "student")
-        check_cache(causal_lm(self.teacher.model), "teacher")
         # A process that writes longer texts makes more forwards: nobody would gather their layers with it.
         splits = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
         self._whole_student = WholeCopy(self.model) if splits else None
@@ -155,7 +152,11 @@ class SpeculativeKDTrainer(KDTrainer):
             "speculative": args.rollout_config(),
             "student": args.rollout_config(**alone),
             "teacher": args.rollout_config(draft_length=0),
+            "dataset": args.rollout_config(**alone),  # nothing is rejected there either
         }
+        prompt = torch.zeros(1, 1, dtype=torch.long)
+        for source in (name for name, share in args.shares.items() if share):
+            self._verifier(prompt, prompt + 1, source)  # what this teacher cannot do is told here
 
     @staticmethod
     def _has_signal(args: Any) -> bool:
@@ -165,7 +166,9 @@ class SpeculativeKDTrainer(KDTrainer):
         return self.data_collator  # of prompts; what the teacher reads is among them
 
     def check(self, given: Given, teachers: Mapping[str, Any] | None = None) -> Given:
-        require_models(teachers or {}, "SpeculativeKDTrainer")
+        for teacher in (teachers or {}).values():
+            if isinstance(teacher, Teacher):
+                require_writer(teacher, "SpeculativeKDTrainer")
         given = super().check(given, teachers)
         args = given.args
         if args.eos_token is not None or args.chat_template_path is not None:
@@ -277,63 +280,75 @@ class SpeculativeKDTrainer(KDTrainer):
         return [self._training_batch(batch) for batch in batches_of_rows]
 
     def _write(self, student: PreTrainedModel, rows: list[Row], mode: str, generator: torch.Generator) -> None:
-        """Gives rows of one source their completions, and the teacher's hidden states that predict them."""
+        """Gives rows of one source their completions, and the teacher's evidence, which predicts them."""
         batch = pad_prompts([vars(row) for row in rows], self.processing_class)
         ids, mask = batch.pop("completion_ids", None), batch.pop("completion_mask", None)
+        prompts = batch["student_prompt_ids"], batch["student_prompt_mask"]
         source = rows[0].source
+        verifier = self._verifier(batch["teacher_prompt_ids"], batch["teacher_prompt_mask"], source)
         if source == "dataset":
             assert ids is not None
             assert mask is not None  # _encode has seen to it
             drafted = torch.zeros_like(mask)
-            hidden = completion_hidden(
-                self.teacher.model, batch["teacher_prompt_ids"], batch["teacher_prompt_mask"], ids
-            )  # (B, C, Dt)
+            evidence = verifier.read(ids, mask.sum(1))  # (B, C, ...)
         else:
-            written = rollout(
-                student, self.teacher.model, **batch, config=self._rollout_configs[source],
+            written = verified_rollout(
+                student, verifier, *prompts, self._rollout_configs[source],
                 eos_token_id=self.eos_token_ids, pad_token_id=self.pad_token_id, generator=generator,
                 vocab_size=self.vocab_size, student_context=self.accelerator.autocast,  # pyright: ignore[reportArgumentType]
                 watch=partial(self._log_block, source) if self.args.rollout_debug else None,
             )  # fmt: skip
             ids, mask, drafted = (tensor.cpu() for tensor in written[:3])
-            hidden = written.teacher_hidden
+            evidence = written.evidence
             self._rollout_means[mode].add(written.stats, int(mask.sum()), source == "speculative")
-        hidden = hidden.to(self.args.device)
-        if self.is_logging(mode) and any(row.student_prompt_ids != row.teacher_prompt_ids for row in rows):
-            kl = self._value_of_privilege(batch, ids, mask, hidden)
-            self._rollout_means[mode].add_privilege(kl, int(mask.sum()))
         # A compact copy: padding does not have to wait for the update.
-        parts = hidden[mask.to(hidden.device)].split(mask.sum(1).tolist())
-        for i, (row, part) in enumerate(zip(rows, parts, strict=True)):
+        evidence = self._compact(evidence, mask)
+        if self.is_logging(mode) and any(row.student_prompt_ids != row.teacher_prompt_ids for row in rows):
+            kl = self._value_of_privilege(*prompts, ids, mask, evidence)
+            self._rollout_means[mode].add_privilege(kl, int(mask.sum()))
+        lengths = mask.sum(1).tolist()
+        parts = {name: found.split(lengths) for name, found in evidence.items()}
+        for i, row in enumerate(rows):
             row.completion_ids = ids[i][mask[i]].tolist()
             row.drafted = drafted[i][mask[i]].tolist()
-            row.teacher_hidden = part
+            row.evidence = {name: part[i] for name, part in parts.items()}
+
+    def _verifier(self, prompt_ids: Tensor, prompt_mask: Tensor, source: str) -> Verifier:
+        """The teacher, with the prompts and the rule of one source."""
+        return self.teacher.verifier(prompt_ids, prompt_mask, self._rollout_configs[source], self.vocab_size)
+
+    def _compact(self, evidence: Evidence, mask: Tensor) -> Evidence:
+        """Evidence (B, C, ...) at the tokens of a mask (B, C), on the device of the losses: (N, ...)."""
+        found = {name: tensor.to(self.args.device) for name, tensor in evidence.items()}
+        return {name: tensor[mask.to(tensor.device)] for name, tensor in found.items()}
 
     def _training_batch(self, rows: list[Row]) -> dict[str, Tensor]:
-        """Prompts and completions (B, T), right-padded, and, per label-bearing token (N,), hidden states and labels."""
-        ids, labels, hard_labels, hidden = [], [], [], []
+        """Prompts and completions (B, T), right-padded, and, per label-bearing token (N,), evidence and labels."""
+        ids, labels, hard_labels, evidence = [], [], [], []
         for row in rows:
             completion = row.completion_ids if row.source else []  # a filler counts for nothing
             ids.append(row.student_prompt_ids + completion)
             labels.append([-100] * len(row.student_prompt_ids) + completion)
             # The student's own samples are nobody's hard labels.
             hard_labels += completion if row.source in HARD_SOURCES else [-100] * len(completion)
-            if row.teacher_hidden is not None:
-                hidden.append(row.teacher_hidden)
-                row.teacher_hidden = None  # `last_rows` stays
-        weight = self.teacher.head.weight
+            if row.evidence:
+                evidence.append(row.evidence)
+                row.evidence = {}  # `last_rows` stays
         input_ids, is_token = pad(ids, self.pad_token_id)
         return {
             "input_ids": input_ids,
             "attention_mask": is_token.long(),
             "labels": pad(labels, -100)[0],
             "hard_labels": torch.tensor(hard_labels, dtype=torch.long),
-            "teacher_hidden": torch.cat(hidden) if hidden else weight.new_zeros(0, weight.shape[1]),
+            **{PREFIX + name: torch.cat([each[name] for each in evidence]) for name in (evidence or [{}])[0]},
         }
 
     def teacher_signal(self, inputs: dict[str, Any], positions: Tensor) -> Signal | None:
         # The teacher has read every completion when it was written, after its own prompt.
-        return TeacherSignal(inputs.pop("teacher_hidden"), self.teacher.head)
+        whole = take_columns(inputs)
+        return self.teacher.signal(
+            {name.removeprefix(PREFIX): tensor for name, tensor in whole.items() if name.startswith(PREFIX)}
+        )
 
     # --------------------------------------------------------------------------------------------------- metrics
 
@@ -353,15 +368,12 @@ class SpeculativeKDTrainer(KDTrainer):
         self.add_means(mode, "written tokens", hard_labels.numel(), **share)
 
     def _value_of_privilege(
-        self, prompts: dict[str, Tensor], completion_ids: Tensor, completion_mask: Tensor, hidden: Tensor
+        self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, mask: Tensor, evidence: Evidence
     ) -> Tensor:
-        """The sum over completion tokens of KL(teacher with knowledge || teacher without)."""
-        bare = prompts["student_prompt_ids"], prompts["student_prompt_mask"]
-        without = completion_hidden(self.teacher.model, *bare, completion_ids).to(hidden.device)[completion_mask]
-        head, labels = self.teacher.head, completion_ids[completion_mask].to(hidden.device)
-        with torch.no_grad():
-            objective = Objective(kd_weight=1.0, vocab_size=self.vocab_size)
-            return TeacherSignal(hidden[completion_mask], head).loss(without, head, labels, objective).kd
+        """The sum over completion tokens of KL(teacher with knowledge || teacher without), after the bare prompts."""
+        verifier = self._verifier(prompt_ids, prompt_mask, "dataset")
+        without = self._compact(verifier.read(completion_ids, mask.sum(1)), mask)
+        return self.teacher.divergence(evidence, without, self.vocab_size)
 
     def evaluation_loop(self, *args, **kwargs):
         self._eval_batches, self._rollout_means["eval"], self.eval_rows = 0, RolloutMeans(), []
@@ -445,9 +457,9 @@ def _rows(batch: dict[str, Tensor]) -> list[Row]:
     return [Row(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
 
 
-def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel) -> list[int]:
-    """The tokens that end a text: the tokenizer's, and those that either model's generation knows."""
-    found = [tokenizer.eos_token_id, *(getattr(model.generation_config, "eos_token_id", None) for model in models)]
+def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: WritingTeacher) -> list[int]:
+    """The tokens that end a text: the tokenizer's, the teacher's, and those that the student's generation knows."""
+    found = [tokenizer.eos_token_id, getattr(student.generation_config, "eos_token_id", None), *teacher.eos_token_ids]
     ids = {int(i) for entry in found if entry is not None for i in (entry if isinstance(entry, list) else [entry])}
     if not ids:
         raise ValueError("neither tokenizer nor models have an end-of-sequence token: set tokenizer.eos_token")

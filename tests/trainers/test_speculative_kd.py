@@ -595,7 +595,8 @@ def test_hidden_states_that_wait_for_the_update_hold_no_padding(
     batch = trainer.data_collator(trainer.train_dataset.to_list()[:4])
     monkeypatch.setattr(trainer, "_training_batch", lambda rows: rows)
     (written,) = trainer._write_batches([batch], "train", 0)
-    storages = {row.teacher_hidden.untyped_storage().data_ptr(): row.teacher_hidden for row in written}
+    found = [row.evidence["hidden"] for row in written]
+    storages = {hidden.untyped_storage().data_ptr(): hidden for hidden in found}
     total = sum(hidden.untyped_storage().nbytes() for hidden in storages.values())
     assert total == sum(len(row.completion_ids) for row in written) * 48 * 4
 
