@@ -29,3 +29,15 @@ class Scores(NamedTuple):
     ids: np.ndarray  # (n, K) int32, the most likely token first; -1 for no entry
     log_probs: np.ndarray  # (n, K) float32, in nats at temperature 1; -inf for no entry
     own: np.ndarray  # (n,) float32, the log-probability of the text's own next token
+
+
+def within(scores: Scores, vocab_size: int) -> Scores:
+    """The scores without tokens from `vocab_size` on: a padded head has them, and their probability joins the tail."""
+    ids, log_probs = scores.ids, scores.log_probs
+    is_known = (ids >= 0) & (ids < vocab_size)
+    width = min(ids.shape[1], vocab_size)
+    if is_known.all():
+        return scores._replace(ids=ids[:, :width], log_probs=log_probs[:, :width])
+    order = np.argsort(~is_known, axis=1, kind="stable")[:, :width]  # known ones first, in their order
+    is_known, ids, log_probs = (np.take_along_axis(side, order, 1) for side in (is_known, ids, log_probs))
+    return scores._replace(ids=np.where(is_known, ids, -1), log_probs=np.where(is_known, log_probs, -np.inf))

@@ -119,6 +119,8 @@ class WritingTeacher(Teacher, Protocol):
 
     num_positions: int | None
     """The tokens of prompt and completion that it can read; None where that is not known."""
+    remembers: bool
+    """Whether it keeps what it has read, so that short drafts and a second reading cost little."""
 
     @property
     def eos_token_ids(self) -> Sequence[int]:
@@ -147,8 +149,8 @@ def require_writer(teacher: Teacher, what_for: str) -> WritingTeacher:
     """The same teacher; `ValueError` if it can check no drafts, which `what_for` needs."""
     if not isinstance(teacher, WritingTeacher):
         raise ValueError(
-            f"{what_for} needs one teacher that can check drafts: a model in this process; {teacher.name} "
-            f"({type(teacher).__name__}) is none"
+            f"{what_for} needs one teacher that can check drafts: a model in this process, or one at an address; "
+            f"{teacher.name} ({type(teacher).__name__}) is none"
         )
     return teacher
 

@@ -59,6 +59,8 @@ class LocalTeacher:
             refused.
     """
 
+    remembers = True
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -20,13 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.collators import Row
 from hf_distill.losses.sparse import TopKSignal
-from hf_distill.servers import Scores, TeacherAway
+from hf_distill.servers import Scores, TeacherAway, within
 from hf_distill.servers.client import ENTRY_BYTES, Counts, Server, distance
 from hf_distill.servers.dialects import DIALECTS, WHOLE
 from hf_distill.servers.handshake import TOLD, WARNED, Expected, greet, name_of_model, roots
 from hf_distill.store.documents import Documents
 from hf_distill.teachers.brought import BroughtTeacher
 from hf_distill.teachers.columns import PREFIX, AnyDataset, own_columns
+from hf_distill.teachers.remote_verifier import RemoteVerifier, divergence_of_entries
+from hf_distill.verifying import Evidence, RolloutConfig
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,8 @@ class RemoteTeacher(BroughtTeacher):
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
+    remembers = False
+    eos_token_ids = ()  # a server does not tell
 
     def __init__(self, addresses: Sequence[str], args: Any, *, index: int) -> None:
         super().__init__("remote", index=index, num_proc=args.dataset_num_proc)
@@ -123,6 +127,8 @@ class RemoteTeacher(BroughtTeacher):
         """As in [`BroughtTeacher`]. The data loader gets workers, unless the user has chosen their number."""
         super().bind(student, accelerator, sharded=sharded)
         args = self.args
+        if not args.asks_in_workers:
+            return
         if args.chose_workers:
             if args.dataloader_num_workers == 0:
                 logger.warning(
@@ -204,8 +210,28 @@ class RemoteTeacher(BroughtTeacher):
             self.counts.add(**{name: value})
         return TopKSignal(**self.read(inputs, positions), vocab_size=self.vocab_size)
 
+    # ---------------------------------------------------------------------------------------------------- rollouts
+
+    def verifier(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, config: RolloutConfig, vocab_size: int
+    ) -> RemoteVerifier:
+        """As in [`~hf_distill.teachers.WritingTeacher`]."""
+        return RemoteVerifier(self.server, self.asked, prompt_ids, prompt_mask, config, vocab_size)
+
+    def signal(self, evidence: Evidence) -> TopKSignal:
+        """As in [`~hf_distill.teachers.WritingTeacher`]."""
+        if not evidence:
+            none = torch.zeros(0, self.num_entries)
+            evidence = {"ids": none.int(), "log_probs": none}
+        return TopKSignal(**evidence, vocab_size=self.vocab_size)
+
+    def divergence(self, evidence: Evidence, other: Evidence, vocab_size: int) -> Tensor:
+        """As in [`~hf_distill.teachers.WritingTeacher`], over the tokens that are known after both prompts."""
+        return divergence_of_entries(evidence["ids"], evidence["log_probs"], other["ids"], other["log_probs"])
+
     def take_counts(self) -> dict[str, float]:
-        """As in [`~hf_distill.teachers.Counting`], of the batches that were used."""
+        """As in [`~hf_distill.teachers.Counting`], of the batches that were used, and of this process's rollouts."""
+        self.counts.add(**asdict(self.server.take_counts()))
         counts, self.counts = asdict(self.counts), Counts()
         counts["megabytes"] = counts.pop("bytes") / 2**20
         return {name: float(value) for name, value in counts.items()}
@@ -239,15 +265,3 @@ def ask_about(
         raise TeacherAway(f"{server.model} has said nothing about some of the {vocab_size} tokens")
     counts = torch.tensor([*asdict(server.take_counts()).values()], dtype=torch.float64)
     return dict(zip(names, (torch.from_numpy(ids), torch.from_numpy(log_probs), counts), strict=True))
-
-
-def within(scores: Scores, vocab_size: int) -> Scores:
-    """The scores without tokens from `vocab_size` on: a padded head has them, and their probability joins the tail."""
-    ids, log_probs = scores.ids, scores.log_probs
-    is_known = (ids >= 0) & (ids < vocab_size)
-    width = min(ids.shape[1], vocab_size)
-    if is_known.all():
-        return scores._replace(ids=ids[:, :width], log_probs=log_probs[:, :width])
-    order = np.argsort(~is_known, axis=1, kind="stable")[:, :width]  # known ones first, in their order
-    is_known, ids, log_probs = (np.take_along_axis(side, order, 1) for side in (is_known, ids, log_probs))
-    return scores._replace(ids=np.where(is_known, ids, -1), log_probs=np.where(is_known, log_probs, -np.inf))

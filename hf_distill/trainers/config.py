@@ -277,6 +277,11 @@ class KDConfig(HardLabelConfig):
             )
 
     @property
+    def asks_in_workers(self) -> bool:
+        """True if teachers are asked about rows in the workers of the data loader."""
+        return True
+
+    @property
     def has_hidden(self) -> bool:
         """True if inner hidden states are a part of the loss."""
         return bool(self.hidden_weight or "hidden_weight" in keywords(self.schedule))

@@ -35,8 +35,12 @@ class SpeculativeKDConfig(KDConfig):
         default=None, metadata={"help": "Not used: completions end at max_new_tokens, prompts are never cut."}
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Tokens of a completion at most."})
-    draft_length: int = field(
-        default=5, metadata={"help": "Tokens that the student drafts before the teacher checks them."}
+    draft_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that the student drafts before the teacher checks them. The default is 5; for a teacher at "
+            "an address, which reads the whole text for every check, it is the rest of the text."
+        },
     )
     adaptive: bool = field(
         default=False,
@@ -67,6 +71,13 @@ class SpeculativeKDConfig(KDConfig):
         metadata={
             "help": "Rows of an update that are written at a time. The default is per_device_train_batch_size; with "
             "small batches and many accumulation steps a larger number is faster."
+        },
+    )
+    value_of_privilege: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether logging steps measure rollout/value_of_privilege where the teacher has a prompt of its "
+            "own; it reads completions once more for that. The default is yes, but no for a teacher at an address."
         },
     )
     rollout_debug: bool = field(
@@ -106,7 +117,7 @@ class SpeculativeKDConfig(KDConfig):
         if self.has_hidden:
             raise ValueError("hidden_weight is not possible with rollouts, which keep the last layer only: set it to 0")
         require_at_least("rollout_batch_size", self.rollout_batch_size, 1)
-        if self.draft_length < 1:
+        if self.draft_length is not None and self.draft_length < 1:
             raise ValueError(
                 f"draft_length has to be at least 1, got {self.draft_length}; for text of the teacher alone set "
                 'rollout_mix={"teacher": 1.0}'
@@ -140,10 +151,16 @@ class SpeculativeKDConfig(KDConfig):
         if self.train_sampling_strategy == "group_by_length":
             raise ValueError("group_by_length is not possible: lengths are known only when the texts are written")
 
+    @property
+    def asks_in_workers(self) -> bool:
+        """False: teachers are asked about what has just been written."""
+        return False
+
     def rollout_config(self, **changes: Any) -> RolloutConfig:
         """The fields that are `RolloutConfig`'s."""
         names = [entry.name for entry in fields(RolloutConfig)]
-        return RolloutConfig(**{name: getattr(self, name) for name in names} | changes)
+        chosen = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return RolloutConfig(**chosen | changes)
 
     @property
     def shares(self) -> dict[str, float]:
