@@ -17,6 +17,7 @@ MORE_IS_BETTER = {
     **dict.fromkeys(("kv/cosine", "kv/centered_cosine", "kv/cka"), True),
     **dict.fromkeys((f"rollout/{n}" for n in ("acceptance_rate", "first_token_acceptance", "full_block_rate")), True),
     "rollout/tokens_per_second": True,
+    "rollout/positions_per_token": False,
     **dict.fromkeys(f"rollout/draft_length_{name}" for name in ("mean", "min", "max", "std")),
     **dict.fromkeys(f"rollout/tokens_{name}" for name in ("drafted", "accepted", "corrected")),
     **dict.fromkeys(("rollout/hard_label_fraction", "rollout/value_of_privilege")),
@@ -101,7 +102,10 @@ class TokenMeans:
 class RolloutMeans:
     """Sums over rollouts, and their rates over all processes."""
 
-    _SUMS = "tokens seconds blocks drafted accepted corrected first full length length_squared privilege privileged"
+    _SUMS = (
+        "tokens seconds positions blocks drafted accepted corrected first full length length_squared privilege "
+        "privileged"
+    )
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = dict.fromkeys(self._SUMS.split(), 0.0)
@@ -111,6 +115,7 @@ class RolloutMeans:
         """Adds the tokens and seconds of one rollout (`RolloutStats`), and its blocks if it is speculative."""
         self._sums["tokens"] += num_tokens
         self._sums["seconds"] += stats.seconds
+        self._sums["positions"] += stats.asked.positions
         if not is_speculative:
             return
         blocks = stats.blocks
@@ -145,6 +150,7 @@ class RolloutMeans:
         found = {}
         if total["seconds"]:
             found["tokens_per_second"] = total["tokens"] / total["seconds"] * len(rows)
+            found["positions_per_token"] = total["positions"] / max(total["tokens"], 1)
         if total["blocks"]:
             mean = total["length"] / total["blocks"]
             found |= {

@@ -18,7 +18,7 @@ from hf_distill.collators import PromptCollator, pad_prompts, warn_of_truncation
 from hf_distill.metrics import RolloutMeans
 from hf_distill.modeling import WholeCopy, check_cache, is_split
 from hf_distill.speculative import Block, verified_rollout
-from hf_distill.teachers import Signal, Teacher, WritingTeacher, require_writer
+from hf_distill.teachers import Signal, Teacher, TeacherAway, WritingTeacher, require_writer
 from hf_distill.teachers.columns import PREFIX, AnyDataset, take_columns
 from hf_distill.teachers.opening import is_base
 from hf_distill.token_rows import Room, pad, without_long_rows
@@ -146,10 +146,17 @@ class SpeculativeKDTrainer(KDTrainer):
         self._whole_student = WholeCopy(self.model) if splits else None
         if args.top_k > self.vocab_size:
             raise ValueError(f"top_k={args.top_k} is more than the vocabulary has tokens ({self.vocab_size})")
+        remembers, drafts = self.teacher.remembers, {}
+        self._measures_privilege = remembers if args.value_of_privilege is None else args.value_of_privilege
+        if not remembers and args.draft_length is None:
+            drafts = {"draft_length": args.max_new_tokens}
+            self._tell("drafts go on to the end of the text: the teacher reads all of it for every check")
+        if not remembers and args.value_of_privilege is None and _is_privileged(next(iter(self.train_dataset))):
+            self._tell("rollout/value_of_privilege is not measured: value_of_privilege=True asks the teacher once more")
         # The student alone: one draft of any length, kept whatever the teacher thinks. The teacher alone: no draft.
         alone = {"draft_length": args.max_new_tokens, "adaptive": False, "top_k": self.vocab_size, "min_prob": 0.0}
         self._rollout_configs = {
-            "speculative": args.rollout_config(),
+            "speculative": args.rollout_config(**drafts),
             "student": args.rollout_config(**alone),
             "teacher": args.rollout_config(draft_length=0),
             "dataset": args.rollout_config(**alone),  # nothing is rejected there either
@@ -246,14 +253,24 @@ class SpeculativeKDTrainer(KDTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # Rollouts are made here, so that transformers counts the tokens of what is really trained on.
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = self._write_batches(batches, "train", self.state.global_step)
+        batches = self._written(batches, "train", self.state.global_step)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         # The same random numbers at every evaluation: what changes is the model. evaluation_loop starts the count.
-        (inputs,) = self._write_batches([inputs], "eval", self._eval_batches)
+        (inputs,) = self._written([inputs], "eval", self._eval_batches)
         self._eval_batches += 1
         return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _written(self, batches: list[dict[str, Tensor]], mode: str, step: int) -> list[dict[str, Tensor]]:
+        """As [`_write_batches`]; all processes stop together where the teacher of one is away."""
+        written, reason = [], None
+        try:
+            written = self._write_batches(batches, mode, step)
+        except TeacherAway as error:
+            reason = str(error)
+        self.stop_if_away(reason)
+        return written
 
     def _write_batches(self, batches: list[dict[str, Tensor]], mode: str, step: int) -> list[dict[str, Tensor]]:
         """Batches of prompts as batches to train on; a function of the weights, the rows, the seed, step and rank."""
@@ -303,7 +320,7 @@ class SpeculativeKDTrainer(KDTrainer):
             self._rollout_means[mode].add(written.stats, int(mask.sum()), source == "speculative")
         # A compact copy: padding does not have to wait for the update.
         evidence = self._compact(evidence, mask)
-        if self.is_logging(mode) and any(row.student_prompt_ids != row.teacher_prompt_ids for row in rows):
+        if self._measures_privilege and self.is_logging(mode) and any(_is_privileged(vars(row)) for row in rows):
             kl = self._value_of_privilege(*prompts, ids, mask, evidence)
             self._rollout_means[mode].add_privilege(kl, int(mask.sum()))
         lengths = mask.sum(1).tolist()
@@ -391,7 +408,8 @@ class SpeculativeKDTrainer(KDTrainer):
 
     def describe(self) -> dict[str, str]:
         shares = ", ".join(f"{name} {share:g}" for name, share in self.args.shares.items())
-        rule = f"draft {self.args.draft_length}, top_k {self.args.top_k}, min_prob {self.args.min_prob:g}"
+        draft = self._rollout_configs["speculative"].draft_length
+        rule = f"draft {draft}, top_k {self.args.top_k}, min_prob {self.args.min_prob:g}"
         return {**super().describe(), "training text": shares, "speculation": rule}
 
 
@@ -455,6 +473,11 @@ def _rows(batch: dict[str, Tensor]) -> list[Row]:
         if f"{name}_ids" in batch
     }
     return [Row(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+
+
+def _is_privileged(row: dict[str, Any]) -> bool:
+    """True if the teacher's prompt is another one than the student's."""
+    return row["student_prompt_ids"] != row["teacher_prompt_ids"]
 
 
 def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: WritingTeacher) -> list[int]:
