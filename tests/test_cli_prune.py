@@ -67,6 +67,7 @@ def test_prune_drops_what_ranks_first_and_says_so(folder, tmp_path, capsys, toke
     assert original_layers(student) == [i for i in range(6) if i not in spans[0].layers]
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
     fidelity = evaluate_fidelity(student, teacher, rows, tokenizer)
+    assert (tmp_path / "report.html").exists()
     report = (tmp_path / "pruning.md").read_text()
     lines = [f"| {', '.join(map(str, span.layers))} | {span.distance:.4f} |" for span in spans]
     assert "\n".join(lines) in report

@@ -60,6 +60,7 @@ def test_the_demo_runs_end_to_end(tmp_path, monkeypatch, capsys):
     assert results["distilled"]["kl"] < results["untrained student"]["kl"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert (tmp_path / "report.png").exists()
+    assert "hard labels only" in (tmp_path / "report.html").read_text()
     assert "seed 0: perplexity" in capsys.readouterr().out
 
 
