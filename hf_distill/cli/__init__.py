@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +17,10 @@ from hf_distill.cli.arguments import (
     DemoArguments,
     KVArguments,
     MergeArguments,
+    PlanArguments,
+    PlannedKD,
+    PlannedKV,
+    PlannedSKD,
     PruneArguments,
     ReportArguments,
     SFTArguments,
@@ -24,9 +29,11 @@ from hf_distill.cli.arguments import (
 )
 from hf_distill.cli.cache import info, verify, write
 from hf_distill.cli.parsing import CommandParser
+from hf_distill.cli.planning import plan_kd, plan_kv, plan_skd
 from hf_distill.cli.pruning import merge, prune
 from hf_distill.cli.reporting import compare, report
 from hf_distill.cli.training import start_kd, start_kv, start_sft, start_skd
+from hf_distill.planning import without_gpu
 from hf_distill.servers import TeacherAway
 from hf_distill.trainers.config import KDConfig
 from hf_distill.trainers.hard_label_config import HardLabelConfig
@@ -57,12 +64,14 @@ class Command:
         start: Called with an instance of each; `ValueError` becomes one line on the screen. It may return a run: an
             error there keeps its traceback.
         words: names and help of words without an option. `start` is called with a namespace of them, too.
+        parsing: makes the context in which options become these instances.
     """
 
     help: str
     options: tuple[Any, ...]
     start: Callable[..., Callable[[], None] | None]
     words: Mapping[str, str] = field(default_factory=dict)
+    parsing: Callable[[], AbstractContextManager] = nullcontext
 
 
 COMMANDS = {
@@ -78,6 +87,16 @@ COMMANDS = {
     ),
     "sft": Command(
         "on hard labels alone, without a teacher: the baseline", (SFTArguments, HardLabelConfig, ModelConfig), start_sft
+    ),
+    "plan kd": Command(
+        "the memory of a run of kd, whether it fits, and what would make it fit; from configurations alone",
+        (PlannedKD, KDConfig, ModelConfig, PlanArguments), plan_kd, parsing=without_gpu,
+    ),
+    "plan kv": Command(
+        "the same of kv", (PlannedKV, KVProjectionConfig, ModelConfig, PlanArguments), plan_kv, parsing=without_gpu
+    ),
+    "plan skd": Command(
+        "the same of skd", (PlannedSKD, SpeculativeKDConfig, ModelConfig, PlanArguments), plan_skd, parsing=without_gpu
     ),
     "prune": Command("drop the layers that change least, keep them as bundles", (PruneArguments,), prune),
     "merge": Command("merge an adapter into its base model", (MergeArguments,), merge),
@@ -119,7 +138,9 @@ def main(argv: list[str] | None = None) -> None:
     for word, help_text in command.words.items():
         options.add_argument(word, nargs="+", help=help_text)
     try:
-        run = command.start(*options.parse(argv[num_words:]))
+        with command.parsing():
+            parsed = options.parse(argv[num_words:])
+        run = command.start(*parsed)
     except ValueError as error:
         options.exit(2, f"{options.prog}: error: {error}\n")
     if run is not None:

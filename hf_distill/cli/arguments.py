@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from hf_distill.traffic import ENGINES
+
 
 @dataclass
 class DemoArguments:
@@ -193,3 +195,51 @@ class ReportArguments:
     """The options of `report`; its words without an option are the runs."""
 
     output_file: str = field(default="report.html", metadata={"help": "The page to write."})
+
+
+_NOT_READ = "Not read: a plan needs no rows."
+
+
+@dataclass
+class PlannedKD(StagedArguments):
+    """Models of `plan kd`. The other options of `kd` are taken as well, so that its recipes can be planned."""
+
+    dataset: str = field(default="", metadata={"help": _NOT_READ})
+
+
+@dataclass
+class PlannedKV(KVArguments):
+    """Models of `plan kv`."""
+
+    dataset: str = field(default="", metadata={"help": _NOT_READ})
+
+
+@dataclass
+class PlannedSKD(SKDArguments):
+    """Models and prompts of `plan skd`."""
+
+    dataset: str = field(default="", metadata={"help": _NOT_READ})
+
+
+@dataclass
+class PlanArguments:
+    """The devices of `plan`, and the longest rows."""
+
+    gpu: str | None = field(
+        default=None, metadata={"help": "Memory of each GPU, such as 24GB. Default: the plan says what is needed."}
+    )
+    gpus: int = field(default=1, metadata={"help": "Number of GPUs, one for each process."})
+    engine: str = field(default="ddp", metadata={"help": "How several GPUs share the work.", "choices": list(ENGINES)})
+    reserve: str = field(
+        default="1GB", metadata={"help": "Memory that is left to CUDA, its libraries and fragmentation."}
+    )
+    row_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of the longest row. Default: max_length, to which rows are cut."}
+    )
+    prompt_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of the student's longest prompt, in skd. Default: 512."}
+    )
+    label_share: float = field(
+        default=1.0, metadata={"help": "Share of the tokens that bear a label, in (0, 1]; prompts do not."}
+    )
+    json: bool = field(default=False, metadata={"help": "Whether to print the numbers as JSON, in bytes."})

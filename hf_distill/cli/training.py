@@ -174,11 +174,7 @@ def student_arguments(arguments: SFTArguments, args: HardLabelConfig, model_conf
     """The same without the teacher."""
     if model_config.model_name_or_path is not None:
         raise ValueError("--model_name_or_path is not used here: the student is --model, the teacher --teacher_model")
-    targets = model_config.lora_target_modules
-    if isinstance(targets, str) and targets.isidentifier():
-        # TRL takes a single name out of its list; PEFT would read it as a pattern of whole paths, which fits none.
-        model_config.lora_target_modules = [targets]
-    peft_config = get_peft_config(model_config)
+    peft_config = lora_config(model_config)
     # Before anything is loaded. A student that is a folder of adapters has some whatever the options say.
     adapters = {} if peft_config is None else {"default": peft_config}
     compares = not os.path.exists(os.path.join(arguments.model, ADAPTER_CONFIG))
@@ -193,12 +189,7 @@ def student_arguments(arguments: SFTArguments, args: HardLabelConfig, model_conf
         ),
     )
     train_rows, eval_rows = load_datasets(arguments)
-    args.model_init_kwargs = {
-        "revision": model_config.model_revision,
-        "attn_implementation": model_config.attn_implementation,
-        "dtype": model_config.dtype,
-        **keywords(args.model_init_kwargs),
-    }
+    args.model_init_kwargs = init_kwargs(args, model_config)
     return {
         "model": arguments.model,
         "args": args,
@@ -206,6 +197,25 @@ def student_arguments(arguments: SFTArguments, args: HardLabelConfig, model_conf
         "eval_dataset": eval_rows,
         "peft_config": peft_config,
         "quantization_config": get_quantization_config(model_config),
+    }
+
+
+def lora_config(model_config: ModelConfig) -> Any:
+    """The `LoraConfig` of the options, or None."""
+    targets = model_config.lora_target_modules
+    if isinstance(targets, str) and targets.isidentifier():
+        # TRL takes a single name out of its list; PEFT would read it as a pattern of whole paths, which fits none.
+        model_config.lora_target_modules = [targets]
+    return get_peft_config(model_config)
+
+
+def init_kwargs(args: Any, model_config: ModelConfig) -> dict[str, Any]:
+    """Keyword arguments of the student's `from_pretrained`."""
+    return {
+        "revision": model_config.model_revision,
+        "attn_implementation": model_config.attn_implementation,
+        "dtype": model_config.dtype,
+        **keywords(args.model_init_kwargs),
     }
 
 

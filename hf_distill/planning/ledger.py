@@ -1,0 +1,139 @@
+"""Bytes and FLOPs of code that runs on fake tensors, which have shapes, dtypes and lifetimes, but no memory.
+
+A plan runs the real model, the real loss and the real optimizer on such tensors. So what autograd keeps, what a
+checkpoint drops and what a kernel returns is asked of the code itself, and no table of formulas has to follow it.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# The caching allocator of CUDA hands out multiples of this.
+CUDA_GRAIN = 512
+GRADIENTS = "gradients"
+
+
+def _product(left: Tensor, right: Tensor, *_: Any) -> int:
+    """FLOPs of `left @ right`."""
+    return 2 * left.numel() * right.shape[-1]
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
+    """FLOPs of an attention (B, H, T, E); those that a causal kernel skips are counted."""
+    batch, heads, length, width = query.shape
+    return 2 * batch * heads * length * key.shape[2] * (width + value.shape[3])
+
+
+aten = torch.ops.aten
+FLOPS: dict[Any, Callable[..., int]] = {
+    aten.mm: _product,
+    aten.bmm: _product,
+    aten.addmm: lambda _, left, right, *__: _product(left, right),
+    aten.baddbmm: lambda _, left, right, *__: _product(left, right),
+}
+for _name in ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"):
+    FLOPS[getattr(aten, _name)] = _attention
+    # Five products in place of two: the probabilities are computed again.
+    FLOPS[getattr(aten, f"{_name}_backward")] = lambda _, *inputs: 5 * _attention(*inputs) // 2
+
+
+def _accumulates() -> bool:
+    """True while autograd gives a parameter its gradient."""
+    node = torch._C._current_autograd_node()
+    return node is not None and node.name() == "torch::autograd::AccumulateGrad"
+
+
+class Peak(NamedTuple):
+    """The most bytes that were alive at one time, by label."""
+
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def but_gradients(self) -> int:
+        """Bytes of everything but the gradients of parameters, which engines split."""
+        return self.total - self.parts.get(GRADIENTS, 0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it, every storage that an operation returns is counted under the current label until it is freed.
+
+    Memory that a kernel takes and gives back within one operation is not seen.
+
+    Attributes:
+        live (`Counter`): bytes alive now, by label.
+        flops (`Counter`): FLOPs of matrix products and attention, by label.
+        peak, peak_but_gradients ([`Peak`]): the highest sum since `begin`, of all labels, and of all but `GRADIENTS`.
+
+    Args:
+        grain (`int`): storages are counted in multiples of this.
+    """
+
+    def __init__(self, grain: int = 1) -> None:
+        super().__init__()
+        self.grain, self.label = grain, "other"
+        self.live: Counter[str] = Counter()
+        self.flops: Counter[str] = Counter()
+        self._sizes: dict[int, tuple[str, int]] = {}  # label and bytes of each storage alive
+        self.begin()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            out = args[0].clone()  # fake tensors have no values: every position counts
+        elif func is aten.clone.default and _accumulates():
+            out = aten.alias.default(args[0])  # a real gradient becomes the parameter's; a fake one would be copied
+        else:
+            out = func(*args, **(kwargs or {}))
+        self.add(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        if (count := FLOPS.get(func._overloadpacket)) is not None:
+            self.flops[self.label] += count(*args)
+        return out
+
+    @contextmanager
+    def labelled(self, label: str) -> Iterator[None]:
+        """Counts what is made inside of it under a label."""
+        before, self.label = self.label, label
+        try:
+            yield
+        finally:
+            self.label = before
+
+    def add(self, tensors: Iterable[Tensor], label: str | None = None) -> None:
+        """Counts tensors that are alive; those that are counted already get the label, if one is given."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._sizes:
+                if label is not None:
+                    before, size = self._sizes[key]
+                    self.live[before] -= size
+                    self.live[label] += size
+                    self._sizes[key] = label, size
+                continue
+            size = -(-storage.nbytes() // self.grain) * self.grain
+            self._sizes[key] = label or self.label, size
+            self.live[label or self.label] += size
+            weakref.finalize(storage, self._free, key)
+        now = Peak({label: size for label, size in self.live.items() if size})
+        if now.total > self.peak.total:
+            self.peak = now
+        if now.but_gradients > self.peak_but_gradients.but_gradients:
+            self.peak_but_gradients = now
+
+    def _free(self, key: int) -> None:
+        label, size = self._sizes.pop(key)
+        self.live[label] -= size
+
+    def begin(self) -> None:
+        """Forgets the peaks so far."""
+        self.peak = self.peak_but_gradients = Peak({label: size for label, size in self.live.items() if size})

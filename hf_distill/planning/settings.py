@@ -1,0 +1,286 @@
+"""The settings of a run as a plan needs them: from the arguments of a trainer, without data, weights or tokenizers."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft import LoraConfig, PeftConfig
+from transformers import PreTrainedConfig, Trainer, training_args
+
+from hf_distill.losses.head import default_chunk_size
+from hf_distill.losses.objective import Objective
+from hf_distill.planning.models import ModelSpec
+from hf_distill.planning.steps import Batch
+from hf_distill.speculative import RolloutConfig
+from hf_distill.store.hub import CACHE
+from hf_distill.store.manifest import Manifest, read_manifest
+from hf_distill.traffic import ENGINES
+from hf_distill.trainers.hard_label_config import HardLabelConfig, keywords
+from hf_distill.trainers.kv_projection_config import KVProjectionConfig
+from hf_distill.trainers.speculative_kd_config import SpeculativeKDConfig
+
+PROMPT_TOKENS = 512  # of rollouts, where nothing says how long prompts are
+BITS = {"4bit": 4, "8bit": 8}
+
+
+@dataclass(frozen=True)
+class TeacherSetting:
+    """A teacher: a model with its layout, a store, or the student's own base.
+
+    Args:
+        name (`str`): as it was given.
+        model ([`ModelSpec`], *optional*): None for what is no model of its own.
+        layout (`str`): "device" (the student's), "offload", "sharded", "elsewhere", "base", "store" or "remote".
+        manifest ([`Manifest`], *optional*): of a store.
+    """
+
+    name: str
+    model: ModelSpec | None
+    layout: str = "device"
+    manifest: Manifest | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices: `memory` bytes of each (None: not asked), their number, how they share the work."""
+
+    memory: int | None = None
+    num: int = 1
+    engine: str = "ddp"
+    reserve: int = 2**30
+    kind: str = "cuda"
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine has to be one of {', '.join(ENGINES)}, got {self.engine!r}")
+        if self.num < 1:
+            raise ValueError(f"gpus has to be at least 1, got {self.num}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a plan depends on; remedies are changes of it."""
+
+    student: ModelSpec
+    teachers: tuple[TeacherSetting, ...]
+    batch: Batch
+    accumulation: int
+    objective: Objective
+    machine: Machine
+    lora: LoraConfig | None = None
+    checkpointing: Mapping[str, Any] | None = None
+    mixed: torch.dtype | None = None
+    optimizer: tuple[Any, Mapping[str, Any]] = (torch.optim.AdamW, {})
+    kv: Mapping[str, Any] | None = None  # layers and settings of the term of keys and values
+    hidden: Mapping[str, Any] | None = None
+    rollout: RolloutConfig | None = None
+    rollout_rows: int = 0
+    prompts: tuple[int, int] = (0, 0)
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def splits(self) -> bool:
+        """True if the engine splits gradients or more."""
+        return self.machine.num > 1 and self.machine.engine != "ddp"
+
+    @property
+    def compute(self) -> torch.dtype | None:
+        """The dtype of mixed precision, where the forward casts weights; engines that split hold them in it."""
+        return None if self.splits else self.mixed
+
+    def with_rows(self, rows: int) -> "Settings":
+        """The same update in micro-batches of `rows` rows."""
+        total = self.batch.rows * self.accumulation
+        labels = -(-self.batch.labels * rows // self.batch.rows)
+        batch = replace(self.batch, rows=rows, labels=labels, padded=self.batch.padded and rows > 1)
+        return replace(self, batch=batch, accumulation=-(-total // rows), rollout_rows=min(self.rollout_rows, rows))
+
+
+@contextmanager
+def without_gpu() -> Iterator[None]:
+    """Within it settings for a GPU can be made on a machine without one; transformers would refuse bf16."""
+    with patch.object(training_args, "is_torch_bf16_gpu_available", lambda: True):
+        yield
+
+
+def read_settings(
+    model: str,
+    teacher_model: Any,
+    args: HardLabelConfig,
+    *,
+    peft_config: PeftConfig | None = None,
+    quantization_config: Any = None,
+    machine: Machine | None = None,
+    row_tokens: int | None = None,
+    prompt_tokens: int | None = None,
+    teacher_prompt_tokens: int | None = None,
+    label_share: float = 1.0,
+) -> Settings:
+    """The settings of a run, from what its trainer would get.
+
+    Raises:
+        `ValueError`: no configuration, no length, adapters that are no LoRA, or settings that contradict each other.
+    """
+    if not 0 < label_share <= 1:
+        raise ValueError(f"label_share has to lie in (0, 1], got {label_share}")
+    if peft_config is not None and not isinstance(peft_config, LoraConfig):
+        raise ValueError(f"only LoRA can be planned, got a {type(peft_config).__name__}")
+    machine, notes = machine or Machine(), []
+    student = student_spec(model, args, quantization_config)
+    given = [teacher_model] if isinstance(teacher_model, str) else list(teacher_model or ())
+    layouts = [part.strip() or None for part in (getattr(args, "teacher_device", None) or "").split(",")]
+    teachers = tuple(
+        teacher_setting(name, args, student, layouts[min(i, len(layouts) - 1)], machine) for i, name in enumerate(given)
+    )
+    configs = [student.config(), *(t.model.config() for t in teachers if t.model is not None)]
+    vocab_size = min(config.get_text_config().vocab_size for config in configs)
+    if (largest := max(config.get_text_config().vocab_size for config in configs)) > 1.2 * vocab_size:
+        notes.append(
+            f"vocabularies of {vocab_size:,} and {largest:,} tokens: with another tokenizer the loss aligns texts, "
+            "and its memory is taken as that of the common vocabulary"
+        )
+    rollout = args.rollout_config() if isinstance(args, SpeculativeKDConfig) else None
+    prompt = prompt_tokens or PROMPT_TOKENS
+    prompts = prompt, teacher_prompt_tokens or prompt
+    batch = _batch(args, row_tokens, prompts[0], label_share, configs[0], rollout)
+    quantised = [name for name, c in zip([model, *given], configs, strict=False) if _is_quantised(c)]
+    if quantised:
+        notes.append(f"the weights of {quantised[0]} are saved quantised: they are counted in their dtype, not in bits")
+    return Settings(
+        student=student, teachers=teachers, batch=batch, accumulation=args.gradient_accumulation_steps,
+        objective=_objective(args, vocab_size, machine), machine=machine, lora=peft_config,
+        checkpointing=_checkpointing(args), mixed=_mixed(args),
+        optimizer=_optimizer(args), kv=_kv(args), hidden=_hidden(args), rollout=rollout,
+        rollout_rows=getattr(args, "rollout_batch_size", None) or args.per_device_train_batch_size,
+        prompts=prompts, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def student_spec(model: str, args: Any, quantization_config: Any) -> ModelSpec:
+    """The student as TRL loads it: in float32 unless `dtype` says another."""
+    kwargs = keywords(args.model_init_kwargs)
+    bits = next((b for b in (4, 8) if getattr(quantization_config, f"load_in_{b}bit", False)), None)
+    dtype = kwargs.get("dtype", "float32")
+    if bits is not None and dtype == "float32":
+        dtype = "auto"  # what is not quantised
+    return ModelSpec(
+        model, dtype=None if dtype is None else str(dtype).removeprefix("torch."), bits=bits,
+        double_quant=bool(getattr(quantization_config, "bnb_4bit_use_double_quant", False)),
+        attention=_attention(kwargs.get("attn_implementation")), options=_options(args, kwargs),
+    )  # fmt: skip
+
+
+def teacher_setting(name: str, args: Any, student: ModelSpec, layout: str | None, machine: Machine) -> TeacherSetting:
+    """A teacher by its name, in its layout."""
+    if name == "base":
+        return TeacherSetting(name, None, "base")
+    if name.startswith(("http://", "https://")):
+        return TeacherSetting(name, None, "remote")
+    if name.startswith(CACHE):
+        folder = Path(name.removeprefix(CACHE))
+        if not folder.is_dir():
+            raise ValueError(f"there is no store in {folder}: a plan reads its manifest, so it has to be a folder here")
+        return TeacherSetting(name, None, "store", read_manifest(folder))
+    kwargs = keywords(args.teacher_model_init_kwargs)
+    spec = ModelSpec(
+        name, dtype=str(kwargs.get("dtype") or "auto").removeprefix("torch."), bits=BITS.get(args.teacher_quantization),
+        double_quant=args.teacher_quantization == "4bit", attention=_attention(kwargs.get("attn_implementation")),
+        options=_options(args, kwargs),
+    )  # fmt: skip
+    if layout in ("offload", "sharded"):
+        return TeacherSetting(name, spec, layout)
+    return TeacherSetting(name, spec, "device" if layout is None else "elsewhere")
+
+
+def _attention(name: str | None) -> str | None:
+    """Flash attention keeps what sdpa keeps, and a plan does not need its package."""
+    return "sdpa" if name is not None and name.startswith(("flash", "kernels")) else name
+
+
+def _options(args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    found = {"trust_remote_code": True} if args.trust_remote_code else {}
+    return found | ({"revision": kwargs["revision"]} if kwargs.get("revision") else {})
+
+
+def _batch(
+    args: Any, row_tokens: int | None, prompt: int, label_share: float, config: PreTrainedConfig,
+    rollout: RolloutConfig | None,
+) -> Batch:  # fmt: skip
+    rows = args.per_device_train_batch_size
+    if rollout is not None:
+        return Batch(rows, prompt + rollout.max_new_tokens, rows * rollout.max_new_tokens, padded=rows > 1)
+    length = row_tokens or args.max_length
+    if length is None:
+        raise ValueError(
+            "max_length is not set, so rows may have any length: set --row_tokens, the tokens of the longest row"
+        )
+    joined = bool(args.padding_free or args.packing)
+    labels = max(1, round(rows * (length - 1) * label_share))
+    return Batch(rows, length, labels, padded=rows > 1 and not joined, packed=joined)
+
+
+def _objective(args: Any, vocab_size: int, machine: Machine) -> Objective:
+    chunk = args.loss_chunk_size or default_chunk_size(torch.device(machine.kind), vocab_size)
+    options: dict[str, Any] = {"vocab_size": vocab_size, "chunk_size": chunk, "checked": True}
+    if not hasattr(args, "divergence"):
+        return Objective(kd_weight=0.0, **options)
+    changing = keywords(args.schedule)
+    params = keywords(args.divergence_params)
+    return Objective(
+        kd_weight=args.kd_weight, temperature=args.temperature, divergence=args.divergence, divergence_params=params,
+        compiled=not changing.keys() & {"kd_weight", "temperature", *params}, **options,
+    )  # fmt: skip
+
+
+def _checkpointing(args: Any) -> dict[str, Any] | None:
+    enabled = getattr(args, "activation_checkpointing", None)
+    enabled = args.gradient_checkpointing if enabled is None else enabled
+    return {"use_reentrant": False, **keywords(args.gradient_checkpointing_kwargs)} if enabled else None
+
+
+def _mixed(args: Any) -> torch.dtype | None:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def _optimizer(args: Any) -> tuple[Any, dict[str, Any]]:
+    return Trainer.get_optimizer_cls_and_kwargs(args)
+
+
+def _kv(args: Any) -> dict[str, Any] | None:
+    if not isinstance(args, KVProjectionConfig):
+        return None
+    names = ("kv_layers", "kv_loss", "kv_positions", "projector", "projector_mlp_ratio")
+    return {name: getattr(args, name) for name in names}
+
+
+def _hidden(args: Any) -> dict[str, Any] | None:
+    if not getattr(args, "has_hidden", False):
+        return None
+    return {"hidden_layers": args.hidden_layers, "hidden_loss": args.hidden_loss}
+
+
+def _is_quantised(config: PreTrainedConfig) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def parse_size(text: str | int | None) -> int | None:
+    """Bytes of "24GB", "24 GiB" or "512MB"; as makers of GPUs count, a GB is 2^30 bytes.
+
+    Raises:
+        `ValueError`: no such size.
+    """
+    if text is None or isinstance(text, int):
+        return text
+    words = text.strip().upper().replace("IB", "B").removesuffix("B")
+    factors = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    try:
+        number = float(words[:-1]) * factors[words[-1]] if words and words[-1] in factors else float(words)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no size such as 24GB") from error
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{text!r} is no size such as 24GB")
+    return int(number)

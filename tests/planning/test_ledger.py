@@ -1,0 +1,53 @@
+"""Live bytes and FLOPs of code on fake tensors, against what is known of plain operations."""
+
+import torch
+
+from hf_distill.planning.ledger import GRADIENTS, LiveBytes
+from hf_distill.planning.models import no_memory
+
+
+def test_storages_count_while_they_are_alive_and_views_do_not():
+    with no_memory(), LiveBytes() as ledger:
+        first = torch.empty(10, 10)
+        view = first.t()[:5]
+        second = first + 1
+        assert ledger.live["other"] == 800
+        del first
+        assert ledger.live["other"] == 800  # the view keeps it
+        del view
+        assert ledger.live["other"] == 400
+        del second
+    assert ledger.live["other"] == 0
+    assert ledger.peak.total == 800
+
+
+def test_the_peak_says_what_was_alive_at_it():
+    with no_memory(), LiveBytes() as ledger:
+        with ledger.labelled("kept"):
+            kept = torch.empty(100)
+        with ledger.labelled("passing"):
+            torch.empty(50)
+        torch.empty(10)
+    assert ledger.peak.parts == {"kept": 400, "passing": 200}
+    del kept
+
+
+def test_what_is_freed_after_the_backward_is_what_autograd_kept():
+    with no_memory():
+        x, weight = torch.empty(8, 16, requires_grad=True), torch.empty(16, 4, requires_grad=True)
+        with LiveBytes() as ledger:
+            ledger.add([x, weight], "weights")
+            y = (x @ weight).exp().sum()  # exp keeps its result, (8, 4); the sum is a number
+            assert ledger.live["other"] == 4 * 8 * 4 + 4
+            y.backward()
+            ledger.add([x.grad, weight.grad], GRADIENTS)
+            assert ledger.live["other"] == 4 + 0
+            assert ledger.live[GRADIENTS] == 4 * (8 * 16 + 16 * 4)
+    assert ledger.flops["other"] == 3 * 2 * 8 * 16 * 4
+
+
+def test_allocations_of_cuda_are_multiples_of_512_bytes():
+    with no_memory(), LiveBytes(512) as ledger:
+        kept = torch.empty(1), torch.empty(129)
+        assert ledger.live["other"] == 512 + 1024
+    del kept

@@ -1,0 +1,190 @@
+"""Whole plans: sums, verdicts, remedies, recipes, and the commands."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from hf_distill import KDConfig, KVProjectionConfig, SpeculativeKDConfig, cli
+from hf_distill.planning import Machine, parse_size, plan_run, without_gpu
+from hf_distill.trainers.hard_label_config import HardLabelConfig
+from tests.planning.published import CONFIGS
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))
+# The GPU that each recipe names; those of docs/kd_lora.md have the teacher on a second one.
+GPUS = {
+    "cache_qwen2.5_0.5b": "24GB", "dolly_phi2_mistral": "24GB", "kava_8gb": "8GB", "kava_8gb_low_memory": "8GB",
+    "kd_lora_24gb": "24GB", "kd_qwen2.5_0.5b": "80GB", "lupi_skd": "80GB", "skd_gsm8k": "80GB",
+}  # fmt: skip
+
+
+@pytest.fixture
+def settings(folder):
+    """Models of the tests and settings of a small run."""
+    options = {"output_dir": "out", "use_cpu": True, "bf16": False, "max_length": 32, "per_device_train_batch_size": 4}
+    return str(folder / "student"), str(folder / "teacher"), options
+
+
+def test_parts_sum_to_the_peak_of_the_highest_phase(settings):
+    student, teacher, options = settings
+    plan = plan_run(student, teacher, KDConfig(**options, gradient_accumulation_steps=2))
+    assert sum(plan.parts.values()) == plan.peak == max(plan.phases.values())
+    assert plan.fits is None
+    assert plan.remedies == ()
+
+
+def test_stores_remote_teachers_and_the_own_base_have_no_weights(settings):
+    from peft import LoraConfig
+
+    student, teacher, options = settings
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    assert "teacher's weights" in plan_run(student, teacher, KDConfig(**options)).always
+    for name in ("base", "http://localhost:8000/v1"):
+        assert "teacher's weights" not in plan_run(student, name, KDConfig(**options), peft_config=lora).always
+    assert "teacher's weights" not in plan_run(student, None, HardLabelConfig(**options)).always
+
+
+@pytest.mark.parametrize(
+    ("device", "here", "elsewhere"),
+    [
+        ("offload", "heads of teachers", "host: the teacher's weights"),
+        ("cuda:1", "heads of teachers", "teacher's devices"),
+    ],
+)
+def test_a_teacher_elsewhere_leaves_its_head_here(settings, device, here, elsewhere):
+    student, teacher, options = settings
+    plan = plan_run(student, teacher, KDConfig(**options, teacher_device=device))
+    assert plan.always[here] == 384 * 32 * 4
+    assert "teacher's weights" not in plan.always
+    assert plan.elsewhere[elsewhere] > 0
+
+
+def test_engines_that_split_need_less_of_each_device(settings):
+    student, teacher, options = settings
+    found = {
+        engine: plan_run(student, teacher, KDConfig(**options), machine=Machine(num=4, engine=engine))
+        for engine in ("ddp", "zero2", "zero3", "fsdp2")
+    }
+    assert found["zero2"].always["optimizer's states"] < found["ddp"].always["optimizer's states"]
+    assert found["fsdp2"].always["student's weights"] < found["zero2"].always["student's weights"]
+    assert found["ddp"].always["DDP's buckets"] == found["ddp"].always["student's weights"] - 4 * 4  # one buffer
+    for plan in found.values():
+        assert plan.traffic["gradients"] > 0
+
+
+def test_a_run_that_does_not_fit_has_remedies_that_do(settings):
+    student, teacher, options = settings
+    options |= {"per_device_train_batch_size": 8, "max_length": 128, "gradient_checkpointing": False}
+    whole = plan_run(student, teacher, KDConfig(**options))
+    machine = Machine(memory=int(0.8 * whole.peak), reserve=0)
+    plan = plan_run(student, teacher, KDConfig(**options), machine=machine)
+    assert plan.fits is False
+    fitting = [remedy for remedy in plan.remedies if remedy.fits]
+    assert fitting
+    assert all(remedy.peak <= machine.memory for remedy in fitting)
+    # The remedy's own options make the plan that it promises.
+    batch = next(remedy for remedy in plan.remedies if remedy.name == "smaller micro-batches")
+    words = batch.options.split()
+    changed = options | {words[0][2:]: int(words[1]), words[2][2:]: int(words[3])}
+    assert plan_run(student, teacher, KDConfig(**changed)).peak == batch.peak
+
+
+def test_nothing_helps_a_model_that_is_larger_than_the_device(settings):
+    student, teacher, options = settings
+    plan = plan_run(student, teacher, KDConfig(**options), machine=Machine(memory=1000, reserve=0))
+    assert plan.fits is False
+    assert not any(remedy.fits for remedy in plan.remedies)
+    assert plan.together == ()
+
+
+def test_rollouts_have_caches_and_a_phase(settings):
+    student, teacher, options = settings
+    options |= {"max_length": None, "max_new_tokens": 16}
+    plan = plan_run(student, teacher, SpeculativeKDConfig(**options), prompt_tokens=8)
+    assert plan.caches == {"student": 2 * 2 * 2 * 4 * 23 * 8 * 4, "teacher": 2 * 2 * 2 * 4 * 23 * 8 * 4}
+    assert "rollout" in plan.phases
+
+
+def test_keys_and_values_have_a_projector(settings):
+    student, teacher, options = settings
+    plain = plan_run(student, teacher, KDConfig(**options))
+    for projector in ("pca", "mlp"):
+        plan = plan_run(student, teacher, KVProjectionConfig(**options, projector=projector))
+        assert plan.always["student's weights"] > plain.always["student's weights"]
+
+
+@pytest.mark.parametrize("text", ["24GB", "24 GiB", "24gb", "24576MB"])
+def test_sizes_of_devices(text):
+    assert parse_size(text) == 24 * 2**30
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3GB", "GB"])
+def test_strange_sizes_are_refused(text):
+    with pytest.raises(ValueError, match="is no size such as 24GB"):
+        parse_size(text)
+
+
+# ------------------------------------------------------------------------------------------------------- the commands
+
+
+def words(folder, *more):
+    return [
+        "--model", str(folder / "student"), "--teacher_model", str(folder / "teacher"), "--use_cpu", "--bf16", "no",
+        "--max_length", "32", "--output_dir", "out", *more,
+    ]  # fmt: skip
+
+
+def test_the_command_prints_tables_and_a_verdict(folder, capsys):
+    cli.main(["plan", "kd", *words(folder, "--gpu", "24GB")])
+    out = capsys.readouterr().out
+    assert "It fits" in out
+    assert "optimizer's states" in out
+
+
+def test_the_exit_code_tells_a_script_what_does_not_fit(folder, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["plan", "kd", *words(folder, "--gpu", "1MB", "--reserve", "1KB", "--json")])
+    assert error.value.code == 1
+    assert json.loads(capsys.readouterr().out)["fits"] is False
+
+
+@pytest.mark.parametrize("more", [["--gpu", "big"], ["--engine", "horovod"], ["--label_share", "2"]])
+def test_settings_that_cannot_be_planned_exit_with_2(folder, capsys, more):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["plan", "kd", *words(folder, *more)])
+    assert error.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def planned(path, capsys):
+    """The plan of a recipe for the GPU that it names."""
+    recipe = yaml.safe_load(path.read_text())
+    trainer = "skd" if "max_new_tokens" in recipe else "kv" if "kv_weight" in recipe else "kd"
+    gpu = GPUS[path.stem] if path.parent.name == "recipes" else "24GB"
+    paths = [str(CONFIGS[recipe[side]]) for side in ("model", "teacher_model")]
+    argv = ["plan", trainer, "--config", str(path), "--model", paths[0], "--teacher_model", paths[1]]
+    try:
+        cli.main([*argv, "--gpu", gpu, "--json"])
+    except SystemExit as error:
+        assert error.code == 1  # noqa: PT017
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_recipe_names_a_gpu():
+    assert set(GPUS) == {path.stem for path in RECIPES if path.parent.name == "recipes"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_fit_the_gpu_that_they_name(path, capsys):
+    plan = planned(path, capsys)
+    assert plan["fits"], (path.stem, plan["peak"] / 2**30, plan["parts"], plan["remedies"])
+
+
+def test_a_recipe_is_planned_without_weights_or_rows(capsys):
+    with without_gpu(), torch.device("cpu"):
+        plan = planned(ROOT / "examples" / "recipes" / "kava_8gb.yaml", capsys)
+    assert plan["counts"]["student's parameters"] > 494_032_768
