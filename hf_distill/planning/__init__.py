@@ -50,6 +50,7 @@ def plan_run(
         `ValueError`: no configuration, settings that contradict each other, a model that cannot be run without values.
     """
     args = HardLabelConfig(output_dir="out") if args is None else args
+    machine = machine or Machine(kind="cpu" if args.use_cpu else "cuda")
     settings = read_settings(
         model, teacher_model, args, peft_config=peft_config, quantization_config=quantization_config, machine=machine,
         row_tokens=row_tokens, prompt_tokens=prompt_tokens, teacher_prompt_tokens=teacher_prompt_tokens,
