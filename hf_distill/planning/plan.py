@@ -152,7 +152,7 @@ class Planner:
             model = replace(model, dtype=str(settings.mixed).removeprefix("torch."))
         return StudentRun(
             model=model, batch=settings.batch, objective=settings.objective,
-            signals=tuple(_signal(teacher, forward) for teacher, forward in pairs), lora=settings.lora,
+            signals=tuple(_signal(teacher, forward, settings) for teacher, forward in pairs), lora=settings.lora,
             checkpointing=settings.checkpointing, autocast=settings.compute, accumulates=settings.accumulation > 1,
             optimizer=settings.optimizer, kv=self.kv(settings), hidden=self.hidden(settings),
             device=settings.machine.kind,
@@ -287,12 +287,14 @@ def _mapping(settings: Settings, layers: Any) -> LayerMapping:
     return layer_mapping("uniform" if layers == "cka" else layers, *depths)
 
 
-def _signal(teacher: TeacherSetting, forward: TeacherForward | None) -> SignalSpec:
+def _signal(teacher: TeacherSetting, forward: TeacherForward | None, settings: Settings) -> SignalSpec:
     """What a teacher says at label-bearing positions."""
     if forward is not None:
         return SignalSpec("dense", forward.width, forward.rows, forward.dtype)
     if (manifest := teacher.manifest) is None:
-        return SignalSpec("topk")
+        return SignalSpec(
+            "topk", entries=teacher.entries if teacher.entries > 0 else int(settings.objective.vocab_size or 0)
+        )
     if manifest.method == "hidden":
         head: Any = manifest.head
         return SignalSpec("dense", head["width"], head["rows"], getattr(torch, head["dtype"]))

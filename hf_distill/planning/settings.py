@@ -18,11 +18,13 @@ from hf_distill.planning.steps import Batch
 from hf_distill.speculative import RolloutConfig
 from hf_distill.store.hub import CACHE
 from hf_distill.store.manifest import Manifest, read_manifest
+from hf_distill.teachers.remote import is_address
 from hf_distill.traffic import ENGINES
 from hf_distill.trainers.hard_label_config import HardLabelConfig, keywords
 from hf_distill.trainers.kv_projection_config import KVProjectionConfig
 from hf_distill.trainers.speculative_kd_config import SpeculativeKDConfig
 
+SERVED = 64  # tokens of each position, where nothing says how many a server gives
 PROMPT_TOKENS = 512  # of rollouts, where nothing says how long prompts are
 BITS = {"4bit": 4, "8bit": 8}
 
@@ -36,12 +38,14 @@ class TeacherSetting:
         model ([`ModelSpec`], *optional*): None for what is no model of its own.
         layout (`str`): "device" (the student's), "offload", "sharded", "elsewhere", "base", "store" or "remote".
         manifest ([`Manifest`], *optional*): of a store.
+        entries (`int`): the tokens that a server gives of each position; -1 for the whole vocabulary.
     """
 
     name: str
     model: ModelSpec | None
     layout: str = "device"
     manifest: Manifest | None = None
+    entries: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ def read_settings(
     machine, notes = machine or Machine(), []
     student = student_spec(model, args, quantization_config)
     given = [teacher_model] if isinstance(teacher_model, str) else list(teacher_model or ())
+    given = [name for i, name in enumerate(given) if not is_address(name) or not any(map(is_address, given[:i]))]
     layouts = [part.strip() or None for part in (getattr(args, "teacher_device", None) or "").split(",")]
     teachers = tuple(
         teacher_setting(name, args, student, layouts[min(i, len(layouts) - 1)], machine) for i, name in enumerate(given)
@@ -178,8 +183,8 @@ def teacher_setting(name: str, args: Any, student: ModelSpec, layout: str | None
     """A teacher by its name, in its layout."""
     if name == "base":
         return TeacherSetting(name, None, "base")
-    if name.startswith(("http://", "https://")):
-        return TeacherSetting(name, None, "remote")
+    if is_address(name):
+        return TeacherSetting("a server", None, "remote", entries=args.teacher_logprobs or SERVED)
     if name.startswith(CACHE):
         folder = Path(name.removeprefix(CACHE))
         if not folder.is_dir():
