@@ -81,7 +81,7 @@ def test_a_run_that_does_not_fit_has_remedies_that_do(settings):
     student, teacher, options = settings
     options |= {"per_device_train_batch_size": 8, "max_length": 128, "gradient_checkpointing": False}
     whole = plan_run(student, teacher, KDConfig(**options))
-    machine = Machine(memory=int(0.8 * whole.peak), reserve=0)
+    machine = Machine(memory=int(0.8 * whole.peak), reserve=0, kind="cpu")
     plan = plan_run(student, teacher, KDConfig(**options), machine=machine)
     assert plan.fits is False
     fitting = [remedy for remedy in plan.remedies if remedy.fits]
