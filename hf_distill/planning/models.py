@@ -147,13 +147,12 @@ class _Dequantised(torch.autograd.Function):
 def quantise_(model: PreTrainedModel, bits: int, *, double_quant: bool) -> None:
     """Makes the linear layers quantised ones, all but the head, as transformers does it with bitsandbytes."""
     head = head_layer(model)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Linear and child is not head and child.weight is not head.weight:
-                child.__class__ = QuantisedLinear
-                child.bits, child.double_quant = bits, double_quant  # pyright: ignore[reportAttributeAccessIssue]
-                child.weight.requires_grad_(False)
-                setattr(module, name, child)
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if type(module) is nn.Linear and module is not head and module.weight is not head.weight:
+            module.__class__ = QuantisedLinear
+            module.bits, module.double_quant = bits, double_quant
+            module.weight.requires_grad_(False)
 
 
 def weight_bytes(model: nn.Module) -> int:

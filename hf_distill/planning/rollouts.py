@@ -5,6 +5,7 @@ Shapes: R rows, P prompt tokens, G tokens of a draft, S slots of a cache, V voca
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,8 @@ def _read(reader: CachedReader, num_tokens: int | None, ledger: LiveBytes) -> Te
 
 
 def _cached(reader: CachedReader) -> list[Tensor]:
-    return [tensor for layer in reader._cache.layers for tensor in (layer.keys, layer.values)]
+    layers: list[Any] = reader._cache.layers
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
 def _cache_bytes(reader: CachedReader) -> int:

@@ -5,7 +5,7 @@ Each runs the code that trains, and returns what it takes beside the weights.
 Shapes: B rows, T tokens, N label-bearing positions, D hidden width, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -369,7 +369,7 @@ class _Terms:
         return loss
 
 
-def step_optimizer(recipe: tuple[Any, Mapping[str, Any]], trained: list[Tensor]) -> torch.optim.Optimizer:
+def step_optimizer(recipe: tuple[Any, Mapping[str, Any]], trained: Sequence[Tensor]) -> torch.optim.Optimizer:
     """An optimizer after its first step, with its states.
 
     Those of bitsandbytes only make their states: their kernels know no fake tensors.
