@@ -141,6 +141,8 @@ def read_settings(
     teachers = tuple(
         teacher_setting(name, args, student, layouts[min(i, len(layouts) - 1)], machine) for i, name in enumerate(given)
     )
+    if isinstance(args, SpeculativeKDConfig) and [t.model is None for t in teachers] != [False]:
+        raise ValueError("rollouts can be planned with one teacher that is a model, given by name or configuration")
     configs = [student.config(), *(t.model.config() for t in teachers if t.model is not None)]
     vocab_size = min(config.get_text_config().vocab_size for config in configs)
     if (largest := max(config.get_text_config().vocab_size for config in configs)) > 1.2 * vocab_size:
