@@ -17,7 +17,8 @@ from hf_distill.planning.devices import as_on
 from hf_distill.planning.ledger import CUDA_GRAIN, LiveBytes, Peak
 from hf_distill.planning.models import make_model, no_memory
 from hf_distill.planning.steps import CACHE, KEPT, WEIGHTS, ModelSpec, StudentRun, make_student
-from hf_distill.speculative import CHUNK_BYTES, RolloutConfig, sample
+from hf_distill.speculative import RolloutConfig
+from hf_distill.verifying import CHUNK_BYTES, sample
 
 
 @dataclass(frozen=True)
