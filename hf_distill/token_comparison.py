@@ -8,7 +8,7 @@ Shapes: N label-bearing positions of a batch, n of them in a chunk or a row, V v
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -115,10 +115,9 @@ def compare_tokens(
         `ValueError`: what `evaluate_fidelity` refuses; no label-bearing token in these rows.
     """
     model = causal_lm(student)
-    asked: Any = teacher if isinstance(teacher, Teacher) else _NoTeacher()
-    if isinstance(teacher, PreTrainedModel | PeftModel):
-        asked = _ModelTeacher(teacher)
-    models = (student, teacher) if isinstance(asked, _ModelTeacher) else (student,)
+    is_model = isinstance(teacher, PreTrainedModel | PeftModel)
+    asked: Any = _ModelTeacher(teacher) if is_model else teacher if isinstance(teacher, Teacher) else _NoTeacher()
+    models: Any = (student, teacher) if is_model else (student,)
     size = true_vocabulary(tokenizer, models, vocab_size)
     some = dataset.select(range(min(max_rows, len(dataset)))) if isinstance(dataset, Dataset) else dataset
     documents = islice(_documents(some, tokenizer, models, vocab_size, max_length), max_rows)
@@ -135,7 +134,7 @@ def compare_tokens(
         raise ValueError("the first rows have no label-bearing token to compare; check their labels")
     kl_is = next((_KL_IS[kind] for kind in kinds if kind in _KL_IS), None)
     texts = token_texts(tokenizer)
-    own_texts = token_texts(asked.tokenizer) if kinds == {AlignedSignal} else texts
+    own_texts = token_texts(cast(Any, asked).tokenizer) if kinds == {AlignedSignal} else texts
     notes = [_NOTES[kind] for kind in kinds if kind in _NOTES] + [_OWN_TEXT] * has_own_text
     return TokenComparison(
         rows, kl_is, notes, len(dataset) if isinstance(dataset, Dataset) else None, texts, own_texts

@@ -77,19 +77,19 @@ def start_sft(arguments: SFTArguments, args: HardLabelConfig, model_config: Mode
 def _start(
     command: str, make: Callable[..., Any], run: Callable[[Any], None], arguments: Any, args: Any, model_config: Any
 ) -> Callable[[], None]:
-    settings = _settings(arguments, args, model_config)
+    settings, run_it = _settings(arguments, args, model_config), run
     with collected_warnings() as warnings:
         trainer = make(arguments, args, model_config)
     if getattr(arguments, "baseline", False):
         check_baseline(trainer)
         model = _restored(args) if getattr(arguments, "stage", None) else arguments.model
-        run = partial(
-            run, baseline=partial(
+        run_it = partial(
+            run, baseline=partial(  # pyright: ignore[reportCallIssue]
                 run_baseline, trainer, model=model, quantization_config=get_quantization_config(model_config),
                 settings=settings,
             ),
         )  # fmt: skip
-    return partial(_run, trainer, run, settings, command, warnings)
+    return partial(_run, trainer, run_it, settings, command, warnings)
 
 
 def _settings(arguments: SFTArguments, args: HardLabelConfig, model_config: ModelConfig) -> dict[str, Any]:

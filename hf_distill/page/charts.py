@@ -71,7 +71,8 @@ def chart_data(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
         series = list(_series(chart, histories))
         if any(not each["is_right"] for each in series):
             known = metric_name(chart.names[0]) is not None
-            better = {True: "more", False: "less"}.get(more_is_better(chart.names[0])) if known else None
+            direction = more_is_better(chart.names[0]) if known else None
+            better = None if direction is None else "more" if direction else "less"
             is_two = any(each["is_right"] for each in series)
             lines = _lines(runs) if chart.names[0] == "ce" else []
             charts.append(

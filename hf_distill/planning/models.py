@@ -151,7 +151,7 @@ def quantise_(model: PreTrainedModel, bits: int, *, double_quant: bool) -> None:
     for module in modules:
         if type(module) is nn.Linear and module is not head and module.weight is not head.weight:
             module.__class__ = QuantisedLinear
-            module.bits, module.double_quant = bits, double_quant
+            module.bits, module.double_quant = bits, double_quant  # pyright: ignore[reportArgumentType]
             module.weight.requires_grad_(False)
 
 

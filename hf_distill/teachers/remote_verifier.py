@@ -83,8 +83,8 @@ class RemoteVerifier:
         accepted = [self._accepted(each) for each in scores]
         corrections = self._correct(rows, scores, accepted, uniform)
         self._ahead = drafts.tolist()
-        found = (torch.tensor(side, device=drafts.device) for side in (accepted, corrections))
-        return verdict(drafts, drafted, *found, _evidence(scores, drafts.shape[1]))
+        kept, own = (torch.tensor(side, device=drafts.device) for side in (accepted, corrections))
+        return verdict(drafts, drafted, kept, own, _evidence(scores, drafts.shape[1]))
 
     def rewind(self, rows: Tensor, counts: Tensor, following: Tensor) -> None:
         """As in [`~hf_distill.verifying.Verifier`]."""

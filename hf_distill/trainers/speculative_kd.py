@@ -151,7 +151,7 @@ class SpeculativeKDTrainer(KDTrainer):
         if not remembers and args.draft_length is None:
             drafts = {"draft_length": args.max_new_tokens}
             self._tell("drafts go on to the end of the text: the teacher reads all of it for every check")
-        if not remembers and args.value_of_privilege is None and _is_privileged(next(iter(self.train_dataset))):
+        if not remembers and args.value_of_privilege is None and _is_privileged(next(iter(self.train_dataset or ()))):
             self._tell("rollout/value_of_privilege is not measured: value_of_privilege=True asks the teacher once more")
         # The student alone: one draft of any length, kept whatever the teacher thinks. The teacher alone: no draft.
         alone = {"draft_length": args.max_new_tokens, "adaptive": False, "top_k": self.vocab_size, "min_prob": 0.0}
