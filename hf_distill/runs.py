@@ -129,7 +129,8 @@ def with_baselines(runs: Mapping[str, Run], folders: Sequence[str | PathLike[str
     """The runs, each followed by its baseline as a run of its own, if it has one. `folders` are those of the runs."""
     found: dict[str, Run] = {}
     for (name, run), folder in zip(runs.items(), folders, strict=True):
-        if not Path(folder, BASELINE, "settings.json").is_file():
+        # One without the setting has the baseline of an earlier run beside it.
+        if not (run.settings.get(BASELINE, True) and Path(folder, BASELINE, "settings.json").is_file()):
             found[name] = run
             continue
         results = {kind: values for kind, values in run.results.items() if kind != BASELINE}

@@ -26,7 +26,7 @@ from hf_distill.losses.sparse import SparseSignal, TopKSignal
 from hf_distill.losses.sum import SumSignal
 from hf_distill.modeling import causal_lm, head_of, label_positions, last_hidden_states, select_positions
 from hf_distill.teachers import Signal, Teacher
-from hf_distill.teachers.columns import PREFIX
+from hf_distill.teachers.columns import PREFIX, has_label
 from hf_distill.teachers.local import signal_of
 from hf_distill.token_texts import token_texts
 
@@ -120,7 +120,7 @@ def compare_tokens(
     models: Any = (student, teacher) if is_model else (student,)
     size = true_vocabulary(tokenizer, models, vocab_size)
     some = dataset.select(range(min(max_rows, len(dataset)))) if isinstance(dataset, Dataset) else dataset
-    documents = islice(_documents(some, tokenizer, models, vocab_size, max_length), max_rows)
+    documents = islice(filter(has_label, _documents(some, tokenizer, models, vocab_size, max_length)), max_rows)
     rows: list[TokenRow] = []
     kinds: set[type] = set()
     has_own_text = False
@@ -293,6 +293,13 @@ def _top(signal: TopKSignal, at: Tensor, student: Tensor, labels: Tensor) -> Sai
     return _filled(ids.gather(-1, order), values.exp(), own, kl)
 
 
+def _whole(signal: TopKSignal, at: Tensor, student: Tensor, labels: Tensor) -> Said:
+    """All tokens, which leaves no others: a distribution, normalised as the loss does it."""
+    ids, values = signal.ids.to(student.device)[at].long(), signal.log_probs.to(student)[at]
+    teacher = torch.full_like(student, LOG_ZERO).scatter_(-1, ids, values).log_softmax(-1)
+    return _likeliest(teacher, labels, DIVERGENCES["forward_kl"](student, teacher))
+
+
 def _across(signal: AlignedSignal, at: Tensor, student: Tensor, labels: Tensor) -> Said:
     """Another tokenizer's tokens, where both sides begin a group of tokens and so have read the same text."""
     spans = signal.spans
@@ -336,7 +343,7 @@ def _kind(signal: Any) -> type:
 
 _VIEWS: dict[type, View] = {
     TeacherSignal: _dense, MixtureSignal: _dense, SumSignal: _dense, SparseSignal: _sampled, TopKSignal: _top,
-    _Whole: _top, AlignedSignal: _across,
+    _Whole: _whole, AlignedSignal: _across,
 }  # fmt: skip
 _KL_IS = {
     TeacherSignal: EXACT, MixtureSignal: EXACT, SumSignal: EXACT, _Whole: EXACT, SparseSignal: ESTIMATE,

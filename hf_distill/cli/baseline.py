@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import set_seed
 
-from hf_distill.cli.reporting import record, write_tokens
+from hf_distill.cli.reporting import optional, record, write_tokens
 from hf_distill.runs import BASELINE
 from hf_distill.saved_weights import load_weights
 from hf_distill.trainers.hard_label import HardLabelTrainer
@@ -56,6 +56,10 @@ def run_baseline(
         settings: those of the run.
     """
     folder = os.path.join(str(trainer.args.output_dir), BASELINE)
+    # The run's optimizer would stay in memory beside the baseline's.
+    trainer.model.zero_grad(set_to_none=True)
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
     baseline = _make_baseline(trainer, folder, model, quantization_config)
     has_checkpoint = any(Path(folder).glob("checkpoint-*"))
     resume = trainer.args.resume_from_checkpoint
@@ -70,7 +74,8 @@ def run_baseline(
         if trainer.is_world_process_zero():
             results = {"before": before, "after": found}
             Path(folder, "report.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-            write_tokens(trainer, folder)
+            with optional("the page of its tokens", str(trainer.args.output_dir)):
+                write_tokens(trainer, folder)
             record(trainer, own, "sft", [], folder)
         trainer.accelerator.wait_for_everyone()
         load_weights(trainer.model, str(trainer.args.output_dir))
@@ -99,6 +104,11 @@ def _make_baseline(trainer: Any, folder: str, model: str, quantization_config: A
         # The metric of the run's best checkpoint may be one that hard labels do not have.
         "load_best_model_at_end": False, "metric_for_best_model": None, "greater_is_better": None,
     }  # fmt: skip
+    held_out = hard_label_rows(trainer.eval_dataset) if "input_ids" in trainer.eval_dataset.column_names else None
+    if held_out is None:
+        settings["eval_strategy"] = "no"
+    if settings["save_strategy"] == "best":
+        settings["save_strategy"] = "no"
     peft_config = None
     if isinstance(trainer.model, PeftModel) and not os.path.exists(os.path.join(model, "adapter_config.json")):
         peft_config = copy.deepcopy(trainer.model.peft_config["default"])
@@ -108,7 +118,7 @@ def _make_baseline(trainer: Any, folder: str, model: str, quantization_config: A
         model,
         HardLabelConfig(**settings),
         hard_label_rows(trainer.train_dataset),
-        hard_label_rows(trainer.eval_dataset) if "input_ids" in trainer.eval_dataset.column_names else None,
+        held_out,
         trainer.processing_class,
         peft_config=peft_config,
         quantization_config=quantization_config,

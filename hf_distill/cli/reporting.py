@@ -16,6 +16,8 @@ from hf_distill import __version__
 from hf_distill.cli.arguments import CompareArguments, ReportArguments
 from hf_distill.runs import TOKENS_FILE, rows_digest, save_settings
 
+logger = logging.getLogger(__name__)
+
 PAGE = "report.html"
 
 
@@ -48,6 +50,17 @@ def collected_warnings() -> Iterator[list[str]]:
         yield found
     finally:
         logger.removeHandler(handler)
+
+
+@contextmanager
+def optional(what: str, folder: str) -> Iterator[None]:
+    """Turns errors of what is written after a training into a message: the student is there."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - a page is not worth the measures that are written after it
+        logger.error(
+            "%s is not written (%s: %s); the student is saved in %s", what, type(error).__name__, error, folder
+        )
 
 
 def write_tokens(trainer: Any, folder: str | None = None) -> None:
@@ -91,7 +104,8 @@ def finish(trainer: Any, settings: Mapping[str, Any], command: str, warnings: li
 
     folder = str(trainer.args.output_dir)
     record(trainer, settings, command, warnings, folder)
-    save_page(os.path.join(folder, PAGE), [folder])
+    with optional("the page", folder):
+        save_page(os.path.join(folder, PAGE), [folder])
 
 
 def _length(rows: Any) -> int | None:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from peft import AutoPeftModelForCausalLM
@@ -15,7 +16,7 @@ from hf_distill.callbacks import CosinePhaseCallback, RolloutSamplesCallback
 from hf_distill.cli.arguments import KDArguments, KVArguments, SFTArguments, SKDArguments, StagedArguments
 from hf_distill.cli.baseline import check_baseline, run_baseline
 from hf_distill.cli.data import load_datasets, lupi_collator, refuse_ignored, with_prompts
-from hf_distill.cli.reporting import PAGE, collected_warnings, finish, write_tokens
+from hf_distill.cli.reporting import PAGE, collected_warnings, finish, optional, write_tokens
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.lora import ADAPTER_CONFIG
 from hf_distill.named import student_tokenizer
@@ -28,7 +29,7 @@ from hf_distill.report import (
     save_report,
 )
 from hf_distill.rows import tokenized_row
-from hf_distill.runs import BASELINE, as_list, read_history
+from hf_distill.runs import BASELINE, TOKENS_FILE, as_list, read_history
 from hf_distill.saved_weights import other_adapters
 from hf_distill.saving import adapters_on, save_tokenizer
 from hf_distill.servers.client import public_address
@@ -93,11 +94,16 @@ def _start(
 
 
 def _settings(arguments: SFTArguments, args: HardLabelConfig, model_config: ModelConfig) -> dict[str, Any]:
-    """Every option under its name on the command line."""
+    """Every option under its name on the command line, without secrets."""
     given = as_list(getattr(arguments, "teacher_model", []))
     public = [public_address(teacher) if is_address(teacher) else teacher for teacher in given]
     teachers = {"teacher_model": public} if given else {}
-    return asdict(arguments) | args.to_dict() | asdict(model_config) | teachers
+    found = asdict(arguments) | args.to_dict() | asdict(model_config) | teachers
+    return {
+        name: {key: "***" if key.endswith("token") else each for key, each in value.items()}
+        if isinstance(value, dict) else value
+        for name, value in found.items()
+    }  # fmt: skip
 
 
 def _run(trainer: Any, run: Callable[[Any], None], settings: dict[str, Any], command: str, warnings: list[str]) -> None:
@@ -392,20 +398,31 @@ def _report(
 ) -> None:
     folder = str(trainer.args.output_dir)
     histories = {"training": trainer.state.log_history}
-    if results["before"] and trainer.is_world_process_zero():
-        write_tokens(trainer)
-    if run_baseline is not None:
-        results = {**results, BASELINE: run_baseline(results["before"])}
-        histories[BASELINE] = read_history(os.path.join(folder, BASELINE))
-    if results["before"] and trainer.is_world_process_zero():
+    writes = bool(results["before"]) and trainer.is_world_process_zero()
+    sources = "; ".join(brought_from(_teachers(trainer)).values())
+
+    def save() -> None:
         rows: Any = trainer.eval_dataset
-        sources = "; ".join(brought_from(_teachers(trainer)).values())
         save_report(
             folder, results, histories, title, columns, num_rows=len(rows),
             note=f"The teacher's outputs came from {sources}." if sources else "",
         )  # fmt: skip
+
+    if trainer.is_world_process_zero():
+        for name in (TOKENS_FILE, *(() if writes else ("report.json",))):
+            Path(folder, name).unlink(missing_ok=True)  # of an earlier run
+    if writes:
+        save()  # before anything that could fail
+        with optional("the page of its tokens", folder):
+            write_tokens(trainer)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()  # without the baseline, which is a model of its own
+    if run_baseline is not None:
+        results = {**results, BASELINE: run_baseline(results["before"])}
+        histories[BASELINE] = read_history(os.path.join(folder, BASELINE))
+        if writes:
+            save()
+    if writes:
         print(f"student, report.md and report.png are in {folder}")
     elif trainer.is_world_process_zero():
         print(f"the student is in {folder}; there were no held-out rows (--eval_dataset) to measure it on")
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()

@@ -110,4 +110,5 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def _lines(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
     """The teacher's own cross-entropy on the held-out rows, if it is the same for all runs."""
     found = teacher_results({f"{name}/{key}": each for name, run in runs.items() for key, each in run.results.items()})
-    return [{"name": "teacher, held-out", "value": math.log(found["student_perplexity"])}] if found else []
+    value = math.log(found["student_perplexity"]) if found else math.nan
+    return [{"name": "teacher, held-out", "value": value}] if math.isfinite(value) else []

@@ -8,7 +8,7 @@ import torch
 
 from hf_distill.layer_mapping import Mapping as LayerMapping
 from hf_distill.layer_mapping import layer_mapping, teacher_layers
-from hf_distill.modeling import kv_widths, num_layers
+from hf_distill.modeling import kv_widths, num_layers, trying
 from hf_distill.planning.engines import Share, share_of
 from hf_distill.planning.ledger import GRADIENTS
 from hf_distill.planning.models import ModelSpec, make_model, no_memory
@@ -138,7 +138,8 @@ class Planner:
     def _once(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         key = repr((function.__name__, args, kwargs))
         if key not in self._found:
-            self._found[key] = function(*args, **kwargs)
+            with trying("the run cannot be planned on tensors without values"):
+                self._found[key] = function(*args, **kwargs)
         return self._found[key]
 
     def student(self, settings: Settings) -> StudentStep:

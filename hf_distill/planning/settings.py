@@ -200,7 +200,9 @@ def teacher_setting(name: str, args: Any, student: ModelSpec, layout: str | None
     )  # fmt: skip
     if layout in ("offload", "sharded"):
         return TeacherSetting(name, spec, layout)
-    return TeacherSetting(name, spec, "device" if layout is None else "elsewhere")
+    # A device that a process has is that of a student, whichever it is: the plan is of the fullest one.
+    is_students = layout in ("cuda", *(f"cuda:{i}" for i in range(machine.num)))
+    return TeacherSetting(name, spec, "device" if layout is None or is_students else "elsewhere")
 
 
 def _attention(name: str | None) -> str | None:
