@@ -22,6 +22,7 @@ from hf_distill.cli.arguments import CacheArguments, KDArguments
 from hf_distill.cli.training import trainer_arguments
 from hf_distill.named import student_tokenizer
 from hf_distill.report import markdown, table
+from hf_distill.servers import TeacherAway
 from hf_distill.store.formats import format_of
 from hf_distill.store.head import read_head, read_rounding
 from hf_distill.store.hub import CACHE, create_repository, find_store, push
@@ -75,6 +76,8 @@ def write(arguments: CacheArguments, args: KDConfig, model_config: ModelConfig) 
                     args.hub_model_id or folder.name, token=args.hub_token, private=args.hub_private_repo
                 )
             writer.write(folder)
+        except TeacherAway as error:
+            raise ValueError(f"{error}; what has been written stays, and the same command goes on") from error
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 import httpx2 as httpx
 import numpy as np
@@ -93,7 +94,7 @@ class Server:
         [`TeacherAway`]: from `score` and `generate`, when the time is over, or for what another try would not mend.
     """
 
-    addresses: tuple[str, ...]
+    addresses: tuple[str, ...] = field(repr=False)  # with passwords, maybe
     dialect: Dialect
     model: str
     key_variable: str | None = None
@@ -103,12 +104,14 @@ class Server:
 
     def __post_init__(self) -> None:
         self._process: int | None = None
+        self._turn = 0  # of the addresses; processes begin with different ones
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             **{name: getattr(self, name) for name in self.__dataclass_fields__},
             "counts": Counts(),
             "_process": None,
+            "_turn": 0,
         }
 
     # ------------------------------------------------------------------------------------------------- questions
@@ -136,7 +139,7 @@ class Server:
             question = self.dialect.scoring(self.model, asked, num_entries)
             answer = self._post(question, place)
             self.counts.add(positions=sum(map(len, asked)))
-            found = self.dialect.scores(answer, asked, num_entries, first)
+            found = read(self.dialect.scores, answer, asked, num_entries, first)
             if watched is not None and (far := distance(found.pop(), watched.scores)) > watched.allowed:
                 raise WrongAnswer(
                     f"another model answers now: about a text that was asked before its probabilities are {far:.2g} "
@@ -180,13 +183,14 @@ class Server:
                     limits[i] - len(written), temperature, top_p, _seed(seeds[i], again), tuple(stop_ids)
                 )
                 prompt = [*prompts[i], *written]
-                more = self.dialect.continuation(
-                    self._post(self.dialect.generating(self.model, prompt, sampling), place), prompt
-                )
+                answer = self._post(self.dialect.generating(self.model, prompt, sampling), place)
+                more = read(self.dialect.continuation, answer, prompt)
                 strange = next((j for j, token in enumerate(more) if vocab_size and token >= vocab_size), len(more))
                 written += more[:strange]
-                if strange == len(more):
-                    return written
+                # Not every server ends a text where it was told to.
+                end = next((j + 1 for j, token in enumerate(written) if token in sampling.stop_ids), None)
+                if end is not None or strange == len(more):
+                    return written[:end]
             raise WrongAnswer(f"the server writes tokens from {vocab_size} on, which the student does not know")
 
         return self._at_once(ask, range(len(prompts)))
@@ -211,7 +215,7 @@ class Server:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Passing),
             stop=tenacity.stop_before_delay(self.timeout),
-            wait=_pause,
+            wait=partial(_pause, num_addresses=len(self.addresses), limit=self.timeout),
             before_sleep=lambda state: self.counts.add(retries=1),
             reraise=True,
         )
@@ -233,10 +237,16 @@ class Server:
 
     def _sent(self, method: str, path: str, body: Any, place: int, timeout: float) -> Any:
         client, root = self._open(), self.addresses[place % len(self.addresses)]
+        user = urlsplit(root)
+        auth = (unquote(user.username), unquote(user.password or "")) if user.username else httpx.USE_CLIENT_DEFAULT
         self.counts.add(requests=1)
         try:
             answer = client.request(
-                method, root + path, json=body, timeout=httpx.Timeout(timeout, connect=min(CONNECTING, timeout))
+                method,
+                public_address(root) + path,
+                json=body,
+                auth=auth,
+                timeout=httpx.Timeout(timeout, connect=min(CONNECTING, timeout)),
             )
         except httpx.TransportError as error:
             raise Passing(_reason(error)) from error
@@ -258,7 +268,7 @@ class Server:
             headers = {} if (key := self._key()) is None else {"Authorization": f"Bearer {key}"}
             self._client = httpx.Client(headers=headers, limits=httpx.Limits(max_connections=IN_FLIGHT))
             self._threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="teacher")
-            self._process = os.getpid()
+            self._process = self._turn = os.getpid()
         return self._client
 
     def _key(self) -> str | None:
@@ -271,11 +281,13 @@ class Server:
     def _at_once(self, ask: Callable[[Any, int], Any], parts: Sequence[Any]) -> list[Any]:
         """What `ask` returns for each part and its number, several at a time."""
         start = time.perf_counter()
+        self._open()
+        places = range(self._turn, self._turn + len(parts))
+        self._turn += len(parts)
         try:
             if len(parts) < 2:
-                return [ask(part, place) for place, part in enumerate(parts)]
-            self._open()
-            return list(self._threads.map(ask, parts, range(len(parts))))
+                return [ask(part, place) for place, part in zip(places, parts, strict=True)]
+            return list(self._threads.map(ask, parts, places))
         except WrongAnswer as error:
             raise TeacherAway(f"{self._where} gives a wrong answer: {error}") from error
         finally:
@@ -296,8 +308,8 @@ def distance(scores: Scores, others: Scores) -> float:
 
 def public_address(address: str) -> str:
     """An address without user and password."""
-    url = urlsplit(address)
-    return urlunsplit(url._replace(netloc=url.netloc.rpartition("@")[2]))
+    scheme, colon, rest = address.partition("://")
+    return f"{scheme}{colon}{rest.rpartition('@')[2]}"
 
 
 def _divided(lengths: Sequence[int], num_entries: int, least: int) -> list[list[int]]:
@@ -315,11 +327,23 @@ def _seed(seed: int, again: int) -> int:
     return seed if not again else int(np.random.SeedSequence((seed, again)).generate_state(1)[0] >> 1)
 
 
-def _pause(state: tenacity.RetryCallState) -> float:
-    """Growing, with jitter; at least what the server asks for."""
+def read(function: Callable[..., Any], *args: Any) -> Any:
+    """What a dialect finds in an answer; `WrongAnswer` for one of a form that it does not expect."""
+    try:
+        return function(*args)
+    except WrongAnswer:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise WrongAnswer(f"an answer of another form ({type(error).__name__}: {error})") from error
+
+
+def _pause(state: tenacity.RetryCallState, num_addresses: int, limit: float) -> float:
+    """Growing, with jitter; at least what the server asks for, if that leaves time, and all addresses were tried."""
     assert state.outcome is not None
+    assert state.seconds_since_start is not None
     error: Any = state.outcome.exception()
-    return max(GROWING(state), error.pause)
+    asked = error.pause if state.attempt_number % num_addresses == 0 else 0.0
+    return max(GROWING(state), min(asked, 0.9 * (limit - state.seconds_since_start)))
 
 
 def _retry_after(answer: httpx.Response) -> float:

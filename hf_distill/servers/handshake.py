@@ -11,8 +11,17 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from hf_distill.servers import Scores, WrongAnswer
-from hf_distill.servers.client import LARGEST_DISTANCE, Passing, Refused, Server, Watched, distance, public_address
+from hf_distill.servers import Scores, WrongAnswer, within
+from hf_distill.servers.client import (
+    LARGEST_DISTANCE,
+    Passing,
+    Refused,
+    Server,
+    Watched,
+    distance,
+    public_address,
+    read,
+)
 from hf_distill.servers.dialects import DIALECTS, WHOLE, Dialect
 
 logger = logging.getLogger(__name__)
@@ -181,7 +190,7 @@ def _dialect(server: Server, num_entries: int | None, expected: Expected) -> tup
         for count in (wanted, *(cap for cap in CAPS if cap < wanted and num_entries is None)):
             try:
                 answer = server.ask_once(dialect.scoring(server.model, [expected.text], count))
-                (scores,) = dialect.scores(answer, [expected.text], count, [0])
+                (scores,) = read(dialect.scores, answer, [expected.text], count, [0])
             except Refused as error:
                 problems.append(f"{dialect.name}: {error}")
                 if error.status not in (400, 422):
@@ -194,6 +203,9 @@ def _dialect(server: Server, num_entries: int | None, expected: Expected) -> tup
                 continue
             except (Passing, WrongAnswer) as error:
                 problems.append(f"{dialect.name}: {error}")
+                break
+            if count >= expected.vocab_size and (within(scores, expected.vocab_size).ids < 0).any():
+                problems.append(f"{dialect.name}: its head is padded, so that it does not tell all tokens")
                 break
             if count == WHOLE and scores.ids.shape[1] < expected.vocab_size:
                 problems.append(f"{dialect.name}: {scores.ids.shape[1]} entries, and {expected.vocab_size} tokens")
@@ -231,7 +243,7 @@ def _compare_vocabulary(server: Server, expected: Expected, room: int) -> None:
     for part in parts:
         try:
             answer = server.ask_once(server.dialect.scoring(server.model, [part], 1))
-            server.dialect.scores(answer, [part], 1, [0])
+            read(server.dialect.scores, answer, [part], 1, [0])
         except Refused as error:
             raise ValueError(
                 f"{where} refuses tokens {part[0]} to {part[-1]}, which the student knows: its vocabulary is another "
@@ -239,7 +251,7 @@ def _compare_vocabulary(server: Server, expected: Expected, room: int) -> None:
             ) from error
         except (Passing, WrongAnswer) as error:
             raise ValueError(f"{where} gives no answer about the student's tokens: {error}") from error
-        theirs |= server.dialect.texts(answer)
+        theirs |= read(server.dialect.texts, answer)
     compared = [token for token in ids if token in theirs and _plain(own[token]) and _plain(theirs[token])]
     if not compared:
         logger.warning("%s tells no texts of tokens, so it is not known whether its tokenizer is the student's", where)
@@ -260,16 +272,13 @@ def _plain(text: str) -> str:
 
 def _twice(server: Server, num_entries: int, expected: Expected) -> tuple[Scores, float]:
     """What the server says about the watched text, and nats between two answers, the second one beside another text."""
-    other = expected.text[::-1]
+
+    def ask(texts: Sequence[Sequence[int]]) -> list[Scores]:
+        answer = server.ask_once(server.dialect.scoring(server.model, texts, num_entries))
+        return read(server.dialect.scores, answer, texts, num_entries, [0] * len(texts))
+
     try:
-        (first,) = server.dialect.scores(
-            server.ask_once(server.dialect.scoring(server.model, [expected.text], num_entries)), [expected.text],
-            num_entries, [0],
-        )  # fmt: skip
-        both = [other, expected.text]
-        _, second = server.dialect.scores(
-            server.ask_once(server.dialect.scoring(server.model, both, num_entries)), both, num_entries, [0, 0]
-        )
+        (first,), (_, second) = ask([expected.text]), ask([expected.text[::-1], expected.text])
     except (Passing, Refused, WrongAnswer) as error:
         raise ValueError(f"{public_address(server.addresses[0])} fails at a second text: {error}") from error
     return first, float(np.abs(first.own - second.own).max())

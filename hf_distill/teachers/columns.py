@@ -3,6 +3,7 @@
 Shapes: B batch, T and Tt tokens of student and teacher.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ OWN_COLUMNS = ("input_ids", "labels", "groups", "student_groups", "exact")
 # In the place of the teachers' tensors, why one of them is away: the bytes of a text. An exception in the worker of one
 # process would leave the others waiting for it.
 AWAY = f"{PREFIX}away"
+REMEMBERED = 30.0  # seconds
 
 
 class TeacherColumnsCollator:
@@ -42,13 +44,17 @@ class TeacherColumnsCollator:
     def __init__(self, collator: Any, collate: Callable[[Sequence[Row]], Mapping[str, Tensor]]) -> None:
         self.collator = collator
         self.collate = collate
+        self._away: tuple[float, Tensor] | None = None  # since when, and why
 
     def __call__(self, rows: Sequence[Row]) -> Row:
         batch = self.collator([{k: v for k, v in row.items() if not k.startswith(PREFIX)} for row in rows])
-        try:
-            return {**batch, **self.collate(rows)}
-        except TeacherAway as error:
-            return {**batch, AWAY: torch.tensor([*str(error).encode()], dtype=torch.uint8)}
+        # One failure is enough to stop: the other batches of its update do not wait for the teacher once more.
+        if self._away is None or time.monotonic() - self._away[0] > REMEMBERED:
+            try:
+                return {**batch, **self.collate(rows)}
+            except TeacherAway as error:
+                self._away = time.monotonic(), torch.tensor([*str(error).encode()], dtype=torch.uint8)
+        return {**batch, AWAY: self._away[1]}
 
 
 def reason_away(batch: Mapping[str, Any]) -> str | None:

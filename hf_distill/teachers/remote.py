@@ -37,6 +37,7 @@ WATCHED_TEXT = "The capital of France is Paris. Two plus two is four, and once u
 MOST_WATCHED = 24  # tokens of it
 WATCHED_ENTRIES = 8  # of each position, in a manifest
 ANSWER_BYTES = 64 * 2**20  # of the answers for a batch, about: more only where the number of entries is said
+COUNTED = 10**6  # what counts are multiplied by
 WORKERS, PREFETCHED = 2, 2  # of the data loader, unless the user chose
 
 
@@ -207,7 +208,7 @@ class RemoteTeacher(BroughtTeacher):
     def __call__(self, inputs: Mapping[str, Any], positions: Tensor) -> TopKSignal:
         """The signal at flat `positions` (N,) of a batch, which `collate` has asked about."""
         for name, value in zip(asdict(self.counts), inputs[self.counts_name].tolist(), strict=True):
-            self.counts.add(**{name: value})
+            self.counts.add(**{name: value / COUNTED})
         return TopKSignal(**self.read(inputs, positions), vocab_size=self.vocab_size)
 
     # ---------------------------------------------------------------------------------------------------- rollouts
@@ -263,5 +264,6 @@ def ask_about(
     ids, log_probs, _ = (np.concatenate(side) for side in zip(none, *chosen, strict=True))
     if width == vocab_size and (ids < 0).any():
         raise TeacherAway(f"{server.model} has said nothing about some of the {vocab_size} tokens")
-    counts = torch.tensor([*asdict(server.take_counts()).values()], dtype=torch.float64)
+    # Integers, which no engine casts, and every device has.
+    counts = torch.tensor([round(value * COUNTED) for value in asdict(server.take_counts()).values()])
     return dict(zip(names, (torch.from_numpy(ids), torch.from_numpy(log_probs), counts), strict=True))

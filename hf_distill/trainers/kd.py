@@ -395,6 +395,11 @@ class KDTrainer(HardLabelTrainer):
         self.stop_if_away(next(filter(None, map(reason_away, batches)), None))
         return batches, num_items
 
+    def _prepare_inputs(self, inputs):
+        # DeepSpeed's precision is the student's: teachers' numbers stay as they came.
+        own = {name: each.to(self.args.device) for name, each in inputs.items() if name.startswith(PREFIX)}
+        return {**super()._prepare_inputs({n: each for n, each in inputs.items() if n not in own}), **own}
+
     def prediction_step(self, model, inputs, *args, **kwargs):
         self.stop_if_away(reason_away(inputs))
         return super().prediction_step(model, inputs, *args, **kwargs)

@@ -283,6 +283,8 @@ class SurvivingTrainer(SFTTrainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         elif step == 0:
             return "no update has been finished, so there is nothing to go on from"
+        else:
+            return "no update has been finished since the checkpoint that this run has resumed from"
         return (
             f"update {step} is finished and saved in {folder}: go on with resume_from_checkpoint=True, on the command "
             "line --resume_from_checkpoint true"

@@ -45,6 +45,7 @@ OVERRIDDEN = {
     "_get_output_dir": "trial",
     "_load_best_model": "",
     "_load_from_checkpoint": "resume_from_checkpoint model",
+    "_prepare_inputs": "inputs",
     "_prepare_dataset": "dataset processing_class args packing formatting_func dataset_name",
     "_push_from_checkpoint": "checkpoint_folder",
     "_run_epoch": "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
@@ -67,6 +68,11 @@ SETTINGS = {"_name", "_paper", "_tag_names"}  # class attributes that TRL reads
 
 # Private names that are used and not overridden.
 USED = {
+    "_C": (torch, None),
+    "_cdata": (torch.empty(0).untyped_storage(), None),
+    "_current_autograd_node": (torch._C, None),
+    "_overloadpacket": (torch.ops.aten.add.Tensor, None),
+    "_scaled_dot_product_flash_attention": (torch.ops.aten, None),
     "_from_config": (PreTrainedModel, "config"),
     "_hf_deepspeed_config_weak_ref": (deepspeed_integration, None),
     "_no_split_modules": (PreTrainedModel, None),
