@@ -12,6 +12,7 @@ from unittest.mock import MagicMock
 
 import accelerate
 import pytest
+import torch
 import transformers
 import trl
 from datasets import Dataset
