@@ -59,7 +59,7 @@ def test_an_option_that_cannot_be_used_is_told_in_one_line(capsys, words, messag
 
 
 def test_options_that_are_missing_are_told_in_one_line(capsys):
-    assert_says(only_line_of(capsys, []), "required: --model, --teacher_model/--teacher-model, --dataset")
+    assert_says(only_line_of(capsys, []), "required: --model, --dataset, --teacher_model/--teacher-model")
 
 
 def test_none_unsets_what_a_recipe_has_set(tmp_path):

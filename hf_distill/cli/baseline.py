@@ -59,7 +59,9 @@ def run_baseline(
     # The run's optimizer would stay in memory beside the baseline's.
     trainer.model.zero_grad(set_to_none=True)
     trainer.optimizer = trainer.lr_scheduler = None
+    models = [*trainer.accelerator._models]
     trainer.accelerator.free_memory()
+    trainer.accelerator._models.extend(models)  # the student, which is measured after the baseline
     baseline = _make_baseline(trainer, folder, model, quantization_config)
     has_checkpoint = any(Path(folder).glob("checkpoint-*"))
     resume = trainer.args.resume_from_checkpoint

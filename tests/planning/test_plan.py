@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))
 # The GPU that each recipe names; those of docs/kd_lora.md have the teacher on a second one.
 GPUS = {
+    "remote_qwen2.5_7b": "80GB",
     "cache_qwen2.5_0.5b": "24GB", "dolly_phi2_mistral": "24GB", "kava_8gb": "8GB", "kava_8gb_low_memory": "8GB",
     "kd_lora_24gb": "24GB", "kd_qwen2.5_0.5b": "80GB", "lupi_skd": "80GB", "skd_gsm8k": "80GB",
 }  # fmt: skip
@@ -168,7 +169,7 @@ def planned(path, capsys, store):
     recipe = yaml.safe_load(path.read_text())
     trainer = "skd" if "max_new_tokens" in recipe else "kv" if "kv_weight" in recipe else "kd"
     gpu = GPUS[path.stem] if path.parent.name == "recipes" else "24GB"
-    paths = [str(CONFIGS[recipe[side]]) for side in ("model", "teacher_model")]
+    paths = [str(CONFIGS.get(recipe[side], recipe[side])) for side in ("model", "teacher_model")]  # or an address
     if path.stem.startswith("cache"):
         Manifest("sampled", {"entries": 12, "sampler": "threshold"}, {}, {}, 151_665, 1.0, 0).write(store)
         paths[1] = f"cache:{store}"

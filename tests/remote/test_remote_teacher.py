@@ -247,7 +247,9 @@ def test_a_server_that_is_gone_in_an_evaluation_stops_the_run_whole(tmp_path, st
             if state.global_step == 2:
                 stub.fail("status", status=503, times=None)
 
-    options = {"teacher_logprobs": 9, "teacher_timeout": 1.5, "eval_strategy": "steps", "eval_steps": 2}
+    options = {
+        "teacher_logprobs": 9, "teacher_timeout": 1.5, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4
+    }  # fmt: skip
     with pytest.raises(TeacherAway, match="update 2 is finished and saved"):
         trained(tmp_path, stub.url, tiny.tokenizer, callbacks=[AtEvaluation()], **options)
     assert (tmp_path / "checkpoint-2").exists()

@@ -131,9 +131,10 @@ def test_update_with_the_most_likely_tokens_is_the_one_by_hand(tmp_path, tokeniz
 # ---------------------------------------------------------------------------------- costs, and what they are told by
 
 
-def test_drafts_go_to_the_end_and_costs_are_logged(tmp_path, tokenizer, rows, stub, capfd):
+def test_drafts_go_to_the_end_and_costs_are_logged(tmp_path, tokenizer, rows, stub, caplog):
+    caplog.set_level("INFO", "hf_distill")
     trainer, watch = make(tmp_path, stub.url, rows, tokenizer)
-    assert "drafts go on to the end of the text" in capfd.readouterr().err
+    assert "drafts go on to the end of the text" in caplog.text
     asked, sent = stub.counts["requests"], len(stub.prompts())
     trainer.train()
     log = log_of(trainer)
@@ -150,11 +151,13 @@ def test_drafts_go_to_the_end_and_costs_are_logged(tmp_path, tokenizer, rows, st
     assert "draft 10" in trainer.describe()["speculation"]
 
 
-def test_value_of_privilege_is_measured_where_it_is_asked_for(tmp_path, tokenizer, privileged, stub, teacher, capfd):
+def test_value_of_privilege_is_measured_where_it_is_asked_for(tmp_path, tokenizer, privileged, stub, teacher, caplog):
+    caplog.set_level("INFO", "hf_distill")
     values = {}
     for entries, asked in ((-1, None), (-1, True), (ENTRIES, True)):
         trainer, _ = make(tmp_path, stub.url, privileged, tokenizer, value_of_privilege=asked, teacher_logprobs=entries)
-        assert ("value_of_privilege=True asks" in capfd.readouterr().err) == (asked is None)
+        assert ("value_of_privilege=True asks" in caplog.text) == (asked is None)
+        caplog.clear()
         trainer.train()
         values[entries, asked] = log_of(trainer).get("rollout/value_of_privilege")
     local, _ = make(tmp_path, teacher, privileged, tokenizer, draft_length=10)

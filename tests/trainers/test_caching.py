@@ -85,7 +85,9 @@ def test_several_teachers_are_written_one_by_one(tmp_path, folder):
 
 def test_a_store_is_not_written_of_a_store(tmp_path, folder, store):
     trainer = make(tmp_path, folder, str(store))
-    with pytest.raises(ValueError, match=r"one teacher that is a model in this process; .*Stored.*Teacher\) is none"):
+    with pytest.raises(
+        ValueError, match=r"one teacher that is a model, here or behind an address; .*Stored.*Teacher\) is none"
+    ):
         trainer.write_cache(tmp_path / "store")
 
 
