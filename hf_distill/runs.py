@@ -111,7 +111,7 @@ def read_run(folder: str | PathLike[str]) -> Run:
 
 
 def read_history(folder: str | PathLike[str]) -> list[dict[str, float]]:
-    """What a run has logged; nothing if it has not ended."""
+    """The log of a run; empty if it has not ended."""
     path = Path(folder, "trainer_state.json")
     return json.loads(path.read_text("utf-8"))["log_history"] if path.is_file() else []
 

@@ -38,7 +38,7 @@ EXACT, ESTIMATE, LOWER_BOUND = "exact", "estimate", "lower bound"
 
 
 class Side(NamedTuple):
-    """What one side says at n positions."""
+    """The predictions of one side at n positions."""
 
     ids: np.ndarray  # (n, K), int64, the most likely token first; -1 where fewer are known
     probs: np.ndarray  # (n, K), float32, their probabilities; 0 where there is none
@@ -69,7 +69,7 @@ class TokenComparison(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What a teacher says at n positions, as tensors of the shapes of [`Side`], and the KL (n,)."""
+    """A teacher's predictions at n positions, as tensors of the shapes of [`Side`], and the KL (n,)."""
 
     ids: Tensor
     probs: Tensor
@@ -92,7 +92,7 @@ def compare_tokens(
     max_length: int | None = None,
     vocab_size: int | None = None,
 ) -> TokenComparison:
-    """What student and teacher predict at every label-bearing token of the first rows, and how far apart they are.
+    """The predictions of student and teacher at every label-bearing token of the first rows, and their distance.
 
     The numbers are those whose means `evaluate_fidelity` returns. A teacher that does not have all probabilities gives
     what it knows, and `notes` say the rest: a store of samples an estimate of the KL, a store of the most likely tokens
@@ -226,7 +226,7 @@ def _side(said: Sequence[Said]) -> Side:
 
 
 def _likeliest(log_probs: Tensor, labels: Tensor, kl: Tensor | None = None) -> Said:
-    """What a distribution (n, V) says."""
+    """The likeliest tokens of distributions (n, V), and the probability of the label."""
     values, ids = log_probs.topk(min(NUM_LIKELIEST, log_probs.shape[1]))
     own = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1).exp()
     return _filled(ids, values.exp(), own, torch.full_like(own, math.nan) if kl is None else kl)

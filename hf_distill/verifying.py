@@ -67,7 +67,7 @@ class RolloutConfig:
 
 
 class Asked(NamedTuple):
-    """What a verifier has asked of its teacher so far."""
+    """The questions of a verifier to its teacher so far."""
 
     positions: int  # tokens that the teacher has read, in all forwards and requests together
     requests: int = 0  # over the network, those that were tried again included
@@ -76,7 +76,7 @@ class Asked(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What one block adds to R rows: accepted tokens of the draft, then the teacher's own. W is at least 1."""
+    """The tokens that one block adds to R rows: accepted ones of the draft, then the teacher's own. W is at least 1."""
 
     tokens: Tensor  # (R, W), on the device of the drafts, as the next two
     accepted: Tensor  # (R,): tokens of the draft before the first one that the teacher rejects
@@ -89,15 +89,15 @@ class Verifier(Protocol):
 
     @property
     def asked(self) -> Asked:
-        """What it has asked of the teacher since it was made."""
+        """Its questions to the teacher since it was made."""
         ...
 
     def read(self, tokens: Tensor, lengths: Tensor) -> Evidence:
-        """What predicts tokens (R, W), of which the first `lengths` (R,) follow each text."""
+        """The evidence that predicts tokens (R, W), of which the first `lengths` (R,) follow each text."""
         ...
 
     def check(self, drafts: Tensor, drafted: Tensor, uniform: Tensor, end_of_text: Tensor) -> Verdict:
-        """What of a draft, and of the teacher's own tokens, each row goes on with.
+        """The tokens that each row goes on with, of its draft and of the teacher's own.
 
         Args:
             drafts (`torch.Tensor` of shape `(R, G)`), drafted (`torch.Tensor` of shape `(R,)`):

@@ -1,4 +1,4 @@
-"""What a run leaves to be read beside its student: rows token by token, settings, its page; `report` and `compare`."""
+"""Files for people, beside a student: rows token by token, settings, a page; the commands `report` and `compare`."""
 
 import json
 import logging

@@ -124,7 +124,7 @@ def _run(name: str, run: Run) -> dict[str, Any]:
 
 
 def _about(run: Run) -> list[list[str]]:
-    """What was run, as pairs of text."""
+    """The run's settings, as pairs of text."""
     settings, recorded = run.effective(), run.recorded
     whole = {**run.settings, **settings}
     found = [["command", f"hf-distill {recorded['command']}"]] if "command" in recorded else []

@@ -1,4 +1,4 @@
-"""What differs between devices, for fake tensors that always pose as the CPU's."""
+"""Differences between devices, for fake tensors, which always pose as the CPU's."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""What an engine keeps on each of W processes, and what it gathers for a while."""
+"""The share of each of W processes under an engine, and the parts that are gathered for a while."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Whether a run fits its devices: bytes by component and by phase, FLOPs, bytes between processes, bytes of stores."""
+"""The plan of a run: bytes by component and by phase, FLOPs, bytes between processes, bytes of stores, and the fit."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -52,7 +52,7 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes. Bytes are those of one device, the first of all processes, which has the most.
+    """The costs of a run. Bytes are those of one device, the first of all processes, which has the most.
 
     Args:
         always: bytes that are alive all the time, by component.
@@ -231,7 +231,7 @@ class Planner:
     def _phases(
         self, settings: Settings, step: StudentStep, share: Share, teachers: list[TeacherForward | None]
     ) -> dict[str, dict[str, int]]:
-        """What each phase takes beside what is always alive, by component."""
+        """The bytes of each phase by component, beside those that are always alive."""
         phases: dict[str, dict[str, int]] = {}
         earlier = {GRADIENTS: share.gradients} if settings.accumulation > 1 else {}
         waiting = {}
@@ -289,7 +289,7 @@ def _mapping(settings: Settings, layers: Any) -> LayerMapping:
 
 
 def _signal(teacher: TeacherSetting, forward: TeacherForward | None, settings: Settings) -> SignalSpec:
-    """What a teacher says at label-bearing positions."""
+    """A teacher's signal at label-bearing positions."""
     if forward is not None:
         return SignalSpec("dense", forward.width, forward.rows, forward.dtype)
     if (manifest := teacher.manifest) is None:

@@ -76,7 +76,7 @@ class Batch:
         return self.rows * self.length
 
     def inputs(self) -> dict[str, Tensor]:
-        """What a model reads of it."""
+        """The inputs of a model."""
         shape = (1, self.tokens) if self.packed else (self.rows, self.length)
         inputs = {"input_ids": torch.zeros(shape, dtype=torch.long)}
         if self.packed:
@@ -88,7 +88,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class SignalSpec:
-    """What a teacher says at the N positions, as the loss gets it.
+    """A teacher's signal at the N positions, as the loss gets it.
 
     Args:
         kind (`str`): "dense" (hidden states and a head), "sampled" or "topk" (`entries` tokens).

@@ -24,7 +24,7 @@ class WrongAnswer(ValueError):
 
 
 class Scores(NamedTuple):
-    """What a server says about the tokens of one text, after each of its first T - 1 tokens or the last n of them."""
+    """The scores of one text, after each of its first T - 1 tokens or the last n of them."""
 
     ids: np.ndarray  # (n, K) int32, the most likely token first; -1 for no entry
     log_probs: np.ndarray  # (n, K) float32, in nats at temperature 1; -inf for no entry

@@ -64,7 +64,7 @@ class Watched(NamedTuple):
 
 @dataclass
 class Counts:
-    """What has been asked since they were taken last."""
+    """Sums over the requests since they were taken last."""
 
     requests: int = 0
     retries: int = 0
@@ -119,7 +119,7 @@ class Server:
     def score(
         self, texts: Sequence[Sequence[int]], num_entries: int, starts: Sequence[int] | None = None
     ) -> list[Scores]:
-        """What the server says about the tokens of some texts.
+        """The scores of some texts.
 
         Args:
             texts: token ids, two or more of each.
@@ -203,7 +203,7 @@ class Server:
     # ---------------------------------------------------------------------------------------------- the network
 
     def get(self, path: str, place: int = 0) -> Any:
-        """What a path answers, as JSON. One try."""
+        """The answer of a path, as JSON. One try."""
         return self._sent("GET", path, None, place, self.timeout)
 
     def ask_once(self, question: Question, place: int = 0) -> Any:
@@ -279,7 +279,7 @@ class Server:
         return f"the teacher at {' and '.join(map(public_address, self.addresses))}"
 
     def _at_once(self, ask: Callable[[Any, int], Any], parts: Sequence[Any]) -> list[Any]:
-        """What `ask` returns for each part and its number, several at a time."""
+        """The results of `ask` for each part and its number, several at a time."""
         start = time.perf_counter()
         self._open()
         places = range(self._turn, self._turn + len(parts))
@@ -328,7 +328,7 @@ def _seed(seed: int, again: int) -> int:
 
 
 def read(function: Callable[..., Any], *args: Any) -> Any:
-    """What a dialect finds in an answer; `WrongAnswer` for one of a form that it does not expect."""
+    """An answer as a dialect reads it; `WrongAnswer` for one of another form."""
     try:
         return function(*args)
     except WrongAnswer:
@@ -371,5 +371,5 @@ def _said(answer: httpx.Response) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Why a connection failed, for people."""
+    """The reason of a failed connection, for people."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -34,7 +34,7 @@ class Question(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How a continuation is sampled; a temperature of 0 is greedy."""
+    """The sampling of a continuation; a temperature of 0 is greedy."""
 
     max_tokens: int
     temperature: float
@@ -50,7 +50,7 @@ class Dialect(Protocol):
     most: str
     """The option of the server's command line that limits the entries."""
     has_whole: bool
-    """Whether -1 asks for the whole vocabulary."""
+    """True if -1 asks for the whole vocabulary."""
 
     def scoring(self, model: str, texts: Texts, num_entries: int) -> Question:
         """Asks about the tokens of some texts."""

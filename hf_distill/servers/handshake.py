@@ -1,4 +1,4 @@
-"""What is found out about a server before anything is trained with it: that it is there, and says what it should.
+"""The checks of a server before anything is trained with it: that it is there, and answers as it should.
 
 Shapes: T tokens of a text, K entries at a position.
 """
@@ -50,7 +50,7 @@ class Served(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What the student needs of a server."""
+    """The needs of the student."""
 
     vocab_size: int  # the true vocabulary of the run
     text: tuple[int, ...]  # to be watched
@@ -271,7 +271,7 @@ def _plain(text: str) -> str:
 
 
 def _twice(server: Server, num_entries: int, expected: Expected) -> tuple[Scores, float]:
-    """What the server says about the watched text, and nats between two answers, the second one beside another text."""
+    """The scores of the watched text, and nats between two answers, the second one beside another text."""
 
     def ask(texts: Sequence[Sequence[int]]) -> list[Scores]:
         answer = server.ask_once(server.dialect.scoring(server.model, texts, num_entries))

@@ -120,7 +120,7 @@ class WritingTeacher(Teacher, Protocol):
     num_positions: int | None
     """The tokens of prompt and completion that it can read; None where that is not known."""
     remembers: bool
-    """Whether it keeps what it has read, so that short drafts and a second reading cost little."""
+    """True if it keeps what it has read, so that short drafts and a second reading cost little."""
 
     @property
     def eos_token_ids(self) -> Sequence[int]:
@@ -128,7 +128,7 @@ class WritingTeacher(Teacher, Protocol):
         ...
 
     def verifier(self, prompt_ids: Tensor, prompt_mask: Tensor, config: RolloutConfig, vocab_size: int) -> Verifier:
-        """What checks the drafts that follow left-padded prompts (B, P). Raises `ValueError` for a rule it lacks."""
+        """A checker of the drafts that follow left-padded prompts (B, P). Raises `ValueError` for a rule it lacks."""
         ...
 
     def signal(self, evidence: Evidence) -> Signal:

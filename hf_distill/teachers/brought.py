@@ -29,7 +29,7 @@ class BroughtTeacher:
 
     name: str
     source: str
-    """Where its outputs come from, for people: "a store: hidden states, float16"."""
+    """The source of its outputs, for people: "a store: hidden states, float16"."""
     num_positions: int | None = None
     """Tokens of the longest text that it can read."""
     drop_long_rows = False

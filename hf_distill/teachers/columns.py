@@ -58,7 +58,7 @@ class TeacherColumnsCollator:
 
 
 def reason_away(batch: Mapping[str, Any]) -> str | None:
-    """Why a teacher had nothing to say about a batch; None if it had."""
+    """The reason of a teacher that is away from a batch; None if it is there."""
     return bytes(batch[AWAY].tolist()).decode() if AWAY in batch else None
 
 

@@ -254,7 +254,7 @@ def describe_sources(teachers: Mapping[str, Teacher]) -> dict[str, str]:
 
 
 def brought_from(teachers: Mapping[str, Teacher]) -> dict[str, str]:
-    """Where the outputs of each teacher come from that is no model in this process, for people."""
+    """The source of the outputs of each teacher that is no model in this process, for people."""
     sources = {name: _source(teacher) for name, teacher in teachers.items()}
     return {name: each.source for name, each in sources.items() if isinstance(each, BroughtTeacher)}
 

@@ -172,7 +172,7 @@ class RemoteTeacher(BroughtTeacher):
     # ------------------------------------------------------------------------------------------------- of a store
 
     def watched(self) -> dict[str, Any]:
-        """What the server says about the watched text, as JSON, for a manifest."""
+        """The server's scores of the watched text, as JSON, for a manifest."""
         watched = self.server.watched
         assert watched is not None
         ids, log_probs = (side[:, :WATCHED_ENTRIES] for side in watched.scores[:2])
@@ -246,7 +246,7 @@ def ask_about(
     names: tuple[str, str, str],
     columns: tuple[str, str] | None,
 ) -> dict[str, Tensor]:
-    """What a server says at the label-bearing positions of a batch, rows in order: ids and log-probabilities (N, K).
+    """A server's ids and log-probabilities (N, K) at the label-bearing positions of a batch, rows in order.
 
     Raises:
         [`TeacherAway`]: the server does not answer, or gives a wrong answer.

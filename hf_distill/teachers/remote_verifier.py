@@ -97,7 +97,7 @@ class RemoteVerifier:
         self._limits = [self._limits[row] for row in kept]
 
     def _score(self, rows: Sequence[list[int]]) -> list[Scores]:
-        """What the server says about the tokens that follow each text."""
+        """The scores of the tokens that follow each text."""
         texts = [[*text, *row] for text, row in zip(self._texts, rows, strict=True)]
         starts = [len(text) - 1 for text in self._texts]
         return [within(each, self._vocab_size) for each in self._server.score(texts, self._num_entries, starts)]

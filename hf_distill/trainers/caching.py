@@ -64,7 +64,7 @@ def store_writer(trainer: Any, method: Method, batch_size: int | None = None) ->
 
 
 def _about(trainer: Any, teacher: ModelTeacher | RemoteTeacher) -> dict[str, Any]:
-    """What the manifest says of a teacher. Of a server's weights it knows what they say about one text."""
+    """The manifest's facts about a teacher. In the place of a server's weights stands its answer about one text."""
     if isinstance(teacher, RemoteTeacher):
         return {
             "name": teacher.name, "revision": None, "weights": None, "dtype": "of the server", "quantization": None,

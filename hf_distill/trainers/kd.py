@@ -352,7 +352,7 @@ class KDTrainer(HardLabelTrainer):
         return super().pop_means(mode) | settings | self._pop_counts()
 
     def _pop_counts(self) -> dict[str, float]:
-        """What teachers have cost since the last call, summed over teachers and processes."""
+        """The teachers' counts since the last call, summed over teachers and processes."""
         counts = Counter[str]()
         for teacher in self.teachers.values():
             if isinstance(teacher, Counting):
