@@ -31,8 +31,8 @@ from benchmarks.stories import (
     load_teacher,
     make_parser,
     make_trainer,
-    measure_fidelity,
     some_layers,
+    trained_fidelities,
 )
 from hf_distill import KDConfig, KDTrainer
 from hf_distill.losses.sparse import TopKSignal
@@ -87,13 +87,7 @@ def outcome(
     sources["hard labels"] = (teacher, {"kd_weight": 0.0})
     table = []
     for name, (source, changes) in sources.items():
-        found = []
-        for seed in options.seeds:
-            settings = {**budget(options, seed), **changes}
-            student = some_layers(teacher, options.layers)
-            trainer = make_trainer(KDTrainer, KDConfig, student, source, rows, tokenizer, settings)
-            trainer.train()
-            found.append(measure_fidelity(trainer.model, teacher, held_out, tokenizer))
+        found = trained_fidelities(options, source, teacher, rows, held_out, tokenizer, changes)
         table.append({"teacher": name, **describe_all(found, FIDELITY)})
         print(table[-1], flush=True)
     return table

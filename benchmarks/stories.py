@@ -160,6 +160,25 @@ def train_kd(
     return trainer
 
 
+def trained_fidelities(
+    options: argparse.Namespace,
+    source: Any,
+    teacher: PreTrainedModel,
+    rows: Dataset,
+    held_out: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    changes: Mapping[str, Any],
+) -> list[dict[str, float]]:
+    """The fidelity of students of some of the teacher's layers, one for each seed, that learn from a `source` of it."""
+    found = []
+    for seed in options.seeds:
+        settings, student = {**budget(options, seed), **changes}, some_layers(teacher, options.layers)
+        trainer = make_trainer(KDTrainer, KDConfig, student, source, rows, tokenizer, settings)
+        trainer.train()
+        found.append(measure_fidelity(trainer.model, teacher, held_out, tokenizer))
+    return found
+
+
 def measure_fidelity(
     student: PreTrainedModel, teacher: PreTrainedModel, held_out: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:

@@ -28,8 +28,8 @@ from benchmarks.stories import (
     load_teacher,
     make_parser,
     make_trainer,
-    measure_fidelity,
     some_layers,
+    trained_fidelities,
 )
 from hf_distill import KDConfig, KDTrainer
 from hf_distill.losses.sparse import SparseSignal
@@ -95,13 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         stores = write_stores(Path(folder), teacher, rows, tokenizer, options)
         for name, (source, size, changes) in sources(stores, teacher).items():
-            found = []
-            for seed in options.seeds:
-                settings = {**budget(options, seed), **changes}
-                student = some_layers(teacher, options.layers)
-                trainer = make_trainer(KDTrainer, KDConfig, student, source, rows, tokenizer, settings)
-                trainer.train()
-                found.append(measure_fidelity(trainer.model, teacher, held_out, tokenizer))
+            found = trained_fidelities(options, source, teacher, rows, held_out, tokenizer, changes)
             bytes_text = "-" if size is None else f"{size:.1f}"
             table.append({"teacher": name, "bytes a position": bytes_text, **describe_all(found, MEASURED)})
             print(table[-1], flush=True)

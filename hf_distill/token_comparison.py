@@ -22,7 +22,7 @@ from hf_distill.losses.cross_tokenizer import AlignedSignal
 from hf_distill.losses.divergence import DIVERGENCES, LOG_ZERO
 from hf_distill.losses.fused_linear import MixtureSignal, TeacherSignal
 from hf_distill.losses.head import default_chunk_size
-from hf_distill.losses.sparse import SparseSignal, TopKSignal
+from hf_distill.losses.sparse import SparseSignal, TopKSignal, coarse_outcomes, log_tail_of
 from hf_distill.losses.sum import SumSignal
 from hf_distill.modeling import causal_lm, head_of, label_positions, last_hidden_states, select_positions
 from hf_distill.teachers import Signal, Teacher
@@ -280,13 +280,13 @@ def _top(signal: TopKSignal, at: Tensor, student: Tensor, labels: Tensor) -> Sai
     lacking = ids < 0
     ids, log_probs = ids.where(~lacking, ids[:, :1]), log_probs.masked_fill(lacking, LOG_ZERO).clamp(min=LOG_ZERO)
     if signal.log_tail is None:
-        tail = torch.log1p(-log_probs.exp().sum(-1).clamp(max=1 - torch.finfo(log_probs.dtype).eps))
+        tail = log_tail_of(log_probs, torch.finfo(log_probs.dtype).eps)
     else:
         tail = signal.log_tail.to(student)[at]
-    others = student.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    known = student.gather(-1, ids).masked_fill(lacking, LOG_ZERO)
-    outcomes = torch.cat([known, others], -1).clamp(min=LOG_ZERO)  # (n, K + 1)
-    kl = DIVERGENCES["forward_kl"](outcomes, torch.cat([log_probs, tail.unsqueeze(-1)], -1).clamp(min=LOG_ZERO))
+    outcomes, _ = coarse_outcomes(student, ids, lacking)
+    kl = DIVERGENCES["forward_kl"](
+        outcomes.clamp(min=LOG_ZERO), torch.cat([log_probs, tail.unsqueeze(-1)], -1).clamp(min=LOG_ZERO)
+    )
     hit = (ids == labels.unsqueeze(-1)) & ~lacking
     own = torch.where(hit.any(-1), (log_probs.exp() * hit).sum(-1), math.nan)
     values, order = log_probs.topk(min(NUM_LIKELIEST, log_probs.shape[1]))

@@ -65,6 +65,10 @@ class RolloutConfig:
             if not 0 < top_p <= 1:
                 raise ValueError(f"{side}_top_p has to lie in (0, 1], got {top_p}")
 
+    def accepts_all(self, vocab_size: int) -> bool:
+        """True if no drafted token can be rejected."""
+        return self.top_k >= vocab_size and self.min_prob == 0
+
 
 class Asked(NamedTuple):
     """The questions of a verifier to its teacher so far."""
@@ -195,8 +199,8 @@ def _accepted(head: Head, states: Tensor, drafts: Tensor, drafted: Tensor, confi
     """The number (R,) of tokens of each draft (R, G) before the first one that the teacher rejects."""
     drafts, drafted = drafts.to(states.device), drafted.to(states.device)
     counts = torch.arange(drafts.shape[1], device=states.device) < drafted[:, None]  # (R, G)
-    if drafts.numel() == 0 or (config.top_k >= len(head.weight) and config.min_prob == 0):
-        return drafted  # no token can be rejected
+    if drafts.numel() == 0 or config.accepts_all(len(head.weight)):
+        return drafted
     likely = torch.zeros_like(counts)
     rows_per_chunk = max(1, CHUNK_BYTES // (4 * len(head.weight)))
     chunks = zip(

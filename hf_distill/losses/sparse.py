@@ -125,7 +125,7 @@ class TopKSignal(NamedTuple):
             return _WholeStep(ids, log_probs)
         lacking, eps = ids < 0, torch.finfo(log_probs.dtype).eps
         log_probs = _widened(log_probs.masked_fill(lacking, -torch.inf))
-        log_tail = _log_tail(log_probs, eps) if log_tail is None else _widened(log_tail)
+        log_tail = log_tail_of(log_probs, eps) if log_tail is None else _widened(log_tail)
         return _TopKStep(ids.where(~lacking, ids[:, :1]), lacking, log_probs, log_tail)
 
 
@@ -197,10 +197,7 @@ class _TopKStep(NamedTuple):
     ) -> StepResult:
         ids, lacking, teacher = inputs
         agreement = _num_agreeing(student.logits, ids.gather(-1, teacher[:, :-1].argmax(-1, keepdim=True)).squeeze(-1))
-        # Summed up, and not 1 minus the others: so it has all its digits, however little is left.
-        others = student.log_probs.scatter(-1, ids, -torch.inf)  # (n, V)
-        known = student.log_probs.gather(-1, ids).masked_fill(lacking, LOG_ZERO)
-        outcomes = torch.cat([known, others.logsumexp(-1, keepdim=True)], -1)  # (n, K + 1)
+        outcomes, others = coarse_outcomes(student.log_probs, ids, lacking)
         outcomes = Predictions(student.logits, outcomes, outcomes.exp())
         gradient, kd = compare(outcomes, teacher.to(outcomes.log_probs.dtype), token_weights, constants)
         # That of the last outcome is divided among its tokens as its probability is.
@@ -244,7 +241,18 @@ def _num_agreeing(logits: Tensor, likeliest: Tensor) -> Tensor:
     return (agrees & (likeliest >= 0)).sum()
 
 
-def _log_tail(log_probs: Tensor, eps: float) -> Tensor:
+def coarse_outcomes(log_probs: Tensor, ids: Tensor, lacking: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-probabilities (n, K + 1) of K tokens and of all others together, and those (n, V) of the others alone.
+
+    Where an entry is `lacking` (n, K), its id is that of another one.
+    """
+    # Summed up, and not 1 minus the others: so it has all its digits, however little is left.
+    others = log_probs.scatter(-1, ids, -torch.inf)  # (n, V)
+    known = log_probs.gather(-1, ids).masked_fill(lacking, LOG_ZERO)
+    return torch.cat([known, others.logsumexp(-1, keepdim=True)], -1), others
+
+
+def log_tail_of(log_probs: Tensor, eps: float) -> Tensor:
     """`log(1 - sum of probabilities)` (N,), which is known to within `eps`.
 
     So that much is always left. Otherwise a divergence that has its logarithm would be decided by a rounding.

@@ -116,13 +116,13 @@ def read_settings(
     teacher_model: Any,
     args: HardLabelConfig,
     *,
-    peft_config: PeftConfig | None = None,
-    quantization_config: Any = None,
-    machine: Machine | None = None,
-    row_tokens: int | None = None,
-    prompt_tokens: int | None = None,
-    teacher_prompt_tokens: int | None = None,
-    label_share: float = 1.0,
+    peft_config: PeftConfig | None,
+    quantization_config: Any,
+    machine: Machine,
+    row_tokens: int | None,
+    prompt_tokens: int | None,
+    teacher_prompt_tokens: int | None,
+    label_share: float,
 ) -> Settings:
     """The settings of a run, from what its trainer would get.
 
@@ -133,7 +133,7 @@ def read_settings(
         raise ValueError(f"label_share has to lie in (0, 1], got {label_share}")
     if peft_config is not None and not isinstance(peft_config, LoraConfig):
         raise ValueError(f"only LoRA can be planned, got a {type(peft_config).__name__}")
-    machine, notes = machine or Machine(), []
+    notes: list[str] = []
     student = student_spec(model, args, quantization_config)
     given = [teacher_model] if isinstance(teacher_model, str) else list(teacher_model or ())
     given = [name for i, name in enumerate(given) if not is_address(name) or not any(map(is_address, given[:i]))]

@@ -28,6 +28,7 @@ from hf_distill.store.documents import Documents
 from hf_distill.teachers.brought import BroughtTeacher
 from hf_distill.teachers.columns import PREFIX, AnyDataset, own_columns
 from hf_distill.teachers.remote_verifier import RemoteVerifier, divergence_of_entries
+from hf_distill.token_rows import longest_text
 from hf_distill.verifying import Evidence, RolloutConfig
 
 logger = logging.getLogger(__name__)
@@ -149,19 +150,19 @@ class RemoteTeacher(BroughtTeacher):
         dataset = super().prepare(dataset, name)
         if isinstance(dataset, Dataset):
             first: Any = next(iter(dataset), {})
-            self._refuse_long(Documents.of_dataset(dataset, *self.columns_of(first)).with_labels(), name)
+            self._refuse_long(*longest_text(dataset, self.columns_of(first)[0]), name)
         return dataset
 
-    def _refuse_long(self, documents: Documents, name: str) -> None:
-        lengths = documents.num_tokens
+    def _refuse_long(self, length: int, row: int, name: str) -> None:
+        """Raises `ValueError` if the longest text, and where it is, are too much for the server or for a batch."""
         limit = self.num_positions
-        if limit is not None and len(long := np.flatnonzero(lengths > limit)):
+        if limit is not None and length > limit:
             raise ValueError(
-                f"row {documents.rows[long[0]]} of the {name} dataset has {lengths[long[0]]} tokens, and {self.name} "
+                f"row {row} of the {name} dataset has {length} tokens, and {self.name} "
                 f"reads {limit} at most: set max_length to at most {limit}, drop_long_rows=True, or start the server "
                 "with a larger --max-model-len"
             )
-        size = self.args.per_device_train_batch_size * int(lengths.max(initial=0)) * self.num_entries * ENTRY_BYTES
+        size = self.args.per_device_train_batch_size * length * self.num_entries * ENTRY_BYTES
         if self.args.teacher_logprobs == WHOLE and size > ANSWER_BYTES:
             raise ValueError(
                 f"teacher_logprobs=-1 asks for {self.num_entries:,} log-probabilities of each token, in JSON up to "

@@ -105,7 +105,7 @@ class RemoteVerifier:
     def _accepted(self, scores: Scores) -> int:
         """The number of tokens before the first one that is rejected."""
         config, count = self._config, len(scores.own)
-        if accepts_all(config, self._vocab_size):
+        if config.accepts_all(self._vocab_size):
             return count
         ids, log_probs = scores.ids[:, : config.top_k], scores.log_probs[:, : config.top_k]
         least = np.where(ids >= 0, log_probs, np.inf).min(1)  # (n,)
@@ -169,7 +169,7 @@ class RemoteVerifier:
 
 def refuse_rule(model: str, num_entries: int, config: RolloutConfig, vocab_size: int) -> None:
     """Raises `ValueError` for a rule of acceptance that K = `num_entries` entries at temperature 1 cannot decide."""
-    if num_entries != WHOLE and not accepts_all(config, vocab_size) and config.top_k > num_entries:
+    if num_entries != WHOLE and not config.accepts_all(vocab_size) and config.top_k > num_entries:
         raise ValueError(
             f"top_k={config.top_k} needs as many log-probabilities of each token, and {model} is asked for "
             f"{num_entries}: lower top_k, or take teacher_logprobs={config.top_k} of a server that was started with: "
@@ -180,11 +180,6 @@ def refuse_rule(model: str, num_entries: int, config: RolloutConfig, vocab_size:
             f"min_prob={config.min_prob} is a probability at teacher_temperature={config.teacher_temperature}, and "
             f"{model} tells those at temperature 1 alone: take teacher_temperature=1 or 0, or min_prob=0"
         )
-
-
-def accepts_all(config: RolloutConfig, vocab_size: int) -> bool:
-    """True if no token can be rejected."""
-    return config.top_k >= vocab_size and config.min_prob == 0
 
 
 def divergence_of_entries(ids: Tensor, log_probs: Tensor, other_ids: Tensor, other_log_probs: Tensor) -> Tensor:

@@ -3,16 +3,16 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.distributed.test_kill import LAUNCH
 
 
 def test_both_processes_stop_whole_and_go_on_to_the_same_weights(tmp_path):
     script = Path(__file__).with_name("remote_runs.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*launch, str(script), str(tmp_path)], capture_output=True, text=True, timeout=240, env=environment
+        [*LAUNCH, str(script), str(tmp_path)], capture_output=True, text=True, timeout=240, env=environment
     )
     assert done.returncode == 0, done.stderr[-4000:]
     one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))

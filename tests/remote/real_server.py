@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from tests.remote.stub import free_port
 
 WIDTH = 32  # the narrowest heads of vLLM's attention on the CPU
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,12 +118,6 @@ class RealServer:
 
     def __exit__(self, *error):
         self.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def main():

@@ -305,7 +305,7 @@ class StubProcess:
 
     def __init__(self, folder, *options: str, port: int = 0):
         self.folder, self.options = Path(folder), options
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self.restart()
 
     url = Stub.url
@@ -363,7 +363,7 @@ def launch(folder, *options: str, port: int = 0) -> StubProcess:
     return StubProcess(folder, *options, port=port)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
