@@ -96,7 +96,9 @@ class PerplexityCallback(TrainerCallback):
         trainer (`Trainer`): any trainer of transformers; add the callback to it with `add_callback`.
         datasets: a dict of data sets by name, or one, which is called `eval` then; rows as in `evaluate_fidelity`.
         every (`int`): updates between two measurements.
-        batch_size, max_length, stride (`int`, *optional*): as in `evaluation.perplexity`.
+        batch_size (`int`): as in `evaluation.perplexity`.
+        max_length (`int`, *optional*): as there.
+        stride (`int`, *optional*): as there.
 
     Raises:
         `ValueError`: `every` or `batch_size` below 1; no data set, an empty one or one with rows that cannot be

@@ -95,7 +95,8 @@ class LUPICollator:
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): needs a chat template.
-        query_column, knowledge_column (`str`): columns of the question, and of the text that only the teacher reads.
+        query_column (`str`): column of the question.
+        knowledge_column (`str`): column of the text that only the teacher reads.
         system_prompt (`str`, *optional*): the teacher's first message.
         few_shot (sequence of `dict`, *optional*):
             Dicts with `query`, `knowledge` and `answer`, turns that the teacher reads before the query.

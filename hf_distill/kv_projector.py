@@ -18,9 +18,10 @@ class KVProjector(nn.Module):
     """A trained projector for keys and one for values: LayerNorm -> Linear -> SiLU -> Dropout -> Linear.
 
     Args:
-        teacher_width, student_width (`int`):
+        teacher_width (`int`):
             Width of a token's keys: `num_key_value_heads * head_dim`. Under grouped-query attention, this is not the
             hidden size.
+        student_width (`int`): the same of the student.
         num_layers (`int`): number of projectors, one per mapped layer; 1 is shared by all layers.
         mlp_ratio (`float`): width of the middle layer, in units of the student's width.
         dropout (`float`): in [0, 1).
@@ -80,7 +81,8 @@ class PCAProjector(nn.Module):
     lengths, because those of an untrained student carry no information.
 
     Args:
-        teacher_width, student_width (`int`): as in [`KVProjector`].
+        teacher_width (`int`): as in [`KVProjector`].
+        student_width (`int`): as in [`KVProjector`].
         num_layers (`int`): number of maps, one per mapped layer.
     """
 

@@ -99,11 +99,13 @@ def rollout(
     lengths, batches or padding, even when it is sampled.
 
     Args:
-        student (`PreTrainedModel`), teacher (`PreTrainedModel`):
-            Causal language models of one vocabulary, on any devices, with or without adapters.
-        student_prompt_ids, student_prompt_mask (`torch.Tensor` of shape `(B, Ps)`): left-padded prompts.
-        teacher_prompt_ids, teacher_prompt_mask (`torch.Tensor` of shape `(B, Pt)`):
+        student (`PreTrainedModel`): a causal language model, on any device, with or without adapters.
+        teacher (`PreTrainedModel`): another of the same vocabulary.
+        student_prompt_ids (`torch.Tensor` of shape `(B, Ps)`): left-padded prompts.
+        student_prompt_mask (`torch.Tensor` of shape `(B, Ps)`): 0 for their padding.
+        teacher_prompt_ids (`torch.Tensor` of shape `(B, Pt)`):
             The same prompts, or any other text, such as prompts with knowledge that the student lacks.
+        teacher_prompt_mask (`torch.Tensor` of shape `(B, Pt)`): 0 for their padding.
         config (`RolloutConfig`): lengths, rule of acceptance, temperatures.
         eos_token_id (`int` or list of `int`): tokens that end a row; they belong to the completion.
         pad_token_id (`int`): pads completions on the right.

@@ -117,7 +117,8 @@ def align(
     position in the text form a group.
 
     Args:
-        student_pieces, teacher_pieces: the entry in `vocabulary_pieces` of each token, without padding.
+        student_pieces: the entry in `vocabulary_pieces` of each token, without padding.
+        teacher_pieces: the same of the teacher's tokens.
         contents (list of `str`, *optional*):
             The contents of all messages, in order, if the two texts come from different templates. Only these contents
             are aligned then, however short they are. The last occurrence of a content counts, because templates put
@@ -167,9 +168,10 @@ def group_numbers(
 
     Args:
         groups: the result of `align`.
-        student_counts, teacher_counts (sequences of `bool`):
+        student_counts (sequence of `bool`):
             True for tokens that count: they have a label, and a position predicts them (none predicts the first token
             of a sequence). A group with a token that does not count is left out.
+        teacher_counts (sequence of `bool`): the same of the teacher's tokens.
     """
     student, teacher = [-1] * len(student_counts), [-1] * len(teacher_counts)
     for number, group in enumerate(groups):

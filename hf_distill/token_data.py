@@ -20,15 +20,16 @@ def comparison_data(comparison: Any, *, marks: Mapping[int, str] | None = None) 
 
     Returns:
         A dict with
-        - `texts`: strings, the most frequent first;
-        - `kl_is` and `notes`, as they are in the comparison;
-        - `num_rows` of the data set, None if it is a stream;
-        - `rows`: dicts with `number`, `length` (tokens of the whole row), `tokens` (indices into `texts`), `pieces`
-          (by index of a token, the text that it adds, where that is not its own), `places` (indices of the n tokens
-          that were predicted), `kl` (n nats to 4 digits; `surprise`, -log p of the token, where nothing has a KL),
-          `student` and `teacher`: `ids` (5n indices into `texts`, -1 for none, the most likely first), `probs` (5n, in
-          thousandths) and `own` (n, those of the token itself); `marks`, if there are some.
-          None stands for a number that is not known.
+
+            - `texts`: strings, the most frequent first;
+            - `kl_is` and `notes`, as they are in the comparison;
+            - `num_rows` of the data set, None if it is a stream;
+            - `rows`: dicts with `number`, `length` (tokens of the whole row), `tokens` (indices into `texts`), `pieces`
+              (by index of a token, the text that it adds, where that is not its own), `places` (indices of the n tokens
+              that were predicted), `kl` (n nats to 4 digits; `surprise`, -log p of the token, where nothing has a KL),
+              `student` and `teacher`: `ids` (5n indices into `texts`, -1 for none, the most likely first), `probs` (5n,
+              in thousandths) and `own` (n, those of the token itself); `marks`, if there are some.
+              None stands for a number that is not known.
     """
     table = _Table(comparison)
     rows = []

@@ -23,13 +23,15 @@ def bytes_between_processes(
     Args:
         engine (`str`): one of `ENGINES`.
         num_processes (`int`): W; 1 sends nothing.
-        parameters, trainable (`int`): the student's parameters: all, and those that get a gradient.
+        parameters (`int`): the student's parameters.
+        trainable (`int`): those of them that get a gradient.
         micro_batches (`int`): per update and process.
         once (`int`):
             Parameters that are gathered for the forward but not again for the backward. With FSDP2, these are the
             final norm and the head; with ZeRO-3, those that `stage3_max_reuse_distance` keeps; with LoRA, those before
             all adapters.
-        parameter_bytes, gradient_bytes (`int`): bytes per number that is sent.
+        parameter_bytes (`int`): bytes of a parameter that is sent.
+        gradient_bytes (`int`): bytes of a gradient that is sent.
 
     Raises:
         `ValueError`: an unknown engine.

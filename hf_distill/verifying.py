@@ -35,8 +35,10 @@ class RolloutConfig:
         min_prob (`float`):
             A drafted token is accepted only with at least this probability, at the teacher's temperature (at 1 if that
             is 0).
-        student_temperature, student_top_p (`float`): sampling of the student's drafts.
-        teacher_temperature, teacher_top_p (`float`): sampling of the teacher's corrections.
+        student_temperature (`float`): of the student's drafts; 0 is greedy.
+        student_top_p (`float`): nucleus of the student's drafts, in (0, 1].
+        teacher_temperature (`float`): of the teacher's corrections; 0 is greedy.
+        teacher_top_p (`float`): nucleus of the teacher's corrections, in (0, 1].
 
     Raises:
         `ValueError`: a value out of its range.

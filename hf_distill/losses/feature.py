@@ -25,7 +25,8 @@ def mercator_loss(
     The distance in direction is 0 from a vector to 100 times itself, 1 for orthogonal and 2 for opposite vectors.
 
     Args:
-        student_kv, teacher_kv (`torch.Tensor` of shape `(..., F)`): vectors of the same width.
+        student_kv (`torch.Tensor` of shape `(..., F)`): vectors.
+        teacher_kv (`torch.Tensor` of shape `(..., F)`): vectors of the same width.
         mask (`torch.Tensor` of shape `(...,)`, bool): positions that count.
         num_items (*optional*): the divisor; by default the number of positions that count.
         eps (`float`): keeps value and gradient finite if a vector is 0 (in float32 or bfloat16).

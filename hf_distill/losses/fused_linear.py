@@ -169,15 +169,19 @@ def fused_linear_distillation_loss(
             position, do not pass it.
         kd_weight (`float`): weight of the divergence, in [0, 1]; hard labels get `1 - kd_weight`.
         temperature (`float`): of the divergence, in [1e-4, 1e5].
-        divergence (`str`), divergence_params (`dict`, *optional*): a name in `DIVERGENCES`, and its parameters.
+        divergence (`str`): a name in `DIVERGENCES`.
+        divergence_params (`dict`, *optional*): its parameters.
         token_weights (`torch.Tensor` of shape `(N,)`, *optional*): weights of the divergence term.
         num_items (`int`, `float` or scalar tensor, *optional*):
             The divisor, N by default. Below 1 it counts as 1.
         vocab_size (`int`, *optional*):
             The true vocabulary. Rows of the heads past it are padding: they get no probability and no gradient.
-        student_bias, teacher_bias (`torch.Tensor` of shape `(V,)`, *optional*): biases of the heads.
-        student_logit_scale, teacher_logit_scale (`float`): factors of the logits (Cohere, Granite).
-        student_softcap, teacher_softcap (`float`, *optional*): logits become `c * tanh(logits / c)` (Gemma 2).
+        student_bias (`torch.Tensor` of shape `(Vs,)`, *optional*): bias of the head.
+        teacher_bias (`torch.Tensor` of shape `(Vt,)`, *optional*): the same of the teacher.
+        student_logit_scale (`float`): factor of the logits (Cohere, Granite).
+        teacher_logit_scale (`float`): the same of the teacher.
+        student_softcap (`float`, *optional*): logits become `c * tanh(logits / c)` (Gemma 2).
+        teacher_softcap (`float`, *optional*): the same of the teacher.
         chunk_size (`int`, *optional*): positions per chunk; by default as many as fit `CHUNK_BYTES`.
 
     Raises:

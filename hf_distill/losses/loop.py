@@ -129,7 +129,10 @@ def chunked_loss(
     Each of these losses has the hard labels, which so count once. Without any signal they are all there is.
 
     Args:
-        hidden, head, labels, objective: as in [`Signal.loss`].
+        hidden (`torch.Tensor` of shape `(N, D)`): as in [`Signal.loss`].
+        head ([`Head`]): as there.
+        labels (`torch.Tensor` of shape `(N,)`, int64): as there.
+        objective ([`Objective`]): as there.
         signals: weights that sum to 1, and signals.
     """
     device = head.weight.device

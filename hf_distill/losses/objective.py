@@ -29,7 +29,8 @@ class Objective:
         kd_weight (`float`): weight of the divergence, in [0, 1].
         ce_weight (`float`, *optional*): weight of the hard labels, 0 or more; `1 - kd_weight` by default.
         temperature (`float`): T, of the divergence, in [1e-4, 1e5].
-        divergence (`str`), divergence_params (mapping, *optional*): a name in `DIVERGENCES`, and its parameters.
+        divergence (`str`): a name in `DIVERGENCES`.
+        divergence_params (mapping, *optional*): its parameters.
         token_weights (`torch.Tensor` of shape `(N,)`, *optional*): w, weights of the divergence; 1 by default.
         num_items (`int`, `float` or scalar tensor, *optional*): the divisor, N by default. Below 1 it counts as 1.
         vocab_size (`int`, *optional*):

@@ -31,16 +31,17 @@ def plan_run(
     and what is alive is counted (docs/plan.md says how it compares with measured peaks).
 
     Args:
-        model, teacher_model (`str`, or a list of teachers):
-            As of the trainers, or the path of a `config.json`. A teacher may be "base", a store ("cache:folder") or an
-            address. None trains on hard labels.
+        model (`str`): as of the trainers, or the path of a `config.json`.
+        teacher_model (`str` or list of `str`, *optional*):
+            The same. A teacher may be "base", a store ("cache:folder") or an address. None trains on hard labels.
         args ([`HardLabelConfig`]): settings; their class says which trainer: `KDConfig`, `KVProjectionConfig`,
             `SpeculativeKDConfig`.
-        peft_config, quantization_config: as of the trainers.
+        peft_config (`PeftConfig`, *optional*): as of the trainers.
+        quantization_config (*optional*): as of the trainers.
         machine ([`Machine`], *optional*): the devices, and how they share the work; by default one GPU.
         row_tokens (`int`, *optional*): tokens of the longest row; `max_length` by default.
-        prompt_tokens, teacher_prompt_tokens (`int`, *optional*): tokens of the longest prompts of rollouts, 512 by
-            default; a teacher's may be longer (LUPI).
+        prompt_tokens (`int`, *optional*): tokens of the longest prompt of rollouts; 512 by default.
+        teacher_prompt_tokens (`int`, *optional*): the same of the teacher's prompt, which may be longer (LUPI).
         label_share (`float`): the share of tokens that bear a label; prompt tokens do not.
 
     Returns:

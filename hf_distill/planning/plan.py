@@ -38,7 +38,9 @@ class Remedy:
     """A change of the settings, with what it costs and what comes of it.
 
     Args:
-        name, options, cost (`str`): for people: the change, the options that make it, what it costs.
+        name (`str`): the change, for people, as the next two.
+        options (`str`): the options that make it.
+        cost (`str`): its price.
         peak (`int`): bytes of a device after it alone.
         fits (`bool`): whether they fit.
     """

@@ -21,7 +21,8 @@ def teacher_devices(
     Args:
         setting (`str`, *optional*): the name of a device, or one of [`LAYOUTS`]; by default the student's device.
         student (`str`): the student's device, such as "cuda:1".
-        local_rank, num_local_ranks (`int`): of the processes on this machine.
+        local_rank (`int`): of the process, on this machine.
+        num_local_ranks (`int`): the processes on this machine.
         devices (`Sequence[str]`): all accelerators of this machine. The students' are the first `num_local_ranks`.
 
     Raises:

@@ -88,7 +88,8 @@ class HardLabelTrainer(SurvivingTrainer):
     """Trains a student on hard labels, as `trl.SFTTrainer` does, exactly, and in runs that survive.
 
     `loss = CE`, averaged over the label-bearing tokens of the whole accumulated batch of all processes. It is the
-    baseline of a distillation: the same rows, loss and updates as [`KDTrainer`] without its teacher.
+    baseline of a distillation: the same rows, loss and updates as [`KDTrainer`] without its teacher. Arguments that are
+    not listed here are those of `trl.SFTTrainer`.
 
     Construction has four steps: the checks of all that can be checked before anything is loaded (`check`), what has to
     be loaded before the student, SFTTrainer's own construction, and the probes of the loaded student (`start` has the
@@ -106,9 +107,6 @@ class HardLabelTrainer(SurvivingTrainer):
         train_dataset (`Dataset` or `IterableDataset`): any TRL format: text, prompt/completion, messages, input_ids.
         eval_dataset (`Dataset`, `IterableDataset` or a dict of them, *optional*): measured with the same loss.
         processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer, by default loaded with it.
-        data_collator, peft_config, quantization_config, callbacks, optimizers, formatting_func, compute_metrics,
-        optimizer_cls_and_kwargs, preprocess_logits_for_metrics:
-            As in `trl.SFTTrainer`.
 
     Raises:
         `ValueError`: at construction, for anything that could not be trained on: missing columns, no row with a label,

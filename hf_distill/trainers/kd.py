@@ -57,7 +57,8 @@ class KDTrainer(HardLabelTrainer):
 
     `loss = kd_weight * T^2 * D_T(teacher, student) + (1 - kd_weight) * CE`, averaged over the label-bearing tokens of
     the whole accumulated batch of all processes (Hinton et al., 1503.02531; other divergences: `docs/losses.md`).
-    Everything else is `trl.SFTTrainer`: dataset formats, chat templates, packing, PEFT, evaluation, hub.
+    Everything else is `trl.SFTTrainer`: dataset formats, chat templates, packing, PEFT, evaluation, hub, and the
+    arguments that are not listed here.
 
     Attributes:
         teachers (`dict` of `str` to [`~hf_distill.teachers.Teacher`]): by name.
@@ -82,9 +83,6 @@ class KDTrainer(HardLabelTrainer):
         teacher_processing_class (`PreTrainedTokenizerBase`, *optional*):
             The teacher's tokenizer, by default loaded with it. For several teachers a list or dict, or one for all that
             bring none.
-        data_collator, peft_config, quantization_config, callbacks, optimizers, formatting_func, compute_metrics,
-        optimizer_cls_and_kwargs, preprocess_logits_for_metrics:
-            As in `trl.SFTTrainer`.
 
     Raises:
         `ValueError`: at construction, for anything that could not be trained on: no teacher, the student as its own

@@ -29,13 +29,13 @@ class KVProjectionTrainer(KDTrainer):
     the projected teacher's`, at the positions that predict a label-bearing token. By default the distance is one of
     direction ([`~hf_distill.losses.feature.mercator_loss`]). A high cosine alone is no success: student and projector
     can meet where nothing is said about the teacher. `kv/centered_cosine`, `kv/cka` and the held-out divergence tell.
+    Arguments that are not listed here are those of [`KDTrainer`].
 
     Attributes:
         keys_values ([`KeysValues`]): the term.
         sources (`dict` of `str` to [`~hf_distill.trainers.keys_values.KVSource`]): each teacher's part of it, by name.
 
     Args:
-        model, teacher_model, train_dataset and everything else: as in [`KDTrainer`].
         args ([`KVProjectionConfig`], *optional*): settings.
 
     Raises:

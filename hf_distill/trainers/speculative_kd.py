@@ -59,10 +59,10 @@ class SpeculativeKDTrainer(KDTrainer):
     The student drafts, the teacher replaces what it holds unlikely; the loss compares both on every token of the
     result. With a [`LUPICollator`] the teacher writes and judges with knowledge in its prompt that the student never
     sees. The rows may also come from the student alone (on-policy, GKD, 2306.13649), from the teacher alone
-    (sequence-level KD, 1606.07947) or from the data set, in the shares of `rollout_mix`.
+    (sequence-level KD, 1606.07947) or from the data set, in the shares of `rollout_mix`. Arguments that are not listed
+    here are those of [`KDTrainer`].
 
     Args:
-        model, teacher_model, eval_dataset, processing_class and everything else: as in [`KDTrainer`].
         args ([`SpeculativeKDConfig`], *optional*): settings.
         train_dataset (`Dataset` or `IterableDataset`):
             Rows with `prompt` (text or messages) and, for the source "dataset", `completion`; rows with `messages`,
