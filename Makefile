@@ -1,7 +1,7 @@
 # Each target sets up what it needs: `make test` on a fresh clone is enough.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest test-newest remote-test lint format clean
+.PHONY: help demo test test-oldest test-newest remote-test lint docs format clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -16,6 +16,7 @@ help:
 	@echo "make test-oldest, make test-newest     the same with the oldest and newest libraries that setup.py allows"
 	@echo "make remote-test     tests/remote against a real vLLM on the CPU, which serves MODEL=folder (a small Llama)"
 	@echo "make lint     ruff, codespell, import-linter, pyright"
+	@echo "make docs     build the documentation in site/; a link that leads nowhere is an error"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make clean    remove outputs and caches, keep .venv"
 
@@ -41,12 +42,16 @@ lint: .venv/.installed-lint
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyright
 
+# The variable silences a note about the successors of mkdocs.
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 format: .venv/.installed-lint
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean:
-	rm -rf demo_out out build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf demo_out out build site *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find hf_distill tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -90,3 +95,7 @@ $(BIN)/python:
 .venv/.installed-lint: setup.py constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[test,lint]"
 	@touch $@ .venv/.installed-core .venv/.installed-test
+
+.venv/.installed-docs: setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[docs]"
+	@touch $@ .venv/.installed-core

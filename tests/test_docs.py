@@ -1,0 +1,44 @@
+"""Links between pages, as readers of the repository follow them. `make docs` checks those of the site."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+FENCE = re.compile(r"^( *)(```|~~~).*?^\1\2[^\n]*$", re.MULTILINE | re.DOTALL)
+
+
+def text_of(page):
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page):
+    """The fragments that GitHub gives to the headings of a page."""
+    found, seen = set(), {}
+    for heading in re.findall(r"^#+ +(.+?) *#*$", text_of(page), re.MULTILINE):
+        text = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("*", "").lower()
+        slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        count = seen.setdefault(slug, 0)
+        seen[slug] += 1
+        found.add(f"{slug}-{count}" if count else slug)
+    return found
+
+
+def test_anchors_are_those_of_github(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# `KL` & more: *here*\n## Twice\n```\n# a comment\n```\n## Twice\n## [A link](x.md), 2.5\n")
+    assert anchors(page) == {"kl--more-here", "twice", "twice-1", "a-link-25"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, fragment = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{link}: there is no such file"
+        if fragment and target.suffix == ".md":
+            assert fragment in anchors(target), f"{link}: {target.name} has no such heading"
