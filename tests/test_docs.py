@@ -1,5 +1,6 @@
-"""Links between pages, as readers of the repository follow them. `make docs` checks those of the site."""
+"""What pages say of each other and of the code: links, messages. `make docs` checks the links of the site."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -42,3 +43,23 @@ def test_links_lead_somewhere(page):
         assert target.exists(), f"{link}: there is no such file"
         if fragment and target.suffix == ".md":
             assert fragment in anchors(target), f"{link}: {target.name} has no such heading"
+
+
+def messages():
+    """All texts in the code of the package, with a zero character in place of what differs from run to run."""
+    for path in (ROOT / "hf_distill").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield re.sub(r"%[-+.\d]*[sdgfr]", "\0", node.value)
+
+
+def test_troubleshooting_quotes_messages_as_they_are():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [line for block in re.findall(r"^```text\n(.*?)^```", page, re.M | re.S) for line in block.splitlines()]
+    said = [*messages()]
+    assert len(quoted) > 20
+    for message in quoted:
+        parts = [part.strip(" .,:;()") for part in message.split("...")]
+        assert any(all(part in text for part in parts) for text in said), message
