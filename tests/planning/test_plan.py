@@ -14,8 +14,9 @@ from tests.planning.published import CONFIGS
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").rglob("*.yaml"))
-# The GPU that each recipe names; those of docs/kd_lora.md have the teacher on a second one.
+# The GPU that each recipe, or folder of recipes, names; those of docs/kd_lora.md have the teacher on a second one.
 GPUS = {
+    "kd_lora": "24GB", "kava": "8GB", "on_policy_gkd": "24GB", "lupi_skd_two_gpus": "24GB",
     "remote_qwen2.5_7b": "80GB",
     "cache_qwen2.5_0.5b": "24GB", "dolly_phi2_mistral": "24GB", "kava_8gb": "8GB", "kava_8gb_low_memory": "8GB",
     "kd_lora_24gb": "24GB", "kd_qwen2.5_0.5b": "80GB", "lupi_skd": "80GB", "skd_gsm8k": "80GB",
@@ -164,16 +165,16 @@ def test_settings_that_cannot_be_planned_exit_with_2(folder, capsys, more):
     assert "error:" in capsys.readouterr().err
 
 
-def planned(path, capsys, store):
+def planned(path, capsys, store, *more):
     """The plan of a recipe for the GPU that it names; one for stores is planned with an empty one."""
     recipe = yaml.safe_load(path.read_text())
     trainer = "skd" if "max_new_tokens" in recipe else "kv" if "kv_weight" in recipe else "kd"
-    gpu = GPUS[path.stem] if path.parent.name == "recipes" else "24GB"
+    gpu = GPUS[path.stem if path.parent.name == "recipes" else path.parent.name]
     paths = [str(CONFIGS.get(recipe[side], recipe[side])) for side in ("model", "teacher_model")]  # or an address
     if path.stem.startswith("cache"):
         Manifest("sampled", {"entries": 12, "sampler": "threshold"}, {}, {}, 151_665, 1.0, 0).write(store)
         paths[1] = f"cache:{store}"
-    argv = ["plan", trainer, "--config", str(path), "--model", paths[0], "--teacher_model", paths[1]]
+    argv = ["plan", trainer, "--config", str(path), "--model", paths[0], "--teacher_model", paths[1], *more]
     try:
         cli.main([*argv, "--gpu", gpu, "--json"])
     except SystemExit as error:
@@ -182,14 +183,20 @@ def planned(path, capsys, store):
 
 
 def test_every_recipe_names_a_gpu():
-    assert set(GPUS) == {path.stem for path in RECIPES if path.parent.name == "recipes"}
+    assert set(GPUS) == {path.stem if path.parent.name == "recipes" else path.parent.name for path in RECIPES}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_fit_the_gpu_that_they_name(path, capsys, tmp_path):
-    plan = planned(path, capsys, tmp_path)
+    plan = planned(path, capsys, tmp_path, *(["--gpus", "2"] if path.stem == "lupi_skd_two_gpus" else []))
     assert plan["fits"], (path.stem, plan["peak"] / 2**30, plan["parts"], plan["remedies"])
+
+
+@pytest.mark.slow
+def test_the_recipes_of_lora_fit_one_gpu_as_well(capsys, tmp_path):
+    recipe = ROOT / "examples" / "recipes" / "kd_lora" / "rank16.yaml"  # which trains the most
+    assert planned(recipe, capsys, tmp_path, "--teacher_device", "None")["fits"]
 
 
 @pytest.mark.slow
