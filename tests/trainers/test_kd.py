@@ -1275,7 +1275,7 @@ import peft
 from trl import SFTTrainer
 for stream in (sys.stdout, sys.stderr):
     print("the libraries underneath have spoken", file=stream, flush=True)
-import hf_distill
+from hf_distill import *
 """
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])

@@ -1,0 +1,30 @@
+"""Imports that wait until they are needed: of the package, and of the command line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_distill
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+def imported_by(code: str) -> set[str]:
+    """The heavy packages that a new process has imported when it has run some code."""
+    code = f"{code}\nimport sys\nprint(*set({HEAVY}).intersection(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split())
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    assert imported_by("import hf_distill") == set()
+
+
+def test_every_public_name_is_there_and_in_its_module():
+    assert list(hf_distill._MODULES) == hf_distill.__all__
+    for name in hf_distill.__all__:
+        assert getattr(hf_distill, name).__module__ == f"hf_distill.{hf_distill._MODULES[name]}"
+    assert set(hf_distill.__all__) <= set(dir(hf_distill))
+    assert not hasattr(hf_distill, "KDTrainr")
