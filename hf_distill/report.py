@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hf_distill.metrics import more_is_better
+from hf_distill.metric_names import more_is_better
 
 # Titles and number formats of the results of evaluate_fidelity.
 FIDELITY_COLUMNS = {

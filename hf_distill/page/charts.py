@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hf_distill.metrics import metric_name, more_is_better
+from hf_distill.metric_names import metric_name, more_is_better
 from hf_distill.report import teacher_results
 from hf_distill.runs import Run, with_ends
 

@@ -14,7 +14,7 @@ from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabl
 
 from hf_distill.layer_mapping import Mapping as LayerMapping
 from hf_distill.layer_mapping import describe_mapping, layer_mapping
-from hf_distill.metrics import metric_name, more_is_better
+from hf_distill.metric_names import metric_name, more_is_better
 from hf_distill.modeling import causal_lm, check_length, check_load_balancing, num_layers, num_positions
 from hf_distill.named import name_of, revision_of, student_config
 from hf_distill.saving import AsItCame, refuse_folder, refuse_moving

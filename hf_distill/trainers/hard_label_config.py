@@ -9,7 +9,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available
 from trl import SFTConfig
 
-from hf_distill.metrics import more_is_better
+from hf_distill.metric_names import more_is_better
 from hf_distill.trainers.setting_types import require_at_least, take_types
 
 # The least values of numbers that transformers and TRL would take as they come. A row of one token predicts nothing.

@@ -11,7 +11,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_distill import KDConfig, KDTrainer, KVProjectionConfig, SpeculativeKDConfig
 from hf_distill.evaluation import _exp
-from hf_distill.metrics import MORE_IS_BETTER, metric_name
+from hf_distill.metric_names import MORE_IS_BETTER, metric_name
 from hf_distill.trainers.kv_projection import KVProjectionTrainer
 from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
 from tests.conftest import SENTENCES, make_model
