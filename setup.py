@@ -90,8 +90,11 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["hf_distill", "hf_distill.*"]),
-    # The demo ships its teacher: weights, config, tokenizer and chat template; reports their frame, style and scripts.
-    package_data={"hf_distill": ["py.typed", "demo/teacher/**/*", "page/*.html", "page/*.css", "page/*.js"]},
+    # The demo ships its teacher: weights, config, tokenizer and chat template; reports their frame, style and scripts;
+    # the command line its table of options.
+    package_data={
+        "hf_distill": ["py.typed", "demo/teacher/**/*", "page/*.html", "page/*.css", "page/*.js", "cli/*.json"]
+    },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hf-distill = hf_distill.cli:main"]},

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich import box
 from rich.console import Console
+from rich.filesize import pick_unit_and_suffix
 from rich.table import Table
 
 from hf_distill.metric_names import more_is_better
@@ -46,6 +47,12 @@ LOSS_TERMS = ("loss", "kd", "ce", "hidden", "kv", "aux_loss")
 LINE_STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)))
 # Terms in other units than nats.
 OTHER_UNITS = {"hidden", "kv", "aux_loss"}
+
+
+def size_text(num_bytes: float) -> str:
+    """A number of bytes for people, such as 1.5 GB; a KB has 1,024."""
+    unit, suffix = pick_unit_and_suffix(int(num_bytes), ["bytes", "KB", "MB", "GB", "TB"], 1024)
+    return f"{num_bytes / unit:.4g} {suffix}"
 
 
 def result_rows(

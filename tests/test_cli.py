@@ -6,6 +6,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM
 
 from hf_distill import KDTrainer, cli
+from hf_distill.cli import training
 from tests.conftest import SENTENCES
 
 
@@ -108,7 +109,7 @@ def test_skd_gives_knowledge_to_the_teacher_alone(folder, tmp_path, monkeypatch)
     few_shot = [{"query": "Who?", "knowledge": "Tom ran.", "answer": "Tom."}]
     (tmp_path / "few_shot.json").write_text(json.dumps(few_shot))
     trainers = []
-    monkeypatch.setattr(cli.training, "run_skd", trainers.append)
+    monkeypatch.setattr(training, "run_skd", trainers.append)
     lupi = {"knowledge_column": "knowledge", "system_prompt": "Read.", "few_shot": tmp_path / "few_shot.json"}
     lupi |= {"knowledge_template": "{query} ({knowledge})", "completion_column": "answer", "max_prompt_length": 200}
     cli.main(["skd", *options(folder, dataset=folder / "facts.jsonl", output_dir=tmp_path, **lupi, **WRITTEN)])

@@ -9,6 +9,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from hf_distill import cli
+from hf_distill.cli.parsing import read_command
 from tests.test_cli import error_of, options
 
 RECIPES = {
@@ -44,6 +45,7 @@ def test_a_recipe_that_is_no_file_is_told_in_one_line(tmp_path, capsys):
     ("words", "message"),
     [
         (["--alpha", "0.3"], "there is no option --alpha; did you mean --kd_weight?"),
+        (["--alfa", "0.3"], "there is no option --alfa; did you mean --kd_weight?"),
         (["--learning-rte", "1"], "there is no option --learning-rte; did you mean --learning_rate?"),
         (["--student", "a"], "there is no option --student; did you mean --model?"),
         (["--dataset_name", "a"], "there is no option --dataset_name; did you mean --dataset?"),
@@ -77,13 +79,11 @@ def test_none_unsets_what_a_recipe_has_set(tmp_path):
         "False",
         *(w for n in set_by_recipe for w in (f"--{n}", "None")),
     ]
-    arguments, args, _ = cli.CommandParser(cli.COMMANDS["kd"].options).parse(words)
+    arguments, args, _ = read_command("kd", words)
     for name in set_by_recipe:
         assert [getattr(side, name) for side in (arguments, args) if hasattr(side, name)] == [None], name
     recipe.write_text("teacher_quantization: None\nmodel: a\nteacher_model: b\ndataset: c\n")
-    _, args, _ = cli.CommandParser(cli.COMMANDS["kd"].options).parse(
-        ["--config", str(recipe), "--use_cpu", "--bf16", "no"]
-    )
+    _, args, _ = read_command("kd", ["--config", str(recipe), "--use_cpu", "--bf16", "no"])
     assert args.teacher_quantization is None
 
 

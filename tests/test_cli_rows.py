@@ -10,6 +10,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 from hf_distill import cli
+from hf_distill.cli import training
 from hf_distill.evaluate_metrics import Squad
 from hf_distill.row_files import first_rows, load_rows
 from hf_distill.rows import fill_templates
@@ -79,7 +80,7 @@ def test_splits_add_up_and_a_missing_or_broken_one_names_those_there_are(files):
 
 def test_one_file_is_cut_into_training_and_held_out_rows(folder, tmp_path, monkeypatch):
     trainers = []
-    monkeypatch.setattr(cli.training, "run_kd", trainers.append)
+    monkeypatch.setattr(training, "run_kd", trainers.append)
     parts = {"train_split": "train[:5]", "eval_split": "train[5:]", "max_eval_rows": 2}
     cli.main(["kd", *options(folder, output_dir=tmp_path, **parts)])
     assert len(trainers[0].train_dataset) == 5
@@ -144,7 +145,7 @@ def test_every_command_reads_templates_from_a_recipe(folder, tmp_path, monkeypat
     )
     trainers = []
     for name in ("run_kd", "run_skd"):
-        monkeypatch.setattr(cli.training, name, trainers.append)
+        monkeypatch.setattr(training, name, trainers.append)
     data = {"dataset": tmp_path / "squad.jsonl", "eval_dataset": tmp_path / "squad.jsonl", "config": recipe}
     extra = {"max_new_tokens": 8} if command == "skd" else {}
     cli.main([command, *options(folder, output_dir=tmp_path / "out", **data, **extra)])

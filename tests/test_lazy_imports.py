@@ -28,3 +28,29 @@ def test_every_public_name_is_there_and_in_its_module():
         assert getattr(hf_distill, name).__module__ == f"hf_distill.{hf_distill._MODULES[name]}"
     assert set(hf_distill.__all__) <= set(dir(hf_distill))
     assert not hasattr(hf_distill, "KDTrainr")
+
+
+def stops(words: str) -> str:
+    """Code that runs a command, which ends the program."""
+    return f"""
+try:
+    main({words.split()})
+except SystemExit:
+    pass
+else:
+    raise AssertionError({words!r})
+"""
+
+
+def test_help_and_wrong_options_import_nothing_heavy():
+    commands = ["--help", "kd --help", "plan skd --help", "cache write --help", "distil", "kd", "kd --alfa 1"]
+    commands += ["kd --model a --teacher_model b --dataset c --kd_weight much", "kd --config none.yaml"]
+    code = "import sys\nsys.stderr = sys.stdout\nfrom hf_distill.cli import main\n"
+    assert imported_by(f"{code}{''.join(map(stops, commands))}sys.stderr = sys.__stderr__") == set()
+
+
+def test_finished_runs_and_stores_are_shown_without_anything_heavy():
+    """What is not there is missed only after all modules have been imported."""
+    commands = ["compare no_such_folder", "report no_such_folder", "cache info no_such_folder"]
+    code = "import sys\nsys.stderr = sys.stdout\nfrom hf_distill.cli import main\n"
+    assert imported_by(f"{code}{''.join(map(stops, commands))}sys.stderr = sys.__stderr__") == set()

@@ -1,4 +1,4 @@
-"""The commands about stores of a teacher's outputs: `cache write`, `cache info`, `cache verify`."""
+"""The commands that need a teacher or its tokenizer: `cache write` and `cache verify`."""
 
 import errno
 import json
@@ -6,7 +6,6 @@ import shlex
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from datetime import timedelta
 from functools import partial
@@ -14,20 +13,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from accelerate.utils import convert_bytes
 from rich.console import Console
 from trl import ModelConfig
 
 from hf_distill.cli.arguments import CacheArguments, KDArguments
+from hf_distill.cli.stores import card, facts, show
 from hf_distill.cli.training import trainer_arguments
 from hf_distill.named import student_tokenizer
-from hf_distill.report import markdown, table
+from hf_distill.report import size_text, table
 from hf_distill.servers import TeacherAway
 from hf_distill.store.formats import format_of
 from hf_distill.store.head import read_head, read_rounding
 from hf_distill.store.hub import CACHE, create_repository, find_store, push
 from hf_distill.store.manifest import Manifest, read_manifest
-from hf_distill.store.plan import NAME as PLAN
 from hf_distill.store.reader import Store, damages
 from hf_distill.store.shards import REMEDY, shard_names
 from hf_distill.teachers.stored import ROW_SETTINGS, TOKENIZER, has_tokenizer
@@ -36,16 +34,6 @@ from hf_distill.trainers.caching import store_writer
 from hf_distill.trainers.config import KDConfig, keywords
 from hf_distill.trainers.kd import KDTrainer
 
-# Titles and number formats of what a manifest says of fidelity.
-FIDELITY = {
-    "kl": ("KL(teacher, stored)", "{:.1e} nats"),
-    "largest_kl": ("largest KL of a position", "{:.1e} nats"),
-    "angle": ("angle between logit gradients", "{:.2f} degrees"),
-    "agreement": ("same most likely token", "{:.2%}"),
-    "entries": ("entries of a position", "{:.1f}"),
-    "known_mass": ("probability of exact entries", "{:.1%}"),
-    "squared_error": ("squared error of a position", "{:.4f}"),
-}
 NO_FOLDER = "trainer_output"  # what transformers makes of no output_dir
 # Options of `cache write` that belong to some methods only.
 OF_METHODS = {"store_dtype": ("hidden",), "entries": ("sampled", "topk"), "sampler": ("sampled",)}
@@ -86,7 +74,7 @@ def write(arguments: CacheArguments, args: KDConfig, model_config: ModelConfig) 
             print(f"\nstopped; the same command goes on with the store in {folder}", file=sys.stderr)
             sys.exit(130)
     if trainer.is_world_process_zero():
-        _show({folder.name: facts(folder)})
+        show({folder.name: facts(folder)})
         if repository is not None:
             push(folder, repository, card(repository, folder), token=args.hub_token)
             print(f"the store is on the hub: {CACHE}{repository}")
@@ -127,8 +115,8 @@ def _show_estimates(trainer: KDTrainer, writer: StoreWriter, folder: Path) -> No
         {
             "store": found["store"],
             "bytes a position": f"{found['position_bytes']:,.1f}",
-            "in all": convert_bytes(found["bytes"]),
-            "head": convert_bytes(found["head_bytes"]) if found["head_bytes"] else "",
+            "in all": size_text(found["bytes"]),
+            "head": size_text(found["head_bytes"]) if found["head_bytes"] else "",
             "about": str(timedelta(seconds=max(1, round(found["seconds"])))),
         }
         for found in estimates
@@ -137,7 +125,7 @@ def _show_estimates(trainer: KDTrainer, writer: StoreWriter, folder: Path) -> No
     counts = f"{len(documents):,} different texts with {documents.num_tokens.sum():,} tokens"
     Console().print(f"{counts}, {documents.num_labels.sum():,} of them label-bearing", table(rows), sep="\n")
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    print(f"nothing has been written; {convert_bytes(shutil.disk_usage(place).free)} are free in {place}")
+    print(f"nothing has been written; {size_text(shutil.disk_usage(place).free)} are free in {place}")
 
 
 def next_command(arguments: KDArguments, args: KDConfig, folder: Path) -> str:
@@ -160,66 +148,7 @@ def _given(options: Any, values: Any, names: Any) -> dict[str, str]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------- info, verify
-
-
-def info(words: Namespace) -> None:
-    """Shows what is in stores, beside each other."""
-    short = [Path(name).name for name in words.stores]  # long names would break the table
-    titles = short if len(set(short)) == len(short) else words.stores
-    _show({title: facts(find_store(name)[0]) for title, name in zip(titles, words.stores, strict=True)})
-
-
-def facts(folder: Path) -> dict[str, str]:
-    """The contents of a store, for people."""
-    manifest = read_manifest(folder)
-    counts = Store(folder, format_of(manifest).streams).counts()
-    teacher, positions = manifest.teacher, counts["positions"]
-    weights = teacher["quantization"] or teacher["dtype"]
-    found = {
-        "teacher": f"{teacher['name']} ({weights})",
-        "store": manifest.kind,
-        **({} if manifest.method == "hidden" else {"temperature": f"{manifest.temperature:g}"}),
-        "vocabulary": f"{manifest.vocab_size:,}",
-        **{
-            name: f"{value:.3g}" if isinstance(value, float) else str(value)
-            for name, value in manifest.chosen.items()
-            if name != "checksum"
-        },
-        "max_length": ", ".join(dict.fromkeys(str(rows.get("max_length")) for rows in manifest.rows)),
-        "texts": f"{counts['documents']:,}",
-        "label-bearing positions": f"{positions:,}",
-        "bytes": convert_bytes(counts["bytes"]),
-        "bytes of a position": f"{counts['bytes'] / max(positions, 1):,.1f}",
-    }
-    if manifest.head is not None:
-        found["head, apart"] = convert_bytes(manifest.head["bytes"])
-    for name, value in manifest.fidelity.items():
-        title, form = FIDELITY.get(name, (name, "{:g}"))
-        found[title] = form.format(value)
-    if _is_unfinished(folder):
-        found["state"] = "unfinished: run `cache write` again"
-    return found
-
-
-def card(name: str, folder: Path) -> str:
-    """The page of a store on the hub."""
-    rows = [{"": title, "value": value} for title, value in facts(folder).items()]
-    return (
-        "---\ntags: [hf_distill, knowledge-distillation]\n---\n\n# A teacher's outputs\n\n"
-        "Written by `hf-distill cache write`. Train a student from it:\n\n"
-        f"    hf-distill kd --teacher_model {CACHE}{name} ...\n\n{markdown(rows)}"
-    )
-
-
-def _is_unfinished(folder: Path) -> bool:
-    return (folder / PLAN).exists()
-
-
-def _show(stores: Mapping[str, Mapping[str, str]]) -> None:
-    titles = list(dict.fromkeys(title for found in stores.values() for title in found))
-    rows = [{"": title, **{name: found.get(title, "") for name, found in stores.items()}} for title in titles]
-    Console().print(table(rows))
+# ------------------------------------------------------------------------------------------------------------ verify
 
 
 def verify(words: Namespace) -> None:

@@ -2,13 +2,18 @@
 
 import difflib
 import os
-from argparse import Action, ArgumentError, ArgumentParser, Namespace
-from collections.abc import Callable, Iterable
+from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
-from typing import Any, NoReturn, get_args, get_type_hints
+from pkgutil import resolve_name
+from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
+
+from hf_distill.cli.commands import COMMANDS
+from hf_distill.cli.helping import help_text, whole_help_text
+from hf_distill.cli.options import Option, options_of
 
 # Names that papers and other libraries have for our settings.
 OTHER_NAMES = {
@@ -25,27 +30,51 @@ OTHER_NAMES = {
 }
 
 
-class CommandParser(HfArgumentParser):
+def read_command(name: str, argv: Iterable[str]) -> tuple[Any, ...]:
+    """The arguments of a command's `start`: an instance of each dataclass, and a namespace of its words if it has some.
+
+    The options are read first: a wrong one is found before the modules of the dataclasses are imported.
+
+    Raises:
+        `ValueError`: a recipe that cannot be read, an unknown option, or what the dataclasses refuse.
+    """
+    command = COMMANDS[name]
+    values = CommandParser(name).parse(argv)
+    with resolve_name(command.parsing)() if command.parsing else nullcontext():
+        parsed = [_instance(resolve_name(each), values) for each in command.options]
+    words = Namespace(**{word: values[word] for word in command.words})
+    return (*parsed, words) if command.words else tuple(parsed)
+
+
+def _instance(dtype: Any, values: dict[str, Any]) -> Any:
+    names = [entry.name for entry in fields(dtype) if entry.init]
+    return dtype(**{name: values[name] for name in names if name in values})
+
+
+class CommandParser(ArgumentParser):
     """Options on the command line, and before them those of a recipe, a YAML file given as `--config`.
 
-    `None` unsets an option. Errors are one line: argparse would print the usage, some hundred options, before them.
+    `None` unsets an option. Errors are one line: argparse would print the usage before them.
     """
 
-    def __init__(self, options: Iterable[Any], **kwargs: Any) -> None:
-        super().__init__(options, **kwargs)
-        self.add_argument(
-            "--config", help="A YAML file with options as `name: value`; options on the command line override it."
-        )
-        optional = {name for dtype in options for name in _optional_fields(dtype)}
-        for action in self._actions:
-            if action.dest in optional:
-                _let_be_unset(action)
+    def __init__(self, name: str) -> None:
+        super().__init__(prog=f"hf-distill {name}", add_help=False, argument_default=SUPPRESS)
+        command = COMMANDS[name]
+        self._required: dict[str, str] = {}
+        for option in options_of(command.options).values():
+            self._add_option(option)
+        self.add_argument("--config")
+        self.add_argument("-h", "--help", action=_Show, show=lambda: help_text(name))
+        if command.trains:
+            self.add_argument("--help-all", "--help_all", action=_Show, show=lambda: whole_help_text(name))
+        for word in command.words:
+            self.add_argument(word, nargs="+")
 
-    def parse(self, argv: Iterable[str]) -> tuple[Any, ...]:
-        """An instance of each dataclass, and a namespace of other words if some were added.
+    def parse(self, argv: Iterable[str]) -> dict[str, Any]:
+        """The values of the options and words that are given.
 
         Raises:
-            `ValueError`: a recipe that cannot be read, an unknown option, or what the dataclasses refuse.
+            `ValueError`: a recipe that cannot be read, or an unknown option.
         """
         argv = list(argv)
         if path := self._recipe(argv):
@@ -56,16 +85,24 @@ class CommandParser(HfArgumentParser):
             raise ValueError(f"there is no option {name}{self._suggestion(name.lstrip('-'))}")
         if rest:
             raise ValueError(f"{rest[0]!r} belongs to no option: options begin with --, and --help lists them")
+        if missing := [flags for name, flags in self._required.items() if not hasattr(found, name)]:
+            self.error(f"the following arguments are required: {', '.join(missing)}")
         # An option that takes a list is unset by a list of None.
-        values = {name: None if value == [None] else value for name, value in vars(found).items() if name != "config"}
-        parsed = [
-            dtype(**{entry.name: values.pop(entry.name) for entry in fields(dtype) if entry.init})
-            for dtype in self.dataclass_types
-        ]
-        return (*parsed, Namespace(**values)) if values else tuple(parsed)
+        return {name: None if value == [None] else value for name, value in vars(found).items() if name != "config"}
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all options)\n")
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+    def _add_option(self, option: Option) -> None:
+        choices = [*option.choices, *([None] if option.may_be_none else [])] if option.choices else None
+        self.add_argument(
+            *_flags(option.name), dest=option.name, type=_conversion(option), choices=choices, nargs=option.nargs,
+            const=True if option.nargs == "?" else None,
+        )  # fmt: skip
+        if option.is_required:  # looked at after unknown options, which argparse would not name before
+            self._required[option.name] = "/".join(_flags(option.name))
+        if option.kind == "bool" and option.default is True:
+            self.add_argument(*_flags(f"no_{option.name}"), dest=option.name, action="store_false", default=SUPPRESS)
 
     @staticmethod
     def _recipe(argv: list[str]) -> str | None:
@@ -82,37 +119,59 @@ class CommandParser(HfArgumentParser):
         if not isinstance(variables, dict):
             raise ValueError(f"env in a recipe has to hold environment variables as `name: value`, got {variables!r}")
         os.environ.update({name: str(value) for name, value in variables.items()})
-        actions = {action.dest: action for action in self._actions}
+        actions = {action.dest: action for action in reversed(self._actions)}  # of two, the one with a type
         for name, value in settings.items():
             if name not in actions:
                 raise ValueError(f"the recipe has {name!r}, which is no option{self._suggestion(name)}")
             actions[name].default = value
-            actions[name].required = False
 
     def _suggestion(self, name: str) -> str:
-        names = [action.dest for action in self._actions]
-        name = name.replace("-", "_")
-        near = [other] if (other := OTHER_NAMES.get(name)) in names else difflib.get_close_matches(name, names, n=1)
-        return f"; did you mean --{near[0]}?" if near else "; --help lists all options"
+        own = {action.dest: action.dest for action in self._actions}
+        names = own | {other: name for other, name in OTHER_NAMES.items() if name in own and other not in own}
+        near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
+        return f"; did you mean --{names[near[0]]}?" if near else "; --help lists the options"
 
 
-def _optional_fields(dtype: Any) -> list[str]:
-    """Fields that may be None; for `report_to` None is a word of transformers, `none`."""
-    return [
-        name for name, kind in get_type_hints(dtype).items() if type(None) in get_args(kind) and name != "report_to"
-    ]
+class _Show(Action):
+    """An option that prints a text and ends the program."""
+
+    def __init__(self, option_strings: Sequence[str], show: Callable[[], str], **_: Any) -> None:
+        super().__init__(option_strings, dest=SUPPRESS, default=SUPPRESS, nargs=0)
+        self.show = show
+
+    def __call__(self, parser: ArgumentParser, *_: Any) -> NoReturn:
+        print(self.show(), end="")
+        parser.exit()
 
 
-def _let_be_unset(action: Action) -> None:
-    convert: Callable[[str], Any] = action.type if callable(action.type) else str
+def _flags(name: str) -> list[str]:
+    return list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
+
+
+def _conversion(option: Option) -> Callable[[str], Any]:
+    """The function from a word to a value; its name is a part of argparse's messages ('invalid float value')."""
+    kinds: dict[str, Callable[[str], Any]] = {
+        "str": str, "int": int, "float": float, "bool": _switch, "object": _refuse_text
+    }  # fmt: skip
+    convert = kinds[option.kind]
 
     def read(text: str) -> Any:
         return None if text == "None" else convert(text)
 
-    read.__name__ = getattr(convert, "__name__", "value")  # argparse says 'invalid float value'
-    action.type = read
-    if action.choices is not None:
-        action.choices = [*action.choices, None]
+    read.__name__ = convert.__name__
+    return read if option.may_be_none else convert
+
+
+def _refuse_text(text: str) -> NoReturn:
+    raise ArgumentTypeError(f"cannot be given as text, got {text!r}; a recipe may hold a mapping")
+
+
+def _switch(text: str) -> bool:
+    words = {True: ("yes", "true", "t", "y", "1"), False: ("no", "false", "f", "n", "0")}
+    for value, known in words.items():
+        if text.lower() in known:
+            return value
+    raise ArgumentTypeError(f"has to be true or false, got {text!r}")
 
 
 def _read_recipe(path: str) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Files for people, beside a student: rows token by token, settings, a page; the commands `report` and `compare`."""
+"""Files for people, beside a student: rows token by token, settings, a page."""
 
 import json
 import logging
 import os
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -13,29 +12,11 @@ from typing import Any
 from datasets import Dataset
 
 from hf_distill import __version__
-from hf_distill.cli.arguments import CompareArguments, ReportArguments
 from hf_distill.runs import TOKENS_FILE, rows_digest, save_settings
 
 logger = logging.getLogger(__name__)
 
 PAGE = "report.html"
-
-
-def report(arguments: ReportArguments, words: Namespace) -> None:
-    """Writes the page of finished runs; `ValueError` for a folder without one."""
-    from hf_distill.page import save_page
-
-    path = Path(arguments.output_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_page(path, words.runs)
-    print(f"the report is in {path}; open it in a browser")
-
-
-def compare(arguments: CompareArguments, words: Namespace) -> None:
-    """Puts finished runs side by side."""
-    from hf_distill.comparison import save_comparison
-
-    save_comparison(arguments.output_dir, words.runs)
 
 
 @contextmanager

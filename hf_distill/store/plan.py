@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hf_distill.store.documents import Documents
-from hf_distill.store.shards import shard_names, write_file
+from hf_distill.store.shards import PLAN, shard_names, write_file
 
-NAME = "writing.json"  # there while a store is written
 SHARD_BYTES = 32 * 2**20
 MOST_SHARDS = 10_000  # of one writing, where shards of SHARD_BYTES would be more
 
@@ -79,7 +78,7 @@ def begun(folder: Path, key_of: Callable[[Sequence[str]], str]) -> dict[str, Any
         key_of: a hash of all that bytes depend on, if the shards of these names are there already.
     """
     try:
-        found = json.loads((folder / NAME).read_text())
+        found = json.loads((folder / PLAN).read_text())
         if found["key"] == key_of(found["before"]):
             return found
     except (OSError, ValueError, KeyError, TypeError):
@@ -87,5 +86,5 @@ def begun(folder: Path, key_of: Callable[[Sequence[str]], str]) -> dict[str, Any
     there = shard_names(folder)
     run = max((int(name.split("-")[0]) for name in there), default=0) + 1
     found = {"run": run, "before": there, "key": key_of(there)}
-    write_file(folder / NAME, json.dumps(found).encode())
+    write_file(folder / PLAN, json.dumps(found).encode())
     return found

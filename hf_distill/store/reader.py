@@ -12,7 +12,7 @@ import numpy as np
 from datasets.utils import tqdm
 
 from hf_distill.store.documents import KEY_BYTES, as_bytes
-from hf_distill.store.shards import FILE, PART, Shard, Stream, shard_names
+from hf_distill.store.shards import FILE, PART, Shard, Stream, counts_of, shard_names
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +99,7 @@ class Store:
 
     def counts(self) -> dict[str, int]:
         """The number of documents, of their label-bearing positions, and of the bytes of their files."""
-        shards = [self.shard(i) for i in range(len(self._names))]
-        positions = int(sum(shard.num_labels.sum() for shard in shards))
-        size = sum(shard.num_bytes for shard in shards)
-        return {"documents": len(self), "positions": positions, "bytes": size}
+        return counts_of(self.shard(i) for i in range(len(self._names)))
 
 
 def damages(

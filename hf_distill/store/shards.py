@@ -10,7 +10,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy as np
 from safetensors.numpy import save as to_bytes
 
 BLOCK = 2**16  # bytes with a checksum of their own
+PLAN = "writing.json"  # there while a store is written
 PART = ".part"  # the end of the name of a file that is being written
 FILE = re.compile(r"(data|index)-(\d{4}-\d{5})\.safetensors")
 INDEX = ("keys", "lengths", "checksums")  # the arrays of an index
@@ -101,6 +102,13 @@ def shard_names(folder: Path) -> list[str]:
     """The names of all shards that are there, in order."""
     found = (FILE.fullmatch(path.name) for path in folder.glob("index-*.safetensors"))
     return sorted(match[2] for match in found if match)
+
+
+def counts_of(shards: Iterable["Shard"]) -> dict[str, int]:
+    """The number of documents of shards, of their label-bearing positions, and of the bytes of their files."""
+    found = [(len(shard.keys), int(shard.num_labels.sum()), shard.num_bytes) for shard in shards]
+    sums = [sum(each) for each in zip(*found, strict=True)] or [0, 0, 0]
+    return dict(zip(("documents", "positions", "bytes"), sums, strict=True))
 
 
 class Shard:

@@ -45,10 +45,9 @@ from hf_distill.store.formats import (
 )
 from hf_distill.store.head import HEAD, ROUNDING, read_head, read_rounding, write_head, write_rounding
 from hf_distill.store.manifest import METHODS, Manifest, is_store, read_manifest
-from hf_distill.store.plan import NAME as PLAN
 from hf_distill.store.plan import SHARD_BYTES, Plan, begun, divided
 from hf_distill.store.reader import Store, remove_damaged, remove_leftovers
-from hf_distill.store.shards import PART, shard_names, write_file, write_shard
+from hf_distill.store.shards import PART, PLAN, shard_names, write_file, write_shard
 from hf_distill.target_bytes import id_bits
 from hf_distill.teachers.stored import TOKENIZER, has_tokenizer
 from hf_distill.token_rows import pad

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_distill.store.documents import Documents
 from hf_distill.store.manifest import NAME as MANIFEST
-from hf_distill.store.plan import NAME as PLAN
+from hf_distill.store.plan import PLAN
 from hf_distill.store.shards import PART
 from hf_distill.teachers.local import LocalTeacher
 from hf_distill.teachers.stored import fingerprint

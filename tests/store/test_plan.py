@@ -7,7 +7,7 @@ import pytest
 
 from hf_distill.store import plan as plan_module
 from hf_distill.store.documents import Documents
-from hf_distill.store.plan import NAME, Plan, begun, divided
+from hf_distill.store.plan import PLAN, Plan, begun, divided
 from hf_distill.store.shards import Stream, write_shard
 
 STREAMS = {"scale": Stream("float32")}
@@ -103,10 +103,10 @@ def test_a_writing_goes_on_as_long_as_its_key_is_the_same(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}", '{"key": "a"}', '{"key": "a", "before": 3}', "\0"])
 def test_a_writing_that_cannot_be_read_is_begun_anew(tmp_path, text):
-    (tmp_path / NAME).write_text(text)
+    (tmp_path / PLAN).write_text(text)
     found = begun(tmp_path, lambda shards: f"a {len(shards)}")
     assert found == {"run": 1, "before": [], "key": "a 0"}
-    assert json.loads((tmp_path / NAME).read_text()) == found
+    assert json.loads((tmp_path / PLAN).read_text()) == found
 
 
 def test_a_writing_whose_earlier_shards_are_gone_is_begun_anew(tmp_path):
