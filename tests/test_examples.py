@@ -306,11 +306,11 @@ def test_accelerate_configurations_parse_to_what_they_are_called(name, distribut
         assert config.deepspeed_config["zero_stage"] == int(name[-1])
 
 
-def test_the_readme_lists_every_file_of_the_package():
-    readme = (ROOT / "README.md").read_text()
+def test_the_guide_lists_every_file_of_the_package():
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
     for path in (ROOT / "hf_distill").rglob("*.py"):
         if path.name != "__init__.py" and path.parent.name != "demo":
-            assert f"{path.name} " in readme, path
+            assert f"{path.name} " in guide, path
 
 
 def test_examples_are_short():
