@@ -128,7 +128,8 @@ def test_the_command_to_go_on_with_has_the_options_that_rows_depend_on(folder, t
 
 def test_a_damaged_file_is_named_and_the_exit_code_is_1(folder, tmp_path, capsys):
     written(folder, tmp_path, capsys)
-    for path in (*tmp_path.glob("*.safetensors"), tmp_path / "tokenizer" / "tokenizer.json"):
+    files = tmp_path / "tokenizer" / "tokenizer.json", tmp_path / "manifest.json"
+    for path in (*tmp_path.glob("*.safetensors"), *files):
         content = path.read_bytes()
         path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
         with pytest.raises(SystemExit) as stopped:

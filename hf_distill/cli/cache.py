@@ -25,7 +25,7 @@ from hf_distill.servers import TeacherAway
 from hf_distill.store.formats import format_of
 from hf_distill.store.head import read_head, read_rounding
 from hf_distill.store.hub import CACHE, create_repository, find_store, push
-from hf_distill.store.manifest import Manifest, read_manifest
+from hf_distill.store.manifest import DamagedManifest, Manifest, read_manifest
 from hf_distill.store.reader import Store, damages
 from hf_distill.store.shards import REMEDY, shard_names
 from hf_distill.teachers.stored import ROW_SETTINGS, TOKENIZER, has_tokenizer
@@ -174,7 +174,10 @@ def problems_of(folder: Path) -> list[str]:
     Raises:
         `ValueError`: no store, or one of a newer format.
     """
-    manifest = read_manifest(folder)
+    try:
+        manifest = read_manifest(folder)
+    except DamagedManifest as error:
+        return [str(error)]  # it says how all else is to be read
     streams = format_of(manifest).streams
     damaged = damages(folder, streams)
     problems = list(damaged.values())

@@ -98,6 +98,10 @@ class Manifest:
                 )
 
 
+class DamagedManifest(ValueError):
+    """The manifest of a store that is not as it was written."""
+
+
 def is_store(path: Any) -> bool:
     """True for a folder with a manifest. A model's folder may hold one of another kind."""
     manifest = Path(path, NAME) if isinstance(path, str | Path) else None
@@ -113,7 +117,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a store.
 
     Raises:
-        `ValueError`: there is none, it is damaged, or of a newer format.
+        `DamagedManifest`: it is not as it was written.
+        `ValueError`: there is none, or one of a newer format.
     """
     path = folder / NAME
     if not path.is_file():
@@ -125,16 +130,16 @@ def read_manifest(folder: Path) -> Manifest:
         if not isinstance(version, int):
             raise ValueError(f"its format is {version!r}")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is no manifest of a store, or damaged: {error}") from error
+        raise DamagedManifest(f"{path} is no manifest of a store, or damaged: {error}") from error
+    if digest not in (own, None):  # before the format, whose number may be what is damaged
+        raise DamagedManifest(
+            f"{path} is not as it was written: it is damaged, or was edited. Take it from a copy of the store; if you "
+            'edited it, remove its "digest"'
+        )
     if not OLDEST <= version <= FORMAT:
         raise ValueError(
             f"the store in {folder} has format {version}, and this version of hf_distill reads formats {OLDEST} to "
             f"{FORMAT}: " + ("update hf_distill" if version > FORMAT else "write the store again")
-        )
-    if digest not in (own, None):
-        raise ValueError(
-            f"{path} is not as it was written: it is damaged, or was edited. Take it from a copy of the store; if you "
-            'edited it, remove its "digest"'
         )
     if version == 1:
         values = _of_format_1(values)
@@ -143,7 +148,7 @@ def read_manifest(folder: Path) -> Manifest:
     if values.get("method") not in METHODS:
         strange = {*strange, "method"}
     if strange:
-        raise ValueError(f"{path} is no manifest of a store, or damaged: look at {', '.join(sorted(strange))}")
+        raise DamagedManifest(f"{path} is no manifest of a store, or damaged: look at {', '.join(sorted(strange))}")
     return Manifest(**values)
 
 
