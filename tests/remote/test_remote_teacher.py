@@ -6,6 +6,7 @@ import logging
 import pickle
 import threading
 import time
+from itertools import product
 
 import pytest
 import torch
@@ -83,7 +84,15 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+def quick(names, *chosen):
+    """Values of a parameter; all but the chosen ones make a slow test."""
+    marks = {False: pytest.mark.slow, True: ()}
+    return [
+        pytest.param(*(name if isinstance(name, tuple) else (name,)), marks=marks[name in chosen]) for name in names
+    ]
+
+
+@pytest.mark.parametrize("variant", quick(VARIANTS, "a temperature", "workers"))
 def test_the_whole_vocabulary_makes_the_updates_of_the_local_teacher(tmp_path, teacher, stub, tiny, variant):
     settings = VARIANTS[variant]
     local = trained(tmp_path / "local", copy.deepcopy(teacher), tiny.tokenizer, **settings)
@@ -215,8 +224,10 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize(
+    ("failure", "workers"),
+    quick(list(product(FAILURES, (0, 2))), ("killed", 2), ("NaN", 0), ("busy", 0)),
+)
 def test_a_server_that_is_gone_stops_the_run_and_nothing_is_lost(tmp_path, stub, tiny, failure, workers):
     fault, settings, message = FAILURES[failure]
     options = {"teacher_logprobs": 9, "max_steps": 14, "dataloader_num_workers": workers, "teacher_timeout": 1.5}

@@ -75,7 +75,7 @@ def log_of(trainer):
 # ---------------------------------------------------------------------------------- the update
 
 
-@pytest.mark.parametrize("data", ["rows", "privileged"])
+@pytest.mark.parametrize("data", [pytest.param("rows", marks=pytest.mark.slow), "privileged"])
 def test_five_updates_with_the_whole_vocabulary_are_those_with_a_local_teacher(
     tmp_path, tokenizer, stub, teacher, data, request
 ):
@@ -151,6 +151,7 @@ def test_drafts_go_to_the_end_and_costs_are_logged(tmp_path, tokenizer, rows, st
     assert "draft 10" in trainer.describe()["speculation"]
 
 
+@pytest.mark.slow
 def test_value_of_privilege_is_measured_where_it_is_asked_for(tmp_path, tokenizer, privileged, stub, teacher, caplog):
     caplog.set_level("INFO", "hf_distill")
     values = {}
