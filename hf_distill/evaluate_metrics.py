@@ -5,14 +5,12 @@ in `evaluate.combine`.
 """
 
 import logging
-import re
-import string
-from collections import Counter
 from typing import Any
 
 from datasets import Dataset, Features, Sequence, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_distill.evaluating.answers import normalized, token_f1
 from hf_distill.evaluation import perplexity
 
 try:
@@ -81,16 +79,3 @@ class Squad(evaluate.Metric):
                 totals["exact_match"] += max(normalized(prediction) == normalized(answer) for answer in answers)
                 totals["f1"] += max(token_f1(prediction, answer) for answer in answers)
         return {name: 100 * total / len(references) for name, total in totals.items()}
-
-
-def token_f1(prediction: str, answer: str) -> float:
-    """The F1 score, in [0, 1], of the words that a prediction shares with an answer."""
-    predicted, expected = normalized(prediction).split(), normalized(answer).split()
-    shared = (Counter(predicted) & Counter(expected)).total()
-    return 2 * shared / (len(predicted) + len(expected)) if shared else 0.0
-
-
-def normalized(text: str) -> str:
-    """The text in lower case, without punctuation and articles, with one space between words."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())

@@ -5,11 +5,12 @@ Shapes: B batch, T tokens, N label-bearing positions, n positions of a chunk, V 
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate, islice
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.utils import tqdm
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.losses.divergence import DIVERGENCES
 from hf_distill.losses.head import default_chunk_size
-from hf_distill.metrics import TokenMeans
+from hf_distill.metrics import TokenMeans, sum_dtype
 from hf_distill.modeling import (
     causal_lm,
     check_head,
@@ -78,45 +79,94 @@ def evaluate_fidelity(
         `ValueError`: no row has a label-bearing token; a row has none of the columns above, or tokens that a model does
             not know; a model computes its logits in a way that `head_of` does not know; a row is not in the store.
     """
-    models, stored = (student,), None
+    sums = row_sums(
+        (student,), teacher, dataset, tokenizer, batch_size=batch_size, max_length=max_length, vocab_size=vocab_size
+    )
+    num_tokens = int(sums.num_tokens.sum())
+    assert sums.teacher_ce is not None
+    means = {name: float(values.sum()) / num_tokens for name, values in sums.students[0].items()}
+    return {
+        "student_perplexity": _exp(means["ce"]),
+        "teacher_perplexity": _exp(float(sums.teacher_ce.sum()) / num_tokens),
+        "kl": means["kl"],
+        "agreement": means["agreement"],
+        "expected_acceptance": max(means["acceptance"], 0.0),  # 0 up to rounding
+        "num_tokens": num_tokens,
+        "num_rows": len(sums.num_tokens),
+    }
+
+
+class RowSums(NamedTuple):
+    """Sums over the label-bearing tokens of each of R rows that have one; of packed rows, their documents."""
+
+    num_tokens: np.ndarray  # (R,)
+    # Of each student, (R,) each: `ce`, and with a teacher also `kl`, `agreement` and `acceptance`.
+    students: list[dict[str, np.ndarray]]
+    teacher_ce: np.ndarray | None  # (R,)
+
+
+def row_sums(
+    students: Sequence[PreTrainedModel],
+    teacher: PreTrainedModel | StoredHiddenTeacher | None,
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    vocab_size: int | None = None,
+) -> RowSums:
+    """The sums behind `evaluate_fidelity`, row by row, for several students of one teacher or for models without one.
+
+    Arguments and errors are those of `evaluate_fidelity`. The teacher reads every row once.
+    """
+    models, stored = tuple(students), None
     if isinstance(teacher, StoredHiddenTeacher):
         stored, vocab_size = teacher, min(true_vocabulary(tokenizer, models, vocab_size), len(teacher.head.weight))
-    else:
-        models = (student, teacher)
-    means = TokenMeans()
-    num_tokens = num_rows = 0
+    elif teacher is not None:
+        models = (*models, teacher)
+    names = ["student", *(f"student {i}" for i in range(2, len(students) + 1)), "teacher"]
 
     def documents() -> Iterator[dict[str, list[int]]]:
-        nonlocal num_rows
         for _, tokens in tokenized_rows(dataset, tokenizer, models, vocab_size):
             for document in documents_of(tokens):
-                cut = {name: ids[:max_length] for name, ids in document.items()}
-                num_rows += has_label(cut)
-                yield cut
+                yield {name: ids[:max_length] for name, ids in document.items()}
 
-    with measuring(**dict(zip(("student", "teacher"), models, strict=False))):
-        for labels, (student_log_probs, teacher_log_probs) in _log_probs(
-            models, documents(), tokenizer, batch_size, vocab_size, stored
-        ):
-            num_tokens += len(labels)
-            means.add(
-                len(labels),
-                student_ce=_cross_entropy(student_log_probs, labels),
-                teacher_ce=_cross_entropy(teacher_log_probs, labels),
-                kl=DIVERGENCES["forward_kl"](student_log_probs, teacher_log_probs).sum(),
-                total_variation=DIVERGENCES["total_variation"](student_log_probs, teacher_log_probs).sum(),
-                agreement=(student_log_probs.argmax(-1) == teacher_log_probs.argmax(-1)).sum(),
-            )
-    totals = _totals(means)
-    return {
-        "student_perplexity": _exp(totals["student_ce"]),
-        "teacher_perplexity": _exp(totals["teacher_ce"]),
-        "kl": totals["kl"],
-        "agreement": totals["agreement"],
-        "expected_acceptance": max(1 - totals["total_variation"], 0.0),  # 0 up to rounding
-        "num_tokens": num_tokens,
-        "num_rows": num_rows,
-    }
+    parts: list[tuple[int, Tensor]] = []  # of a chunk: its first row, and the sums (r, F) of its r rows
+    with measuring(**dict(zip(names, models, strict=False))):
+        for rows, labels, sides in _log_probs(models, documents(), tokenizer, batch_size, vocab_size, stored):
+            first, last = int(rows[0]), int(rows[-1])
+            tokens = _token_values(sides, labels, teacher is not None)  # (n, F)
+            sums = tokens.new_zeros(last - first + 1, tokens.shape[1])
+            parts.append((first, sums.index_add_(0, (rows - first).to(tokens.device), tokens)))
+    if not parts:
+        raise ValueError("the dataset has no label-bearing token to measure; check its labels and max_length")
+    totals = np.zeros((parts[-1][0] + len(parts[-1][1]), parts[0][1].shape[1]))  # (R, F)
+    for first, sums in parts:
+        totals[first : first + len(sums)] += sums.cpu().numpy()
+    count, *columns = totals.T
+    measures: list[str] = ["ce", "kl", "agreement", "acceptance"] if teacher is not None else ["ce"]
+    found = [
+        dict(zip(measures, columns[i * len(measures) : (i + 1) * len(measures)], strict=True))
+        for i in range(len(students))
+    ]
+    return RowSums(count, found, columns[-1] if teacher is not None else None)
+
+
+def _token_values(sides: list[Tensor], labels: Tensor, has_teacher: bool) -> Tensor:
+    """The summands (n, F) of [`RowSums`]: a 1, those of each student, and the teacher's cross-entropy."""
+    students, teacher = (sides[:-1], sides[-1]) if has_teacher else (sides, None)
+    values = [torch.ones(len(labels), device=sides[0].device)]
+    for log_probs in students:
+        values.append(_cross_entropies(log_probs, labels))
+        if teacher is not None:
+            values += [
+                DIVERGENCES["forward_kl"](log_probs, teacher),
+                (log_probs.argmax(-1) == teacher.argmax(-1)).float(),
+                1 - DIVERGENCES["total_variation"](log_probs, teacher),
+            ]
+    if teacher is not None:
+        values.append(_cross_entropies(teacher, labels))
+    return torch.stack(values, 1).to(sum_dtype(sides[0].device))
 
 
 def perplexity(
@@ -167,9 +217,9 @@ def perplexity(
                 yield from _windows(document, length, stride)
 
     with measuring(model=model):
-        for labels, (log_probs,) in _log_probs((model,), windows(), tokenizer, batch_size, vocab_size):
+        for _, labels, (log_probs,) in _log_probs((model,), windows(), tokenizer, batch_size, vocab_size):
             num_tokens += len(labels)
-            means.add(len(labels), ce=_cross_entropy(log_probs, labels))
+            means.add(len(labels), ce=_cross_entropies(log_probs, labels).sum())
     nats = _totals(means)["ce"]
     found = {"perplexity": _exp(nats), "nats_per_token": nats, "num_tokens": num_tokens}
     known = [count for count in num_characters if count is not None]
@@ -215,9 +265,9 @@ def measuring(**models: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _cross_entropy(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """The sum over labels (n,), in nats."""
-    return -log_probs.gather(-1, labels.to(log_probs.device).unsqueeze(-1)).sum()
+def _cross_entropies(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Those of labels (n,), in nats (n,)."""
+    return -log_probs.gather(-1, labels.to(log_probs.device).unsqueeze(-1)).squeeze(-1)
 
 
 def _exp(nats: float) -> float:
@@ -238,19 +288,21 @@ def _log_probs(
     batch_size: int,
     vocab_size: int | None,
     stored: StoredHiddenTeacher | None = None,
-) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Labels (n,) and the log-probabilities (n, V) of each model, chunk by chunk, on the device of the first model.
+) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
+    """Rows (n,), labels (n,) and the log-probabilities (n, V) of each model, on the device of the first, by chunks.
 
-    Those of a teacher in a store come last.
+    Rows are the numbers of the documents that have a label, on the CPU. A teacher in a store comes last.
     """
     size = true_vocabulary(tokenizer, models, vocab_size)
+    num_rows = 0
     for rows in groups_of(documents, batch_size):
         batch = batch_of(rows)
         positions, labels = label_positions(batch.pop("labels"))  # (N,)
+        length = batch["input_ids"].shape[1]
+        numbers, num_rows = num_rows + positions // length, num_rows + len(rows)
         sides = []
         for model in map(causal_lm, models):
             inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            length = batch["input_ids"].shape[1]
             try:
                 hidden = select_positions(last_hidden_states(model, **inputs), positions)  # (N, D)
             except IndexError:
@@ -265,7 +317,7 @@ def _log_probs(
         for start in range(0, len(labels), chunk_size):
             chunk = slice(start, start + chunk_size)
             logits = (head.truncated(size).logits(hidden[chunk]) for head, hidden in sides)  # (n, V) each
-            yield labels[chunk], [tensor.log_softmax(-1).to(device) for tensor in logits]
+            yield numbers[chunk], labels[chunk], [tensor.log_softmax(-1).to(device) for tensor in logits]
 
 
 def true_vocabulary(

@@ -65,6 +65,35 @@ def result_rows(
     ]
 
 
+def rows_with_teacher(
+    results: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[str, str]] = FIDELITY_COLUMNS
+) -> list[dict[str, str]]:
+    """The same with the teacher as a row of its own, where all results have one teacher; every row has all columns."""
+    columns = {key: column for key, column in columns.items() if key != "teacher_perplexity"}
+    teacher = teacher_results(results)
+    rows = result_rows({**results, **({"teacher": teacher} if teacher else {})}, columns)
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    return [{title: row.get(title, "") for title in titles} for row in rows]
+
+
+def evaluation_rows(measures: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """One row of text per measure of `evaluation.json`: base, student and teacher, and the gap recovered."""
+    models = [
+        name for name in ("base", "student", "teacher") if any(name in each["values"] for each in measures.values())
+    ]
+    rows = []
+    for name, measure in measures.items():
+        values, gap = measure["values"], measure["gap_recovered"]
+        row = {
+            "": name,
+            **{model: measure["format"].format(values[model]) if model in values else "" for model in models},
+        }
+        if len(models) == 3:
+            row["gap recovered"] = f"{gap['share']:.0%} ({gap['low']:.0%} to {gap['high']:.0%})" if gap else ""
+        rows.append(row)
+    return rows
+
+
 def measured_on(results: Mapping[str, Mapping[str, float]], num_rows: int | None = None) -> str:
     """The number of rows and tokens that were measured, as "500 rows, 25,312 tokens"; empty if nobody knows.
 

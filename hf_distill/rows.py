@@ -22,8 +22,10 @@ ROLES = {
 ALIASES = {"human", "gpt", "chatgpt", "bing", "bard"}
 
 
-def fill_templates(rows: Dataset, prompt_template: str, completion_template: str) -> Dataset:
-    """Rows of `prompt` and `completion`, formatted from other columns by `str.format`.
+def fill_templates(
+    rows: Dataset, prompt_template: str, completion_template: str, keep: Iterable[str | None] = ()
+) -> Dataset:
+    """Rows of `prompt` and `completion`, formatted from other columns by `str.format`, and of the columns to `keep`.
 
     The two characters \\n are a new line, as a shell passes them.
 
@@ -46,7 +48,8 @@ def fill_templates(rows: Dataset, prompt_template: str, completion_template: str
                 ) from error
         return found
 
-    return rows.map(fill, with_indices=True, remove_columns=rows.column_names)
+    others = [name for name in rows.column_names if name not in keep]
+    return rows.map(fill, with_indices=True, remove_columns=others)
 
 
 class _RowFormatter(string.Formatter):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 # Files of a finished run: its options, its logs, its results; and, of held-out rows, what both sides say of each token.
 RUN_FILES = ("settings.json", "trainer_state.json", "report.json")
 TOKENS_FILE = "tokens.json"
+EVALUATION_FILE = "evaluation.json"  # of `hf-distill evaluate`, which may come later
 BASELINE = "baseline"  # the folder of a run's baseline, a run of its own
 # What a run records of itself beside its options.
 RECORDED = ("run_files", "command", "held_out", "versions", "warnings", "num_rows")
@@ -46,6 +47,7 @@ class Run(NamedTuple):
     results: dict[str, dict[str, float]]  # measures by name: "before", "after", "baseline"
     recorded: dict[str, Any]  # RECORDED: what the run says of itself
     tokens: dict[str, Any] | None = None  # of `hf_distill.token_comparison.comparison_data`
+    evaluation: dict[str, Any] | None = None  # of `hf-distill evaluate`
 
     @property
     def measures(self) -> dict[str, float]:
@@ -107,7 +109,7 @@ def read_run(folder: str | PathLike[str]) -> Run:
     # A run without held-out rows may have the results of another one beside it.
     results = read("report.json", {}) if not written or "report.json" in written else {}
     tokens = read(TOKENS_FILE, None) if TOKENS_FILE in written else None
-    return Run(settings, read_history(folder), results, recorded, tokens)
+    return Run(settings, read_history(folder), results, recorded, tokens, read(EVALUATION_FILE, None))
 
 
 def read_history(folder: str | PathLike[str]) -> list[dict[str, float]]:

@@ -35,7 +35,7 @@ LEFT_BY_A_RUN = (
     "chat_template.jinja", "chat_template.json", "additional_chat_templates", "README.md", "trainer_state.json",
     "settings.json", "report.md", "report.json", "report.png", "report.html", "tokens.json", "comparison.md",
     "comparison.json", "comparison.png", "cosine.png", "pruning.md", "complete.json", "all_results.json",
-    "train_results.json", "eval_results.json", "checkpoint-*", "emergency",
+    "train_results.json", "eval_results.json", "evaluation.json", "answers.jsonl", "checkpoint-*", "emergency",
 )  # fmt: skip
 
 # Settings of a configuration that training changes temporarily.

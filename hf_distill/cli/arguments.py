@@ -115,9 +115,9 @@ class KVArguments(KDArguments):
     )
 
 
-@dataclass
-class SKDArguments(KDArguments):
-    """Models and prompts of `skd`, and the text that only the teacher reads."""
+@dataclass(kw_only=True)
+class PromptArguments:
+    """The columns of prompts, and the text that only the teacher reads."""
 
     knowledge_column: str | None = field(
         default=None,
@@ -145,7 +145,83 @@ class SKDArguments(KDArguments):
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Tokens of the teacher's prompt at most; knowledge is cut to fit."}
     )
+
+
+@dataclass(kw_only=True)
+class SKDArguments(KDArguments, PromptArguments):
+    """Models and prompts of `skd`."""
+
     samples_steps: int = field(default=0, metadata={"help": "Show generated samples every this many steps; 0: never."})
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments(PromptArguments):
+    """Models, rows and tasks of `evaluate`."""
+
+    model: str = field(metadata={"help": "The student: hub id or local path, such as the output directory of a run."})
+    teacher_model: str | None = field(
+        default=None, metadata={"help": "The teacher: hub id or local path. Default: the student is measured alone."}
+    )
+    base: str | None = field(
+        default="auto",
+        metadata={
+            "help": "What the student was before it was trained: hub id or local path. `auto`: what its adapter or its "
+            "run names, if anything; None: no base."
+        },
+    )
+    teacher_quantization: str | None = field(default=None, metadata={"help": "`4bit` or `8bit`."})
+    teacher_device: str | None = field(default=None, metadata={"help": "As in `kd`. Default: the student's device."})
+    device: str | None = field(default=None, metadata={"help": "Of student and base. Default: a GPU if there is one."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Held-out rows: hub id, local folder or file, as in `kd`."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    split: str | None = field(
+        default=None,
+        metadata={"help": "Split of the dataset, or a part of it. Default: `test` if there is one, else `train`."},
+    )
+    max_rows: int = field(default=500, metadata={"help": "Rows that are measured, from the first on."})
+    prompt_template: str | None = field(
+        default=None,
+        metadata={"help": "Prompt of a row, columns in braces, as in `kd`: 'Question: {question}\\nAnswer:'."},
+    )
+    completion_template: str | None = field(
+        default=None, metadata={"help": "Completion of a row, with prompt_template and in its form: ' {answer}'."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Rows or prompts per forward."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens at which rows are cut; not for prompts."})
+    generate: bool = field(
+        default=False, metadata={"help": "Whether answers to the prompts are generated, greedily, and scored."}
+    )
+    metrics: list[str] = field(
+        default_factory=lambda: ["exact_match", "f1"],
+        metadata={
+            "help": "Of generated answers: `exact_match`, `f1` (words; characters in Korean, Chinese and Japanese), "
+            "`squad` (the official script) and `number` (GSM8K's)."
+        },
+    )
+    answer_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the right answers: a text, a list, or `answers` as in SQuAD. Default: the completion."
+        },
+    )
+    answer_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression; its last match in a generated text is the answer (its first group, if it has "
+            "one), and nothing where it does not match. Right answers in which it matches are taken in the same way."
+        },
+    )
+    stop: list[str] | None = field(
+        default=None, metadata={"help": "Texts that end an answer, as '\\nQuestion:'; \\n is a new line."}
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Tokens of an answer at most."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where evaluation.json goes. Default: the student's folder, or `evaluate_out` for a hub id."},
+    )
+    json: bool = field(default=False, metadata={"help": "Whether the numbers are printed as JSON, without a table."})
 
 
 @dataclass

@@ -86,6 +86,10 @@ COMMANDS = {
     ),
     "cache info": Command("show what is in such folders", "hf_distill.cli.stores:info", words=_STORES),
     "cache verify": Command("check every byte of such folders", "hf_distill.cli.cache:verify", words=_STORES),
+    "evaluate": Command(
+        "measure base, student and teacher: perplexity, distance, generated answers, the gap that was closed",
+        "hf_distill.cli.evaluating:evaluate", (f"{_ARGUMENTS}:EvaluateArguments",),
+    ),
     "compare": Command(
         "put finished runs side by side: settings, fidelity, tokens, time",
         "hf_distill.cli.comparing:compare", (f"{_ARGUMENTS}:CompareArguments",), words=_RUNS,

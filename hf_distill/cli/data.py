@@ -1,13 +1,14 @@
-"""Rows of `kd`, `kv` and `skd`, as the options say."""
+"""Rows of `kd`, `kv`, `skd` and `evaluate`, as the options say."""
 
 import json
 import os
 from dataclasses import fields
+from typing import Any
 
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.cli.arguments import SFTArguments, SKDArguments
+from hf_distill.cli.arguments import PromptArguments, SFTArguments
 from hf_distill.collators import LUPICollator
 from hf_distill.row_files import first_rows, load_rows, load_splits, take_split
 from hf_distill.rows import fill_templates
@@ -43,7 +44,7 @@ def _held_out_rows(arguments: SFTArguments, splits: DatasetDict) -> Dataset | No
     return first_rows(rows, arguments.max_eval_rows)
 
 
-def with_prompts(rows: Dataset, arguments: SKDArguments) -> Dataset:
+def with_prompts(rows: Dataset, arguments: PromptArguments) -> Dataset:
     """Rows with the columns `prompt` and `completion`, whatever they are called in the file."""
     names = {arguments.prompt_column: "prompt", arguments.completion_column: "completion"}
     for column, name in names.items():
@@ -64,13 +65,13 @@ def with_prompts(rows: Dataset, arguments: SKDArguments) -> Dataset:
     return rows.map(as_chat) if arguments.as_chat else rows
 
 
-def refuse_ignored(arguments: SKDArguments) -> None:
-    """Raises `ValueError` for options of `skd` that belong to the other kind of rows."""
+def refuse_ignored(arguments: Any) -> None:
+    """Raises `ValueError` for options of `skd` and `evaluate` that belong to the other kind of rows."""
     lupi = ("query_column", "system_prompt", "few_shot", "knowledge_template", "allow_missing_knowledge")
     lupi = (*lupi, "max_prompt_length")
     plain = ("prompt_column", "as_chat", "prompt_template", "completion_template")
     ignored = lupi if arguments.knowledge_column is None else plain
-    defaults = {entry.name: entry.default for entry in fields(SKDArguments)}
+    defaults = {entry.name: entry.default for entry in fields(arguments)}
     if given := [name for name in ignored if getattr(arguments, name) != defaults[name]]:
         need = "needs" if arguments.knowledge_column is None else "does not go together with"
         raise ValueError(f"--{given[0]} {need} --knowledge_column")
@@ -79,8 +80,8 @@ def refuse_ignored(arguments: SKDArguments) -> None:
         raise ValueError(f"--{renamed[0]} does not go together with --prompt_template, which makes the columns itself")
 
 
-def lupi_collator(arguments: SKDArguments, tokenizer: PreTrainedTokenizerBase) -> LUPICollator:
-    """The collator of `skd` with `--knowledge_column`."""
+def lupi_collator(arguments: PromptArguments, tokenizer: PreTrainedTokenizerBase) -> LUPICollator:
+    """The collator of `skd` and `evaluate` with `--knowledge_column`."""
     few_shot = ()
     if arguments.few_shot is not None:
         few_shot = _read_turns(arguments.few_shot)

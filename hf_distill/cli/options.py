@@ -132,7 +132,8 @@ def describe(classes: Iterable[str]) -> dict[str, Any]:
         is_ours = dtype.__module__.startswith("hf_distill.")
         base = dtype.__mro__[1] if is_ours and dtype.__mro__[1] is not object else None
         base_name = None if base is None else _name_of(base)
-        own = get_annotations(dtype) if is_ours else dtype.__dataclass_fields__
+        own = {*get_annotations(dtype)} if is_ours else {*dtype.__dataclass_fields__}
+        own |= {field for other in dtype.__bases__[1:] if is_ours for field in other.__dataclass_fields__}
         found = [option for option in _of_installed(name).values() if option.name in own]
         entries[name] = {"base": base_name, "options": [_row(option, is_ours) for option in found]}
         waiting += [base_name] if base_name else []

@@ -24,9 +24,9 @@ from hf_distill.report import (
     FIDELITY_COLUMNS,
     HARD_LABEL_COLUMNS,
     ROLLOUT_COLUMNS,
+    evaluation_rows,
     measured_on,
-    result_rows,
-    teacher_results,
+    rows_with_teacher,
 )
 from hf_distill.runs import Run, named_runs, read_run, with_baselines
 
@@ -104,6 +104,7 @@ def page_of(runs: Mapping[str, Run]) -> dict[str, Any]:
     if missing := [name for name in runs if name not in measured]:
         note = f"{', '.join(missing)}: there were no held-out rows (--eval_dataset) to measure the student on."
         tables.append({"rows": [], "note": note})
+    tables += [_evaluation(name, run) for name, run in runs.items() if run.evaluation]
     return {
         "title": " and ".join(runs) if len(runs) <= 3 else f"{len(runs)} runs",
         "tables": tables,
@@ -145,19 +146,27 @@ def _about(run: Run) -> list[list[str]]:
 def _results(run: Run) -> dict[str, Any]:
     """The table of a single run: every result, and the teacher."""
     columns: Mapping[str, tuple[str, str]] = EVALUATION_COLUMNS
-    if "kl" in run.measures:  # the teacher has a row of its own
-        columns = {key: column for key, column in FIDELITY_COLUMNS.items() if key != "teacher_perplexity"}
+    if "kl" in run.measures:
+        columns = FIDELITY_COLUMNS
     elif "eval_rollout/acceptance_rate" in run.measures:
         columns = ROLLOUT_COLUMNS
     elif "eval_kd" not in run.measures:
         columns = HARD_LABEL_COLUMNS
-    results = {**run.results}
-    if teacher := teacher_results(results):
-        results["teacher"] = teacher
-    rows = result_rows(results, columns)
-    titles = list(dict.fromkeys(title for row in rows for title in row))
-    filled = [{title: row.get(title, "") for title in titles} for row in rows]
-    return {"rows": filled, "note": _measured(run.results, run)}
+    return {"rows": rows_with_teacher(run.results, columns), "note": _measured(run.results, run)}
+
+
+def _evaluation(name: str, run: Run) -> dict[str, Any]:
+    """The table of `hf-distill evaluate`."""
+    assert run.evaluation is not None
+    found, measures = run.evaluation, run.evaluation["measures"]
+    sizes = sorted({each["num_rows"] for each in measures.values() if each["num_rows"]})
+    of = " to ".join(f"{size:,}" for size in dict.fromkeys((*sizes[:1], *sizes[-1:])))
+    note = f"{name}: hf-distill evaluate" + (
+        f", on {of} rows of {found['rows']}" if sizes and found.get("rows") else ""
+    )
+    if any(each["gap_recovered"] for each in measures.values()):
+        note += "; gap recovered is (student - base) / (teacher - base), with its 95% interval over rows"
+    return {"rows": evaluation_rows(measures), "note": " ".join([f"{note}.", *found["notes"]])}
 
 
 def _measured(results: Mapping[str, Mapping[str, float]], run: Run) -> str:

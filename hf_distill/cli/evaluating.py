@@ -1,0 +1,240 @@
+"""The command `evaluate`: base, student and teacher side by side."""
+
+import json
+import os
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill import __version__
+from hf_distill.cli.arguments import EvaluateArguments
+from hf_distill.cli.data import lupi_collator, refuse_ignored, with_prompts
+from hf_distill.cli.reporting import PAGE, optional
+from hf_distill.collators import PromptCollator
+from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, measures_data
+from hf_distill.evaluating.generation import check_prompts
+from hf_distill.evaluating.models import Evaluated, Scoring, evaluate_models
+from hf_distill.evaluating.questions import Questions, questions_of
+from hf_distill.model_files import name_problem
+from hf_distill.modeling import shared_vocabulary
+from hf_distill.named import load_tokenizer
+from hf_distill.page import save_page
+from hf_distill.report import evaluation_rows, table
+from hf_distill.row_files import first_rows, load_splits, take_split
+from hf_distill.rows import fill_templates
+from hf_distill.runs import EVALUATION_FILE
+from hf_distill.saving import base_and_adapter, refuse_folder
+from hf_distill.teachers.loading import check_quantization, load_teacher
+from hf_distill.teachers.remote import is_address
+
+ANSWERS_FILE = "answers.jsonl"
+AUTO = "auto"
+GAP = (
+    "gap recovered: (student - base) / (teacher - base), with its 95% interval over rows; none where teacher and base "
+    "do not differ"
+)
+
+
+def evaluate(arguments: EvaluateArguments) -> None:
+    """Measures models side by side; prints a table and writes `evaluation.json` and `answers.jsonl`.
+
+    Raises:
+        `ValueError`: models or rows that cannot be read, or options that do not go together.
+    """
+    _refuse_options(arguments)
+    folder = _output_folder(arguments)
+    refuse_folder(folder)
+    names, notes = _names(arguments)
+    tokenizers = _tokenizers(names)
+    rows = None if arguments.dataset is None else _rows(arguments)
+    questions = _questions(rows, arguments, tokenizers) if rows is not None and arguments.generate else None
+    models = _load(names, arguments)
+    if questions is not None:
+        for name, model in models.items():
+            prompts = questions.teacher_prompts if name == TEACHER else questions.prompts
+            check_prompts(model, prompts, arguments.max_new_tokens)
+    found = evaluate_models(
+        models,
+        tokenizers,
+        rows=rows if rows is not None and _has_texts(rows, arguments) else None,
+        questions=questions,
+        scoring=_scoring(arguments),
+        batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+    )
+    data = _data(found, arguments, names, [*notes, *found.notes])
+    _write(folder, data, found)
+    _show(data, arguments, folder)
+
+
+def _refuse_options(arguments: EvaluateArguments) -> None:
+    if arguments.dataset is None:
+        raise ValueError("there is nothing to measure: give --dataset")
+    if (arguments.prompt_template is None) != (arguments.completion_template is None):
+        raise ValueError("prompt_template and completion_template go together: give both or neither")
+    if arguments.batch_size < 1 or arguments.max_rows < 1:
+        raise ValueError("batch_size and max_rows have to be at least 1")
+    if arguments.knowledge_column is not None and not arguments.generate:
+        raise ValueError("--knowledge_column is for answers: it needs --generate")
+    if arguments.answer_column is not None and not arguments.generate:
+        raise ValueError("--answer_column needs --generate")
+    refuse_ignored(arguments)
+    _scoring(arguments)
+    check_quantization(arguments.teacher_quantization)
+    teacher = arguments.teacher_model
+    if teacher is not None and (is_address(teacher) or teacher.startswith("cache:")):
+        raise ValueError(f"--teacher_model {teacher!r} is no model that can be loaded: evaluate generates with it")
+
+
+def _scoring(arguments: EvaluateArguments) -> Scoring:
+    stop = [text.replace("\\n", "\n") for text in arguments.stop or ()]
+    return Scoring(arguments.metrics, arguments.answer_pattern, arguments.max_new_tokens, stop)
+
+
+def _output_folder(arguments: EvaluateArguments) -> str:
+    return arguments.output_dir or (arguments.model if os.path.isdir(arguments.model) else "evaluate_out")
+
+
+# -------------------------------------------------------------------------------------------------------- the models
+
+
+def _names(arguments: EvaluateArguments) -> tuple[dict[str, str], list[str]]:
+    """The models by their roles, and notes; `ValueError` for a name without a model."""
+    base, notes = arguments.base, []
+    if base == AUTO:
+        base = _base_of(arguments.model)
+        if base is not None and (problem := name_problem(base)):
+            notes.append(f"The student began as {base}, which is left out: {problem}.")
+            base = None
+    named = {BASE: base, STUDENT: arguments.model, TEACHER: arguments.teacher_model}
+    names = {role: name for role, name in named.items() if name is not None}
+    options = {BASE: "--base", STUDENT: "--model", TEACHER: "--teacher_model"}
+    for role, name in names.items():
+        for part in dict.fromkeys((name, base_and_adapter(name)[0])):
+            if problem := name_problem(part):
+                of = "" if part == name else f", whose adapters belong to {part!r}"
+                raise ValueError(f"{options[role]} {name!r}{of}: {problem}")
+    return names, notes
+
+
+def _base_of(model: str) -> str | None:
+    """The model that a student was before its training, as its adapter or its run names it."""
+    base, adapter = base_and_adapter(model)
+    if adapter is not None:
+        return base
+    settings = Path(model, "settings.json")
+    began = json.loads(settings.read_text("utf-8")).get("model") if settings.is_file() else None
+    return began if isinstance(began, str) and began != model else None
+
+
+def _tokenizers(names: dict[str, str]) -> dict[str, PreTrainedTokenizerBase]:
+    """The student's tokenizer, and the teacher's, unless it is the student's without a chat template."""
+    found = {}
+    for role in (STUDENT, TEACHER):
+        if role not in names:
+            continue
+        places = dict.fromkeys((names[role], base_and_adapter(names[role])[0]))
+        for place in places:
+            try:
+                found.setdefault(role, load_tokenizer(place, None, False))
+            except (OSError, ValueError):
+                continue
+    if STUDENT not in found:
+        raise ValueError(f"--model {names[STUDENT]!r} has no tokenizer: save it with the model")
+    if TEACHER in found and found[TEACHER].chat_template is None:
+        try:
+            shared_vocabulary(found[STUDENT], found[TEACHER])
+            del found[TEACHER]
+        except ValueError:
+            pass
+    return found
+
+
+def _load(names: dict[str, str], arguments: EvaluateArguments) -> dict[str, Any]:
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    load = partial(load_teacher, student_device=device)
+    found = {role: load(name, device=None) for role, name in names.items() if role != TEACHER}
+    if TEACHER in names:
+        quantization = arguments.teacher_quantization
+        found[TEACHER] = load(names[TEACHER], device=arguments.teacher_device, quantization=quantization)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- the rows
+
+
+def _rows(arguments: EvaluateArguments) -> Dataset:
+    name = str(arguments.dataset)
+    splits = load_splits(name, arguments.dataset_config)
+    split = arguments.split or ("test" if "test" in splits else "train")
+    rows = first_rows(take_split(splits, name, split), arguments.max_rows)
+    if arguments.prompt_template is not None and arguments.completion_template is not None:
+        templates = arguments.prompt_template, arguments.completion_template
+        rows = fill_templates(rows, *templates, keep=(arguments.answer_column,))
+    return with_prompts(rows, arguments) if arguments.knowledge_column is None else rows
+
+
+def _has_texts(rows: Dataset, arguments: EvaluateArguments) -> bool:
+    """True if rows have texts to measure perplexity on, and not prompts alone."""
+    if arguments.knowledge_column is not None:
+        return False
+    kinds = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"}, {"input_ids"})
+    has_prompts_alone = "prompt" in rows.column_names and "completion" not in rows.column_names
+    return not has_prompts_alone and (not arguments.generate or any(kind <= set(rows.column_names) for kind in kinds))
+
+
+def _questions(
+    rows: Dataset, arguments: EvaluateArguments, tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> Questions:
+    make = PromptCollator if arguments.knowledge_column is None else partial(lupi_collator, arguments)
+    collators = {role: make(tokenizer) for role, tokenizer in tokenizers.items()}
+    column = arguments.answer_column or (arguments.completion_column if arguments.knowledge_column else None)
+    if arguments.knowledge_column is not None and column is None:
+        raise ValueError("rows with knowledge need --answer_column, the column of the right answers")
+    return questions_of(rows, collators[STUDENT], collators.get(TEACHER), answer_column=column)
+
+
+# ------------------------------------------------------------------------------------------------------- the results
+
+
+def _data(found: Evaluated, arguments: EvaluateArguments, names: dict[str, str], notes: list[str]) -> dict[str, Any]:
+    return {
+        "models": names,
+        "rows": arguments.dataset,
+        "measures": measures_data(found.measures),
+        "notes": notes,
+        "settings": asdict(arguments),
+        "versions": {"hf_distill": __version__} | {name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def _write(folder: str, data: dict[str, Any], found: Evaluated) -> None:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, EVALUATION_FILE).write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
+    answers = Path(folder, ANSWERS_FILE)
+    answers.unlink(missing_ok=True)  # of an earlier evaluation
+    if found.generated:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found.generated)
+        answers.write_text("".join(lines), encoding="utf-8")
+    if Path(folder, "settings.json").is_file():  # a run's folder has a page
+        with optional("the page", folder):
+            save_page(os.path.join(folder, PAGE), [folder])
+
+
+def _show(data: dict[str, Any], arguments: EvaluateArguments, folder: str) -> None:
+    if arguments.json:
+        return print(json.dumps(data, indent=2, ensure_ascii=False))
+    console = Console()
+    console.print(table(evaluation_rows(data["measures"])))
+    if any(each["gap_recovered"] for each in data["measures"].values()):
+        console.print(GAP)
+    for note in data["notes"]:
+        console.print(note)
+    print(f"{EVALUATION_FILE} is in {folder}")

@@ -1,0 +1,181 @@
+"""Base, student and teacher over the same rows: fidelity and perplexity, generated answers, tasks of a harness."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_distill.evaluating.answers import METRICS, extracted
+from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, Measure, mean_measure, perplexity_measure
+from hf_distill.evaluating.generation import generate_answers
+from hf_distill.evaluating.questions import Questions
+from hf_distill.evaluation import row_sums
+from hf_distill.modeling import shared_vocabulary
+
+PERCENT = "{:.1%}"
+OTHER_TOKENIZER = (
+    "The teacher has another tokenizer: its perplexity and the distance from it, which are means over the student's "
+    "tokens, are left out."
+)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The way in which answers are generated and scored.
+
+    Args:
+        metrics: names in `METRICS`.
+        pattern (`str`, *optional*):
+            A regular expression: its last match in a generated text is the answer, and nothing where it does not match.
+            Right answers in which it matches are taken in the same way.
+        max_new_tokens (`int`): tokens of an answer at most.
+        stop: texts that end an answer.
+
+    Raises:
+        `ValueError`: an unknown metric, no metric, or a pattern that is no regular expression.
+    """
+
+    metrics: Sequence[str] = ("exact_match", "f1")
+    pattern: str | None = None
+    max_new_tokens: int = 256
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.metrics if name not in METRICS]:
+            raise ValueError(f"there is no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
+        if not self.metrics:
+            raise ValueError(f"metrics is empty: give some of {', '.join(METRICS)}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens has to be at least 1, got {self.max_new_tokens}")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"answer_pattern {self.pattern!r} is no regular expression: {error}") from error
+
+    def scores(self, text: str, answers: Sequence[str]) -> dict[str, float]:
+        """The scores, in [0, 1], of a generated text against right answers."""
+        if self.pattern is not None:
+            pattern = re.compile(self.pattern)
+            text = extracted(text, pattern) or ""
+            answers = [answer if (found := extracted(answer, pattern)) is None else found for answer in answers]
+        return {name: value for metric in self.metrics for name, value in METRICS[metric](text, answers).items()}
+
+
+class Evaluated(NamedTuple):
+    """Numbers of models side by side."""
+
+    measures: list[Measure]
+    generated: list[dict[str, Any]]  # for each question its right answers, and of each model the text and its scores
+    notes: list[str]  # what is left out, in sentences
+
+
+def evaluate_models(
+    models: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    *,
+    rows: Dataset | None = None,
+    questions: Questions | None = None,
+    scoring: Scoring | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+) -> Evaluated:
+    """Fidelity and perplexity on rows, and scores of generated answers, of `base`, `student` and `teacher`.
+
+    [`~hf_distill.evaluating.gaps.gap_recovered`] of a measure says which share of the gap between base and teacher the
+    student has closed.
+
+    Args:
+        models: by the names `student` and, optionally, `base` and `teacher`; in eval mode while they are measured.
+        tokenizers: by the same names, as far as they have their own; otherwise the student's.
+        rows: as in `evaluate_fidelity`; perplexity, and with a teacher KL, agreement and expected acceptance.
+        questions ([`~hf_distill.evaluating.questions.Questions`]): answers to them are generated and scored.
+        scoring ([`Scoring`], *optional*): how.
+        batch_size (`int`): rows or prompts at once.
+        max_length (`int`, *optional*): as in `evaluate_fidelity`.
+
+    Raises:
+        `ValueError`: no student, a name that is none of the three, or what the functions underneath refuse.
+    """
+    if STUDENT not in models or set(models) - {BASE, STUDENT, TEACHER}:
+        raise ValueError(f"models are a student and, with it, base and teacher; got {', '.join(models) or 'none'}")
+    whole = {name: tokenizers.get(name, tokenizers[STUDENT]) for name in models}
+    found = Evaluated([], [], [])
+    if rows is not None:
+        measures, notes = fidelity_measures(models, whole, rows, batch_size=batch_size, max_length=max_length)
+        found.measures.extend(measures)
+        found.notes.extend(notes)
+    if questions is not None:
+        measures, generated = answer_measures(models, whole, questions, scoring or Scoring(), batch_size=batch_size)
+        found.measures.extend(measures)
+        found.generated.extend(generated)
+    return found
+
+
+def fidelity_measures(
+    models: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    rows: Dataset,
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+) -> tuple[list[Measure], list[str]]:
+    """Perplexity and, with a teacher of the student's vocabulary, the distance from it; and notes."""
+    teacher, notes = models.get(TEACHER), []
+    if teacher is not None and not _is_shared(tokenizers[STUDENT], tokenizers[TEACHER]):
+        teacher, notes = None, [OTHER_TOKENIZER]
+    names = [name for name in (BASE, STUDENT) if name in models]
+    sums = row_sums(
+        [models[name] for name in names], teacher, rows, tokenizers[STUDENT],
+        batch_size=batch_size, max_length=max_length,
+    )  # fmt: skip
+    of_students = dict(zip(names, sums.students, strict=True))
+    nats = {name: each["ce"] for name, each in of_students.items()}
+    if sums.teacher_ce is None:
+        return [perplexity_measure("perplexity", nats, sums.num_tokens)], notes
+    measures = [perplexity_measure("perplexity", {**nats, TEACHER: sums.teacher_ce}, sums.num_tokens)]
+    # A teacher is at no distance from itself, and agrees with itself at every token.
+    own = {"kl": np.zeros_like(sums.num_tokens), "agreement": sums.num_tokens, "acceptance": sums.num_tokens}
+    for name, of_teacher in own.items():
+        values = {**{side: each[name] for side, each in of_students.items()}, TEACHER: of_teacher}
+        measures.append(mean_measure(name, values, sums.num_tokens, "{:.4f}" if name == "kl" else PERCENT))
+    return measures, notes
+
+
+def answer_measures(
+    models: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    questions: Questions,
+    scoring: Scoring,
+    *,
+    batch_size: int = 8,
+) -> tuple[list[Measure], list[dict[str, Any]]]:
+    """The scores of the answers that models generate, and these answers."""
+    scores: dict[str, dict[str, list[float]]] = {}  # by measure and model, of each row
+    generated: list[dict[str, Any]] = [{"answers": answers} for answers in questions.answers]
+    for name, model in models.items():
+        prompts = questions.teacher_prompts if name == TEACHER else questions.prompts
+        texts = generate_answers(
+            model, tokenizers[name], prompts,
+            batch_size=batch_size, max_new_tokens=scoring.max_new_tokens, stop=scoring.stop,
+        )  # fmt: skip
+        for row, text in zip(generated, texts, strict=True):
+            found = scoring.scores(text, row["answers"])
+            row[name] = {"text": text, **found}
+            for measure, value in found.items():
+                scores.setdefault(measure, {}).setdefault(name, []).append(value)
+    return [
+        mean_measure(measure, {name: np.array(values) for name, values in by_model.items()}, form=PERCENT)
+        for measure, by_model in scores.items()
+    ], generated
+
+
+def _is_shared(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    try:
+        shared_vocabulary(tokenizer, other)
+    except ValueError:
+        return False
+    return True

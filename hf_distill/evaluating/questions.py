@@ -1,0 +1,77 @@
+"""Rows as questions: prompts of student and teacher, and the answers that are right."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+
+from hf_distill.collators import LUPICollator, PromptCollator
+from hf_distill.rows import is_chat, with_messages
+
+Row = dict[str, Any]
+
+
+class Questions(NamedTuple):
+    """R questions."""
+
+    prompts: list[list[int]]  # token ids that student and base read
+    teacher_prompts: list[list[int]]  # those of the teacher, in its own tokens, with knowledge if there is some
+    answers: list[list[str]]  # the right ones of each, at least one
+
+
+def questions_of(
+    rows: Dataset | Iterable[Row],
+    collator: PromptCollator | LUPICollator,
+    teacher_collator: PromptCollator | LUPICollator | None = None,
+    *,
+    answer_column: str | None = None,
+) -> Questions:
+    """Questions from rows with prompts or, by a `LUPICollator`, from queries with knowledge.
+
+    Args:
+        rows: rows as the collators take them; prompts of messages go through the chat template.
+        collator ([`~hf_distill.collators.PromptCollator`] or [`~hf_distill.collators.LUPICollator`]): the student's.
+        teacher_collator (the same, *optional*): with the teacher's tokenizer; by default the student's collator.
+        answer_column (`str`, *optional*):
+            Column of the right answers: a text, a list of texts, or a dict that has them as `text`, as SQuAD's. By
+            default `completion`, or the assistant's last message.
+
+    Raises:
+        `ValueError`: a row without a prompt or without an answer, by its number.
+    """
+    found = Questions([], [], [])
+    row: Any  # a dict
+    for number, row in enumerate(rows):
+        name = f"row {number}"
+        found.answers.append(right_answers(row, answer_column, name))
+        encoded = collator.encode(row, name)
+        other = teacher_collator.encode(row, name) if teacher_collator else encoded
+        found.prompts.append(encoded["student_prompt_ids"])
+        found.teacher_prompts.append(other["teacher_prompt_ids"])
+    if not found.prompts:
+        raise ValueError("there are no rows to generate answers to")
+    return found
+
+
+def right_answers(row: Mapping[str, Any], column: str | None, name: str) -> list[str]:
+    """The right answers of a row, called `name` in errors."""
+    if column is not None and column not in row:
+        raise ValueError(f"{name} has no column {column!r} with its right answers; its columns are {', '.join(row)}")
+    cell = row[column] if column is not None else _last_message(row, name)
+    if isinstance(cell, Mapping):
+        cell = cell.get("text")
+    cells = [cell] if isinstance(cell, str | int | float) else cell if isinstance(cell, list | tuple) else []
+    answers = [str(each) for each in cells if isinstance(each, str | int | float)]
+    if not answers or len(answers) < len(cells):
+        where = f"in its column {column!r}" if column else "as its completion: name the column of the right answers"
+        raise ValueError(f"{name} has no text {where}")
+    return answers
+
+
+def _last_message(row: Mapping[str, Any], name: str) -> Any:
+    """The completion of a row, or what the assistant says last in its messages."""
+    whole = with_messages(dict(row), name)
+    cell: Any = whole.get("completion") or whole.get("messages")
+    if not is_chat(cell):
+        return cell
+    return cell[-1].get("content") if cell[-1]["role"] == "assistant" else None

@@ -1,0 +1,146 @@
+import json
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from hf_distill import cli, evaluate_fidelity
+from hf_distill.demo import TEACHER
+from tests.conftest import SENTENCES, make_model
+
+
+def evaluate(folder, output, capsys, **changes):
+    options = {"model": folder / "student", "dataset": folder / "rows.jsonl", "output_dir": output, **changes}
+    words = [part for name, value in options.items() for part in (f"--{name}", *map(str, as_words(value)))]
+    capsys.readouterr()
+    cli.main(["evaluate", *words])
+    return capsys.readouterr().out
+
+
+def as_words(value):
+    return value if isinstance(value, list) else [value]
+
+
+def written(output):
+    return json.loads((output / "evaluation.json").read_text())
+
+
+def test_a_table_has_base_student_and_teacher_and_a_file_the_numbers(folder, tokenizer, tmp_path, capsys):
+    base = make_model(seed=5)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    changes = {"teacher_model": folder / "teacher", "base": tmp_path / "base", "batch_size": 3}
+    printed = evaluate(folder, tmp_path / "out", capsys, **changes)
+    for word in ("base", "student", "teacher", "perplexity", "kl"):
+        assert word in printed
+    models = {"base": base, **{name: make_model(seed=seed) for name, seed in (("student", 1), ("teacher", 2))}}
+    rows = Dataset.from_dict({"text": SENTENCES})
+    measures = written(tmp_path / "out")["measures"]
+    for name in ("base", "student"):
+        expected = evaluate_fidelity(models[name], models["teacher"], rows, tokenizer)
+        assert measures["kl"]["values"][name] == pytest.approx(expected["kl"], rel=1e-4)
+        assert measures["perplexity"]["values"][name] == pytest.approx(expected["student_perplexity"], rel=1e-4)
+    assert measures["kl"]["num_rows"] == len(SENTENCES)
+    assert written(tmp_path / "out")["models"]["base"] == str(tmp_path / "base")
+
+
+def test_json_is_the_file_and_nothing_else_is_printed(folder, tmp_path, capsys):
+    printed = evaluate(folder, tmp_path, capsys, json=True, max_rows=2)
+    assert json.loads(printed) == written(tmp_path)
+    assert list(json.loads(printed)["models"]) == ["student"]
+
+
+def test_the_packaged_teacher_finishes_its_stories_and_its_answers_are_written(tmp_path, capsys):
+    """Its own continuations are the right answers, so it is right everywhere."""
+    from hf_distill.evaluating.generation import generate_answers
+    from hf_distill.named import load_tokenizer
+
+    teacher, tokenizer = AutoModelForCausalLM.from_pretrained(TEACHER), load_tokenizer(TEACHER, None, False)
+    prompts = ["One day, a girl", "Tom had a dog", "The sun was"]
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    answers = generate_answers(teacher, tokenizer, ids, max_new_tokens=12)
+    assert all(answers)
+    rows = [{"story": prompt, "end": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    printed = evaluate(
+        tmp_path, tmp_path / "out", capsys, model=TEACHER, teacher_model=TEACHER, generate=True, max_new_tokens=12,
+        prompt_column="story", answer_column="end", metrics=["exact_match", "f1", "squad"],
+    )  # fmt: skip
+    assert printed.count("100.0%") == 8
+    lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [line["student"]["text"] for line in lines] == answers
+
+
+def test_templates_and_the_columns_of_squad_and_gsm8k_make_questions(folder, tmp_path, capsys):
+    rows = [
+        {"context": "Ada was born in 1815.", "question": "When?", "answers": {"text": ["1815", "in 1815"]}},
+        {"context": "Bo is 7.", "question": "How old?", "answers": {"text": ["7"]}},
+    ]
+    Dataset.from_list(rows).to_json(tmp_path / "squad.jsonl")
+    evaluate(
+        folder, tmp_path, capsys, dataset=tmp_path / "squad.jsonl", generate=True, answer_column="answers",
+        prompt_template="Context: {context}\\nQuestion: {question}\\nAnswer:", completion_template=" {context}",
+        metrics=["squad", "number"], max_new_tokens=4, stop="\\nQuestion:",
+    )  # fmt: skip
+    assert list(written(tmp_path)["measures"]) == ["perplexity", "squad_exact_match", "squad_f1", "number"]
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert lines[0]["answers"] == ["1815", "in 1815"]
+
+
+def test_rows_with_knowledge_are_answered_without_it(folder, tmp_path, capsys):
+    printed = evaluate(
+        folder, tmp_path, capsys, dataset=folder / "facts.jsonl", teacher_model=folder / "teacher", generate=True,
+        knowledge_column="knowledge", answer_column="answer", max_new_tokens=4,
+    )  # fmt: skip
+    assert list(written(tmp_path)["measures"]) == ["exact_match", "f1"]
+    assert "perplexity" not in printed
+
+
+def test_the_base_of_an_adapter_is_found_and_its_page_shows_the_table(folder, tmp_path, capsys):
+    run = ["--model", folder / "student", "--teacher_model", folder / "teacher", "--dataset", folder / "rows.jsonl"]
+    run += ["--eval_dataset", folder / "rows.jsonl", "--output_dir", tmp_path / "run", "--max_steps", 1, "--use_peft"]
+    run += ["--use_cpu", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
+    cli.main(["kd", *map(str, run)])
+    evaluate(folder, tmp_path / "run", capsys, model=tmp_path / "run", teacher_model=folder / "teacher", max_rows=4)
+    found = written(tmp_path / "run")
+    assert found["models"]["base"] == str(folder / "student")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "hf-distill evaluate, on 4 rows" in page
+    cli.main(["report", str(tmp_path / "run"), "--output_file", str(tmp_path / "page.html")])
+    assert "hf-distill evaluate, on 4 rows" in (tmp_path / "page.html").read_text()
+
+
+def test_adapters_without_a_tokenizer_are_read_with_their_base_models(folder, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(folder / "student")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    evaluate(folder, tmp_path / "out", capsys, model=tmp_path / "adapter", max_rows=2)
+    values = written(tmp_path / "out")["measures"]["perplexity"]["values"]
+    assert values["base"] == pytest.approx(values["student"])  # LoRA begins at its base
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "nowhere/at/all"}, "--model 'nowhere/at/all': there is no such folder"),
+        ({"base": "nowhere/at/all"}, "--base 'nowhere/at/all': there is no such folder"),
+        ({"teacher_model": "cache:store"}, "is no model that can be loaded"),
+        ({"teacher_model": "http://host/v1"}, "is no model that can be loaded"),
+        ({"generate": True, "metrics": "bleu"}, "there is no metric 'bleu'"),
+        ({"generate": True}, "row 0 has no text as its completion"),
+        ({"generate": True, "answer_column": "text"}, "row 0 has no prompt"),
+        ({"knowledge_column": "knowledge"}, "it needs --generate"),
+        ({"answer_column": "text"}, "--answer_column needs --generate"),
+        ({"query_column": "text"}, "--query_column needs --knowledge_column"),
+        ({"prompt_template": "{text}"}, "go together"),
+        ({"max_rows": 0}, "batch_size and max_rows have to be at least 1"),
+        ({"teacher_quantization": "2bit"}, "teacher_quantization has to be one of"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(folder, tmp_path, capsys, changes, message):
+    with pytest.raises(SystemExit):
+        evaluate(folder, tmp_path, capsys, **changes)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "evaluation.json").exists()
