@@ -57,6 +57,16 @@ def test_kd_reports_the_student_before_and_after_on_held_out_rows(folder, tmp_pa
     printed = capsys.readouterr().out
     assert "before" in printed
     assert "acceptance" in printed
+    card = (tmp_path / "README.md").read_text()
+    for name, form in (("kl", "{:.4f}"), ("student_perplexity", "{:.3f}")):
+        assert form.format(report["after"][name]) in card
+    for part in ("| before |", "| teacher |", "![", "report.png", "This model is `student`", "on `rows.jsonl`"):
+        assert part in card, part
+    command = card.partition("```bash\n")[2].partition("```")[0]
+    assert "hf-distill kd" in command
+    assert "--learning_rate 0.01" in command
+    assert "--teacher_model teacher" in command
+    assert str(folder) not in card
 
 
 def test_a_recipe_is_read_and_the_command_line_has_the_last_word(folder, tmp_path):

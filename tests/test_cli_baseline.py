@@ -60,7 +60,8 @@ def test_table_picture_page_and_comparison_have_the_baseline(folder, tmp_path, c
     run = {"eval_dataset": folder / "rows.jsonl", "max_steps": 2, "output_dir": tmp_path / "kd", "baseline": True}
     cli.main(["kd", *options(folder, **run)])
     assert "baseline" in capsys.readouterr().out
-    assert "| baseline |" in (tmp_path / "kd" / "report.md").read_text()
+    for page in ("report.md", "README.md"):
+        assert "| baseline |" in (tmp_path / "kd" / page).read_text(), page
     data, _ = read_page(tmp_path / "kd" / "report.html")
     assert [each["name"] for each in data["runs"]] == ["kd", "baseline"]
     assert {row[""] for row in data["tables"][0]["rows"]} == {"kd", "baseline", "before", "teacher"}

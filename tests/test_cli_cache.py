@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from hf_distill import cli
+from hf_distill.store.manifest import read_manifest
 from tests.conftest import SENTENCES
 from tests.test_cli import error_of, options
 
@@ -68,6 +69,9 @@ def test_a_store_is_written_shown_verified_and_trained_from(folder, tmp_path, ca
     assert ("kl" in report["after"]) == (method != "topk")
     for page in ("report.md", "README.md"):
         assert f"from a store: {KINDS[method]}" in (tmp_path / "out" / page).read_text(), page
+    fingerprint = read_manifest(place).fingerprint
+    assert f"| fingerprint of the store | `{fingerprint}` |" in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((place / "manifest.json").read_text())["digest"].startswith(fingerprint)
 
 
 RUN = ["--max_steps", "8", "--use_cpu", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]

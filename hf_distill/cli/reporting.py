@@ -3,8 +3,10 @@
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,16 @@ from typing import Any
 from datasets import Dataset
 
 from hf_distill import __version__
-from hf_distill.runs import TOKENS_FILE, rows_digest, save_settings
+from hf_distill.report import markdown, measured_on, rows_with_teacher
+from hf_distill.runs import TOKENS_FILE, WITHOUT_EFFECT, rows_digest, save_settings
+from hf_distill.servers.client import public_address
+from hf_distill.teachers.remote import is_address
 
 logger = logging.getLogger(__name__)
 
 PAGE = "report.html"
+# Values that TRL and transformers put in the place of defaults.
+DERIVED = {"bf16": True, "activation_checkpointing": True, "pad_to_multiple_of": None}
 
 
 @contextmanager
@@ -62,6 +69,47 @@ def write_tokens(trainer: Any, folder: str | None = None) -> None:
     )  # fmt: skip
     text = json.dumps(comparison_data(comparison, marks=marks), separators=(",", ":"))
     Path(folder or trainer.args.output_dir, TOKENS_FILE).write_text(text, encoding="utf-8")
+
+
+def write_card(
+    trainer: Any, results: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[str, str]]
+) -> None:
+    """Writes the model card again, with results, in the main process alone."""
+    sizes = measured_on(results, _length(trainer.eval_dataset))
+    text = markdown(rows_with_teacher(results, columns)) + (f"\nMeasured on {sizes}, held out.\n" if sizes else "")
+    trainer.card_facts = replace(trainer.card_facts, results=text, picture="report.png")
+    folder = str(trainer.args.output_dir)
+    with optional("the model card", folder):
+        trainer.create_model_card(os.path.basename(os.path.normpath(folder)))
+
+
+def command_line(command: str, options: Sequence[Any]) -> str:
+    """The command with the options that are not the defaults, for others: without places, secrets and whole paths.
+
+    Args:
+        command: its name.
+        options: an instance of each of its dataclasses.
+    """
+    words = [f"hf-distill {command}"]
+    for each in options:
+        for entry in fields(each):
+            value = getattr(each, entry.name)
+            is_shown = entry.init and not entry.name.startswith(WITHOUT_EFFECT) and not entry.name.endswith("token")
+            usual = entry.default if entry.default_factory is MISSING else entry.default_factory()
+            usual = [usual, DERIVED.get(entry.name, usual)]
+            if is_shown and value not in usual and isinstance(value, str | int | float | list | tuple | dict | None):
+                words.append(f"--{entry.name} {_words(value)}")
+    return " \\\n    ".join([*words, "--output_dir out"])
+
+
+def _words(value: Any) -> str:
+    """A value as the words of a shell; paths of this machine as their last parts."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(_words, value))
+    if isinstance(value, str):
+        value = public_address(value) if is_address(value) else value
+        return shlex.quote(os.path.basename(os.path.normpath(value)) if os.path.exists(value) else value)
+    return shlex.quote(json.dumps(value, default=str) if value is not None else "None")
 
 
 def record(trainer: Any, settings: Mapping[str, Any], command: str, warnings: list[str], folder: str) -> None:

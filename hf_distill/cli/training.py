@@ -13,10 +13,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_distill.callbacks import CosinePhaseCallback, RolloutSamplesCallback
+from hf_distill.cards import CardFacts
 from hf_distill.cli.arguments import KDArguments, KVArguments, SFTArguments, SKDArguments, StagedArguments
 from hf_distill.cli.baseline import check_baseline, run_baseline
 from hf_distill.cli.data import load_datasets, lupi_collator, refuse_ignored, with_prompts
-from hf_distill.cli.reporting import PAGE, collected_warnings, finish, optional, write_tokens
+from hf_distill.cli.reporting import (
+    PAGE,
+    collected_warnings,
+    command_line,
+    finish,
+    optional,
+    write_card,
+    write_tokens,
+)
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.lora import ADAPTER_CONFIG
 from hf_distill.named import student_tokenizer
@@ -79,8 +88,10 @@ def _start(
     command: str, make: Callable[..., Any], run: Callable[[Any], None], arguments: Any, args: Any, model_config: Any
 ) -> Callable[[], None]:
     settings, run_it = _settings(arguments, args, model_config), run
+    facts = CardFacts([arguments.dataset], command_line(command, (arguments, args, model_config)))
     with collected_warnings() as warnings:
         trainer = make(arguments, args, model_config)
+    trainer.card_facts = facts
     if getattr(arguments, "baseline", False):
         check_baseline(trainer)
         model = _restored(args) if getattr(arguments, "stage", None) else arguments.model
@@ -415,6 +426,7 @@ def _report(
         save()  # before anything that could fail
         with optional("the page of its tokens", folder):
             write_tokens(trainer)
+        write_card(trainer, results, columns)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()  # without the baseline, which is a model of its own
     if run_baseline is not None:
@@ -422,6 +434,7 @@ def _report(
         histories[BASELINE] = read_history(os.path.join(folder, BASELINE))
         if writes:
             save()
+            write_card(trainer, results, columns)
     if writes:
         print(f"student, report.md and report.png are in {folder}")
     elif trainer.is_world_process_zero():

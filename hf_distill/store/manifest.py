@@ -60,6 +60,11 @@ class Manifest:
         write_file(folder / NAME, (json.dumps({**values, "digest": _digest(values)}, indent=2) + "\n").encode())
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of what the manifest says: of the teacher's weights, the tokenizer, the rows and the method."""
+        return _digest({"format": FORMAT, **asdict(self)})[:16]
+
+    @property
     def kind(self) -> str:
         """The method and its parameters, for people."""
         if self.method == "hidden":

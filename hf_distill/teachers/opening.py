@@ -245,6 +245,9 @@ def describe_sources(teachers: Mapping[str, Teacher]) -> dict[str, str]:
     found: dict[str, str] = {}
     if sources := brought_from(teachers):
         found["the teacher's outputs"] = f"from {'; '.join(sources.values())}"
+    stores = [each for teacher in teachers.values() if isinstance(each := _source(teacher), StoredTeacher)]
+    if stores:
+        found["fingerprint of the store"] = ", ".join(f"`{store.manifest.fingerprint}`" for store in stores)
     if kinds := quantised_weights(teachers):
         is_one = len(teachers) == 1
         found["weights of the teacher"] = ", ".join(k if is_one else f"{name}: {k}" for name, k in kinds.items())

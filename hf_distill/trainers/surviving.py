@@ -24,9 +24,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
+from hf_distill.cards import CardFacts, complete_card
 from hf_distill.kv_projector import Projectors
 from hf_distill.metrics import TokenMeans, as_json, sum_dtype
-from hf_distill.modeling import causal_lm, drop_unreadable_padding, weights_kind
+from hf_distill.modeling import causal_lm, drop_unreadable_padding, public_name, weights_kind
 from hf_distill.saved_weights import load_weights
 from hf_distill.saving import (
     AsItCame,
@@ -77,6 +78,8 @@ class SurvivingTrainer(SFTTrainer):
     processing_class: Any  # a tokenizer, whose special tokens type checkers do not know
 
     _card_title = "Training"
+    # What the model card tells beside the trainer's own settings.
+    card_facts = CardFacts()
     _staging = ""  # the folder below the output directory in which a checkpoint is being written
 
     def __init__(self, model: Any, args: HardLabelConfig, *, as_it_came: AsItCame, **kwargs: Any):
@@ -444,12 +447,22 @@ class SurvivingTrainer(SFTTrainer):
 
     # ------------------------------------------------------------------------------------------------ model card
 
-    def create_model_card(self, *args, **kwargs) -> None:
+    def create_model_card(self, model_name: str | None = None, *args, **kwargs) -> None:
         self.make_own(str(self.args.output_dir))
-        super().create_model_card(*args, **kwargs)
-        path, described = f"{self.args.output_dir}/README.md", self.describe()
-        if self.is_world_process_zero() and os.path.exists(path) and described:
+        folder = Path(str(self.args.output_dir))
+        name = model_name or folder.resolve().name
+        super().create_model_card(name, *args, **kwargs)
+        path = folder / "README.md"
+        if self.is_world_process_zero() and path.exists():
             card = ModelCard.load(path)
-            rows = "\n".join(f"| {name} | {value} |" for name, value in described.items())
-            card.text += f"\n\n## {self._card_title}\n\n| setting | value |\n|---|---|\n{rows}\n"
+            complete_card(
+                card,
+                name=name,
+                base=public_name(self.student),
+                hub_id=self.hub_model_id,
+                title=self._card_title,
+                settings=self.describe(),
+                has_chat_template=bool(self.processing_class.chat_template),
+                facts=self.card_facts,
+            )
             card.save(path)

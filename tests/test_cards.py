@@ -1,0 +1,80 @@
+"""Model cards: their metadata as the hub reads it, and their text."""
+
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard import metadata_load
+from trl.trainer.utils import generate_model_card
+
+from hf_distill.cards import CardFacts, complete_card
+
+NO_FACTS = CardFacts()
+
+
+def made(tmp_path, base_model="org/base", facts=NO_FACTS, **changes):
+    """A card as TRL writes it, completed, saved and read again: its metadata and its text."""
+    card = generate_model_card(
+        base_model=base_model, model_name="out", hub_model_id=None, dataset_name=None, tags=["hf_distill"],
+        wandb_url="https://wandb.ai/run", trackio_url=None, trainer_name="KD", paper_title="A paper",
+        paper_id="1503.02531",
+    )  # fmt: skip
+    options = {
+        "name": "out", "base": "org/base", "hub_id": None, "title": "Distillation",
+        "settings": {"teacher": "big", "a": "b|c"}, "has_chat_template": False,
+    }  # fmt: skip
+    complete_card(card, **{**options, **changes}, facts=facts)
+    card.save(tmp_path / "README.md")
+    return metadata_load(tmp_path / "README.md"), ModelCard.load(tmp_path / "README.md").text
+
+
+def test_a_card_names_base_teacher_data_results_command_and_versions(tmp_path):
+    facts = CardFacts(
+        ["org/rows"], "hf-distill kd \\\n    --model org/base", "|  | kl |\n| --- | ---: |\n", "report.png"
+    )
+    data, text = made(tmp_path, facts=facts)
+    assert data["base_model"] == "org/base"
+    assert data["datasets"] == ["org/rows"]
+    assert data["pipeline_tag"] == "text-generation"
+    assert data["model_name"] == "out"
+    assert "hf_distill" in data["tags"]
+    for part in (
+        "[org/base](https://huggingface.co/org/base)", "the student of `big`", "/datasets/org/rows)", "| kl |",
+        "![out: losses and results](report.png)", "--model org/base", "- hf_distill: ", "- TRL: ", "wandb.ai/run",
+        "papers/1503.02531", "@software{", 'model="out"', "| a | b\\|c |",
+    ):  # fmt: skip
+        assert part in text, part
+    assert "None" not in text
+    assert text.count("```") % 2 == 0
+    assert not re.search(r"\n\n\n", text.partition("## Versions")[0])
+
+
+def test_names_of_this_machine_have_no_link_and_are_no_metadata(tmp_path):
+    (tmp_path / "private").mkdir()
+    facts = CardFacts([str(tmp_path / "private" / "rows.jsonl"), "more.json.gz"])
+    data, text = made(tmp_path, base_model=None, base="student", facts=facts)
+    assert "base_model" not in data
+    assert "datasets" not in data
+    assert "This model is `student`, trained" in text
+    assert "on `rows.jsonl` and `more.json.gz`." in text
+    assert str(tmp_path) not in text
+    assert "None" not in text
+
+
+def test_what_the_hub_would_refuse_as_a_base_is_left_out(tmp_path):
+    for base in ("/models/that/are/gone", "../student", "a b"):
+        assert "base_model" not in made(tmp_path, base_model=base, base="student")[0]
+
+
+@pytest.mark.parametrize("has_chat_template", [True, False])
+def test_the_first_lines_of_code_can_be_run(tmp_path, has_chat_template):
+    _, text = made(tmp_path, hub_id="me/out", has_chat_template=has_chat_template)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    compile(code, "card", "exec")
+    assert 'model="me/out"' in code
+    assert ('"role"' in code) == has_chat_template
+
+
+def test_a_run_without_results_or_settings_has_no_empty_sections(tmp_path):
+    _, text = made(tmp_path, settings={})
+    assert not {"## Results", "## Command", "## Distillation"} & set(text.splitlines())
