@@ -1,10 +1,16 @@
 """What pages say of each other and of the code: links, messages. `make docs` checks the links of the site."""
 
 import ast
+import importlib.util
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from trl import SFTConfig
+
+from hf_distill import HardLabelConfig, KDConfig, KVProjectionConfig, SpeculativeKDConfig
+from hf_distill.cli import arguments
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -63,3 +69,20 @@ def test_troubleshooting_quotes_messages_as_they_are():
     for message in quoted:
         parts = [part.strip(" .,:;()") for part in message.split("...")]
         assert any(all(part in text for part in parts) for text in said), message
+
+
+def test_the_page_of_settings_has_every_field_with_its_help():
+    spec = importlib.util.spec_from_file_location("settings", ROOT / "docs" / "hooks" / "settings.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8").count(hook.MARK) == 1
+    tables = re.sub(r"\\([\[\]|<])", r"\1", hook.settings())
+    inherited = {entry.name for entry in fields(SFTConfig)}
+    configs = [HardLabelConfig, KDConfig, KVProjectionConfig, SpeculativeKDConfig]
+    commands = [
+        getattr(arguments, name) for name in ("StagedArguments", "KVArguments", "SKDArguments", "CacheArguments")
+    ]
+    for entry in (entry for kind in [*configs, *commands] for entry in fields(kind)):
+        if entry.name not in inherited:
+            assert f'id="{entry.name}"' in tables, entry.name
+            assert entry.metadata["help"].replace("%%", "%") in tables, entry.name
