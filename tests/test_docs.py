@@ -11,6 +11,8 @@ from trl import SFTConfig
 
 from hf_distill import HardLabelConfig, KDConfig, KVProjectionConfig, SpeculativeKDConfig
 from hf_distill.cli import arguments
+from hf_distill.cli.commands import COMMANDS
+from hf_distill.cli.options import described_options
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -49,6 +51,19 @@ def test_links_lead_somewhere(page):
         assert target.exists(), f"{link}: there is no such file"
         if fragment and target.suffix == ".md":
             assert fragment in anchors(target), f"{link}: {target.name} has no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_have_the_options_that_pages_give_them(page):
+    known = "|".join(sorted(COMMANDS, key=len, reverse=True))
+    for block in FENCE.finditer(page.read_text(encoding="utf-8")):
+        for line in block[0].replace("\\\n", " ").splitlines():
+            found = re.search(rf"(?:hf-distill|hf_distill\.cli) ({known})\b(.*)", line)
+            if found is None:
+                continue
+            options = {"config", "help", "help-all", *described_options(COMMANDS[found[1]].options)}
+            given = re.findall(r"(?<![\w-])--([\w-]+)", found[2].partition(" #")[0])
+            assert not set(given) - options, line
 
 
 def messages():
