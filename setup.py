@@ -43,6 +43,7 @@ EXTRAS = {
     "deepspeed": DEEPSPEED,
     "trackers": ["wandb", "trackio", "tensorboard"],
     "eval": ["evaluate>=0.4.6", "rouge_score", "sacrebleu"],
+    "lm-eval": ["lm_eval>=0.4.13"],  # tasks of lm-evaluation-harness in `hf-distill evaluate`
     "benchmarks": ["liger-kernel>=0.8.2"],
     # The 4-bit tests and those of ZeRO run on CPU.
     "test": [

@@ -217,6 +217,20 @@ class EvaluateArguments(PromptArguments):
         default=None, metadata={"help": "Texts that end an answer, as '\\nQuestion:'; \\n is a new line."}
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Tokens of an answer at most."})
+    tasks: list[str] | None = field(
+        default=None,
+        metadata={"help": "Tasks of lm-evaluation-harness, or task files; several with commas or spaces between them."},
+    )
+    include_path: list[str] | None = field(default=None, metadata={"help": "Folders with more task files, for tasks."})
+    num_fewshot: int | None = field(
+        default=None, metadata={"help": "Examples before each question of a task. Default: as the task says."}
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "Questions of each task, from the first on. Default: all."}
+    )
+    apply_chat_template: bool = field(
+        default=False, metadata={"help": "Whether questions of tasks go through the chat template."}
+    )
     output_dir: str | None = field(
         default=None,
         metadata={"help": "Where evaluation.json goes. Default: the student's folder, or `evaluate_out` for a hub id."},

@@ -20,6 +20,7 @@ from hf_distill.cli.reporting import PAGE, optional
 from hf_distill.collators import PromptCollator
 from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, measures_data
 from hf_distill.evaluating.generation import check_prompts
+from hf_distill.evaluating.harness import HarnessTasks, check_tasks
 from hf_distill.evaluating.models import Evaluated, Scoring, evaluate_models
 from hf_distill.evaluating.questions import Questions, questions_of
 from hf_distill.model_files import name_problem
@@ -54,6 +55,9 @@ def evaluate(arguments: EvaluateArguments) -> None:
     names, notes = _names(arguments)
     tokenizers = _tokenizers(names)
     rows = None if arguments.dataset is None else _rows(arguments)
+    tasks = _tasks(arguments)
+    if tasks is not None:
+        check_tasks(tasks)
     questions = _questions(rows, arguments, tokenizers) if rows is not None and arguments.generate else None
     models = _load(names, arguments)
     if questions is not None:
@@ -66,6 +70,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         rows=rows if rows is not None and _has_texts(rows, arguments) else None,
         questions=questions,
         scoring=_scoring(arguments),
+        tasks=tasks,
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
     )
@@ -75,8 +80,12 @@ def evaluate(arguments: EvaluateArguments) -> None:
 
 
 def _refuse_options(arguments: EvaluateArguments) -> None:
-    if arguments.dataset is None:
-        raise ValueError("there is nothing to measure: give --dataset")
+    if arguments.dataset is None and arguments.tasks is None:
+        raise ValueError("there is nothing to measure: give --dataset, --tasks or both")
+    of_rows, of_tasks = ("generate", "dataset_config", "split"), ("include_path", "num_fewshot", "limit")
+    for given, needed in ((of_rows, "dataset"), ((*of_tasks, "apply_chat_template"), "tasks")):
+        if getattr(arguments, needed) is None and (names := [name for name in given if getattr(arguments, name)]):
+            raise ValueError(f"--{names[0]} needs --{needed}")
     if (arguments.prompt_template is None) != (arguments.completion_template is None):
         raise ValueError("prompt_template and completion_template go together: give both or neither")
     if arguments.batch_size < 1 or arguments.max_rows < 1:
@@ -96,6 +105,18 @@ def _refuse_options(arguments: EvaluateArguments) -> None:
 def _scoring(arguments: EvaluateArguments) -> Scoring:
     stop = [text.replace("\\n", "\n") for text in arguments.stop or ()]
     return Scoring(arguments.metrics, arguments.answer_pattern, arguments.max_new_tokens, stop)
+
+
+def _tasks(arguments: EvaluateArguments) -> HarnessTasks | None:
+    if arguments.tasks is None:
+        return None
+    return HarnessTasks(
+        [name for names in arguments.tasks for name in names.split(",") if name],
+        arguments.include_path or [],
+        arguments.num_fewshot,
+        arguments.limit,
+        arguments.apply_chat_template,
+    )
 
 
 def _output_folder(arguments: EvaluateArguments) -> str:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_distill.evaluating.answers import METRICS, extracted
 from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, Measure, mean_measure, perplexity_measure
 from hf_distill.evaluating.generation import generate_answers
+from hf_distill.evaluating.harness import HarnessTasks, task_measures
 from hf_distill.evaluating.questions import Questions
 from hf_distill.evaluation import row_sums
 from hf_distill.modeling import shared_vocabulary
@@ -80,10 +81,11 @@ def evaluate_models(
     rows: Dataset | None = None,
     questions: Questions | None = None,
     scoring: Scoring | None = None,
+    tasks: HarnessTasks | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
 ) -> Evaluated:
-    """Fidelity and perplexity on rows, and scores of generated answers, of `base`, `student` and `teacher`.
+    """Fidelity on rows, scores of generated answers, and tasks of lm_eval, of `base`, `student` and `teacher`.
 
     [`~hf_distill.evaluating.gaps.gap_recovered`] of a measure says which share of the gap between base and teacher the
     student has closed.
@@ -94,6 +96,7 @@ def evaluate_models(
         rows: as in `evaluate_fidelity`; perplexity, and with a teacher KL, agreement and expected acceptance.
         questions ([`~hf_distill.evaluating.questions.Questions`]): answers to them are generated and scored.
         scoring ([`Scoring`], *optional*): how.
+        tasks ([`~hf_distill.evaluating.harness.HarnessTasks`], *optional*): of lm-evaluation-harness.
         batch_size (`int`): rows or prompts at once.
         max_length (`int`, *optional*): as in `evaluate_fidelity`.
 
@@ -112,6 +115,8 @@ def evaluate_models(
         measures, generated = answer_measures(models, whole, questions, scoring or Scoring(), batch_size=batch_size)
         found.measures.extend(measures)
         found.generated.extend(generated)
+    if tasks is not None:
+        found.measures.extend(task_measures(models, whole, tasks, batch_size=batch_size))
     return found
 
 
