@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import types
 from dataclasses import fields
 from pathlib import Path
 
@@ -86,10 +87,23 @@ def test_troubleshooting_quotes_messages_as_they_are():
         assert any(all(part in text for part in parts) for text in said), message
 
 
-def test_the_page_of_settings_has_every_field_with_its_help():
-    spec = importlib.util.spec_from_file_location("settings", ROOT / "docs" / "hooks" / "settings.py")
+def load_hook(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "hooks" / f"{name}.py")
     hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hook)
+    return hook
+
+
+def test_the_reference_links_the_objects_that_it_has():
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="reference.md"))
+    html = '<h2 id="hf_distill.KDConfig"></h2> [<code>KDConfig</code>], [<code>~hf_distill.named.name_of</code>], [1]'
+    assert load_hook("references").on_page_content(html, page=page).partition("</h2> ")[2] == (
+        '<a href="#hf_distill.KDConfig"><code>KDConfig</code></a>, <code>name_of</code>, [1]'
+    )
+
+
+def test_the_page_of_settings_has_every_field_with_its_help():
+    hook = load_hook("settings")
     assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8").count(hook.MARK) == 1
     tables = re.sub(r"\\([\[\]|<])", r"\1", hook.settings())
     inherited = {entry.name for entry in fields(SFTConfig)}

@@ -10,9 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.nn.functional import log_softmax
+from transformers.integrations.integration_utils import rewrite_logs
 from trl import DistillationConfig, ModelConfig, SFTConfig
 
-from hf_distill import KDConfig, KDTrainer, KVProjectionConfig, SpeculativeKDConfig, SpeculativeKDTrainer
+from hf_distill import KDConfig, KDTrainer, KVProjectionConfig, LUPICollator, SpeculativeKDConfig, SpeculativeKDTrainer
 from hf_distill.cli import arguments
 from hf_distill.losses.divergence import DIVERGENCES
 from tests.conftest import SENTENCES, make_model
@@ -193,3 +194,25 @@ def test_the_page_names_settings_that_exist():
             assert max(name) in ours | {"env"}, f"there is no {max(name)}"
             checked += 1
     assert checked > 100
+
+
+def test_curves_have_the_names_that_pages_give_them(student, teacher, tokenizer, tmp_path):
+    rows = Dataset.from_list([{"query": f"Where is {i}?", "knowledge": text} for i, text in enumerate(SENTENCES)])
+    args = SpeculativeKDConfig(
+        max_new_tokens=6, adaptive=True, eval_strategy="steps", eval_steps=1,
+        **settings(tmp_path, max_steps=1, per_device_eval_batch_size=8),
+    )  # fmt: skip
+    trainer = SpeculativeKDTrainer(
+        copy.deepcopy(student), copy.deepcopy(teacher), args, rows, rows, processing_class=tokenizer,
+        teacher_processing_class=tokenizer, data_collator=LUPICollator(tokenizer),
+    )  # fmt: skip
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in rewrite_logs(entry)}  # as W&B gets them
+    recipes = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    curves = re.findall(r"`((?:train|eval)/\w+/\w+)`", recipes)
+    assert len(curves) == 8
+    assert set(curves) <= logged
+    ours = [cell for header, _, cell in rows_of_tables() if header == "their metric"]
+    names = {name for cell in ours for name in re.findall(r"`(\w+(?:/\w+)?)`", cell) if not name.startswith("_")}
+    names -= {"acceptance_ratio_global", "tokens/acceptance_ratio_global"}
+    assert {name.removeprefix("eval_") for name in names} <= {name.partition("/")[2] for name in logged}
