@@ -1,4 +1,4 @@
-"""Links between the objects of docs/reference.md, where docstrings write [`KDConfig`] or [`~hf_distill.named.name_of`]."""
+"""Links in docs/reference.md, where docstrings write [`KDConfig`] or [`~hf_distill.named.name_of`]."""
 
 import re
 from typing import Any
