@@ -83,7 +83,8 @@ def task_measures(
     such as those of whole groups of tasks, have none, and so no gap. Global random numbers are seeded as lm_eval does.
 
     Args:
-        models, tokenizers: by the names of [`~hf_distill.evaluating.models.evaluate_models`], one of each per name.
+        models: by the names of [`~hf_distill.evaluating.models.evaluate_models`].
+        tokenizers: by the same names.
         tasks ([`HarnessTasks`]): what is asked.
         batch_size (`int`): requests at once.
 
