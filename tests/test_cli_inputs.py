@@ -50,7 +50,7 @@ def test_a_recipe_that_is_no_file_is_told_in_one_line(tmp_path, capsys):
         (["--student", "a"], "there is no option --student; did you mean --model?"),
         (["--dataset_name", "a"], "there is no option --dataset_name; did you mean --dataset?"),
         (["--zzzz"], r"there is no option --zzzz; .*--help"),
-        (["word"], "'word' belongs to no option"),
+        (["--seed", "1", "word"], "'word' belongs to no option"),
         (["--kd_weight", "much"], "argument --kd_weight/--kd-weight: invalid float value: 'much'"),
         (["--divergence", "wasserstein"], "invalid choice: 'wasserstein'"),
     ],

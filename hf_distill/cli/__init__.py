@@ -7,6 +7,7 @@ from pkgutil import resolve_name
 from typing import NoReturn
 
 from hf_distill.cli.commands import COMMANDS
+from hf_distill.cli.noise import without_noise
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,10 +18,15 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_distill").setLevel(logging.INFO)
 
+    with without_noise():
+        _run(name, argv[num_words:])
+
+
+def _run(name: str, words: list[str]) -> None:
     from hf_distill.cli.parsing import read_command
 
     try:
-        arguments = read_command(name, argv[num_words:])
+        arguments = read_command(name, words)
         run = resolve_name(COMMANDS[name].start)(*arguments)
     except ValueError as error:
         _stop(name, error, 2)

@@ -17,9 +17,10 @@ class SFTArguments:
     """Model and data of `sft`, and of all other trainings."""
 
     model: str = field(metadata={"help": "The student: hub id or local path."})
-    dataset: str = field(
+    dataset: list[str] = field(
         metadata={
-            "help": "Training rows: hub id, local folder, .jsonl, .json, .parquet or .csv file, compressed or not."
+            "help": "Training rows: hub id, local folder, .jsonl, .json, .parquet or .csv file, compressed or not. "
+            "Several are mixed by their weights: a:0.7 b:0.3."
         }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
@@ -28,7 +29,8 @@ class SFTArguments:
         metadata={"help": "Split of the dataset to train on, or a part of it: `train[:20000]`, `train[:90%%]`."},
     )
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out rows, as `dataset`. Default: the eval split of the dataset itself."}
+        default=None,
+        metadata={"help": "Held-out rows, of one source. Default: the eval split of the dataset itself, if it is one."},
     )
     eval_split: str | None = field(
         default=None,
@@ -294,21 +296,21 @@ _NOT_READ = "Not read: a plan needs no rows."
 class PlannedKD(StagedArguments):
     """Models of `plan kd`. The other options of `kd` are taken as well, so that its recipes can be planned."""
 
-    dataset: str = field(default="", metadata={"help": _NOT_READ})
+    dataset: list[str] = field(default_factory=list, metadata={"help": _NOT_READ})
 
 
 @dataclass
 class PlannedKV(KVArguments):
     """Models of `plan kv`."""
 
-    dataset: str = field(default="", metadata={"help": _NOT_READ})
+    dataset: list[str] = field(default_factory=list, metadata={"help": _NOT_READ})
 
 
 @dataclass
 class PlannedSKD(SKDArguments):
     """Models and prompts of `plan skd`."""
 
-    dataset: str = field(default="", metadata={"help": _NOT_READ})
+    dataset: list[str] = field(default_factory=list, metadata={"help": _NOT_READ})
 
 
 @dataclass

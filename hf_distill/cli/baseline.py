@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import set_seed
 
+from hf_distill.cli.brief_logs import shorten_logs
 from hf_distill.cli.reporting import optional, record, write_tokens
 from hf_distill.runs import BASELINE
 from hf_distill.saved_weights import load_weights
@@ -64,6 +65,7 @@ def run_baseline(
     trainer.accelerator._models.extend(models)  # the student, which is measured after the baseline
     baseline = _make_baseline(trainer, folder, model, quantization_config)
     has_checkpoint = any(Path(folder).glob("checkpoint-*"))
+    shorten_logs(baseline)
     resume = trainer.args.resume_from_checkpoint
     baseline.train(resume_from_checkpoint=True if resume and has_checkpoint else None)
     baseline.save_model()

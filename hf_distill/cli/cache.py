@@ -21,6 +21,7 @@ from hf_distill.cli.stores import card, facts, show
 from hf_distill.cli.training import trainer_arguments
 from hf_distill.named import student_tokenizer
 from hf_distill.report import size_text, table
+from hf_distill.runs import as_list
 from hf_distill.servers import TeacherAway
 from hf_distill.store.formats import format_of
 from hf_distill.store.head import read_head, read_rounding
@@ -135,17 +136,24 @@ def next_command(arguments: KDArguments, args: KDConfig, folder: Path) -> str:
     rows = (*ROW_SETTINGS, *tokens, "packing", "temperature", "divergence", "divergence_params", *device)
     given = _given(KDArguments, arguments, [entry.name for entry in fields(KDArguments)])
     given = {**given, "teacher_model": f"{CACHE}{folder}", **_given(KDConfig, args, rows), "output_dir": "out"}
-    return shlex.join(["hf-distill", "kd", *(word for name, value in given.items() for word in (f"--{name}", value))])
+    words = ((f"--{name}", *as_list(value)) for name, value in given.items())
+    return shlex.join(["hf-distill", "kd", *(word for option in words for word in option)])
 
 
-def _given(options: Any, values: Any, names: Any) -> dict[str, str]:
+def _given(options: Any, values: Any, names: Any) -> dict[str, str | list[str]]:
     """The values of options that differ from their defaults."""
     defaults = {entry.name: entry.default for entry in fields(options)}
     return {
-        name: json.dumps(value) if isinstance(value := getattr(values, name), dict) else str(value)
+        name: _words(getattr(values, name))
         for name in names
         if defaults[name] is MISSING or getattr(values, name) != defaults[name]
     }
+
+
+def _words(value: Any) -> str | list[str]:
+    if isinstance(value, list):
+        return [str(each) for each in value]
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 # ------------------------------------------------------------------------------------------------------------ verify

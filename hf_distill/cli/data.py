@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -9,39 +10,79 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.cli.arguments import PromptArguments, SFTArguments
+from hf_distill.cli.mixing import Source, mixed, read_sources
 from hf_distill.collators import LUPICollator
 from hf_distill.row_files import first_rows, load_rows, load_splits, take_split
 from hf_distill.rows import fill_templates
+from hf_distill.trainers.data import used_format
+from hf_distill.trainers.hard_label_config import HardLabelConfig
 
 
-def load_datasets(arguments: SFTArguments) -> tuple[Dataset, Dataset | None]:
-    """Training rows, and held-out rows if there are any, with the templates filled in.
+def load_datasets(arguments: SFTArguments, args: HardLabelConfig) -> tuple[Dataset, Dataset | None]:
+    """Training rows, of several sources a mix, and held-out rows if there are any, with the templates filled in.
 
     Raises:
-        `ValueError`: rows that cannot be loaded, or one template without the other.
+        `ValueError`: rows that cannot be loaded or mixed, or one template without the other.
     """
     if (arguments.prompt_template is None) != (arguments.completion_template is None):
         raise ValueError("prompt_template and completion_template go together: give both or neither")
-    splits = load_splits(arguments.dataset, arguments.dataset_config)
-    train_rows = take_split(splits, arguments.dataset, arguments.train_split)
-    eval_rows = _held_out_rows(arguments, splits)
-    if arguments.prompt_template is not None and arguments.completion_template is not None:
-        templates = arguments.prompt_template, arguments.completion_template
-        train_rows, eval_rows = (rows and fill_templates(rows, *templates) for rows in (train_rows, eval_rows))
-    assert train_rows is not None
-    return train_rows, eval_rows
+    sources = read_sources(arguments.dataset)
+    if len(sources) > 1:
+        _refuse_for_several(arguments)
+    splits = {source: load_splits(source.name, arguments.dataset_config) for source in sources}
+    parts = {
+        source: _filled(take_split(found, source.name, arguments.train_split), arguments)
+        for source, found in splits.items()
+    }
+    if len(sources) == 1:
+        (source,) = sources
+        return parts[source], _held_out_rows(arguments, source.name, splits[source])
+    _refuse_other_columns(arguments, parts, args.dataset_text_field)
+    eval_rows = _held_out_rows(arguments)
+    return mixed(parts, args.seed if args.data_seed is None else args.data_seed), eval_rows
 
 
-def _held_out_rows(arguments: SFTArguments, splits: DatasetDict) -> Dataset | None:
-    """Rows of `eval_dataset`; without it the `eval_split` or the split `test` of the training rows' dataset."""
+def _held_out_rows(arguments: SFTArguments, name: str = "", splits: DatasetDict | None = None) -> Dataset | None:
+    """Rows of `eval_dataset`; without it the `eval_split` or the split `test` of the one dataset to train on."""
     if arguments.eval_dataset is not None:
         only_split = "train" if os.path.isfile(os.path.expanduser(arguments.eval_dataset)) else "test"
         rows = load_rows(arguments.eval_dataset, arguments.eval_split or only_split)
-    elif arguments.eval_split is not None or "test" in splits:
-        rows = take_split(splits, arguments.dataset, arguments.eval_split or "test")
+    elif splits is not None and (arguments.eval_split is not None or "test" in splits):
+        rows = take_split(splits, name, arguments.eval_split or "test")
     else:
         return None
-    return first_rows(rows, arguments.max_eval_rows)
+    return _filled(first_rows(rows, arguments.max_eval_rows), arguments)
+
+
+def _filled(rows: Dataset, arguments: SFTArguments) -> Dataset:
+    if arguments.prompt_template is None or arguments.completion_template is None:
+        return rows
+    return fill_templates(rows, arguments.prompt_template, arguments.completion_template)
+
+
+def _refuse_for_several(arguments: SFTArguments) -> None:
+    """Raises `ValueError` for options that mean one source."""
+    if arguments.dataset_config is not None:
+        raise ValueError("--dataset_config is for one source of --dataset: of several, save this one's rows to a file")
+    if arguments.eval_split is not None and arguments.eval_dataset is None:
+        raise ValueError("--eval_split of several sources needs --eval_dataset: the source of the held-out rows")
+
+
+def _refuse_other_columns(arguments: SFTArguments, parts: Mapping[Source, Dataset], text_field: str) -> None:
+    """Raises `ValueError` for sources whose rows would be read from different columns."""
+    read = {source.name: _read_columns(arguments, {*part.column_names}, text_field) for source, part in parts.items()}
+    if len(set(read.values())) > 1:
+        found = "; ".join(f"{name}: {', '.join(columns) or 'none'}" for name, columns in read.items())
+        raise ValueError(
+            f"the sources of --dataset would be read from different columns ({found}): give them the same ones"
+        )
+
+
+def _read_columns(arguments: SFTArguments, columns: set[str], text_field: str) -> tuple[str, ...]:
+    if not isinstance(arguments, PromptArguments):
+        return used_format(columns, text_field)
+    question = arguments.prompt_column if arguments.knowledge_column is None else arguments.query_column
+    return tuple(name for name in (question, "messages", arguments.completion_column) if name in columns)
 
 
 def with_prompts(rows: Dataset, arguments: PromptArguments) -> Dataset:

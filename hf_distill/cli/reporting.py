@@ -108,7 +108,10 @@ def _words(value: Any) -> str:
         return " ".join(map(_words, value))
     if isinstance(value, str):
         value = public_address(value) if is_address(value) else value
-        return shlex.quote(os.path.basename(os.path.normpath(value)) if os.path.exists(value) else value)
+        path, colon, weight = (value, "", "") if os.path.exists(value) else value.rpartition(":")
+        return shlex.quote(
+            f"{os.path.basename(os.path.normpath(path))}{colon}{weight}" if os.path.exists(path) else value
+        )
     return shlex.quote(json.dumps(value, default=str) if value is not None else "None")
 
 

@@ -16,7 +16,9 @@ from hf_distill.callbacks import CosinePhaseCallback, RolloutSamplesCallback
 from hf_distill.cards import CardFacts
 from hf_distill.cli.arguments import KDArguments, KVArguments, SFTArguments, SKDArguments, StagedArguments
 from hf_distill.cli.baseline import check_baseline, run_baseline
+from hf_distill.cli.brief_logs import shorten_logs
 from hf_distill.cli.data import load_datasets, lupi_collator, refuse_ignored, with_prompts
+from hf_distill.cli.mixing import read_sources
 from hf_distill.cli.reporting import (
     PAGE,
     collected_warnings,
@@ -88,10 +90,12 @@ def _start(
     command: str, make: Callable[..., Any], run: Callable[[Any], None], arguments: Any, args: Any, model_config: Any
 ) -> Callable[[], None]:
     settings, run_it = _settings(arguments, args, model_config), run
-    facts = CardFacts([arguments.dataset], command_line(command, (arguments, args, model_config)))
+    names = [source.name for source in read_sources(arguments.dataset)]
+    facts = CardFacts(names, command_line(command, (arguments, args, model_config)))
     with collected_warnings() as warnings:
         trainer = make(arguments, args, model_config)
     trainer.card_facts = facts
+    shorten_logs(trainer)
     if getattr(arguments, "baseline", False):
         check_baseline(trainer)
         model = _restored(args) if getattr(arguments, "stage", None) else arguments.model
@@ -108,8 +112,9 @@ def _settings(arguments: SFTArguments, args: HardLabelConfig, model_config: Mode
     """Every option under its name on the command line, without secrets."""
     given = as_list(getattr(arguments, "teacher_model", []))
     public = [public_address(teacher) if is_address(teacher) else teacher for teacher in given]
-    teachers = {"teacher_model": public} if given else {}
-    found = asdict(arguments) | args.to_dict() | asdict(model_config) | teachers
+    sources = as_list(arguments.dataset)
+    words = {"dataset": sources if len(sources) > 1 else sources[0], **({"teacher_model": public} if given else {})}
+    found = asdict(arguments) | args.to_dict() | asdict(model_config) | words
     return {
         name: {key: "***" if key.endswith("token") else each for key, each in value.items()}
         if isinstance(value, dict) else value
@@ -205,7 +210,7 @@ def student_arguments(arguments: SFTArguments, args: HardLabelConfig, model_conf
             or (other_adapters(folder, adapters) if compares else None)
         ),
     )
-    train_rows, eval_rows = load_datasets(arguments)
+    train_rows, eval_rows = load_datasets(arguments, args)
     args.model_init_kwargs = init_kwargs(args, model_config)
     return {
         "model": arguments.model,
