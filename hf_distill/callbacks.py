@@ -2,20 +2,26 @@
 
 from collections.abc import Mapping
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import is_trackio_available, is_wandb_available
 
+from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, Measure, gap_recovered
+from hf_distill.evaluating.generation import check_prompts
+from hf_distill.evaluating.models import Scoring, answer_measures, fidelity_measures
+from hf_distill.evaluating.questions import Questions
 from hf_distill.evaluation import perplexity, window_length
 from hf_distill.modeling import evaluating
 from hf_distill.report import markdown, save_curve
 from hf_distill.rows import tokenized_row
+from hf_distill.teachers.local import LocalTeacher
 
 TITLE = "rollout/samples"
 # The name of a cosine below each number. A name is no proof of learning.
@@ -115,12 +121,7 @@ class PerplexityCallback(TrainerCallback):
         max_length: int | None = None,
         stride: int | None = None,
     ) -> None:
-        if every < 1 or batch_size < 1:
-            raise ValueError(f"every and batch_size have to be at least 1, got {every} and {batch_size}")
-        if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "PerplexityCallback needs the whole model on the main process, not one sharded over several"
-            )
+        _check_measuring(self, trainer, every, batch_size)
         model: Any = trainer.model
         tokenizer: Any = trainer.processing_class
         window_length(model, max_length, stride)
@@ -145,28 +146,148 @@ class PerplexityCallback(TrainerCallback):
         self._measure(state, control, model, processing_class)
 
     def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
-        # The trainer's own flow callback runs before this one, and has set by now whether this was the last step.
-        if state.global_step % self.every == 0 or control.should_training_stop:
+        if _is_due(state, control, self.every):
             self._measure(state, control, model, processing_class)
 
     def _measure(self, state: Any, control: Any, model: Any, tokenizer: Any) -> None:
-        first = f"perplexity/{next(iter(self.datasets))}"
-        is_known = any(first in entry and entry["step"] == state.global_step for entry in state.log_history)  # resumed
-        if is_known or not state.is_world_process_zero:
+        if _is_logged(state, f"perplexity/{next(iter(self.datasets))}") or not state.is_world_process_zero:
             return
         vocab_size = getattr(self.trainer, "vocab_size", None)
-        # Logged in eval mode: in train mode SFTTrainer would add the training metrics collected so far to this record.
-        with evaluating(model):
-            found = {
-                f"perplexity/{name}": perplexity(model, data, tokenizer, vocab_size=vocab_size, **self.options)[
-                    "perplexity"
-                ]
-                for name, data in self.datasets.items()
-            }
-            # Logging resets should_log, and the other processes would wait for the log of this step.
-            should_log = control.should_log
-            self.trainer.log(found)
-            control.should_log = should_log
+        found = {
+            f"perplexity/{name}": perplexity(model, data, tokenizer, vocab_size=vocab_size, **self.options)[
+                "perplexity"
+            ]
+            for name, data in self.datasets.items()
+        }
+        _log_measured(self.trainer, control, model, found)
+
+
+class EvaluateCallback(TrainerCallback):
+    """Measures the student as [`~hf_distill.evaluating.models.evaluate_models`] does, while it is trained.
+
+    It logs `evaluate/<name>` at the start, every `every` updates and at the end: perplexity on `rows`, the distance
+    from the teacher there, and the scores of answers to `questions`. From the second time on it also logs
+    `evaluate/<name>_gap_recovered`, the share of the way from the student at the start to the teacher, where these two
+    differ; a resumed run does not know its start, and logs none.
+
+        trainer.add_callback(EvaluateCallback(trainer, rows=held_out, questions=questions_of(held_out, collator)))
+
+    The training is the same with and without it. On several processes the main one measures, and the others wait, as
+    with [`PerplexityCallback`]. Answers are generated in the precision of the training.
+
+    Args:
+        trainer (`Trainer`): any trainer of transformers; add the callback to it with `add_callback`.
+        every (`int`): updates between two measurements.
+        rows (`Dataset`, *optional*): as in `evaluate_fidelity`.
+        questions ([`~hf_distill.evaluating.questions.Questions`], *optional*): prompts and right answers.
+        scoring ([`~hf_distill.evaluating.models.Scoring`], *optional*): how answers are scored.
+        teacher (`PreTrainedModel`, *optional*):
+            A model with the student's tokenizer. By default that of the trainer, if it has one such model.
+        batch_size (`int`): rows or prompts at once.
+        max_length (`int`, *optional*): as in `evaluate_fidelity`.
+
+    Raises:
+        `ValueError`: `every` or `batch_size` below 1; neither rows nor questions; prompts that leave no room for an
+            answer; rows that cannot be measured; a model that is sharded over processes (FSDP, ZeRO-3).
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        every: int = 100,
+        *,
+        rows: Dataset | None = None,
+        questions: Questions | None = None,
+        scoring: Scoring | None = None,
+        teacher: PreTrainedModel | None = None,
+        batch_size: int = 8,
+        max_length: int | None = None,
+    ) -> None:
+        _check_measuring(self, trainer, every, batch_size)
+        if rows is None and questions is None:
+            raise ValueError("there is nothing to measure: give rows, questions or both")
+        if rows is not None and not len(rows):
+            raise ValueError("there are no rows to measure")
+        self.trainer = trainer
+        self.every = every
+        self.rows, self.questions, self.scoring = rows, questions, scoring or Scoring()
+        self.options = {"batch_size": batch_size, "max_length": max_length}
+        own = getattr(trainer, "teacher", None)
+        self.teacher = own.model if teacher is None and isinstance(own, LocalTeacher) else teacher
+        if rows is not None:
+            tokenizer: Any = trainer.processing_class
+            tokenized_row(dict(rows[0]), tokenizer, "the first of the rows")
+        if questions is not None:
+            check_prompts(cast(Any, trainer.model), questions.prompts, self.scoring.max_new_tokens)
+        self._start: dict[str, np.ndarray] = {}  # the student's values of each row before the training, by measure
+        self._taught: dict[str, np.ndarray] = {}  # those of the teacher's answers
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        self._start.clear()
+        self._measure(state, control, model, processing_class)
+
+    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if _is_due(state, control, self.every):
+            self._measure(state, control, model, processing_class)
+
+    def _measure(self, state: Any, control: Any, model: Any, tokenizer: Any) -> None:
+        if _is_logged(state, "evaluate/") or not state.is_world_process_zero:
+            return
+        vocab_size = getattr(self.trainer, "vocab_size", None)
+        students = {STUDENT: model}
+        teachers = {} if self.teacher is None else {TEACHER: self.teacher}
+        tokenizers: dict[str, Any] = {STUDENT: tokenizer, TEACHER: tokenizer}
+        measures: list[Measure] = []
+        if self.rows is not None:
+            measures += fidelity_measures(
+                {**students, **teachers}, tokenizers, self.rows, vocab_size=vocab_size, **self.options
+            )[0]
+        if self.questions is not None:
+            asked = students if self._taught else {**students, **teachers}  # the teacher answers once
+            measures += answer_measures(
+                asked, tokenizers, self.questions, self.scoring, batch_size=self.options["batch_size"]
+            )[0]
+        found = {}
+        for measure in measures:
+            found[f"evaluate/{measure.name}"] = measure.values[STUDENT]
+            sums = dict(measure.sums or {})
+            self._taught.update({measure.name: sums[TEACHER]} if TEACHER in sums else {})
+            if state.global_step == 0:
+                self._start[measure.name] = sums[STUDENT]
+            elif measure.name in self._start and measure.name in self._taught:
+                sums |= {BASE: self._start[measure.name], TEACHER: self._taught[measure.name]}
+                if gap := gap_recovered(measure._replace(sums=sums)):
+                    found[f"evaluate/{measure.name}_gap_recovered"] = gap.share
+        _log_measured(self.trainer, control, model, found)
+
+
+def _check_measuring(callback: TrainerCallback, trainer: Trainer, every: int, batch_size: int) -> None:
+    if every < 1 or batch_size < 1:
+        raise ValueError(f"every and batch_size have to be at least 1, got {every} and {batch_size}")
+    if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"{type(callback).__name__} needs the whole model on the main process, not one sharded over several"
+        )
+
+
+def _is_due(state: Any, control: Any, every: int) -> bool:
+    # The trainer's own flow callback runs before others, and has set by now whether this was the last step.
+    return state.global_step % every == 0 or control.should_training_stop
+
+
+def _is_logged(state: Any, beginning: str) -> bool:
+    """True in a resumed run that starts at an update for which there is a record of such a name."""
+    now = [entry for entry in state.log_history if entry["step"] == state.global_step]
+    return any(name.startswith(beginning) for entry in now for name in entry)
+
+
+def _log_measured(trainer: Trainer, control: Any, model: Any, found: dict[str, float]) -> None:
+    # In train mode SFTTrainer would add the training metrics collected so far to this record.
+    with evaluating(model):
+        # Logging resets should_log, and the other processes would wait for the log of this step.
+        should_log = control.should_log
+        trainer.log(found)
+        control.should_log = should_log
 
 
 class RolloutSamplesCallback(TrainerCallback):

@@ -84,6 +84,7 @@ def evaluate_models(
     tasks: HarnessTasks | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
+    vocab_size: int | None = None,
 ) -> Evaluated:
     """Fidelity on rows, scores of generated answers, and tasks of lm_eval, of `base`, `student` and `teacher`.
 
@@ -98,7 +99,7 @@ def evaluate_models(
         scoring ([`Scoring`], *optional*): how.
         tasks ([`~hf_distill.evaluating.harness.HarnessTasks`], *optional*): of lm-evaluation-harness.
         batch_size (`int`): rows or prompts at once.
-        max_length (`int`, *optional*): as in `evaluate_fidelity`.
+        max_length, vocab_size (`int`, *optional*): as in `evaluate_fidelity`.
 
     Raises:
         `ValueError`: no student, a name that is none of the three, or what the functions underneath refuse.
@@ -108,7 +109,9 @@ def evaluate_models(
     whole = {name: tokenizers.get(name, tokenizers[STUDENT]) for name in models}
     found = Evaluated([], [], [])
     if rows is not None:
-        measures, notes = fidelity_measures(models, whole, rows, batch_size=batch_size, max_length=max_length)
+        measures, notes = fidelity_measures(
+            models, whole, rows, batch_size=batch_size, max_length=max_length, vocab_size=vocab_size
+        )
         found.measures.extend(measures)
         found.notes.extend(notes)
     if questions is not None:
@@ -127,6 +130,7 @@ def fidelity_measures(
     *,
     batch_size: int = 8,
     max_length: int | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[list[Measure], list[str]]:
     """Perplexity and, with a teacher of the student's vocabulary, the distance from it; and notes."""
     teacher, notes = models.get(TEACHER), []
@@ -135,7 +139,7 @@ def fidelity_measures(
     names = [name for name in (BASE, STUDENT) if name in models]
     sums = row_sums(
         [models[name] for name in names], teacher, rows, tokenizers[STUDENT],
-        batch_size=batch_size, max_length=max_length,
+        batch_size=batch_size, max_length=max_length, vocab_size=vocab_size,
     )  # fmt: skip
     of_students = dict(zip(names, sums.students, strict=True))
     nats = {name: each["ce"] for name, each in of_students.items()}

@@ -1,0 +1,84 @@
+"""EvaluateCallback: what it logs against `evaluate_models` itself, and that a training does not notice it."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_distill.callbacks import EvaluateCallback
+from hf_distill.collators import PromptCollator
+from hf_distill.evaluating.gaps import gap_recovered
+from hf_distill.evaluating.models import Scoring, evaluate_models
+from hf_distill.evaluating.questions import questions_of
+from tests.conftest import SENTENCES, make_model
+from tests.test_callbacks import LORA, TEXTS, make_trainer
+
+SCORING = Scoring(["f1"], max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def questions(tokenizer):
+    rows = [{"prompt": text[:12], "completion": text[12:24]} for text in SENTENCES]
+    return questions_of(rows, PromptCollator(tokenizer))
+
+
+def logged(trainer, key):
+    return {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
+
+
+def test_it_logs_what_evaluate_models_finds_and_the_gap_from_the_start(tmp_path, tokenizer, questions):
+    trainer = make_trainer(tmp_path, tokenizer)
+    trainer.add_callback(EvaluateCallback(trainer, 2, rows=TEXTS, questions=questions, scoring=SCORING))
+    trainer.train()
+    models = {"base": make_model(seed=1), "student": trainer.model, "teacher": make_model(seed=2)}
+    found = evaluate_models(models, {"student": tokenizer}, rows=TEXTS, questions=questions, scoring=SCORING)
+    for measure in found.measures:
+        values = logged(trainer, f"evaluate/{measure.name}")
+        assert list(values) == [0, 2, 4, 5]
+        assert values[0] == pytest.approx(measure.values["base"], rel=1e-5)
+        assert values[5] == pytest.approx(measure.values["student"], rel=1e-5)
+        gaps, expected = logged(trainer, f"evaluate/{measure.name}_gap_recovered"), gap_recovered(measure)
+        assert (5 in gaps) == (expected is not None)
+        assert 0 not in gaps
+        if expected is not None:
+            assert gaps[5] == pytest.approx(expected.share, rel=1e-4)
+    assert logged(trainer, "evaluate/kl_gap_recovered")[5] > 0
+
+
+def test_a_training_is_the_same_with_and_without_it(tmp_path, tokenizer, questions):
+    weights = []
+    for measured in (False, True):
+        trainer = make_trainer(tmp_path, tokenizer, LORA, gradient_checkpointing=True, max_steps=3)
+        if measured:
+            trainer.add_callback(EvaluateCallback(trainer, 1, rows=TEXTS, questions=questions, scoring=SCORING))
+        trainer.train()
+        weights.append({name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()})
+    assert list(logged(trainer, "evaluate/f1")) == [0, 1, 2, 3]
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
+
+
+def test_a_resumed_run_measures_on_and_tells_no_gap(tmp_path, tokenizer):
+    for steps, resume in ((2, None), (4, True)):
+        trainer = make_trainer(tmp_path, tokenizer, max_steps=steps, save_strategy="steps", save_steps=2)
+        trainer.add_callback(EvaluateCallback(trainer, 2, rows=TEXTS))
+        trainer.train(resume_from_checkpoint=resume)
+    assert list(logged(trainer, "evaluate/kl")) == [0, 2, 4]
+    assert list(logged(trainer, "evaluate/kl_gap_recovered")) == [2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "there is nothing to measure"),
+        ({"rows": TEXTS, "every": 0}, "every and batch_size have to be at least 1, got 0 and 8"),
+        ({"rows": TEXTS.select([])}, "there are no rows to measure"),
+        ({"rows": Dataset.from_dict({"story": SENTENCES})}, "the first of the rows has the columns story"),
+        ({"questions": True, "scoring": Scoring(max_new_tokens=255)}, "row 0 has a prompt of .* positions"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_training(tmp_path, tokenizer, questions, options, message):
+    trainer = make_trainer(tmp_path, tokenizer)
+    if "questions" in options:
+        options = {**options, "questions": questions}
+    with pytest.raises(ValueError, match=message):
+        EvaluateCallback(trainer, **options)
