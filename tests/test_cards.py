@@ -1,6 +1,8 @@
 """Model cards: their metadata as the hub reads it, and their text."""
 
 import re
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -8,6 +10,7 @@ from huggingface_hub.repocard import metadata_load
 from trl.trainer.utils import generate_model_card
 
 from hf_distill.cards import CardFacts, complete_card
+from hf_distill.cli.reporting import command_line
 
 NO_FACTS = CardFacts()
 
@@ -78,3 +81,36 @@ def test_the_first_lines_of_code_can_be_run(tmp_path, has_chat_template):
 def test_a_run_without_results_or_settings_has_no_empty_sections(tmp_path):
     _, text = made(tmp_path, settings={})
     assert not {"## Results", "## Command", "## Distillation"} & set(text.splitlines())
+
+
+@dataclass
+class Options:
+    """Options of each kind."""
+
+    model: str = "m"
+    dataset: list[str] = field(default_factory=list)
+    teacher_model: str | None = "t"
+    rate: float = 1.0
+    init: Any = None
+    hub_token: str | None = None
+    save_steps: int = 1
+    schedule: Any = None
+
+
+def test_the_command_repeats_a_run_and_tells_neither_folders_nor_keys(tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "store").mkdir()
+    options = Options(
+        model="/gone/before/student", dataset=[f"{tmp_path / 'rows.jsonl'}:0.7", "org/rows:0.3"], rate=0.5,
+        teacher_model=f"cache:{tmp_path / 'store'}", init={"token": "hf_secret", "dtype": "auto"},
+        hub_token="hf_secret", save_steps=7, schedule={"rate": [0, 1]},
+    )  # fmt: skip
+    text = command_line("kd", [options])
+    assert text.split(" \\\n    ") == [
+        "hf-distill kd", "--model student", "--dataset rows.jsonl:0.7 org/rows:0.3", "--teacher_model cache:store",
+        "--rate 0.5", """--init '{"token": "***", "dtype": "auto"}'""", """--schedule '{"rate": [0, 1]}'""",
+        "--output_dir out",
+    ]  # fmt: skip
+    assert command_line("kd", [Options(teacher_model=None)]).split(" \\\n    ")[1] == "--teacher_model None"
+    server = command_line("kd", [Options(teacher_model="http://user:password@host:8000/v1")])
+    assert "password" not in server

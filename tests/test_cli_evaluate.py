@@ -129,6 +129,7 @@ def test_adapters_without_a_tokenizer_are_read_with_their_base_models(folder, tm
         ({"generate": True, "metrics": "bleu"}, "there is no metric 'bleu'"),
         ({"generate": True}, "row 0 has no text as its completion"),
         ({"generate": True, "answer_column": "text"}, "row 0 has no prompt"),
+        ({"prompt_column": "text"}, "prompts without completions, so there is nothing to measure"),
         ({"knowledge_column": "knowledge"}, "it needs --generate"),
         ({"answer_column": "text"}, "--answer_column needs --generate"),
         ({"query_column": "text"}, "--query_column needs --knowledge_column"),

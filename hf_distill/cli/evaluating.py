@@ -58,6 +58,11 @@ def evaluate(arguments: EvaluateArguments) -> None:
     tasks = _tasks(arguments)
     if tasks is not None:
         check_tasks(tasks)
+    if rows is not None and not (arguments.generate or _has_texts(rows, arguments)):
+        raise ValueError(
+            f"the rows of {arguments.dataset!r} have prompts without completions, so there is nothing to measure on "
+            "them: give --generate and --answer_column"
+        )
     questions = _questions(rows, arguments, tokenizers) if rows is not None and arguments.generate else None
     models = _load(names, arguments)
     if questions is not None:

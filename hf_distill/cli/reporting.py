@@ -17,6 +17,7 @@ from hf_distill import __version__
 from hf_distill.report import markdown, measured_on, rows_with_teacher
 from hf_distill.runs import TOKENS_FILE, WITHOUT_EFFECT, rows_digest, save_settings
 from hf_distill.servers.client import public_address
+from hf_distill.store.hub import CACHE
 from hf_distill.teachers.remote import is_address
 
 logger = logging.getLogger(__name__)
@@ -103,16 +104,24 @@ def command_line(command: str, options: Sequence[Any]) -> str:
 
 
 def _words(value: Any) -> str:
-    """A value as the words of a shell; paths of this machine as their last parts."""
+    """A value as the words of a shell; of paths of this machine their last parts, and nothing of keys."""
     if isinstance(value, list | tuple):
         return " ".join(map(_words, value))
+    if isinstance(value, dict):
+        value = {key: "***" if str(key).endswith("token") else each for key, each in value.items()}
     if isinstance(value, str):
-        value = public_address(value) if is_address(value) else value
-        path, colon, weight = (value, "", "") if os.path.exists(value) else value.rpartition(":")
-        return shlex.quote(
-            f"{os.path.basename(os.path.normpath(path))}{colon}{weight}" if os.path.exists(path) else value
-        )
+        return shlex.quote(public_address(value) if is_address(value) else _without_folders(value))
     return shlex.quote(json.dumps(value, default=str) if value is not None else "None")
+
+
+def _without_folders(text: str) -> str:
+    """A name, or the last part of a path, also of a store (`cache:path`) and of a source of rows with its weight."""
+    if text.startswith(CACHE):
+        return CACHE + _without_folders(text.removeprefix(CACHE))
+    path, _, weight = text.rpartition(":")
+    if not os.path.exists(text) and os.path.exists(path):
+        return f"{_without_folders(path)}:{weight}"
+    return os.path.basename(os.path.normpath(text)) if os.path.exists(text) or os.path.isabs(text) else text
 
 
 def record(trainer: Any, settings: Mapping[str, Any], command: str, warnings: list[str], folder: str) -> None:
