@@ -1,6 +1,8 @@
 """Tiny models with the structure of real ones, and a tokenizer, made in memory: no test needs a network or a file."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -108,6 +111,12 @@ def make_model(family: str = "llama", vocab_size: int = 384, seed: int = 0, **co
     return model.eval()
 
 
+def pytest_collection_finish(session):
+    """Leaves all that was imported out of later garbage collections: each training runs one, of half a second."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
@@ -127,6 +136,13 @@ def folder(tmp_path_factory, tokenizer):
     ]
     Dataset.from_list(facts).to_json(folder / "facts.jsonl")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def pictures_are_not_drawn(request, monkeypatch):
+    """Writes pictures as their first bytes: to draw one takes as long as a short run. `draws` marks tests that draw."""
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).write_bytes(b"\x89PNG"))
 
 
 @pytest.fixture

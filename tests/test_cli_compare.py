@@ -104,6 +104,7 @@ def test_what_was_measured_on_different_text_is_not_put_side_by_side(tmp_path):
     assert compare_runs([b])[0] == {"run": "b", **written, "num_tokens": 200.0, "seconds": 12.5}
 
 
+@pytest.mark.draws
 def test_finished_runs_are_compared_from_the_command_line(folder, tmp_path, capsys):
     """What `kd` leaves is what `compare` reads; the better run comes first."""
     held_out = {"eval_dataset": folder / "rows.jsonl", "use_peft": True, "lora_target_modules": "all-linear"}

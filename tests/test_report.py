@@ -6,6 +6,7 @@ from rich.console import Console
 from hf_distill import report
 from hf_distill.report import markdown, measured_on, result_rows, save_picture, save_report, table
 
+pytestmark = pytest.mark.draws
 RESULTS = {
     "before": {
         "student_perplexity": 40.0,
