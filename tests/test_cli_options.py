@@ -78,7 +78,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_what_is_not_listed_is_refused(name):
-    config = {"sft": HardLabelConfig, "skd": SpeculativeKDConfig, "plan skd": SpeculativeKDConfig}.get(name, KDConfig)
+    config = {"sft": HardLabelConfig, "skd": SpeculativeKDConfig}.get(name.split()[-1], KDConfig)
     for option in REFUSED[name].split():
         if option not in OTHERS:
             with pytest.raises(ValueError, match=option.removeprefix("eval_")):

@@ -335,3 +335,19 @@ class PlanArguments:
         default=1.0, metadata={"help": "Share of the tokens that bear a label, in (0, 1]; prompts do not."}
     )
     json: bool = field(default=False, metadata={"help": "Whether to print the numbers as JSON, in bytes."})
+
+
+@dataclass
+class DoctorArguments:
+    """The probe of `doctor`."""
+
+    rows: int = field(
+        default=64,
+        metadata={
+            "help": "Training rows, drawn at random, that are tried. Copies and held-out rows are looked for in all."
+        },
+    )
+    gpu: str | None = field(
+        default=None, metadata={"help": "Memory of the device, such as 24GB. Default: that of this machine's."}
+    )
+    json: bool = field(default=False, metadata={"help": "Whether to print findings and numbers as JSON."})

@@ -42,6 +42,10 @@ def _plan(help: str, start: str, *options: str) -> Command:
     return Command(help, f"hf_distill.cli.planning:{start}", planned, parsing="hf_distill.planning:without_gpu")
 
 
+def _doctor(help: str, start: str, *options: str) -> Command:
+    return Command(help, f"hf_distill.cli.diagnosing:{start}", (*options, _MODEL, f"{_ARGUMENTS}:DoctorArguments"))
+
+
 _STORES = {"stores": "folders, or datasets on the hub as user/name"}
 _RUNS = {"runs": "output directories of kd, kv or skd"}
 
@@ -72,6 +76,12 @@ COMMANDS = {
     ),
     "plan kv": _plan("the same of kv", "plan_kv", f"{_ARGUMENTS}:PlannedKV", _KV),
     "plan skd": _plan("the same of skd", "plan_skd", f"{_ARGUMENTS}:PlannedSKD", _SKD),
+    "doctor kd": _doctor(
+        "what would go wrong or waste a run of kd, with these models on this data; some rows are tried",
+        "doctor_kd", f"{_ARGUMENTS}:StagedArguments", _KD,
+    ),
+    "doctor kv": _doctor("the same of kv", "doctor_kv", f"{_ARGUMENTS}:KVArguments", _KV),
+    "doctor skd": _doctor("the same of skd", "doctor_skd", f"{_ARGUMENTS}:SKDArguments", _SKD),
     "prune": Command(
         "drop the layers that change least, keep them as bundles",
         "hf_distill.cli.pruning:prune", (f"{_ARGUMENTS}:PruneArguments",),

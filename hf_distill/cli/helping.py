@@ -40,7 +40,7 @@ GROUPS = {
     "store": "store store_dtype entries sampler store_seed write_batch_size dry_run",
     "loss": "loss_chunk_size logging_nan_inf_filter",
     "LoRA": "use_peft lora_r lora_alpha lora_dropout lora_target_modules",
-    "plan": "gpu gpus engine reserve row_tokens prompt_tokens label_share json",
+    "plan and doctor": "gpu gpus engine reserve row_tokens prompt_tokens label_share rows json",
     "training": (
         "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
         "eval_steps save_steps logging_steps report_to seed resume_from_checkpoint use_cpu bf16"
@@ -83,8 +83,8 @@ _REFUSED_IN_ROLLOUTS = (
     "hidden_loss projector_learning_rate"
 )
 REFUSED = {
-    **dict.fromkeys(("kd", "kv", "sft", "plan kd", "plan kv"), _REFUSED),
-    **dict.fromkeys(("skd", "plan skd"), f"{_REFUSED} {_REFUSED_IN_ROLLOUTS}"),
+    **dict.fromkeys(("kd", "kv", "sft", "plan kd", "plan kv", "doctor kd", "doctor kv"), _REFUSED),
+    **dict.fromkeys(("skd", "plan skd", "doctor skd"), f"{_REFUSED} {_REFUSED_IN_ROLLOUTS}"),
     "cache write": f"{_REFUSED} resume_from_checkpoint baseline",
 }
 

@@ -166,15 +166,7 @@ def make_kv(arguments: KVArguments, args: KVProjectionConfig, model_config: Mode
 
 def make_skd(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: ModelConfig) -> SpeculativeKDTrainer:
     """The trainer of `hf-distill skd`; `ValueError` for settings and data that it could not train with."""
-    refuse_ignored(arguments)
-    options = trainer_arguments(arguments, args, model_config)
-    if arguments.knowledge_column is None:
-        for name in ("train_dataset", "eval_dataset"):
-            options[name] = options[name] and with_prompts(options[name], arguments)
-    else:
-        options["processing_class"] = student_tokenizer(arguments.model, args)
-        options["data_collator"] = lupi_collator(arguments, options["processing_class"])
-    trainer = SpeculativeKDTrainer(**options)
+    trainer = SpeculativeKDTrainer(**written_arguments(arguments, args, model_config))
     if arguments.samples_steps:
         trainer.add_callback(RolloutSamplesCallback(trainer, arguments.samples_steps))
     return trainer
@@ -190,6 +182,19 @@ def trainer_arguments(arguments: KDArguments, args: KDConfig, model_config: Mode
     teachers = arguments.teacher_model  # a single one out of a YAML file is no list
     teacher = teachers if isinstance(teachers, str) or len(teachers) > 1 else teachers[0]
     return {**student_arguments(arguments, args, model_config), "teacher_model": teacher}
+
+
+def written_arguments(arguments: SKDArguments, args: SpeculativeKDConfig, model_config: ModelConfig) -> dict[str, Any]:
+    """The same of a trainer that generates its text: rows with prompts, or a collator that makes them."""
+    refuse_ignored(arguments)
+    options = trainer_arguments(arguments, args, model_config)
+    if arguments.knowledge_column is None:
+        for name in ("train_dataset", "eval_dataset"):
+            options[name] = options[name] and with_prompts(options[name], arguments)
+    else:
+        options["processing_class"] = student_tokenizer(arguments.model, args)
+        options["data_collator"] = lupi_collator(arguments, options["processing_class"])
+    return options
 
 
 def student_arguments(arguments: SFTArguments, args: HardLabelConfig, model_config: ModelConfig) -> dict[str, Any]:

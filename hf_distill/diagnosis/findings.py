@@ -1,0 +1,88 @@
+"""Findings: what a check says about a run, in one line, with one remedy."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hf_distill.metrics import as_json
+
+OK, WARNING, FAILURE, LEFT_OUT = "ok", "warning", "failure", "left out"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of a check.
+
+    Args:
+        status (`str`): "ok", "warning" (the run would waste something), "failure" (it could not work) or "left out".
+        line (`str`): what was found, or why nothing can be said.
+        remedy (`str`): what to do; empty where there is nothing to do.
+        numbers: what was measured, by name.
+        check (`str`): the name of the check; `diagnose` fills it in.
+    """
+
+    status: str
+    line: str
+    remedy: str = ""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    check: str = ""
+
+
+class LeftOut(Exception):
+    """Raised by a check that can say nothing about a run; the message is the reason."""
+
+
+def ok(line: str, **numbers: Any) -> Finding:
+    """Nothing to do."""
+    return Finding(OK, line, "", numbers)
+
+
+def warning(line: str, remedy: str, **numbers: Any) -> Finding:
+    """Something that wastes the run, or a part of it."""
+    return Finding(WARNING, line, remedy, numbers)
+
+
+def failure(line: str, remedy: str, **numbers: Any) -> Finding:
+    """Something that the run cannot work with."""
+    return Finding(FAILURE, line, remedy, numbers)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings about a run, in the order of the checks.
+
+    Args:
+        findings: one for each check.
+        num_rows (`int`): training rows of the probe.
+        seconds (`float`): the time that the checks took.
+    """
+
+    findings: tuple[Finding, ...]
+    num_rows: int
+    seconds: float
+
+    def with_status(self, status: str) -> Iterator[Finding]:
+        """The findings of one status."""
+        return (finding for finding in self.findings if finding.status == status)
+
+    @property
+    def fails(self) -> bool:
+        """True if the run could not work."""
+        return any(self.with_status(FAILURE))
+
+    def __getitem__(self, check: str) -> Finding:
+        return next(finding for finding in self.findings if finding.check == check)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As nested dicts of plain numbers and texts; numbers that are not finite are texts."""
+        return _plain(asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    value = as_json(value)
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,98 @@
+"""A probe of the learning rate: some updates at a tenth of it, at it, and at ten times of it; nothing stays changed."""
+
+import math
+import time
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+
+from hf_distill.diagnosis.findings import Finding, LeftOut, failure, ok, warning
+from hf_distill.diagnosis.probe import Probe
+from hf_distill.diagnosis.updates import Batch, backward, mean_loss, trained, training, weights_kept
+
+FACTORS = (0.1, 1.0, 10.0)
+UPDATES, FEWEST = 8, 3  # at each rate
+SECONDS = 20.0  # for all of them, about
+MOST_ROWS = 32  # of an update
+# The loss at which updates have done harm, as a part of the loss before them.
+HARM = 1.05
+# A run that would lower the loss by less than this part of it, if each update did what those of the probe do.
+LITTLE = 0.02
+
+
+def learning_rate(probe: Probe) -> Finding:
+    """The loss after some updates at three rates, from the same weights, on the rows of the probe.
+
+    The rate rises from update to update, as in a warm-up. If it does harm even so, it does more in the run.
+    """
+    rate, updates = probe.args.learning_rate, _updates(probe)
+    if not updates:
+        raise LeftOut("the probe has no rows for an update")
+    parameters = trained(probe)
+    with training(probe):
+        batches = [batch for update in updates for batch in update]
+        before = mean_loss(probe, batches)
+        number = _affordable(probe, updates, parameters)
+        after = {}
+        for factor in FACTORS:
+            with weights_kept(parameters):
+                _train(probe, updates, number, rate * factor)
+                after[factor] = mean_loss(probe, batches)
+    numbers = {
+        "rates": [rate * factor for factor in FACTORS], "before": before, "after": [after[f] for f in FACTORS],
+        "updates": number, "planned": probe.updates,
+    }  # fmt: skip
+    changes = ", ".join(f"{after[factor]:.4g} at {rate * factor:.1g}" for factor in FACTORS)
+    line = f"{number} updates take the loss from {before:.4g} to {changes}"
+    if not math.isfinite(after[1.0]):
+        return failure(f"{line}: the run diverges", f"lower learning_rate ({rate:g})", **numbers)
+    if after[1.0] > HARM * before and after[0.1] < after[1.0]:
+        return warning(
+            f"{line}: the rate does harm", f"lower learning_rate ({rate:g}) to {rate / 10:.1g} or less", **numbers
+        )
+    # Updates do less and less: a run in which all did as much as the first ones is the best case.
+    planned = probe.updates
+    gained = None if planned is None else (before - after[1.0]) / number * max(planned, number)
+    if gained is not None and gained < LITTLE * before and after[10.0] < after[1.0]:
+        return warning(
+            f"{line}: in {planned:,} updates the loss would fall by {max(gained, 0) / before:.1%} at most",
+            f"raise learning_rate ({rate:g}), or train for longer", **numbers,
+        )  # fmt: skip
+    return ok(line, **numbers)
+
+
+def _updates(probe: Probe) -> list[list[Batch]]:
+    """The micro-batches of each update, as many of them as the probe has rows for."""
+    size = probe.args.per_device_train_batch_size
+    accumulation = max(1, min(probe.args.gradient_accumulation_steps, MOST_ROWS // size))
+    batches = iter(list(probe.batches(size, packed=True)))
+    found = list(iter(lambda: list(islice(batches, accumulation)), []))
+    return found[:UPDATES]
+
+
+def _affordable(probe: Probe, updates: Sequence[list[Batch]], parameters: list[torch.nn.Parameter]) -> int:
+    """The number of updates at each rate that the time allows."""
+    with weights_kept(parameters):
+        begin = time.perf_counter()
+        _train(probe, updates, 1, 0.0)
+        seconds = time.perf_counter() - begin
+    return max(FEWEST, min(UPDATES, int(SECONDS / len(FACTORS) / max(seconds, 1e-6))))
+
+
+def _train(probe: Probe, updates: Sequence[list[Batch]], number: int, rate: float) -> None:
+    """Some updates with a fresh optimizer of the trainer's own kind, at a rate that rises to `rate`."""
+    trainer = probe.trainer
+    trainer.optimizer = None
+    optimizer = trainer.create_optimizer()
+    peaks = [group["lr"] * rate / max(probe.args.learning_rate, 1e-30) for group in optimizer.param_groups]
+    parameters = trained(probe)
+    for index in range(number):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * (index + 1) / number
+        optimizer.zero_grad()
+        backward(probe, updates[index % len(updates)])
+        if trainer.args.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, trainer.args.max_grad_norm)
+        optimizer.step()
+    trainer.optimizer = None

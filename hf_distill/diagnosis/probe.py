@@ -1,0 +1,324 @@
+"""The probe: a few rows of a run and the trainer that it would have, made of them. All checks share it.
+
+The trainer's own preparation, collator and loss are the truth about a run, so checks ask it and repeat nothing.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from math import ceil
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from hf_distill.diagnosis.findings import LeftOut
+from hf_distill.named import student_tokenizer
+from hf_distill.rows import with_messages
+from hf_distill.servers import TeacherAway
+from hf_distill.teachers import Teacher
+from hf_distill.teachers.columns import reason_away
+from hf_distill.trainers.hard_label import HardLabelTrainer
+from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
+
+# What a trainer raises for settings, files and rows that it cannot work with, and for servers that do not answer.
+PROBLEMS = (OSError, RuntimeError, TeacherAway, ValueError)
+SOME = 0.02  # a share of labels or rows that is no accident
+FIRST_WRITTEN = 8  # prompts of speculative KD that are written to the end: each is a rollout
+
+
+class Probe:
+    """A few rows of a run, and its trainer on them.
+
+    Args:
+        trainer_class: of the run.
+        arguments: what it would be called with; nothing of it is changed.
+        num_rows (`int`): rows of the training set, and of each held-out set.
+        folder (`str`): an empty one, in place of `output_dir`.
+
+    Attributes:
+        args: the settings as they were given.
+        datasets: all rows as they were given, by the name of the data set; "train" is the first.
+        samples: some rows of each.
+        problem (`str`, *optional*): why there is no trainer.
+    """
+
+    def __init__(
+        self, trainer_class: type[HardLabelTrainer], arguments: Mapping[str, Any], num_rows: int, folder: str
+    ) -> None:
+        self.trainer_class, self.arguments = trainer_class, dict(arguments)
+        self.args = trainer_class.settings(arguments.get("args"))
+        self.num_rows, self.memory = num_rows, 0  # bytes of the device, for the plan
+        held_out = arguments.get("eval_dataset")
+        held_out = held_out if isinstance(held_out, Mapping) else {"eval": held_out}
+        self.datasets = {"train": arguments.get("train_dataset"), **held_out}
+        self.datasets = {name: rows for name, rows in self.datasets.items() if rows is not None}
+        self.samples = {name: sample(rows, num_rows, self.args.seed) for name, rows in self.datasets.items()}
+        self.problem: str | None = None
+        self._found: dict[Any, tuple[Any, Exception | None]] = {}
+        try:
+            self._trainer = self._made(folder)
+        except PROBLEMS as error:
+            self.problem = " ".join(str(error).split())
+
+    def _made(self, folder: str) -> HardLabelTrainer:
+        args = copy.copy(self.args)
+        args.output_dir, args.report_to, args.push_to_hub = folder, [], False
+        args.save_strategy, args.resume_from_checkpoint = "no", None
+        arguments = {**self.arguments, "args": args, "train_dataset": self.samples.get("train")}
+        if isinstance(arguments.get("eval_dataset"), Mapping):
+            arguments["eval_dataset"] = {name: rows for name, rows in self.samples.items() if name != "train"}
+        elif "eval" in self.samples:
+            arguments["eval_dataset"] = self.samples["eval"]
+        for name in ("model", "processing_class", "peft_config"):  # which a trainer may change
+            if name in arguments and not isinstance(arguments[name], str):
+                arguments[name] = copy.deepcopy(arguments[name])
+        return self.trainer_class(**arguments)
+
+    # ----------------------------------------------------------------------------------------------------- the models
+
+    @property
+    def trainer(self) -> Any:
+        """The trainer; [`LeftOut`] if it cannot be made, which a finding of its own says."""
+        if self.problem is not None:
+            raise LeftOut("there is no trainer, see the first line")
+        return self._trainer
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """The teachers by name; [`LeftOut`] without any."""
+        if not (teachers := getattr(self.trainer, "teachers", {})):
+            raise LeftOut("the run has no teacher")
+        return teachers
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's, as the trainer has it; without a trainer as it comes."""
+        if self.problem is None:
+            return self._trainer.processing_class
+        try:
+            return self.arguments.get("processing_class") or student_tokenizer(self.arguments["model"], self.args)
+        except PROBLEMS as error:
+            raise LeftOut("the student has no tokenizer") from error
+
+    def once(self, function: Callable[["Probe"], Any]) -> Any:
+        """`function(probe)`, computed once; what it raises it raises again."""
+        if function not in self._found:
+            try:
+                self._found[function] = function(self), None
+            except (LeftOut, *PROBLEMS) as error:
+                self._found[function] = None, error
+        value, error = self._found[function]
+        if error is not None:
+            raise error
+        return value
+
+    @property
+    def writes(self) -> bool:
+        """True if the training text is generated."""
+        return issubclass(self.trainer_class, SpeculativeKDTrainer)
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end a text: the tokenizer's, and those that the student's generation knows."""
+        generation = getattr(self.trainer.student, "generation_config", None)
+        found = [self.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
+        return frozenset(i for each in found if each is not None for i in (each if isinstance(each, list) else [each]))
+
+    # ------------------------------------------------------------------------------------------------------- the rows
+
+    @cached_property
+    def conversations(self) -> list[dict[str, Any]]:
+        """The training rows of the probe that are conversations, as messages; [`LeftOut`] if none is."""
+        rows = [] if "input_ids" in columns_of(self.samples["train"]) else self.samples["train"]
+        found = [row for row in map(_with_messages, rows) if row is not None]
+        if not found:
+            raise LeftOut("the rows are no conversations")
+        return found
+
+    @cached_property
+    def uncut(self) -> Any:
+        """The probe's training rows as tokens and labels, neither cut, packed nor dropped for their length."""
+        return self._prepared(max_length=None, drop_long_rows=False)
+
+    @cached_property
+    def rows(self) -> Any:
+        """The same as they are trained on, one text in each row, with the columns of the teachers."""
+        return self.trainer.prepare_rows(self._prepared(), "train", self.trainer.args)
+
+    def more_rows(self, number: int) -> Any:
+        """A larger sample of the training rows, prepared in the same way, for what the teachers have to know."""
+        rows = self._prepared(sample(self.datasets["train"], number, self.args.seed))
+        return self.trainer.prepare_rows(rows, "train", self.trainer.args)
+
+    def _prepared(self, rows: Any = None, **changes: Any) -> Any:
+        trainer, rows = self.trainer, self.samples["train"] if rows is None else rows
+        if self.writes:
+            raise LeftOut("the training text is generated")
+        if self.args.skips_preparation:
+            return rows
+        args = copy.copy(trainer.args)
+        for name, value in {"shuffle_dataset": False, **changes}.items():
+            setattr(args, name, value)
+        return trainer._tokenized(rows, trainer.processing_class, args, False, trainer._formatting_func, "train")
+
+    @cached_property
+    def texts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Token ids (T,) and labels (T,) of each of the `uncut` rows; nothing predicts the first token."""
+        found = []
+        for row in self.uncut:
+            labels = row.get("labels") if row.get("labels") is not None else row["input_ids"]
+            labels = np.array(labels)
+            labels[:1] = -100
+            found.append((np.array(row["input_ids"]), labels))
+        return found
+
+    @cached_property
+    def padded(self) -> list[int]:
+        """The labels on padding at the end of each of the `texts`; one EOS that is the padding token ends the text."""
+        runs = [_run_at_end(labels, self.tokenizer.pad_token_id) for _, labels in self.texts]
+        return [max(run - self.pads_with_eos, 0) for run in runs]
+
+    @property
+    def pads_with_eos(self) -> bool:
+        """True if one token is both."""
+        return self.tokenizer.pad_token_id == self.tokenizer.eos_token_id
+
+    @property
+    def is_mislabelled(self) -> bool:
+        """True if the labels are not what the rows say, so that predictions of them tell nothing about a model."""
+        pairs = [(labels != -100, labels != ids) for ids, labels in self.texts]
+        wrong = sum((bears & differs).sum() for bears, differs in pairs)
+        return wrong > SOME * sum(bears.sum() for bears, _ in pairs) or sum(map(bool, self.padded)) > SOME * len(pairs)
+
+    # ---------------------------------------------------------------------------------------------------- the batches
+
+    def batches(self, size: int, *, packed: bool = False) -> Iterator[dict[str, Any]]:
+        """The rows in batches of `size`, on the student's device, with all that teachers need.
+
+        Args:
+            packed (`bool`): whether they are packed as they will be in training; else each text is a row.
+
+        Raises:
+            [`TeacherAway`]: a server does not answer.
+        """
+        trainer = self.trainer
+        if self.writes:
+            yield from self.written
+            return
+        dataset = trainer.train_dataset if packed else self.rows
+        rows, collate = trainer.first_rows(dataset, len(dataset)), trainer.batch_collator()
+        for start in range(0, len(rows), size):
+            batch = collate(rows[start : start + size])
+            if (reason := reason_away(batch)) is not None:
+                raise TeacherAway(reason)
+            yield trainer._prepare_inputs(batch)
+
+    @cached_property
+    def written(self) -> list[dict[str, Any]]:
+        """Batches of generated text, of speculative KD."""
+        trainer = self.trainer
+        size = trainer.args.per_device_train_batch_size
+        loader = trainer.get_train_dataloader()
+        number = min(max(1, FIRST_WRITTEN // size), len(loader))
+        batches, _ = trainer.get_batch_samples(iter(loader), number, trainer.args.device)
+        return [trainer._prepare_inputs(batch) for batch in batches]
+
+    @property
+    def updates(self) -> int | None:
+        """The updates of the whole run; None for a stream whose length nobody knows."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        rows, sampled = self.datasets["train"], self.samples["train"]
+        if not isinstance(rows, Dataset):
+            return None
+        # As many prepared rows as there would be of the whole data set: packing joins, and rows may be dropped.
+        prepared = len(self.trainer.train_dataset) * len(rows) / max(len(sampled), 1)
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return ceil(prepared / size * self.args.num_train_epochs)
+
+
+def sample(rows: Any, number: int, seed: int) -> Any:
+    """Some rows, drawn at random, in their order; of a stream the first ones. What is no data set stays as it is."""
+    if isinstance(rows, IterableDataset):
+        return Dataset.from_list(list(rows.take(number)))
+    if not isinstance(rows, Dataset) or len(rows) <= number:
+        return rows
+    return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:number]))
+
+
+def _run_at_end(labels: np.ndarray, token: Any) -> int:
+    other = np.flatnonzero(labels != token)
+    return len(labels) if not len(other) else len(labels) - 1 - int(other[-1])
+
+
+def columns_of(rows: Any) -> set[str]:
+    """The columns of rows."""
+    return set(next(iter(rows), {}))
+
+
+def _with_messages(row: dict[str, Any]) -> dict[str, Any] | None:
+    """A row as messages; None for one that is no conversation."""
+    row = with_messages(row, "a row")
+    if row.get("messages"):
+        return row
+    parts = [row.get("prompt"), row.get("completion")]
+    if not isinstance(parts[0], list):
+        return None
+    return {**row, "messages": [turn for part in parts for turn in (part if isinstance(part, list) else [])]}
+
+
+@contextmanager
+def open_probe(trainer_class: type[HardLabelTrainer], arguments: Mapping[str, Any], num_rows: int) -> Iterator[Probe]:
+    """A probe, without progress bars and warnings of the libraries underneath while it lasts.
+
+    Teachers that are models of the caller's come back as they were: trained or frozen, in their mode.
+    """
+    with ExitStack() as stack:
+        folder = stack.enter_context(TemporaryDirectory())
+        stack.enter_context(_quiet())
+        for model in _models(arguments.get("teacher_model")):
+            stack.enter_context(_as_it_was(model))
+        yield Probe(trainer_class, arguments, num_rows, folder)
+
+
+def _models(teachers: Any) -> list[nn.Module]:
+    given = teachers.values() if isinstance(teachers, Mapping) else teachers
+    given = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    return [model for model in given if isinstance(model, nn.Module)]
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    mode = model.training
+    try:
+        yield
+    finally:
+        model.train(mode)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("hf_distill", "trl")}
+    verbosity, bars_shown = transformers_logging.get_verbosity(), not are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        if bars_shown:
+            enable_progress_bars()

@@ -1,0 +1,121 @@
+"""Checks of what the trainer does with a batch: splits, packing, the path of the loss, adapters."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+
+from hf_distill.diagnosis.findings import Finding, LeftOut, failure, ok, warning
+from hf_distill.diagnosis.forwards import forwards
+from hf_distill.diagnosis.probe import Probe
+from hf_distill.diagnosis.updates import backward, gradient, single_rows, training
+from hf_distill.lora import describe_lora
+from hf_distill.losses.head import default_chunk_size
+from hf_distill.modeling import head_of
+from hf_distill.named import student_without_weights
+
+# The largest relative difference of gradients that rounding makes: 1e-5 in float32, some 1e-2 in half precision.
+ROUNDING = {"no": 1e-3, "bf16": 0.1, "fp16": 0.1}
+
+
+def split_batches(probe: Probe) -> Finding:
+    """The gradient of one batch of n rows against n batches of one row each."""
+    trainer, size = probe.trainer, probe.args.per_device_train_batch_size
+    if size == 1:
+        raise LeftOut("micro-batches have one row")
+    if trainer.aux_loss_enabled:
+        raise LeftOut("the load-balancing loss of experts is not a mean over tokens")
+    together = next(iter(probe.batches(size, packed=True)))
+    if probe.writes:
+        alone = single_rows(together)
+    else:
+        alone = [batch for batch, _ in zip(probe.batches(1, packed=True), range(size), strict=False)]
+    with training(probe):
+        one, other = gradient(probe, [together]), gradient(probe, alone)
+    difference = ((one - other).norm() / other.norm().clamp(min=1e-30)).item()
+    line = f"the gradient of 1 x {len(alone)} rows differs from that of {len(alone)} x 1 by {difference:.1e}"
+    dtypes = {parameter.dtype for parameter in trainer.model.parameters()}
+    in_half = bool(dtypes & {torch.bfloat16, torch.float16})
+    allowed = ROUNDING["bf16" if in_half else trainer.accelerator.mixed_precision]
+    if not difference <= allowed:
+        return failure(
+            f"{line}: rows of a batch see each other, or padding counts",
+            "look at the student's own code, or train with per_device_train_batch_size=1", difference=difference,
+        )  # fmt: skip
+    return ok(line, difference=difference)
+
+
+def packing(probe: Probe) -> Finding:
+    """Whether texts that share a row see each other; the trainer has probed it, and refuses models that leak."""
+    if not probe.trainer.tried_packings:
+        raise LeftOut("no row holds several texts")
+    texts = [len(row["seq_lengths"]) for row in probe.trainer.train_dataset if "seq_lengths" in row]
+    shared = f"{sum(texts)} texts in {len(texts)} rows" if texts else "rows joined by the collator"
+    return ok(f"{shared}: no model lets them see each other", texts=sum(texts), rows=len(texts))
+
+
+def loss_path(probe: Probe) -> Finding:
+    """The path that the loss takes, and its share of a micro-batch's time."""
+    trainer, device = probe.trainer, probe.trainer.args.device
+    batch = next(iter(probe.batches(probe.args.per_device_train_batch_size, packed=True)))
+    forward = next(iter(forwards(probe, probe.args.per_device_train_batch_size)))
+    head, size = head_of(trainer.student), trainer.vocab_size
+    objective = trainer.objective(len(forward.labels))
+    hidden = forward.hidden.detach().requires_grad_()
+
+    def loss() -> None:
+        if hasattr(trainer, "teachers"):
+            signal = trainer.teacher_signal(dict(forward.inputs), forward.positions)
+            trainer.distillation_terms(hidden, head, signal, forward.labels, objective)["loss"].backward()
+
+    def step() -> None:
+        backward(probe, [batch])
+
+    with training(probe):
+        seconds = {"micro-batch": timed(step, device), "teacher and loss": timed(loss, device)}
+        trainer.model.zero_grad()
+        trainer.projectors.zero_grad()
+    chunk = probe.args.loss_chunk_size or default_chunk_size(device, size)
+    compiled = objective.compiled and device.type == "cuda"
+    line = (
+        f"{'compiled' if compiled else 'not compiled'}, chunks of {chunk:,} positions; a micro-batch takes "
+        f"{seconds['micro-batch']:.2g} s, teacher and loss {seconds['teacher and loss']:.2g} s"
+    )
+    numbers = {"compiled": compiled, "chunk": chunk, **seconds}
+    if device.type == "cuda" and not compiled:
+        remedy = "remove kd_weight, temperature and parameters of the divergence from schedule"
+        return warning(f"{line}; a schedule keeps it from being compiled", remedy, **numbers)
+    return ok(line, **numbers)
+
+
+def timed(function: Callable[[], Any], device: torch.device) -> float:
+    """The seconds of a second call."""
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def adapters(probe: Probe) -> Finding:
+    """What a LoRA configuration trains, and likely mistakes in it."""
+    config, model = probe.arguments.get("peft_config"), probe.arguments["model"]
+    if config is None:
+        raise LeftOut("the student is not trained in new adapters")
+    if not isinstance(config, LoraConfig):
+        raise LeftOut(f"{type(config).__name__} is no LoRA")
+    student = student_without_weights(model, probe.args) if isinstance(model, str) else model
+    if student is None or isinstance(student, PeftModel):
+        raise LeftOut("the student has adapters already, or is not all in its configuration")
+    report = describe_lora(student, config)
+    share = report.trainable_parameters / report.total_parameters
+    line = f"{report.trainable_parameters:,} parameters in {len(report.modules)} modules are trained, {share:.2%}"
+    numbers = {"trainable": report.trainable_parameters, "modules": len(report.modules), "warnings": report.warnings}
+    if report.warnings:
+        return warning(report.warnings[0], "mend the LoRA options; describe_lora lists what they train", **numbers)
+    return ok(line, **numbers)

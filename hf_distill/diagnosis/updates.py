@@ -1,0 +1,116 @@
+"""Losses and gradients of the trainer on the rows of the probe, without anything of the run being changed.
+
+Shapes: B rows of a batch, N label-bearing positions.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill.diagnosis.probe import Probe
+from hf_distill.modeling import label_positions
+
+Batch = dict[str, Any]
+
+
+def trained(probe: Probe) -> list[nn.Parameter]:
+    """The parameters that are trained: the student's, and those of projectors."""
+    modules: tuple[nn.Module, ...] = (probe.trainer.model, probe.trainer.projectors)
+    found = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+    return [*found.values()]
+
+
+def num_labels(batches: Sequence[Batch]) -> int:
+    """The label-bearing tokens of batches."""
+    return sum(len(label_positions(batch["labels"])[0]) for batch in batches)
+
+
+def loss_of(probe: Probe, batch: Batch, num_items: int) -> Tensor:
+    """The trainer's loss of a batch: its share of the mean over `num_items` tokens."""
+    trainer = probe.trainer
+    items = torch.tensor(num_items, device=trainer.args.device)
+    with trainer.compute_loss_context_manager():
+        return trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+
+
+def backward(probe: Probe, batches: Sequence[Batch]) -> float:
+    """Adds the gradient of the mean over all batches, as of one update; returns the loss."""
+    total, number = 0.0, num_labels(batches)
+    for batch in batches:
+        loss = loss_of(probe, batch, number)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@torch.no_grad()
+def mean_loss(probe: Probe, batches: Sequence[Batch]) -> float:
+    """The mean loss of batches, in nats per label-bearing token."""
+    number = num_labels(batches)
+    return sum(loss_of(probe, batch, number).item() for batch in batches)
+
+
+def gradient(probe: Probe, batches: Sequence[Batch]) -> Tensor:
+    """The gradient of the mean over all batches, flat, in float32 on the CPU."""
+    parameters = trained(probe)
+    probe.trainer.model.zero_grad()
+    probe.trainer.projectors.zero_grad()
+    backward(probe, batches)
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([each.detach().float().flatten().cpu() for each in found])
+    probe.trainer.model.zero_grad()
+    probe.trainer.projectors.zero_grad()
+    return flat
+
+
+def single_rows(batch: Batch) -> list[Batch]:
+    """A batch of generated text as batches of one row; what is flat over label-bearing positions is split by row."""
+    rows, flat = batch["input_ids"].shape[0], len(label_positions(batch["labels"])[0])
+    counts = [len(label_positions(batch["labels"][i : i + 1])[0]) for i in range(rows)]
+    by_row = ("input_ids", "attention_mask", "labels")
+    parts: dict[str, Sequence[Any]] = {}
+    for name, value in batch.items():
+        if name in by_row:
+            parts[name] = value.split(1)
+        elif isinstance(value, Tensor) and len(value) == flat:
+            parts[name] = value.split(counts)
+        else:
+            parts[name] = [value] * rows
+    return [{name: part[i] for name, part in parts.items()} for i in range(rows)]
+
+
+@contextmanager
+def training(probe: Probe) -> Iterator[None]:
+    """Train mode without dropout: what the trainer computes in an update, twice the same."""
+    model = probe.trainer.model
+    was_training, changed = model.training, []
+    for module in model.modules():
+        names = {name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)}
+        names |= {"p"} if isinstance(module, nn.Dropout) else set()
+        changed += [(module, name, getattr(module, name)) for name in names]
+    try:
+        for module, name, _ in changed:
+            setattr(module, name, 0.0)
+        model.train()
+        with probe.trainer.projectors.attached(probe.trainer.student):
+            yield
+    finally:
+        for module, name, value in changed:
+            setattr(module, name, value)
+        model.train(was_training)
+
+
+@contextmanager
+def weights_kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Restores parameters afterwards, in place, and drops their gradients; the copies are in the host's memory."""
+    before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None

@@ -1,0 +1,251 @@
+"""The checks of both models' predictions, and of what the trainer does with a batch."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from hf_distill import KDTrainer, KVProjectionConfig, KVProjectionTrainer, SpeculativeKDConfig, SpeculativeKDTrainer
+from hf_distill.diagnosis import CHECKS, diagnose
+from hf_distill.diagnosis.findings import LeftOut
+from hf_distill.diagnosis.forwards import compared
+from hf_distill.diagnosis.probe import open_probe
+from hf_distill.evaluation import evaluate_fidelity
+from tests.conftest import SENTENCES, make_tokenizer
+from tests.remote.served_model import ServedModel
+from tests.remote.stub import Stub
+
+PROMPTS = Dataset.from_dict({"prompt": [" ".join(text.split()[:4]) for text in SENTENCES]})
+
+
+def changed(folder, tmp_path, change):
+    """The folder of a changed copy of the teacher."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(tmp_path / "changed")
+    make_tokenizer().save_pretrained(tmp_path / "changed")
+    return str(tmp_path / "changed")
+
+
+@pytest.fixture(scope="module")
+def learned(folder, tmp_path_factory):
+    """The folder of a teacher that knows the sentences by heart."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher").train()
+    tokenizer = make_tokenizer()
+    batch = tokenizer([text + "<eos>" for text in SENTENCES], padding=True, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+    path = tmp_path_factory.mktemp("learned")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_predictions_are_those_of_evaluate_fidelity(run, tokenizer):
+    arguments = run(settings={"per_device_eval_batch_size": 3})
+    with open_probe(KDTrainer, arguments, 16) as probe:
+        (sums,) = compared(probe).values()
+        rows, trainer = probe.rows, probe.trainer
+        found = evaluate_fidelity(trainer.student, trainer.teacher.model, rows, tokenizer)
+    assert sums.tokens == found["num_tokens"]
+    assert math.exp(sums.student / sums.tokens) == pytest.approx(found["student_perplexity"], rel=1e-5)
+    assert math.exp(sums.teacher / sums.tokens) == pytest.approx(found["teacher_perplexity"], rel=1e-5)
+    assert sums.kl / sums.tokens == pytest.approx(found["kl"], rel=1e-5)
+    assert sums.acceptance / sums.tokens == pytest.approx(found["expected_acceptance"], rel=1e-5)
+    assert sums.agreement / sums.tokens == pytest.approx(found["agreement"])
+
+
+def test_a_teacher_that_is_worse_than_a_guess_or_than_the_student_is_found(examine, learned, monkeypatch):
+    monkeypatch.setattr("hf_distill.diagnosis.forwards.ENOUGH_LABELS", 100)
+    assert examine("teacher's perplexity", teacher_model=learned).status == "ok"
+    finding = examine("teacher's perplexity", model=learned)
+    assert finding.status == "failure"
+    assert "a guess by the frequency" in finding.line
+    monkeypatch.setattr("hf_distill.diagnosis.forwards.ENOUGH_LABELS", 10**6)
+    assert examine("teacher's perplexity", model=learned).status == "warning"
+
+
+def test_the_distance_at_the_start_is_0_between_a_model_and_its_copy(examine, folder):
+    finding = examine("start", model=str(folder / "teacher"))
+    (numbers,) = finding.numbers.values()
+    assert numbers == pytest.approx({"kl": 0, "agreement": 1, "acceptance": 1}, abs=1e-5)
+
+
+def test_a_teacher_that_never_ends_is_found(examine, learned, tmp_path):
+    assert examine("teacher's EOS", teacher_model=learned).status == "ok"
+    model = AutoModelForCausalLM.from_pretrained(learned)
+    with torch.no_grad():
+        model.lm_head.weight[1] *= -1
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    assert examine("teacher's EOS", teacher_model=str(tmp_path)).status == "warning"
+
+
+def test_the_cost_of_four_bits_is_the_kl_to_the_saved_teacher(examine, folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+
+    def uneven(model):
+        sizes = 10 ** (6 * torch.rand(48, generator=torch.Generator().manual_seed(0)) - 3)
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.mul_(sizes.unsqueeze(1))
+            layer.mlp.down_proj.weight.div_(sizes)
+
+    settings = {"teacher_quantization": "4bit"}
+    usual = examine("cost of bits", settings=settings)
+    broken = examine("cost of bits", settings=settings, teacher_model=changed(folder, tmp_path, uneven))
+    assert 0 < usual.numbers["kl"] < 0.3 * broken.numbers["kl"]
+    assert usual.numbers["saved"] == pytest.approx(broken.numbers["saved"], rel=1e-4)  # the same function
+    with pytest.raises(LeftOut, match="no teacher is quantised"):
+        examine("cost of bits")
+
+
+class MixesRows(nn.Module):
+    """A norm over the batch in the place of the last one."""
+
+    def forward(self, hidden):
+        return (hidden - hidden.mean((0, 1))) / hidden.std((0, 1))
+
+
+def test_a_student_that_mixes_rows_is_found(examine, folder, tokenizer):
+    assert examine("split batches").status == "ok"
+    student = AutoModelForCausalLM.from_pretrained(folder / "student")
+    student.model.norm = MixesRows()
+    finding = examine("split batches", model=student, processing_class=tokenizer)
+    assert finding.status == "failure"
+    assert finding.numbers["difference"] > 0.1
+
+
+def test_a_gradient_is_the_same_with_dropout_in_adapters(examine):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+    assert examine("split batches", peft_config=lora).numbers["difference"] < 1e-4
+
+
+def test_packed_rows_are_told(examine):
+    finding = examine("packing", settings={"packing": True, "max_length": 64})
+    assert finding.numbers["texts"] == len(SENTENCES)
+    assert finding.numbers["rows"] < len(SENTENCES)
+    assert examine("split batches", settings={"packing": True, "max_length": 64}).status == "ok"
+
+
+def test_a_misspelt_target_is_found(examine):
+    assert examine("LoRA", peft_config=LoraConfig(r=2, target_modules=["q_proj"])).status == "ok"
+    finding = examine("LoRA", peft_config=LoraConfig(r=2, target_modules=["qproj", "v_proj"]))
+    assert finding.status == "warning"
+    assert "'qproj' matches no module" in finding.line
+
+
+@pytest.mark.parametrize(("rate", "status"), [(1e-3, "ok"), (30.0, "warning"), (1e-9, "warning")])
+def test_a_learning_rate_that_harms_or_does_nothing_is_found(examine, rate, status):
+    finding = examine("learning rate", settings={"learning_rate": rate, "lr_scheduler_type": "constant"})
+    assert finding.status == status
+    assert ("raise" if rate < 1e-3 else "lower" if rate > 1 else "") in finding.remedy
+
+
+def test_nothing_of_the_callers_is_changed(run, folder, tokenizer):
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("student", "teacher"))
+    teacher.train()
+    models = (student, teacher)
+    before = [{name: value.clone() for name, value in model.state_dict().items()} for model in models]
+    arguments = run(model=student, teacher_model=teacher, processing_class=tokenizer)
+    settings = vars(arguments["args"]).copy()
+    found = diagnose(KDTrainer, num_rows=4, **arguments)
+    assert not [finding.line for finding in found.findings if "it stopped" in finding.line]
+    for model, state in zip(models, before, strict=True):
+        assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert model.training == (model is teacher)
+    assert vars(arguments["args"]) == settings
+    assert not (folder / "out").exists()
+
+
+def test_the_loss_says_its_chunk(examine):
+    finding = examine("loss", settings={"loss_chunk_size": 5})
+    assert finding.numbers["chunk"] == 5
+    assert finding.numbers["micro-batch"] > 0
+
+
+def test_the_memory_is_the_plans(run):
+    with open_probe(KDTrainer, run(), 16) as probe:
+        probe.memory = 2**34
+        finding = CHECKS["memory"](probe)
+        assert finding.status == "ok"
+        assert finding.numbers["row_tokens"] == max(len(ids) for ids, _ in probe.texts)
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_is_found_with_what_makes_it_fit(run):
+    with open_probe(KDTrainer, run(), 16) as probe:
+        probe.memory = 2**34
+        probe.memory = CHECKS["memory"](probe).numbers["peak"] - 1
+        finding = CHECKS["memory"](probe)
+    assert finding.status == "failure"
+    assert "--" in finding.remedy
+
+
+def test_checkpoints_that_fill_the_disk_are_found(examine):
+    assert examine("disk", settings={"save_steps": 50}).numbers["checkpoints"] == 2
+    assert examine("disk", settings={"save_steps": 1, "max_steps": 10**9}).status == "failure"
+    limited = examine("disk", settings={"save_steps": 1, "max_steps": 10**9, "save_total_limit": 1})
+    assert limited.numbers["checkpoints"] == 2
+
+
+def test_a_store_that_lacks_rows_is_found(run, examine, tmp_path):
+    half = run(train_dataset=Dataset.from_dict({"text": SENTENCES[:4]}))
+    KDTrainer(**half).write_cache(tmp_path / "store")
+    store = f"cache:{tmp_path / 'store'}"
+    finding = examine("construction", teacher_model=store)
+    assert finding.status == "failure"
+    assert "not in the store" in finding.line
+    rows = Dataset.from_dict({"text": SENTENCES[:4]})
+    assert examine("teacher's source", teacher_model=store, train_dataset=rows).status == "ok"
+    with_model, stored = (
+        examine("start", teacher_model=teacher, train_dataset=rows) for teacher in (half["teacher_model"], store)
+    )
+    (mine,), (theirs,) = with_model.numbers.values(), stored.numbers.values()
+    assert mine == pytest.approx(theirs, rel=1e-2)
+
+
+def test_a_teacher_at_an_address_is_measured_as_a_model(run, examine, folder, tokenizer):
+    checks = ("teacher's perplexity", "start", "teacher's EOS")
+
+    def numbers(**changes):
+        with open_probe(KDTrainer, run(**changes), 4) as probe:
+            found = [CHECKS[check](probe).numbers for check in checks]
+            assert CHECKS["teacher's source"](probe).status == "ok"
+        return [next(iter(each.values())) for each in found]
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    with Stub(ServedModel(model, tokenizer, name="t"), max_logprobs=-1) as stub:
+        served = numbers(settings={"teacher_logprobs": -1}, teacher_model=stub.url)
+        few = {"settings": {"teacher_logprobs": 5, "teacher_timeout": 1}, "teacher_model": stub.url}
+        assert "KL at least" in examine("start", **few).line
+        with open_probe(KDTrainer, run(**few), 4) as probe:
+            stub.kill()
+            assert CHECKS["teacher's source"](probe).status == "failure"
+    for mine, theirs in zip(served, numbers(), strict=True):
+        assert mine == pytest.approx({name: theirs[name] for name in mine}, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "config", "rows"),
+    [
+        (KVProjectionTrainer, KVProjectionConfig, None),
+        (SpeculativeKDTrainer, lambda **kw: SpeculativeKDConfig(**kw, max_new_tokens=8), PROMPTS),
+    ],
+)
+def test_other_trainers_are_examined(run, trainer_class, config, rows):
+    changes = {} if rows is None else {"train_dataset": rows}
+    found = diagnose(trainer_class, num_rows=8, **run(config=config, **changes))
+    assert not [finding.line for finding in found.findings if "it stopped" in finding.line]
+    assert found["construction"].status == found["split batches"].status == "ok"
+    assert found["start"].numbers
+    assert found["learning rate"].numbers
