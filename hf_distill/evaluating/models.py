@@ -99,7 +99,8 @@ def evaluate_models(
         scoring ([`Scoring`], *optional*): how.
         tasks ([`~hf_distill.evaluating.harness.HarnessTasks`], *optional*): of lm-evaluation-harness.
         batch_size (`int`): rows or prompts at once.
-        max_length, vocab_size (`int`, *optional*): as in `evaluate_fidelity`.
+        max_length (`int`, *optional*): as in `evaluate_fidelity`.
+        vocab_size (`int`, *optional*): as there.
 
     Raises:
         `ValueError`: no student, a name that is none of the three, or what the functions underneath refuse.
