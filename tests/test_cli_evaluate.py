@@ -145,3 +145,10 @@ def test_what_cannot_be_measured_is_one_line(folder, tmp_path, capsys, changes, 
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_several_processes_are_refused(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        evaluate(folder, tmp_path, capsys)
+    assert "evaluate runs in one process" in capsys.readouterr().err

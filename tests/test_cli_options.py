@@ -7,7 +7,7 @@ import pytest
 from hf_distill import HardLabelConfig, KDConfig, SpeculativeKDConfig, cli
 from hf_distill.cli import options as options_module
 from hf_distill.cli.commands import COMMANDS
-from hf_distill.cli.helping import GROUPS, INHERITED, REFUSED, help_text
+from hf_distill.cli.helping import GROUPS, GROUPS_OF, INHERITED, REFUSED, help_text
 from hf_distill.cli.options import TABLE, described_options, installed_options, is_current, options_of
 from tests.test_cli import error_of
 
@@ -62,6 +62,12 @@ def test_every_option_of_our_own_is_in_a_group_and_every_listed_one_has_help(nam
     listed = [option for option in found.values() if option.name in groups and option.name not in refused]
     assert [option.name for option in listed if not (option.help or INHERITED.get(option.name))] == []
     assert set(INHERITED) <= groups.keys()
+
+
+@pytest.mark.parametrize("name", GROUPS_OF)
+def test_groups_of_a_command_have_all_of_its_options_once(name):
+    listed = [option for names in GROUPS_OF[name].values() for option in names.split()]
+    assert sorted(listed) == sorted(described_options(COMMANDS[name].options))
 
 
 REFUSALS = {

@@ -85,6 +85,8 @@ def evaluate(arguments: EvaluateArguments) -> None:
 
 
 def _refuse_options(arguments: EvaluateArguments) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("evaluate runs in one process: start it without accelerate launch or torchrun")
     if arguments.dataset is None and arguments.tasks is None:
         raise ValueError("there is nothing to measure: give --dataset, --tasks or both")
     of_rows, of_tasks = ("generate", "dataset_config", "split"), ("include_path", "num_fewshot", "limit")

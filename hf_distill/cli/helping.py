@@ -47,6 +47,23 @@ GROUPS = {
     ),
 }  # fmt: skip
 
+# The same for a command that does not train, whose options are all its own.
+GROUPS_OF = {
+    "evaluate": {
+        "models": "model teacher_model base teacher_quantization teacher_device device",
+        "rows": "dataset dataset_config split max_rows prompt_template completion_template batch_size max_length",
+        "generated answers": (
+            "generate metrics answer_column answer_pattern stop max_new_tokens prompt_column completion_column as_chat"
+        ),
+        "knowledge for the teacher alone": (
+            "knowledge_column query_column system_prompt few_shot knowledge_template allow_missing_knowledge "
+            "max_prompt_length"
+        ),
+        "tasks of lm-evaluation-harness": "tasks include_path num_fewshot limit apply_chat_template",
+        "results": "output_dir json",
+    }
+}
+
 # The help of inherited options, a line each.
 INHERITED = {
     "dtype": "Of the student's weights; `auto` is that of its files.",
@@ -95,7 +112,8 @@ def help_text(name: str) -> str:
     """The help of a command with the options that people set, or all of them if it inherits none."""
     command = COMMANDS[name]
     options = described_options(command.options)
-    return _text(name, _groups(name, options) if command.trains else {"options": [*options.values()]})
+    has_groups = command.trains or name in GROUPS_OF
+    return _text(name, _groups(name, options) if has_groups else {"options": [*options.values()]})
 
 
 def whole_help_text(name: str) -> str:
@@ -108,10 +126,10 @@ def whole_help_text(name: str) -> str:
 
 
 def _groups(name: str, options: Mapping[str, Option]) -> dict[str, list[Option]]:
-    refused = REFUSED[name].split()
+    refused = REFUSED.get(name, "").split()
     found = {
         title: [options[each] for each in names.split() if each in options and each not in refused]
-        for title, names in GROUPS.items()
+        for title, names in GROUPS_OF.get(name, GROUPS).items()
     }
     return {title: group for title, group in found.items() if group}
 
@@ -150,7 +168,8 @@ def _help(option: Option) -> str:
         return f"{text} Required."
     if option.default in (None, "", False):
         return text
-    default = f"{option.default:g}" if option.kind == "float" else str(option.default)
+    values = option.default if isinstance(option.default, list) else [option.default]
+    default = " ".join(f"{value:g}" if option.kind == "float" else str(value) for value in values)
     return f"{text} [{default.replace('%', '%%')}]"
 
 
