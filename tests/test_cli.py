@@ -200,7 +200,19 @@ def test_held_out_rows_that_were_asked_for_have_to_exist(folder, tmp_path, capsy
     assert "splits train, not 'test'" in error_of(capsys, arguments)
 
 
-def test_an_unknown_command_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["distil"])
-    assert "invalid choice" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["kdd"], "there is no command 'kdd'; did you mean kd?"),
+        (["plan", "--gpu", "24GB"], "there is no command 'plan'; did you mean plan kd or plan kv or plan skd?"),
+        (["cache", "show"], "there is no command 'cache'; did you mean cache write or cache info or cache verify?"),
+        (["xyzzy"], "there is no command 'xyzzy'; --help lists them"),
+        ([], "the following arguments are required: COMMAND"),
+        (["--alpha"], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_an_unknown_command_is_refused_in_words(capsys, words, message):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"hf-distill: error: {message}"

@@ -4,7 +4,10 @@ import ast
 import importlib.util
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -68,6 +71,15 @@ def test_noise_is_hidden_while_it_lasts_and_nothing_else(caplog):
             warnings.warn("something else", FutureWarning, stacklevel=1)
         warnings.warn(f"{WARNED[0]} again", FutureWarning, stacklevel=1)
     assert [str(each.message) for each in found] == ["something else", f"{WARNED[0]} again"]
+
+
+def test_progress_bars_of_less_than_a_second_are_not_shown():
+    code = "from hf_distill.cli.noise import without_noise\nwith without_noise():\n    from tqdm.auto import tqdm\n"
+    code += "    list(tqdm(range(3)))"
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DELAY"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", LOGGED)

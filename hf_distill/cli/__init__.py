@@ -1,6 +1,7 @@
 """The command line, `hf-distill`: a row of `COMMANDS` for each command. Parse, then one call."""
 
 import argparse
+import difflib
 import logging
 import sys
 from pkgutil import resolve_name
@@ -13,13 +14,12 @@ from hf_distill.cli.noise import without_noise
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `hf-distill`."""
     argv = sys.argv[1:] if argv is None else argv
-    num_words = 2 if " ".join(argv[:2]) in COMMANDS else 1
-    name = _command_parser().parse_args([" ".join(argv[:num_words])] if argv else []).command
+    name, words = _split(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_distill").setLevel(logging.INFO)
 
     with without_noise():
-        _run(name, argv[num_words:])
+        _run(name, words)
 
 
 def _run(name: str, words: list[str]) -> None:
@@ -41,9 +41,26 @@ def _run(name: str, words: list[str]) -> None:
             sys.exit(130)  # the trainer has said where the student is
 
 
+def _split(argv: list[str]) -> tuple[str, list[str]]:
+    """The name of the command, and its own arguments; without a command, the program ends."""
+    for num_words in (2, 1):
+        if (name := " ".join(argv[:num_words])) in COMMANDS:
+            return name, argv[num_words:]
+    parser = _command_parser()
+    if not argv or argv[0].startswith("-"):
+        parser.parse_args(argv[:1])
+    parts = [name for name in COMMANDS if name.startswith(f"{argv[0]} ")]
+    near = parts or difflib.get_close_matches(argv[0], COMMANDS, n=1)
+    hint = f"did you mean {' or '.join(near)}?" if near else "--help lists them"
+    parser.exit(2, f"hf-distill: error: there is no command {argv[0]!r}; {hint}\n")
+
+
 def _command_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-distill", description="Distil causal language models.")
-    names = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
+    parser = argparse.ArgumentParser(
+        prog="hf-distill", description="Distil causal language models.", usage="%(prog)s COMMAND [options]",
+        epilog="`hf-distill COMMAND --help` shows the options of a command.",
+    )  # fmt: skip
+    names = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, command in COMMANDS.items():
         names.add_parser(name, help=command.help, add_help=False)
     return parser

@@ -4,6 +4,7 @@ Each was seen in runs that went well, and nobody could do anything about it. All
 """
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ WARNED = (
 
 @contextmanager
 def without_noise() -> Iterator[None]:
-    """Hides these messages while it lasts."""
+    """Hides these messages while it lasts, and progress bars of less than a second."""
+    os.environ.setdefault("TQDM_DELAY", "1")  # read once, when tqdm is imported
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         for beginning in WARNED:
