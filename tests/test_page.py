@@ -64,6 +64,26 @@ def run_of(**changes):
     return Run(**{"settings": {"model": "m"}, "history": HISTORY, "results": results, "recorded": {}} | changes)
 
 
+@pytest.mark.parametrize(
+    ("tasks", "source"), [(None, "8 rows of rows.jsonl"), (["arc_easy"], "3 to 8 rows and questions")]
+)
+def test_the_table_of_evaluate_stands_below_the_results(tasks, source):
+    gap = {"share": 0.5, "low": 0.25, "high": 0.75}
+    values = {"base": 0.0, "student": 0.5, "teacher": 1.0}
+    measures = {"f1": {"values": values, "format": "{:.1%}", "num_rows": 8, "gap_recovered": gap}}
+    if tasks:
+        measures["arc_easy acc"] = {"values": values, "format": "{:.1%}", "num_rows": 3, "gap_recovered": None}
+    evaluation = {"measures": measures, "rows": "rows.jsonl", "notes": ["A note."], "settings": {"tasks": tasks}}
+    tables = page_of({"run": run_of(evaluation=evaluation)})["tables"]
+    assert tables[1]["rows"][0] == {
+        "": "f1", "base": "0.0%", "student": "50.0%", "teacher": "100.0%", "gap recovered": "50% (25% to 75%)"
+    }  # fmt: skip
+    assert f"hf-distill evaluate, on {source}; gap recovered is" in tables[1]["note"]
+    assert tables[1]["note"].endswith("A note.")
+    if tasks:
+        assert tables[1]["rows"][1]["gap recovered"] == ""
+
+
 def test_what_is_embedded_is_what_the_run_measured(folder, tmp_path):
     held_out = folder / "rows.jsonl"
     cli.main(["kd", *options(folder, output_dir=tmp_path, eval_dataset=held_out, max_steps=4, max_length=16)])

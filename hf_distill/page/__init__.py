@@ -161,9 +161,8 @@ def _evaluation(name: str, run: Run) -> dict[str, Any]:
     found, measures = run.evaluation, run.evaluation["measures"]
     sizes = sorted({each["num_rows"] for each in measures.values() if each["num_rows"]})
     of = " to ".join(f"{size:,}" for size in dict.fromkeys((*sizes[:1], *sizes[-1:])))
-    note = f"{name}: hf-distill evaluate" + (
-        f", on {of} rows of {found['rows']}" if sizes and found.get("rows") else ""
-    )
+    source = "rows and questions" if found["settings"].get("tasks") else f"rows of {found['rows']}"
+    note = f"{name}: hf-distill evaluate" + (f", on {of} {source}" if sizes else "")
     if any(each["gap_recovered"] for each in measures.values()):
         note += "; gap recovered is (student - base) / (teacher - base), with its 95% interval over rows"
     return {"rows": evaluation_rows(measures), "note": " ".join([f"{note}.", *found["notes"]])}
