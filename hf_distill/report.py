@@ -224,12 +224,14 @@ def _draw_bars(
     if teacher and not better:  # a line at 0, or at 100 %, is the axis
         axes.axhline(teacher, color="0.4", linewidth=1, linestyle="--")
         axes.annotate(
-            "teacher", (0.99, teacher), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7
+            "teacher", (1.02, teacher), xycoords=("axes fraction", "data"), ha="left", va="center", fontsize=7
         )
         positive.append(teacher)
     if not better and positive and max(positive) > 10 * min(positive):
         axes.set_yscale("log")  # or the bar of an untrained model would hide the others
         axes.set_ylim(bottom=min(positive) / 3)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     if "%" in form:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_title(f"{title}\n({'more' if better else 'less'} is better)", fontsize=9)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_distill import demo
+from hf_distill import cli, demo
 from hf_distill.demo.text import Storyteller, stories
 from hf_distill.demo.train_teacher import held_out_losses, train_tokenizer
 
@@ -50,22 +50,32 @@ def test_the_tokenizer_is_the_one_that_the_script_trains():
 
 
 def test_the_demo_runs_end_to_end(tmp_path, monkeypatch, capsys):
-    """One seed, few steps: the machinery, not the claim."""
-    monkeypatch.setattr(demo, "SEEDS", (0,))
-    monkeypatch.setattr(demo, "STEPS", 20)
+    """Few steps: the machinery, not the claim."""
     monkeypatch.setattr(demo, "NUM_HELD_OUT", 20)
-    results = demo.run_demo(str(tmp_path))
+    results = demo.run_demo(str(tmp_path), num_steps=20)
     assert set(results) == {"teacher", "untrained student", "hard labels only", "distilled"}
     assert results["teacher"]["kl"] == pytest.approx(0, abs=1e-6)
     assert results["distilled"]["kl"] < results["untrained student"]["kl"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert (tmp_path / "report.png").exists()
     assert "hard labels only" in (tmp_path / "report.html").read_text()
-    assert "seed 0: perplexity" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.index("of the untrained student") < printed.index("KL to the teacher")
+    for name in ("teacher", "hard labels only", "distilled"):
+        assert f" {name}: ... " in printed
+    assert f"Open {tmp_path / 'report.html'} in a browser" in printed
+
+
+def test_a_demo_without_seeds_or_steps_is_refused(capsys):
+    for name in ("seeds", "steps"):
+        with pytest.raises(SystemExit):
+            cli.main(["demo", f"--{name}", "0"])
+        assert f"--{name} has to be at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_distillation_wins_over_three_seeds(tmp_path):
-    results = demo.run_demo(str(tmp_path))
-    assert results["distilled"]["kl"] < 0.85 * results["hard labels only"]["kl"]
+@pytest.mark.parametrize(("steps", "share"), [(demo.STEPS, 0.92), (400, 0.85)])
+def test_distillation_wins_over_three_seeds(tmp_path, steps, share):
+    results = demo.run_demo(str(tmp_path), num_seeds=3, num_steps=steps)
+    assert results["distilled"]["kl"] < share * results["hard labels only"]["kl"]
     assert results["distilled"]["student_perplexity"] < results["hard labels only"]["student_perplexity"]

@@ -9,7 +9,9 @@ from hf_distill.traffic import ENGINES
 class DemoArguments:
     """The options of `demo`."""
 
-    output_dir: str = field(default="demo_out", metadata={"help": "Where student, table and picture go."})
+    output_dir: str = field(default="demo_out", metadata={"help": "Where student, table, picture and page go."})
+    seeds: int = field(default=1, metadata={"help": "Students of each kind; the results are means."})
+    steps: int = field(default=200, metadata={"help": "Updates of a training."})
 
 
 @dataclass

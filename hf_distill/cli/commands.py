@@ -51,7 +51,7 @@ _RUNS = {"runs": "output directories of kd, kv or skd"}
 
 COMMANDS = {
     "demo": Command(
-        "distil the packaged teacher, offline, on a CPU, in three minutes",
+        "distil the packaged teacher, offline, on a CPU, in a minute or two",
         "hf_distill.cli.demo:demo", (f"{_ARGUMENTS}:DemoArguments",),
     ),
     "kd": Command(

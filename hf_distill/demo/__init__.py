@@ -1,4 +1,4 @@
-"""A complete distillation, offline, on a CPU, in three minutes, with a packaged teacher."""
+"""A complete distillation, offline, on a CPU, in a minute or two, with a packaged teacher."""
 
 import logging
 from collections.abc import Iterator
@@ -41,10 +41,10 @@ from hf_distill.trainers.hard_label_config import HardLabelConfig, checkpointing
 from hf_distill.trainers.kd import KDTrainer
 
 TEACHER = str(files("hf_distill.demo") / "teacher")
-SEEDS = (0, 1, 2)
 # The teacher has read tens of thousands of stories. The student gets few, so it matters what it learns from each.
-NUM_TRAIN, NUM_HELD_OUT, STEPS = 200, 200, 400
+NUM_TRAIN, NUM_HELD_OUT, STEPS = 200, 100, 200
 RUNS = ("hard labels only", "distilled")
+NUM_WORDS, NUM_WRITTEN = 12, 40  # words of a held-out story that models go on with, and tokens that they write
 
 
 @contextmanager
@@ -72,19 +72,26 @@ def _quiet_on_one_thread() -> Iterator[None]:
 
 
 @_quiet_on_one_thread()
-def run_demo(output_dir: str) -> dict[str, dict[str, float]]:
-    """Trains the same student on hard labels and on the teacher, over three seeds, and returns the mean results.
+def run_demo(output_dir: str, num_seeds: int = 1, num_steps: int = STEPS) -> dict[str, dict[str, float]]:
+    """Trains the same student on hard labels and on the teacher, and returns the mean results over seeds.
 
     Writes the distilled student of the first seed to `output_dir/student`, and `report.md`, `report.json`,
     `report.png` and `report.html` beside it. Files of an earlier demo are moved aside.
+
+    Args:
+        output_dir: a folder.
+        num_seeds: pairs of trainings, each with its own student and stories.
+        num_steps: updates of a training.
     """
-    console = Console()
+    console = Console(highlight=False)
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     teacher = AutoModelForCausalLM.from_pretrained(TEACHER)
     console.print(f"[bold]One of the {NUM_TRAIN} stories that a student sees:[/bold]\n{stories(1, seed=1000)[0]}\n")
 
     results: dict[str, list[dict[str, float]]] = {name: [] for name in ("teacher", "untrained student", *RUNS)}
     runs: dict[str, Run] = {}
+    beginning = " ".join(stories(1, seed=2000)[0].split()[:NUM_WORDS])
+    written = {"teacher": continuation(teacher, tokenizer, beginning)}
     columns = (
         TextColumn("{task.description:<26}"),
         BarColumn(),
@@ -94,52 +101,80 @@ def run_demo(output_dir: str) -> dict[str, dict[str, float]]:
     for folder in (output_dir, f"{output_dir}/student"):
         set_aside(folder)
     with Progress(*columns, console=console) as progress, TemporaryDirectory() as nowhere:
-        task = progress.add_task("", total=len(SEEDS) * len(RUNS) * STEPS)
-        for seed in SEEDS:
+        task = progress.add_task("", total=num_seeds * len(RUNS) * num_steps)
+        for seed in range(num_seeds):
             for name in RUNS:
-                progress.update(task, description=f"seed {seed}: {name}")
-                trainer = make_trainer(name, nowhere, seed, teacher, tokenizer)
+                progress.update(task, description=f"seed {seed}: {name}" if num_seeds > 1 else name)
+                trainer = make_trainer(name, nowhere, seed, teacher, tokenizer, num_steps)
                 trainer.remove_callback(PrinterCallback)  # one bar over all runs instead
                 trainer.add_callback(_Advance(progress, task))
                 if name == RUNS[0]:
                     results["teacher"].append(measure(trainer, teacher, teacher))
                     results["untrained student"].append(measure(trainer, trainer.model, teacher))
+                    if seed == 0:
+                        _show_start(console, results)
                 trainer.train()
                 results[name].append(measure(trainer, trainer.model, teacher))
-                if seed == SEEDS[0]:
+                if seed == 0:
                     runs[name] = _run(trainer, results, name, teacher)
+                    written[name] = continuation(trainer.model, tokenizer, beginning)
                     if name == RUNS[1]:
                         trainer.save_model(f"{output_dir}/student")
 
     means = {name: {key: mean(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()}
-    title = f"held-out stories, means over {len(SEEDS)} seeds"
+    over = f", means over {num_seeds} seeds" if num_seeds > 1 else ""
     histories = {name: run.history for name, run in runs.items()}
-    save_report(output_dir, means, histories, title, num_rows=NUM_HELD_OUT)
-    note = f"Means over {len(SEEDS)} seeds, measured on {measured_on(means)}. Curves and rows: seed {SEEDS[0]}."
+    save_report(output_dir, means, histories, f"held-out stories{over}", num_rows=NUM_HELD_OUT)
+    note = f"Measured on {measured_on(means)}{over}. Curves and rows are those of the first seed."
     page = {**page_of(runs), "title": "hf-distill demo", "tables": [{"rows": result_rows(means), "note": note}]}
     write_page(Path(output_dir, "report.html"), page)
-    pairs = list(zip(*(results[name] for name in RUNS), strict=True))
-    for seed, (hard, soft) in zip(SEEDS, pairs, strict=True):
+
+    for seed, (hard, soft) in enumerate(zip(*(results[name] for name in RUNS), strict=True)):
         console.print(
-            f"seed {seed}: perplexity {hard['student_perplexity']:.3f} -> {soft['student_perplexity']:.3f}, "
-            f"KL to the teacher {hard['kl']:.4f} -> {soft['kl']:.4f} nats ({soft['kl'] / hard['kl'] - 1:+.0%})"
+            f"{f'seed {seed}: ' if num_seeds > 1 else ''}perplexity {hard['student_perplexity']:.3f} -> "
+            f"{soft['student_perplexity']:.3f}, KL to the teacher {hard['kl']:.3f} -> {soft['kl']:.3f} nats "
+            f"({soft['kl'] / hard['kl'] - 1:+.0%}), from {' to '.join(RUNS)}"
         )
+    console.print(f"\n[bold]How they go on with[/bold] {beginning} ...")
+    for name, text in written.items():
+        console.print(f"[bold]{name}:[/bold] ... {text}", soft_wrap=True)
     console.print(
-        f"The distilled student is closer in {sum(s['kl'] < h['kl'] for h, s in pairs)} of {len(SEEDS)} seeds."
-    )
-    console.print(
-        f"Open {Path(output_dir, 'report.html')} in a browser; the student is in {Path(output_dir, 'student')}."
+        f"\nOpen {Path(output_dir, 'report.html')} in a browser: it shows where, token by token. "
+        f"The distilled student is in {Path(output_dir, 'student')}."
     )
     return means
 
 
+def _show_start(console: Console, results: dict[str, list[dict[str, float]]]) -> None:
+    """The first numbers, before any training."""
+    found = {name: results[name][0]["student_perplexity"] for name in ("teacher", "untrained student")}
+    console.print(
+        f"Perplexity on {NUM_HELD_OUT} other stories: {found['teacher']:.2f} of the teacher, "
+        f"{found['untrained student']:.0f} of the untrained student. It trains on the words of {NUM_TRAIN} stories. "
+        "Then, new again, it trains on what the teacher expects at each of these words.\n"
+    )
+
+
+@torch.no_grad()
+def continuation(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The most likely tokens after a text, as far as the end of a story or `NUM_WRITTEN`."""
+    inputs = tokenizer(text, return_tensors="pt")
+    tokens = model.eval().generate(**inputs, do_sample=False, max_new_tokens=NUM_WRITTEN)
+    return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
 def make_trainer(
-    name: str, output_dir: str, seed: int, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    name: str,
+    output_dir: str,
+    seed: int,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_steps: int = STEPS,
 ) -> HardLabelTrainer:
     """A fresh student with its texts: the same settings for the trainer on hard labels and for the distillation."""
     settings: dict[str, Any] = {
         "output_dir": output_dir,
-        "max_steps": STEPS,
+        "max_steps": num_steps,
         "per_device_train_batch_size": 8,
         "learning_rate": 5e-3,  # near the best for both losses: 2.5e-3, 5e-3 and 1e-2 were tried
         "lr_scheduler_type": "cosine",
