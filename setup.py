@@ -16,7 +16,8 @@ def version() -> str:
 def long_description() -> str:
     """README.md for a package index, where a link to a file of the repository needs its address."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.sub(r"\]\((?!https?:|#)", f"]({REPOSITORY}/blob/main/", readme)
+    linked = re.sub(r"\]\((?!https?:|#)", f"]({REPOSITORY}/blob/main/", readme)
+    return re.sub(r"/blob/main/([\w/.]+\.png)", r"/raw/main/\1", linked)  # the picture, not its page
 
 
 # `make test-oldest` takes the lower bounds, `make test-newest` the newest there are, `make test` constraints.txt.

@@ -35,9 +35,11 @@ def test_the_description_has_the_links_of_the_readme_with_their_address(metadata
     readme, description = (ROOT / "README.md").read_text(), metadata["long_description"]
     links = RELATIVE_LINK.findall(readme)
     assert len(links) > 20
-    assert all((ROOT / link.partition("#")[0]).is_file() for link in links)
+    assert all((ROOT / link.partition("#")[0]).exists() for link in links)
     assert RELATIVE_LINK.findall(description) == []
-    assert [link for link in links if f"]({metadata['url']}/blob/main/{link})" not in description] == []
+    for link in links:
+        kind = "raw" if link.endswith(".png") else "blob"
+        assert f"]({metadata['url']}/{kind}/main/{link})" in description
     assert len(description.splitlines()) == len(readme.splitlines())
 
 
