@@ -1,11 +1,13 @@
 """The table of options and the help made of it, against the dataclasses that they describe."""
 
+import copy
 from collections import Counter
 
 import pytest
 
 from hf_distill import HardLabelConfig, KDConfig, SpeculativeKDConfig, cli
 from hf_distill.cli import options as options_module
+from hf_distill.cli import parsing
 from hf_distill.cli.commands import COMMANDS
 from hf_distill.cli.helping import GROUPS, GROUPS_OF, INHERITED, REFUSED, help_text
 from hf_distill.cli.options import TABLE, described_options, installed_options, is_current, options_of
@@ -48,7 +50,21 @@ def test_other_versions_of_the_libraries_say_themselves_what_their_options_are(m
             assert (option.kind, option.nargs, option.choices) == (
                 found[name].kind, found[name].nargs, found[name].choices
             )  # fmt: skip
+    monkeypatch.setattr(parsing, "is_current", lambda: False)
     assert "did you mean --learning_rate?" in error_of(capsys, ["--learning_rte", "1"])
+
+
+def test_an_option_that_only_the_installed_libraries_have_is_taken(monkeypatch, capsys):
+    table = copy.deepcopy(options_module._table())
+    rows = table["classes"]["trl:SFTConfig"]["options"]
+    rows[:] = [row for row in rows if row["name"] != "weight_decay"]
+    for module in (options_module, parsing):
+        monkeypatch.setattr(module, "is_current", lambda: False)
+    monkeypatch.setattr(options_module, "_table", lambda: table)
+    words = ["--model", "a", "--teacher_model", "b", "--dataset", "c", "--use_cpu", "--bf16", "no"]
+    for flag in ("--weight_decay", "--weight-decay", "--weight_dec"):
+        assert parsing.read_command("kd", [*words, flag, "0.25"])[1].weight_decay == 0.25
+    assert "there is no option --weight_deky; did you mean" in error_of(capsys, ["--weight_deky", "1"])
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -49,6 +49,13 @@ def test_help_and_wrong_options_import_nothing_heavy():
     assert imported_by(f"{code}{''.join(map(stops, commands))}sys.stderr = sys.__stderr__") == set()
 
 
+def test_an_option_that_no_version_has_is_refused_without_anything_heavy():
+    code = "import sys\nsys.stderr = sys.stdout\nfrom hf_distill.cli import main, options, parsing\n"
+    code += "options.is_current = parsing.is_current = lambda: False\n"
+    commands = ["kd --alfa 1", "kd --help"]
+    assert imported_by(f"{code}{''.join(map(stops, commands))}sys.stderr = sys.__stderr__") == set()
+
+
 def test_finished_runs_and_stores_are_shown_without_anything_heavy():
     """What is not there is missed only after all modules have been imported."""
     commands = ["compare no_such_folder", "report no_such_folder", "cache info no_such_folder"]

@@ -1,21 +1,27 @@
 """The options of commands: fields of dataclasses, from a table that is read without importing torch or TRL.
 
 `options.json` is written by `python -m hf_distill.cli.options`, and a test holds it equal to the dataclasses. If other
-versions of transformers or TRL are installed than it was written with, inherited options are read from them instead.
+versions of transformers or TRL are installed than it was written with, options are read from their dataclasses instead.
 """
 
 import json
+import re
 from argparse import Action
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from inspect import get_annotations
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, get_args, get_type_hints
 
 TABLE = Path(__file__).with_name("options.json")
+# The files whose dataclasses options are inherited from.
+SOURCES = {
+    "transformers": ("transformers/training_args.py",),
+    "trl": ("trl/trainer/sft_config.py", "trl/trainer/base_config.py", "trl/trainer/model_config.py"),
+}
 KINDS = ("str", "int", "float", "bool", "object")
 
 
@@ -64,6 +70,16 @@ def installed_options(classes: Iterable[str]) -> dict[str, Option]:
 def is_current() -> bool:
     """True if the table was written with the installed versions of transformers and TRL."""
     return all(version(name) == written for name, written in _table()["versions"].items())
+
+
+def may_be_inherited(name: str) -> bool:
+    """True unless the files of the installed libraries, which are read as text, surely have no option of this name."""
+    for package, files in SOURCES.items():
+        for file in files:
+            path = Path(str(distribution(package).locate_file(file)))
+            if not path.is_file() or re.search(rf"^    {name}\w*:", path.read_text(encoding="utf-8"), re.MULTILINE):
+                return True
+    return False
 
 
 @cache

@@ -3,7 +3,7 @@
 import difflib
 import os
 from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pkgutil import resolve_name
@@ -13,7 +13,7 @@ import yaml
 
 from hf_distill.cli.commands import COMMANDS
 from hf_distill.cli.helping import help_text, whole_help_text
-from hf_distill.cli.options import Option, options_of
+from hf_distill.cli.options import Option, described_options, is_current, may_be_inherited, options_of
 
 # Names that papers and other libraries have for our settings.
 OTHER_NAMES = {
@@ -38,8 +38,10 @@ def read_command(name: str, argv: Iterable[str]) -> tuple[Any, ...]:
     Raises:
         `ValueError`: a recipe that cannot be read, an unknown option, or what the dataclasses refuse.
     """
-    command = COMMANDS[name]
-    values = CommandParser(name).parse(argv)
+    command, argv = COMMANDS[name], list(argv)
+    if command.trains and not is_current():
+        CommandParser(name, described_options(command.options)).refuse_what_nothing_knows(argv)
+    values = CommandParser(name, options_of(command.options)).parse(argv)
     with resolve_name(command.parsing)() if command.parsing else nullcontext():
         parsed = [_instance(resolve_name(each), values) for each in command.options]
     words = Namespace(**{word: values[word] for word in command.words})
@@ -57,11 +59,11 @@ class CommandParser(ArgumentParser):
     `None` unsets an option. Errors are one line: argparse would print the usage before them.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, options: Mapping[str, Option]) -> None:
         super().__init__(prog=f"hf-distill {name}", add_help=False, argument_default=SUPPRESS)
         command = COMMANDS[name]
         self._required: dict[str, str] = {}
-        for option in options_of(command.options).values():
+        for option in options.values():
             self._add_option(option)
         self.add_argument("--config")
         self.add_argument("-h", "--help", action=_Show, show=lambda: help_text(name))
@@ -89,6 +91,21 @@ class CommandParser(ArgumentParser):
             self.error(f"the following arguments are required: {', '.join(missing)}")
         # An option that takes a list is unset by a list of None.
         return {name: None if value == [None] else value for name, value in vars(found).items() if name != "config"}
+
+    def refuse_what_nothing_knows(self, argv: list[str]) -> None:
+        """Raises `ValueError` for a name of an option that neither this parser nor an installed library has.
+
+        For a parser of the table, where other versions of the libraries are installed: their own names are read after
+        this, from their dataclasses. It also shows help.
+        """
+        if {"-h", "--help"}.intersection(argv):
+            self.parse_known_args(["--help"])
+        flags = [word.partition("=")[0] for word in argv if word.startswith("--") and " " not in word]
+        for flag in flags:
+            name = flag.lstrip("-").replace("-", "_")
+            is_known = any(known.startswith(flag) for known in self._option_string_actions)
+            if not is_known and not may_be_inherited(name.removeprefix("no_")):
+                raise ValueError(f"there is no option {flag}{self._suggestion(name)}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
