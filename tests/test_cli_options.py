@@ -13,7 +13,7 @@ from hf_distill.cli.helping import GROUPS, GROUPS_OF, INHERITED, REFUSED, help_t
 from hf_distill.cli.options import TABLE, described_options, installed_options, is_current, options_of
 from tests.test_cli import error_of
 
-TRAINING = [name for name, command in COMMANDS.items() if command.trains]
+TRAINING = [name for name, command in COMMANDS.items() if command.inherits]
 
 
 def test_the_table_is_that_of_the_dataclasses():
@@ -118,7 +118,7 @@ def test_help_shows_the_options_that_people_set_in_groups(name, capsys, monkeypa
     assert max(map(len, shown.splitlines())) <= 100
     assert len(shown.splitlines()) < 200
     assert f"usage: hf-distill {name}" in shown
-    if COMMANDS[name].trains:
+    if COMMANDS[name].inherits:
         for text in ("models:", "LoRA:", "--learning_rate NUMBER", "--lora_r NUMBER", "--help-all"):
             assert text in shown, text
         assert not any(f"--{option} " in shown for option in REFUSED[name].split())

@@ -32,8 +32,8 @@ class Command:
     parsing: str | None = None
 
     @property
-    def trains(self) -> bool:
-        """True if options are inherited from transformers and TRL, which only `--help-all` lists."""
+    def inherits(self) -> bool:
+        """True if it has options of transformers and TRL, which only `--help-all` lists."""
         return any(not name.startswith(f"{_ARGUMENTS}:") for name in self.options)
 
 
@@ -55,33 +55,33 @@ COMMANDS = {
         "hf_distill.cli.demo:demo", (f"{_ARGUMENTS}:DemoArguments",),
     ),
     "kd": Command(
-        "distil a student",
+        "distil a student on the teacher's next-token distributions",
         "hf_distill.cli.training:start_kd", (f"{_ARGUMENTS}:StagedArguments", _KD, _MODEL),
     ),
     "kv": Command(
-        "with the teacher's keys and values beside its logits",
+        "distil a student, on the teacher's keys and values, too",
         "hf_distill.cli.training:start_kv", (f"{_ARGUMENTS}:KVArguments", _KV, _MODEL),
     ),
     "skd": Command(
-        "on text that student and teacher write together",
+        "distil a student on text that student and teacher write together",
         "hf_distill.cli.training:start_skd", (f"{_ARGUMENTS}:SKDArguments", _SKD, _MODEL),
     ),
     "sft": Command(
-        "on hard labels alone, without a teacher: the baseline",
+        "train a student on hard labels alone, without a teacher: the baseline",
         "hf_distill.cli.training:start_sft", (f"{_ARGUMENTS}:SFTArguments", _HARD_LABEL, _MODEL),
     ),
     "plan kd": _plan(
-        "the memory of a run of kd, whether it fits, and what would make it fit; from configurations alone",
+        "say what memory a run of kd takes, whether it fits, and what would make it fit; from configurations alone",
         "plan_kd", f"{_ARGUMENTS}:PlannedKD", _KD,
     ),
-    "plan kv": _plan("the same of kv", "plan_kv", f"{_ARGUMENTS}:PlannedKV", _KV),
-    "plan skd": _plan("the same of skd", "plan_skd", f"{_ARGUMENTS}:PlannedSKD", _SKD),
+    "plan kv": _plan("the same for a run of kv", "plan_kv", f"{_ARGUMENTS}:PlannedKV", _KV),
+    "plan skd": _plan("the same for a run of skd", "plan_skd", f"{_ARGUMENTS}:PlannedSKD", _SKD),
     "doctor kd": _doctor(
-        "what would go wrong or waste a run of kd, with these models on this data; some rows are tried",
+        "say what would go wrong or waste a run of kd, with these models on this data; some rows are tried",
         "doctor_kd", f"{_ARGUMENTS}:StagedArguments", _KD,
     ),
-    "doctor kv": _doctor("the same of kv", "doctor_kv", f"{_ARGUMENTS}:KVArguments", _KV),
-    "doctor skd": _doctor("the same of skd", "doctor_skd", f"{_ARGUMENTS}:SKDArguments", _SKD),
+    "doctor kv": _doctor("the same for a run of kv", "doctor_kv", f"{_ARGUMENTS}:KVArguments", _KV),
+    "doctor skd": _doctor("the same for a run of skd", "doctor_skd", f"{_ARGUMENTS}:SKDArguments", _SKD),
     "prune": Command(
         "drop the layers that change least, keep them as bundles",
         "hf_distill.cli.pruning:prune", (f"{_ARGUMENTS}:PruneArguments",),
@@ -94,8 +94,12 @@ COMMANDS = {
         "write a teacher's outputs into a folder, to train any number of students from",
         "hf_distill.cli.cache:write", (f"{_ARGUMENTS}:CacheArguments", _KD, _MODEL),
     ),
-    "cache info": Command("show what is in such folders", "hf_distill.cli.stores:info", words=_STORES),
-    "cache verify": Command("check every byte of such folders", "hf_distill.cli.cache:verify", words=_STORES),
+    "cache info": Command(
+        "show what is in folders that cache write has made", "hf_distill.cli.stores:info", words=_STORES
+    ),
+    "cache verify": Command(
+        "check every byte of folders that cache write has made", "hf_distill.cli.cache:verify", words=_STORES
+    ),
     "evaluate": Command(
         "measure base, student and teacher: perplexity, distance, generated answers, the gap that was closed",
         "hf_distill.cli.evaluating:evaluate", (f"{_ARGUMENTS}:EvaluateArguments",),

@@ -112,7 +112,7 @@ def help_text(name: str) -> str:
     """The help of a command with the options that people set, or all of them if it inherits none."""
     command = COMMANDS[name]
     options = described_options(command.options)
-    has_groups = command.trains or name in GROUPS_OF
+    has_groups = command.inherits or name in GROUPS_OF
     return _text(name, _groups(name, options) if has_groups else {"options": [*options.values()]})
 
 
@@ -151,7 +151,7 @@ def _text(name: str, groups: Mapping[str, Iterable[Option]], *, is_whole: bool =
             group.add_argument(f"--{option.name}", metavar=_metavar(option), help=_help(option))
     others = parser.add_argument_group("help and recipes")
     others.add_argument("--config", metavar="FILE", help="A YAML file with options as `name: value`; those here win.")
-    if command.trains and not is_whole:
+    if command.inherits and not is_whole:
         others.add_argument("--help-all", action="store_true", help="Also all settings of transformers and TRL.")
     return parser.format_help()
 

@@ -39,7 +39,7 @@ def read_command(name: str, argv: Iterable[str]) -> tuple[Any, ...]:
         `ValueError`: a recipe that cannot be read, an unknown option, or what the dataclasses refuse.
     """
     command, argv = COMMANDS[name], list(argv)
-    if command.trains and not is_current():
+    if command.inherits and not is_current():
         CommandParser(name, described_options(command.options)).refuse_what_nothing_knows(argv)
     values = CommandParser(name, options_of(command.options)).parse(argv)
     with resolve_name(command.parsing)() if command.parsing else nullcontext():
@@ -67,7 +67,7 @@ class CommandParser(ArgumentParser):
             self._add_option(option)
         self.add_argument("--config")
         self.add_argument("-h", "--help", action=_Show, show=lambda: help_text(name))
-        if command.trains:
+        if command.inherits:
             self.add_argument("--help-all", "--help_all", action=_Show, show=lambda: whole_help_text(name))
         for word in command.words:
             self.add_argument(word, nargs="+")
