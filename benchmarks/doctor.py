@@ -10,6 +10,7 @@ checks in `FOUND_BY` warns or fails; every other warning or failure is a false a
 import argparse
 import copy
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -325,6 +326,8 @@ def examine(name: str, arguments: Arguments, num_rows: int) -> dict[str, Any]:
     if name in FOUND_BY:
         row["found"] = f"{alarms[wanted[0]].status}: {alarms[wanted[0]].line}" if wanted else "**no**"
     left_out = [f"{each.check}: {each.line}" for each in found.findings if "it stopped" in each.line]
+    slow = {each.check: round(each.seconds) for each in found.findings if each.seconds >= 5}
+    print(f"{name}: seconds of slow checks {slow}", file=sys.stderr)
     return {**row, "other alarms": "; ".join(others) or "none", "s": f"{found.seconds:.0f}", "stopped": left_out}
 
 

@@ -1,7 +1,9 @@
 """Every example, recipe and launch configuration runs or parses: what is shown to users works."""
 
 import importlib.util
+import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -168,18 +170,13 @@ def questions(tmp_path_factory):
     return folder
 
 
-# Those of KAVA differ in two numbers, so one of them is run.
-@pytest.mark.parametrize(
-    "recipe", [path for path in RECIPES if path.parent.name != "kava" or path.stem == "high_capacity"],
-    ids=lambda path: path.stem,
-)  # fmt: skip
-def test_every_recipe_runs_with_its_own_settings(folder, questions, tmp_path, recipe):
-    """Only the models, the data, the devices and the length of the run are replaced."""
+def given_to(recipe, folder, questions, output_dir):
+    """The command of a recipe and its options: only models, data, devices and the length of the run are replaced."""
     replaced = {
         "model": folder / "student",
         "teacher_model": folder / "teacher",
         "dataset": folder / "rows.jsonl",
-        "output_dir": tmp_path,
+        "output_dir": output_dir,
         "max_steps": 1,
         "gradient_accumulation_steps": 2,
         "use_cpu": True,
@@ -196,9 +193,30 @@ def test_every_recipe_runs_with_its_own_settings(folder, questions, tmp_path, re
     (command,) = re.findall(rf"#   hf-distill (\w+) --config {recipe.relative_to(ROOT)}", recipe.read_text())
     if command == "skd":  # the models of the tests have few positions
         replaced["dataset"], replaced["max_new_tokens"] = folder / "facts.jsonl", 8
-    arguments = [part for name, value in replaced.items() for part in (f"--{name}", str(value))]
-    cli.main([command, "--config", str(recipe), *arguments])
+    options = [part for name, value in replaced.items() for part in (f"--{name}", str(value))]
+    return command, ["--config", str(recipe), *options]
+
+
+# Those of KAVA differ in two numbers, so one of them is run.
+@pytest.mark.parametrize(
+    "recipe", [path for path in RECIPES if path.parent.name != "kava" or path.stem == "high_capacity"],
+    ids=lambda path: path.stem,
+)  # fmt: skip
+def test_every_recipe_runs_with_its_own_settings(folder, questions, tmp_path, recipe):
+    command, options = given_to(recipe, folder, questions, tmp_path)
+    cli.main([command, *options])
     assert (tmp_path / "README.md").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_examined(folder, questions, tmp_path, recipe, capsys):
+    command, options = given_to(recipe, folder, questions, tmp_path)
+    with suppress(SystemExit):  # models without training may fail a check
+        cli.main(["doctor", command, *options, "--rows", "8", "--json"])
+    findings = {each["check"]: each for each in json.loads(capsys.readouterr().out)["findings"]}
+    assert findings["construction"]["status"] == "ok"
+    assert [each["line"] for each in findings.values() if "it stopped" in each["line"]] == []
 
 
 def test_the_recipe_with_a_store_writes_it_and_trains_from_it(folder, tmp_path):

@@ -94,8 +94,13 @@ def diagnose(
     begin = time.perf_counter()
     with open_probe(trainer_class, arguments, num_rows) as probe:
         probe.memory = memory or resources.device_memory(probe.args.device)
-        findings = tuple(replace(_found(check, probe), check=name) for name, check in CHECKS.items())
+        findings = tuple(_timed(name, check, probe) for name, check in CHECKS.items())
     return Diagnosis(findings, num_rows, time.perf_counter() - begin)
+
+
+def _timed(name: str, check: Callable[[Probe], Finding], probe: Probe) -> Finding:
+    begin = time.perf_counter()
+    return replace(_found(check, probe), check=name, seconds=time.perf_counter() - begin)
 
 
 def _found(check: Callable[[Probe], Finding], probe: Probe) -> Finding:

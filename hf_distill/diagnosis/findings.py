@@ -19,7 +19,8 @@ class Finding:
         line (`str`): what was found, or why nothing can be said.
         remedy (`str`): what to do; empty where there is nothing to do.
         numbers: what was measured, by name.
-        check (`str`): the name of the check; `diagnose` fills it in.
+        check (`str`), seconds (`float`): the name of the check, and its time with what it computed for later ones;
+            `diagnose` fills them in.
     """
 
     status: str
@@ -27,6 +28,7 @@ class Finding:
     remedy: str = ""
     numbers: Mapping[str, Any] = field(default_factory=dict)
     check: str = ""
+    seconds: float = 0.0
 
 
 class LeftOut(Exception):

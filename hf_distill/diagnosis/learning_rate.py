@@ -31,9 +31,9 @@ def learning_rate(probe: Probe) -> Finding:
         raise LeftOut("the probe has no rows for an update")
     parameters = trained(probe)
     with training(probe):
-        batches = [batch for update in updates for batch in update]
-        before = mean_loss(probe, batches)
         number = _affordable(probe, updates, parameters)
+        batches = [batch for update in updates[:number] for batch in update]
+        before = mean_loss(probe, batches)
         after = {}
         for factor in FACTORS:
             with weights_kept(parameters):
