@@ -26,9 +26,9 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 def settings() -> str:
     """All settings in Markdown: those of training by topic, then those of each other command."""
-    training = {name: _options(name) for name, command in COMMANDS.items() if command.trains}
+    training = {name: _options(name) for name, command in COMMANDS.items() if command.inherits}
     parts = [_topic(title, names.split(), training) for title, names in GROUPS.items()]
-    others = {name: _options(name) for name, command in COMMANDS.items() if not command.trains and command.options}
+    others = {name: _options(name) for name, command in COMMANDS.items() if not command.inherits and command.options}
     parts += [_section(f"`hf-distill {name}`", map(_row, found.values()), []) for name, found in others.items()]
     seen: set[str] = set()
     return re.sub(r'<a id="(\w+)"></a>', lambda anchor: _first(anchor, seen), "\n\n".join(parts))
