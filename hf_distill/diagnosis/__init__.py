@@ -80,6 +80,7 @@ def diagnose(
         num_rows (`int`): training rows of the probe; copies and held-out rows are looked for in all rows.
         memory (`int`, *optional*): bytes of the device; by default those of this machine's.
         arguments: what the trainer would be called with: `model`, `teacher_model`, `args`, `train_dataset` and so on.
+            A student that is given as an object is copied.
 
     Returns:
         [`Diagnosis`], with a finding for each check.

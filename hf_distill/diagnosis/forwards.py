@@ -92,11 +92,9 @@ def signals_of(probe: Probe, forward: Forward) -> dict[str, Signal]:
     """What each teacher says of a batch; [`LeftOut`] where each row has a teacher of its own."""
     if getattr(probe.args, "teacher_combination", "") == "route":
         raise LeftOut("each row has a teacher of its own, and the others are not asked about it")
-    trainer, positions = probe.trainer, forward.positions
-    with trainer.compute_loss_context_manager():  # in the precision of the training
-        if probe.writes:  # who has read the text when it was written
-            return {name: trainer.teacher_signal(dict(forward.inputs), positions) for name in probe.teachers}
-        return {name: teacher(forward.inputs, positions) for name, teacher in probe.teachers.items()}
+    if probe.writes:  # who has read the text when it was written
+        return {name: probe.trainer.teacher_signal(dict(forward.inputs), forward.positions) for name in probe.teachers}
+    return {name: teacher(forward.inputs, forward.positions) for name, teacher in probe.teachers.items()}
 
 
 def add_signal(sums: Sums, forward: Forward, signal: Signal, probe: Probe) -> None:

@@ -68,7 +68,9 @@ def loss_path(probe: Probe) -> Finding:
     def loss() -> None:
         if hasattr(trainer, "teachers"):
             signal = trainer.teacher_signal(dict(forward.inputs), forward.positions)
-            trainer.distillation_terms(hidden, head, signal, forward.labels, objective)["loss"].backward()
+            with trainer.trying_out():
+                found = trainer.distillation_terms(hidden, head, signal, forward.labels, objective)
+            found["loss"].backward()
 
     def step() -> None:
         backward(probe, [batch])

@@ -31,9 +31,14 @@ def num_labels(batches: Sequence[Batch]) -> int:
 def loss_of(probe: Probe, batch: Batch, num_items: int) -> Tensor:
     """The trainer's loss of a batch: its share of the mean over `num_items` tokens."""
     trainer = probe.trainer
+
+    def model(**inputs: Any) -> Any:
+        # accelerate puts mixed precision around the student's forward when a run begins, and around nothing else.
+        with trainer.trying_out():
+            return trainer.model(**inputs)
+
     items = torch.tensor(num_items, device=trainer.args.device)
-    with trainer.compute_loss_context_manager():
-        return trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+    return trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
 
 
 def backward(probe: Probe, batches: Sequence[Batch]) -> float:

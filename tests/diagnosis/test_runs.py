@@ -7,6 +7,8 @@ from peft import LoraConfig
 from hf_distill import KDConfig, KDTrainer, SpeculativeKDConfig, SpeculativeKDTrainer
 from hf_distill.collators import LUPICollator
 from hf_distill.diagnosis import CHECKS, diagnose
+from hf_distill.diagnosis.probe import open_probe
+from hf_distill.diagnosis.updates import mean_loss, training
 from hf_distill.trainers.hard_label import HardLabelTrainer
 from hf_distill.trainers.hard_label_config import HardLabelConfig
 from tests.conftest import SENTENCES, make_tokenizer
@@ -102,6 +104,20 @@ def test_knowledge_of_the_teacher_is_read_by_it_alone(run, tokenizer):
     changes = {"config": SpeculativeKDConfig, "data_collator": collator, "processing_class": tokenizer}
     found = examined(run, SpeculativeKDTrainer, train_dataset=FACTS, settings=settings, **changes)
     assert found["start"].numbers
+
+
+def test_losses_are_those_of_the_run_in_its_precision(run, tmp_path):
+    """The first loss that a run logs, of the same rows, is that of the probe; bfloat16 rounds both alike."""
+    found = {}
+    for bf16 in (False, True):
+        settings = {"bf16": bf16, "per_device_train_batch_size": 8, "max_steps": 1, "logging_steps": 1}
+        arguments = run(settings={**settings, "save_strategy": "no", "output_dir": str(tmp_path)})
+        with open_probe(KDTrainer, arguments, 8) as probe, training(probe):
+            found[bf16] = mean_loss(probe, list(probe.batches(8, packed=True)))
+        trainer = KDTrainer(**arguments)
+        trainer.train()
+        assert found[bf16] == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-5)
+    assert found[True] != found[False]
 
 
 def test_a_scheduled_loss_is_examined_at_its_end(run):
