@@ -87,7 +87,16 @@ ATTRIBUTES = {
     "_signature_columns",
     "_total_train_tokens",
 }
-PYTHON_AND_TORCH = {"_actions", "_asdict", "_buffers", "_exit", "_fields", "_parameters", "_replace"}
+PYTHON_AND_TORCH = {
+    "_actions",
+    "_asdict",
+    "_buffers",
+    "_exit",
+    "_fields",
+    "_option_string_actions",
+    "_parameters",
+    "_replace",
+}
 
 
 def parameters(function) -> str:
