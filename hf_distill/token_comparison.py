@@ -123,11 +123,13 @@ def compare_tokens(
     documents = islice(filter(has_label, _documents(some, tokenizer, models, vocab_size, max_length)), max_rows)
     rows: list[TokenRow] = []
     kinds: set[type] = set()
+    temperatures: set[float] = set()
     has_own_text = False
     with measuring(**dict(zip(("student", "teacher"), models, strict=False))):
         for batch in groups_of(documents, batch_size):
             found, signal = _compared(model, asked, batch, size, max_tokens)
             kinds.add(_kind(signal))
+            temperatures |= {signal.temperature} if isinstance(signal, SparseSignal) else set()
             has_own_text = has_own_text or f"{PREFIX}input_ids" in batch[0]
             rows += found
     if not rows:
@@ -136,6 +138,7 @@ def compare_tokens(
     texts = token_texts(tokenizer)
     own_texts = token_texts(cast(Any, asked).tokenizer) if kinds == {AlignedSignal} else texts
     notes = [_NOTES[kind] for kind in kinds if kind in _NOTES] + [_OWN_TEXT] * has_own_text
+    notes += [_TEMPERATURE.format(value) for value in temperatures - {1}]
     return TokenComparison(
         rows, kl_is, notes, len(dataset) if isinstance(dataset, Dataset) else None, texts, own_texts
     )  # fmt: skip
@@ -350,6 +353,10 @@ _KL_IS = {
     TopKSignal: LOWER_BOUND,
 }  # fmt: skip
 _OWN_TEXT = "The teacher reads prompts of its own before the same completions."
+_TEMPERATURE = (
+    "The store was written at temperature {0:g}: the teacher's probabilities and the KL are those at {0:g}, the "
+    "student's probabilities those at 1."
+)
 _NOTES = {
     MixtureSignal: "There are several teachers: their probabilities are mixed with the weights of the run.",
     SumSignal: (

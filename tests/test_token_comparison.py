@@ -286,3 +286,21 @@ def test_signals_with_few_entries_are_filled_up_with_none(models, tokenizer):
             assert (row.teacher.ids[:, 1:] == -1).all()
             assert (row.teacher.ids[:, 0] == (0 if sampled else 3)).all()
             assert np.isfinite(row.kl).all()
+
+
+def test_a_store_of_samples_at_another_temperature_says_so(tmp_path, tokenizer):
+    teacher, settings = make_model(seed=2), {"temperature": 2.0}
+    trainer = make_trainer(tmp_path / "run", teacher, tokenizer, teacher_processing_class=tokenizer, settings=settings)
+    trainer.write_cache(tmp_path / "store", Method("sampled", entries=30.0))
+    reader = make_trainer(tmp_path / "read", f"cache:{tmp_path / 'store'}", tokenizer, settings=settings)
+    found = of_trainer(reader)
+    (note,) = (note for note in found.notes if "temperature" in note)
+    assert "KL are those at 2, the student's probabilities those at 1" in note
+    expected = []
+    for row in found.rows:
+        s, t = ((dense(model, row.input_ids, len(tokenizer)) / 2).log_softmax(-1) for model in (reader.model, teacher))
+        expected.append((t.exp() * (t - s)).sum(-1).numpy())
+        likeliest = dense(reader.model, row.input_ids, len(tokenizer)).exp().topk(5).values
+        np.testing.assert_allclose(row.student.probs, likeliest.numpy(), rtol=1e-4)
+    kl, expected = np.concatenate([row.kl for row in found.rows]), np.concatenate(expected)
+    assert abs((kl - expected).mean()) < 4 * (kl - expected).std() / math.sqrt(len(kl))
