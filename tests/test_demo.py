@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_distill import cli, demo
 from hf_distill.demo.text import Storyteller, stories
 from hf_distill.demo.train_teacher import held_out_losses, train_tokenizer
+from tests.test_page import read_page
 
 
 def test_stories_are_the_same_on_every_machine_and_a_smaller_number_is_a_prefix():
@@ -58,7 +59,10 @@ def test_the_demo_runs_end_to_end(tmp_path, monkeypatch, capsys):
     assert results["distilled"]["kl"] < results["untrained student"]["kl"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert (tmp_path / "report.png").exists()
-    assert "hard labels only" in (tmp_path / "report.html").read_text()
+    data, _ = read_page(tmp_path / "report.html")
+    hard, distilled = (dict(run["about"]) for run in data["runs"])
+    assert hard["student"] == distilled["student"] == "a random Llama of 2 layers"
+    assert (hard.get("teacher"), distilled["teacher"]) == (None, "the packaged Llama of 4 layers")
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.index("of the untrained student") < printed.index("KL to the teacher")
     for name in ("teacher", "hard labels only", "distilled"):

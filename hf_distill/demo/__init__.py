@@ -233,7 +233,10 @@ def _run(
     tokenizer: Any = trainer.processing_class
     compared = compare_tokens(student, teacher, rows, tokenizer, batch_size=50)
     shown = ("kd_weight", "learning_rate", "per_device_train_batch_size", "max_steps", "seed")
-    settings = {setting: getattr(trainer.args, setting) for setting in shown if hasattr(trainer.args, setting)}
+    settings: dict[str, Any] = {"model": f"a random Llama of {student.config.num_hidden_layers} layers"}
+    if name == "distilled":
+        settings["teacher_model"] = f"the packaged Llama of {teacher.config.num_hidden_layers} layers"
+    settings |= {setting: getattr(trainer.args, setting) for setting in shown if hasattr(trainer.args, setting)}
     measured = {"before": results["untrained student"][-1], "after": results[name][-1]}
     recorded = {"command": "demo", "num_rows": {"training": NUM_TRAIN, "held-out": NUM_HELD_OUT}}
     return Run(settings, trainer.state.log_history, measured, recorded, comparison_data(compared))
