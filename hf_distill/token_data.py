@@ -16,7 +16,8 @@ def comparison_data(comparison: Any, *, marks: Mapping[int, str] | None = None) 
     Args:
         comparison (`TokenComparison`): the numbers.
         marks: by a row's number, a letter for each of its label-bearing tokens: "d" for one that the student drafted
-            and the teacher accepted, "c" for the teacher's, "g" for one that was given.
+            and the teacher accepted, "c" for the teacher's correction, "s" and "t" for one of a completion that the
+            student or the teacher wrote alone, "g" for one that was given.
 
     Returns:
         A dict with

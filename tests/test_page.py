@@ -121,15 +121,21 @@ def test_what_is_embedded_is_what_the_run_measured(folder, tmp_path):
 def test_generated_rows_say_who_has_written_them(folder, tmp_path):
     facts = folder / "facts.jsonl"
     columns = {"prompt_column": "question", "completion_column": "answer", "as_chat": True}
-    data = {"dataset": facts, "eval_dataset": facts, "output_dir": tmp_path, "max_eval_rows": 4, "max_steps": 2}
-    mix = {"rollout_mix": '{"speculative": 0.8, "dataset": 0.2}'}
+    data = {"dataset": facts, "eval_dataset": facts, "output_dir": tmp_path, "max_eval_rows": 8, "max_steps": 6}
+    mix = {"rollout_mix": '{"speculative": 0.5, "student": 0.5}', "student_temperature": 0.5, "teacher_temperature": 0}
     cli.main(["skd", *options(folder, **data, **columns, **mix, **WRITTEN)])
     embedded, _ = read_page(tmp_path / "report.html")
     rows = embedded["runs"][0]["tokens"]["rows"]
     report = json.loads((tmp_path / "report.json").read_text())["after"]
-    assert len(rows) == 4
+    assert len(rows) == 8
     assert all(len(row["marks"]) == len(row["places"]) == len(row["kl"]) for row in rows)
-    assert {letter for row in rows for letter in row["marks"]} <= set("dcg")
+    # The teacher has seen no token of a completion that the student wrote alone.
+    written = {"".join(sorted(set(row["marks"]))) for row in rows}
+    assert "s" in written
+    assert written - {"s"}
+    assert written - {"s"} <= {"c", "cd", "d"}
+    about = dict(embedded["runs"][0]["about"])
+    assert (about["temperature of drafts"], about["temperature of corrections"]) == ("0.5", "0")
     kl = [value for row in rows for value in row["kl"]]
     assert np.mean(kl) == pytest.approx(report["eval_kd"], rel=1e-2)
     titles = {chart["title"] for chart in embedded["charts"]}

@@ -17,6 +17,12 @@ from tests.test_page import EVIL, HISTORY, MEASURES, run_of, tokens_of
 
 pytestmark = pytest.mark.browser
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+# The height of an element's text alone.
+HEIGHT = """element => {
+  const range = document.createRange();
+  range.selectNodeContents(element);
+  return range.getBoundingClientRect().height;
+}"""
 SIZES = {"desktop": (1280, 900), "phone": (375, 740)}
 
 
@@ -165,6 +171,18 @@ def test_a_worst_token_leads_to_its_row(opened):
     assert page.locator(".t.on").inner_text() == " four"
 
 
+def test_a_worst_token_is_reached_by_keyboard_and_keeps_the_focus(opened):
+    page = opened({"run": one_run()})
+    page.locator("#where ~ div button").first.focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.textContent") == " four"
+    assert page.locator(".line").first.locator("[tabindex='0']").count() == 1
+    page.keyboard.press("ArrowLeft")
+    assert "0.30 nats" in page.locator("#detail").inner_text()
+    page.keyboard.press("Escape")
+    assert page.locator("#detail").is_hidden()
+
+
 def test_text_of_rows_is_text_and_runs_from_right_to_left_where_it_does(opened):
     texts = (EVIL, "\u05e9\u05dc\u05d5\u05dd", " \u05e2\u05d5\u05dc\u05dd", "<b>x</b>", "e", "f")
     tokens = tokens_of(num_rows=1, texts=texts)
@@ -194,19 +212,30 @@ def test_it_fits_the_screen_in_both_themes(opened, size, theme):
     box = page.locator("#detail").bounding_box()
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= width
+    one_line = page.locator("#detail").evaluate("detail => parseFloat(getComputedStyle(detail).lineHeight)")
+    for number in [*page.locator(".number:visible").all(), *page.locator("td button").all()]:
+        assert number.evaluate(HEIGHT) < 1.5 * one_line, number.inner_text()
 
 
 def test_runs_stand_side_by_side(opened):
     other = one_run()
     other.tokens["rows"][1]["kl"] = [0.01, 0.02, 0.03]
     page = opened({"a": one_run(), "b": other})
+    # The run that is closer to its teacher is looked at first.
+    chosen = page.locator("select").evaluate_all("all => all.map(one => one.selectedOptions[0].text)")
+    assert chosen[:2] == ["b", "b"]
+    assert "0.0200 nats" in page.locator("#where ~ div p").nth(1).inner_text()
+    page.get_by_label("Run", exact=True).select_option(label="a")
+    assert page.get_by_label("Order and filters by").evaluate("one => one.selectedOptions[0].text") == "a"
+    assert page.locator("#where ~ div button").first.inner_text() == "2.50"
     lines = page.locator(".row").first.locator(".line")
     assert lines.count() == 2
-    assert page.locator(".row").first.locator(".name").all_inner_texts() == ["a, mean 0.937", "b, mean 0.020"]
+    names = page.locator(".row").first.locator(".name").all_inner_texts()
+    assert names == ["a, mean KL 0.937, worst 2.50", "b, mean KL 0.020, worst 0.03"]
     lines.nth(1).locator(".t").nth(2).hover()
-    assert "0.0300 nats" in page.locator("#detail").inner_text()
+    assert "b, KL to the teacher: 0.0300 nats" in page.locator("#detail").inner_text()
     page.get_by_label("Order and filters by").select_option(label="b")
-    assert "mean KL 0.020" in page.locator(".row").first.inner_text()
+    assert page.get_by_label("Run", exact=True).evaluate("one => one.selectedOptions[0].text") == "b"
     page.get_by_label("Order", exact=True).select_option(label="difference between the runs")
     assert "Row 0" in page.locator(".row").first.inner_text()
 
@@ -222,3 +251,72 @@ def test_a_curve_says_its_values_at_the_pointer_and_by_keyboard(opened):
     svg.focus()
     page.keyboard.press("ArrowLeft")
     assert "step 0" in figure.inner_text() or "step 5" in figure.inner_text()
+
+
+def test_a_curve_without_a_value_at_a_step_says_of_which_step_it_shows_one(opened):
+    history = [{"step": 0, "eval_ce": 6.0}, {"step": 5, "ce": 4.0}, {"step": 10, "ce": 3.5, "eval_ce": 3.75}]
+    page = opened({"run": one_run()._replace(history=history)})
+    figure = page.locator("figure").first
+    figure.locator("svg").first.focus()
+    values = []
+    for _ in history:
+        page.keyboard.press("ArrowRight")
+        values.append(figure.locator(".legend li").all_inner_texts())
+    said = [[" ".join(line.split()) for line in lines[:2]] for lines in values]
+    assert said == [
+        ["training -", "held-out 6"],
+        ["training 4", "held-out 6 (step 0)"],
+        ["training 3.5", "held-out 3.75"],
+    ]
+
+
+def test_a_run_without_a_teacher_speaks_of_surprise(opened):
+    tokens = one_run().tokens
+    unknown = {"ids": [-1] * 15, "probs": [0] * 15, "own": [None] * 3}
+    rows = [{**row, "surprise": row["kl"], "teacher": unknown} for row in tokens["rows"]]
+    for row in rows:
+        del row["kl"]
+    page = opened({"run": run_of(tokens={**tokens, "kl_is": None, "rows": rows})})
+    text = page.locator("main").inner_text()
+    for words in ("Where the surprise is", "Half of the surprise is in 1 of 6", "to see what the student expected"):
+        assert words in text
+    for words in ("teacher expects", "not known", "distance"):
+        assert words not in text
+    spans(page).nth(2).click()
+    assert "The token itself: student 0.3 %." in page.locator("#detail").inner_text()
+
+
+def test_the_writer_of_a_generated_token_stands_in_its_panel(opened):
+    tokens = one_run().tokens
+    for row, marks in zip(tokens["rows"], ("sss", "dcg"), strict=True):
+        row["marks"] = marks
+    page = opened({"run": run_of(tokens=tokens)})
+    text = page.locator("main").inner_text()
+    assert "A token with a line above is the teacher's correction" in text
+    assert "those at temperature 1" in text
+    said = []
+    for i in range(4):
+        spans(page).nth(i).click()
+        said.append(page.locator("#detail p").nth(2).inner_text())
+    assert said == [
+        "Who wrote it: the student, and the teacher accepted it.",
+        "Who wrote it: the teacher, as its correction.",
+        "Who wrote it: the data.",
+        "Who wrote it: the student.",
+    ]
+
+
+def test_a_control_character_is_visible_where_a_token_stands_alone(opened):
+    tokens = one_run().tokens
+    page = opened({"run": run_of(tokens={**tokens, "texts": ["\x0c", *tokens["texts"][1:]]})})
+    spans(page).nth(2).click()
+    assert page.locator("#detail .teacher li").first.inner_text().split() == ["\u240c", "90.5", "%"]
+
+
+def test_the_columns_of_the_results_are_explained(opened):
+    page = opened({"run": one_run()})
+    summary = page.get_by_text("What the columns mean")
+    terms = page.locator("details:has(summary:text('What the columns mean')) dt")
+    assert not terms.first.is_visible()
+    summary.click()
+    assert terms.all_inner_texts() == ["perplexity", "KL, nats", "agreement", "acceptance"]

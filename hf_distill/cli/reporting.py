@@ -163,6 +163,8 @@ def _generated_rows(trainer: Any) -> tuple[Dataset, dict[int, str]]:
             found |= {f"{prefix}input_ids": prompt + completion}
             found |= {f"{prefix}labels": [-100] * len(prompt) + completion}
         rows.append(found)
-        drafted = row.drafted if row.source != "dataset" else []
-        marks[number] = "".join("d" if is_draft else "c" for is_draft in drafted) or "g" * len(completion)
+        if row.source == "speculative":
+            marks[number] = "".join("d" if is_draft else "c" for is_draft in row.drafted)
+        else:
+            marks[number] = {"student": "s", "teacher": "t", "dataset": "g"}[row.source] * len(completion)
     return Dataset.from_list(rows), marks

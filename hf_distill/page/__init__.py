@@ -40,6 +40,8 @@ MAIN_SETTINGS = {
     "eval_dataset": "held-out rows",
     "divergence": "divergence",
     "temperature": "temperature",
+    "student_temperature": "temperature of drafts",
+    "teacher_temperature": "temperature of corrections",
     "kd_weight": "weight of the divergence",
     "hidden_weight": "weight of hidden states",
     "kv_weight": "weight of keys and values",
@@ -49,6 +51,18 @@ MAIN_SETTINGS = {
     "num_train_epochs": "epochs",
     "lora_r": "rank of LoRA",
     "seed": "seed",
+}
+
+# The columns of the results, by their titles.
+COLUMNS = {
+    "perplexity": "exp of the mean of -log p over the held-out tokens: less is better",
+    "teacher's": "the teacher's perplexity on the same tokens",
+    "KL, nats": "mean of KL(teacher ‖ student) over the tokens: less is better, 0 for the teacher itself",
+    "divergence, nats": "mean of the divergence that was trained, at the temperature of the run: less is better",
+    "hard labels, nats": "mean of -log p over the held-out tokens: less is better",
+    "agreement": "share of tokens where student and teacher have the same most likely token",
+    "acceptance": "share of the student's drafted tokens that the teacher would keep in speculative decoding, expected",
+    "accepted": "share of the student's drafted tokens that the teacher kept",
 }
 
 
@@ -73,6 +87,8 @@ def write_page(path: str | PathLike[str], page: Mapping[str, Any]) -> None:
     read = {name: (folder / name).read_text("utf-8") for name in ("page.html", "page.css", *SCRIPTS)}
     frame = read["page.html"].replace("/*style*/", read["page.css"])
     frame = frame.replace("/*script*/", "\n".join(read[name] for name in SCRIPTS))
+    titles = {title for table in page["tables"] for row in table["rows"] for title in row}
+    page = {**page, "columns": [pair for pair in COLUMNS.items() if pair[0] in titles]}
     before, after = frame.split("/*data*/")
     runs = page["runs"]
     empty = {**page, "runs": [{**run, "tokens": run["tokens"] and {**run["tokens"], "rows": []}} for run in runs]}
@@ -131,7 +147,8 @@ def _about(run: Run) -> list[list[str]]:
     found = [["command", f"hf-distill {recorded['command']}"]] if "command" in recorded else []
     for name, label in MAIN_SETTINGS.items():
         value = settings.get(name) if name != "eval_dataset" else whole.get(name)
-        if value not in (None, 0, -1, "", []):
+        is_greedy = value == 0 and name.endswith("_temperature")
+        if is_greedy or value not in (None, 0, -1, "", []):
             found.append([label, setting_text(value)])
     counts = recorded.get("num_rows", {})
     found += [[f"rows of the {name} set", f"{count:,}"] for name, count in counts.items() if count is not None]

@@ -38,8 +38,8 @@ function logTicks(low, high) {
 }
 
 function number(value, isPercent) {
+  if (value === 0) return isPercent ? "0 %" : "0";
   if (isPercent) return `${(100 * value).toFixed(Math.abs(value) < 0.1 ? 1 : 0)} %`;
-  if (value === 0) return "0";
   const size = Math.abs(value);
   if (size >= 1e6 || size < 1e-3) return value.toExponential(1).replace("e+", "e");
   if (size >= 1000) return Math.round(value).toLocaleString("en");
@@ -133,12 +133,11 @@ function chartFigure(chart, runs) {
     if (step !== null) for (const key of ["x1", "x2"]) cursor.setAttribute(key, x(step));
     when.textContent = step === null ? "the last values" : `step ${step.toLocaleString("en")}`;
     for (const { series, value } of shown) {
-      let i = 0;
-      if (series.steps) {
-        i = series.steps.length - 1;
-        while (step !== null && i > 0 && series.steps[i] > step) i--;
-      }
-      value.textContent = number(series.steps ? series.values[i] : series.value, chart.is_percent && !series.is_right);
+      const at = step === null || !series.steps ? 0 : series.steps.findLastIndex((each) => each <= step);
+      const last = !series.steps ? series.value : step === null ? series.values.at(-1) : series.values[at];
+      // A curve may have no value at this step: its last one before is shown, with the step that it is of.
+      const of = step === null || !series.steps || series.steps[at] === step ? "" : ` (step ${series.steps[at]?.toLocaleString("en")})`;
+      value.textContent = at < 0 ? "-" : number(last, chart.is_percent && !series.is_right) + of;
     }
   }
   let place = null;

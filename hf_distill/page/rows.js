@@ -40,10 +40,12 @@ const ORDERS = {
 };
 
 class RowsView {
-  constructor(rows, runs) {
+  constructor(rows, runs, main) {
     this.rows = rows;
-    this.runs = runs.filter((run) => run.tokens);
-    this.main = this.runs[0];
+    this.runs = runs;
+    this.main = main; // the run whose numbers order and filter the rows
+    this.choices = []; // the selects of this run
+    this.watchers = []; // functions that are called when it changes
     this.active = new Set();
     this.order = "mean";
     this.search = "";
@@ -70,7 +72,7 @@ class RowsView {
 
   tools() {
     const tools = element("div", { class: "tools" });
-    if (this.runs.length > 1) tools.append(this.select("Order and filters by", this.runs.map((run) => run.name), (i) => (this.main = this.runs[i])));
+    if (this.runs.length > 1) tools.append(this.runChoice("Order and filters by"));
     const orders = Object.entries(ORDERS);
     const labels = orders.map(([, [label]]) => label);
     if (this.runs.length > 1) {
@@ -95,6 +97,19 @@ class RowsView {
     });
     tools.append(search);
     return tools;
+  }
+
+  // A label with a select of the run; all of them change together.
+  runChoice(label) {
+    const choice = this.select(label, this.runs.map((run) => run.name), (i) => {
+      this.main = this.runs[i];
+      for (const select of this.choices) select.value = i;
+      for (const watcher of this.watchers) watcher(this.main);
+    });
+    const select = choice.querySelector("select");
+    select.value = this.runs.indexOf(this.main);
+    this.choices.push(select);
+    return choice;
   }
 
   select(label, options, choose) {
@@ -135,13 +150,12 @@ class RowsView {
   }
 
   article(row) {
-    const line = this.line(row);
-    const what = this.main.tokens.kl_is === null ? "surprise" : "KL";
     const cut = row.length > row.numTokens ? ` (the first ${row.numTokens} of ${row.length})` : "";
-    const head = `Row ${row.number}: ${row.numTokens} tokens${cut}, mean ${what} ${line.mean.toFixed(3)}, worst ${line.worst.toFixed(2)}`;
-    const article = element("article", { class: "row" }, element("p", { class: "soft" }, head));
+    const head = `Row ${row.number}: ${row.numTokens} tokens${cut}`, isAlone = this.runs.length === 1;
+    const values = ({ run, mean, worst }) => `mean ${run.tokens.kl_is === null ? "surprise" : "KL"} ${mean.toFixed(3)}, worst ${worst.toFixed(2)}`;
+    const article = element("article", { class: "row" }, element("p", { class: "soft" }, isAlone ? `${head}, ${values(row.lines[0])}` : head));
     for (const each of row.lines) {
-      if (this.runs.length > 1) article.append(element("p", { class: "name" }, `${each.run.name}, mean ${each.mean.toFixed(3)}`));
+      if (!isAlone) article.append(element("p", { class: "name" }, `${each.run.name}, ${values(each)}`));
       article.append(this.lineElement(each, `${each.run.name}, row ${row.number}`));
     }
     return article;
@@ -196,12 +210,17 @@ class RowsView {
     event.preventDefault();
     const now = all.indexOf(span);
     const next = all[Math.min(all.length - 1, Math.max(0, now + moves[event.key]))];
-    line.querySelector("[tabindex='0']")?.setAttribute("tabindex", "-1");
-    next.setAttribute("tabindex", "0");
-    next.focus();
+    this.focus(next);
   }
 
-  // Shows a row with its token, from a table above.
+  // Puts the focus on a token, which becomes the one stop of Tab in its line.
+  focus(span) {
+    span.parentElement.querySelector("[tabindex='0']")?.setAttribute("tabindex", "-1");
+    span.setAttribute("tabindex", "0");
+    span.focus();
+  }
+
+  // Shows a row with its token, from a table above, and puts the focus there.
   go(row, line, token) {
     const chosen = this.chosen();
     let place = chosen.indexOf(row);
@@ -215,6 +234,7 @@ class RowsView {
     const lines = this.list.children[place].querySelectorAll(".line");
     const spans = lines[row.lines.indexOf(line)].querySelectorAll(".t");
     const span = spans[line.tokens.indexOf(token)];
+    this.focus(span);
     span.scrollIntoView({ block: "center" });
     this.open(span, true, "click");
   }

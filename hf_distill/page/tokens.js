@@ -7,7 +7,7 @@ const NUM_LIKELIEST = 5;
 // White space made visible, for a token that stands alone.
 function visible(text) {
   if (text === "") return "(part of a character)";
-  return text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length));
+  return text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/[\0-\x1f]/g, (control) => String.fromCharCode(0x2400 + control.charCodeAt(0))).replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length));
 }
 
 function percent(thousandths) {
@@ -49,7 +49,10 @@ function predicted(tokens, row) {
   });
 }
 
-const MARKS = { d: "the student, and the teacher accepted it", c: "the teacher", g: "the data" };
+const MARKS = {
+  d: "the student, and the teacher accepted it", c: "the teacher, as its correction",
+  s: "the student", t: "the teacher", g: "the data",
+};
 
 const panel = document.getElementById("detail"), spoken = document.getElementById("spoken");
 let pinned = null; // the token whose panel stays
@@ -71,11 +74,12 @@ function fillPanel(run, token) {
   const hint = { estimate: " (an estimate)", "lower bound": " (a lower bound)" }[tokens.kl_is] ?? "";
   const close = element("button", { class: "close", type: "button", "aria-label": "Close" }, "×");
   close.addEventListener("click", () => hidePanel(true));
-  const own = element("p", {}, `The token itself: student ${percent(token.own.student)}, teacher ${percent(token.own.teacher)}.`);
+  const knows = token.teacher.length > 0;
+  const own = element("p", {}, `The token itself: student ${percent(token.own.student)}${knows ? `, teacher ${percent(token.own.teacher)}` : ""}.`);
   const parts = [
     close,
     element("h3", {}, element("bdi", {}, visible(token.text))),
-    element("p", {}, `${label}: ${nats(token.value)}${hint}.`),
+    element("p", {}, `${data.runs.length > 1 ? `${run.name}, ` : ""}${label}: ${nats(token.value)}${hint}.`),
     own,
     token.mark ? element("p", {}, `Who wrote it: ${MARKS[token.mark]}.`) : null,
     element("div", { class: "sides" }, sideList(tokens, token, "student"), sideList(tokens, token, "teacher")),

@@ -11,6 +11,7 @@ from hf_distill import cli
 from tests.remote.served_model import ServedModel
 from tests.remote.stub import Stub
 from tests.test_cli import error_of, options
+from tests.test_page import read_page
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +41,12 @@ def test_kd_learns_from_an_address_and_says_so(folder, stub, tmp_path, monkeypat
     for page in ("report.md", "README.md"):
         text = (tmp_path / page).read_text()
         assert "from a server: vLLM 0.32.0, the 15 most likely tokens" in text, page
+    data, _ = read_page(tmp_path / "report.html")
+    (run,) = data["runs"]
+    assert dict(run["about"])["teacher"] == stub.url
+    assert run["tokens"]["kl_is"] == "lower bound"
+    kl = [value for row in run["tokens"]["rows"] for value in row["kl"]]
+    assert sum(kl) / len(kl) == pytest.approx(report["after"]["eval_kd"], rel=1e-3)
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or b"sk-secret" not in path.read_bytes(), path
     assert "sk-secret" not in "".join(capsys.readouterr())
