@@ -56,7 +56,7 @@ FOUND_BY = {
     "misspelt LoRA target": ["LoRA"],
     "half a store": ["construction"],
 }
-NUM_TRAIN, NUM_HELD_OUT, RATE = 400, 100, 1e-3
+NUM_TRAIN, NUM_HELD_OUT, UPDATES, RATE = 400, 100, 400, 1e-3
 # What a user says is followed by what the assistant says: text that the packaged teacher can read.
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{{ eos_token }}"
@@ -84,6 +84,7 @@ class Workshop:
         teacher = AutoModelForCausalLM.from_pretrained(TEACHER)
         trainer = make_trainer("distilled", str(self.folder / "run"), 0, teacher, self.tokenizer)
         trainer.remove_callback(PrinterCallback)
+        trainer.args.max_steps = UPDATES
         trainer.train()
         return trainer.model
 
@@ -109,7 +110,7 @@ class Workshop:
     def args(self, **changes: Any) -> KDConfig:
         """The settings of the demo."""
         settings: Arguments = {
-            "output_dir": str(self.folder / "out"), "max_steps": 400, "per_device_train_batch_size": 8,
+            "output_dir": str(self.folder / "out"), "max_steps": UPDATES, "per_device_train_batch_size": 8,
             "learning_rate": RATE, "lr_scheduler_type": "cosine", "warmup_steps": 10, "report_to": "none",
             "gradient_checkpointing": False, "bf16": False, "use_cpu": True, "kd_weight": 0.9, "save_strategy": "no",
         }  # fmt: skip
