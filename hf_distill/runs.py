@@ -15,14 +15,15 @@ EVALUATION_FILE = "evaluation.json"  # of `hf-distill evaluate`, which may come 
 BASELINE = "baseline"  # the folder of a run's baseline, a run of its own
 # What a run records of itself beside its options.
 RECORDED = ("run_files", "command", "held_out", "versions", "warnings", "num_rows")
-# Settings that do not change what is learned, by the beginnings of their names.
+# Settings that do not change what is learned; those that end with `_` are the beginnings of names.
 WITHOUT_EFFECT = (
     "output_dir", "run_name", "hub_", "push_to_hub", "save_", "logging_", "log_", "report_to", "disable_tqdm",
     "dataloader_", "dataset_num_proc", "eval_", "max_eval_rows", "per_device_eval_batch_size", "do_", "resume_",
-    "restore_callback_states", "overwrite_", "ddp_", "local_rank", "project", "trackio_", "samples_steps",
-    "cosine_steps", "rollout_debug", "remove_unused_columns", "skip_memory_metrics", "include_", "load_best_model",
-    "metric_for_best", "greater_is_better", "ignore_data_skip", "debug", "full_determinism", "enable_jit_checkpoint",
-    "teacher_device", "baseline", "batch_eval_metrics", "prediction_loss_only",
+    "restore_callback_states_from_checkpoint", "overwrite_", "ddp_", "local_rank", "project", "trackio_",
+    "samples_steps", "cosine_steps", "rollout_debug", "remove_unused_columns", "skip_memory_metrics", "include_",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "ignore_data_skip", "debug",
+    "full_determinism", "enable_jit_checkpoint", "teacher_device", "baseline", "batch_eval_metrics",
+    "prediction_loss_only",
 )  # fmt: skip
 # Settings that count only where another one is set, by the beginnings of their names.
 DEPENDENT: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] = {
@@ -37,6 +38,12 @@ DEPENDENT: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] = {
     ("bundle_dir",): lambda run: run.get("stage"),
     ("warmup_ratio",): lambda run: not run.get("warmup_steps"),
 }
+
+
+def may_matter(name: str) -> bool:
+    """True for a setting that may change what is learned."""
+    beginnings = tuple(each for each in WITHOUT_EFFECT if each.endswith("_"))
+    return name not in WITHOUT_EFFECT and not name.startswith(beginnings)
 
 
 class Run(NamedTuple):
@@ -63,7 +70,7 @@ class Run(NamedTuple):
         return {
             name: value
             for name, value in self.settings.items()
-            if not name.startswith(WITHOUT_EFFECT)
+            if may_matter(name)
             and all(is_read(self.settings) for names, is_read in DEPENDENT.items() if name.startswith(names))
         }
 

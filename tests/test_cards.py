@@ -1,6 +1,7 @@
 """Model cards: their metadata as the hub reads it, and their text."""
 
 import re
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from huggingface_hub.repocard import metadata_load
 from trl.trainer.utils import generate_model_card
 
 from hf_distill.cards import CardFacts, complete_card
+from hf_distill.cli.parsing import read_command
 from hf_distill.cli.reporting import command_line
 
 NO_FACTS = CardFacts()
@@ -112,5 +114,28 @@ def test_the_command_repeats_a_run_and_tells_neither_folders_nor_keys(tmp_path):
         "--output_dir out",
     ]  # fmt: skip
     assert command_line("kd", [Options(teacher_model=None)]).split(" \\\n    ")[1] == "--teacher_model None"
-    server = command_line("kd", [Options(teacher_model="http://user:password@host:8000/v1")])
-    assert "password" not in server
+    server = command_line("kd", [Options(teacher_model="http://user:password@10.0.0.7:8000/v1")])
+    assert "--teacher_model http://SERVER/v1 " in server
+    (tmp_path / "models").mkdir()
+    inside = command_line(
+        "kd", [Options(init={"cache_dir": str(tmp_path), "deep": [{"dir": str(tmp_path / "models")}]})]
+    )
+    assert str(tmp_path) not in inside
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [
+        ("kd", {"lr_scheduler_type": "cosine", "optim": "adafactor", "hidden_weight": 0.5, "seed": 3}),
+        ("kv", {"projector": "mlp", "projector_learning_rate": 0.03, "projector_freeze_after": 7}),
+    ],
+)
+def test_the_command_gives_the_settings_of_the_run_again(command, given):
+    words = ["--model", "m", "--dataset", "d", "--teacher_model", "t", "--output_dir", "out", "--bf16", "false"]
+    words += [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    options = read_command(command, words)
+    text = command_line(command, options)
+    again = read_command(command, shlex.split(text.replace("\\\n", " "))[2:])
+    before, after = ({name: value for each in both for name, value in vars(each).items()} for both in (options, again))
+    assert [after[name] for name in given] == [before[name] for name in given]
+    assert all(f"--{name} " in text for name in given)

@@ -155,6 +155,15 @@ def test_settings_without_an_effect_are_not_shown(tmp_path):
     assert "save_steps" not in rows["a"]
 
 
+def test_settings_of_projectors_are_shown(tmp_path):
+    common = {"kv_weight": 1.0, "hidden_weight": None, "project": "trackers"}
+    a = make_run(tmp_path / "a", {**common, "projector": "linear", "projector_learning_rate": 0.1, "project": "other"})
+    b = make_run(tmp_path / "b", {**common, "projector": "pca", "projector_learning_rate": 0.2})
+    rows = {row["run"]: row for row in compare_runs([a, b])}
+    assert (rows["a"]["projector"], rows["b"]["projector_learning_rate"]) == ("linear", 0.2)
+    assert "project" not in rows["a"]
+
+
 def test_runs_of_different_held_out_rows_are_not_ranked_together(tmp_path, capsys):
     settings = {"kd_weight": 1.0, "teacher_model": ["t"]}
     folders = [

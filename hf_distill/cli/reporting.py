@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,7 @@ from datasets import Dataset
 
 from hf_distill import __version__
 from hf_distill.report import markdown, measured_on, rows_with_teacher
-from hf_distill.runs import TOKENS_FILE, WITHOUT_EFFECT, rows_digest, save_settings
-from hf_distill.servers.client import public_address
+from hf_distill.runs import TOKENS_FILE, may_matter, rows_digest, save_settings
 from hf_distill.store.hub import CACHE
 from hf_distill.teachers.remote import is_address
 
@@ -95,7 +95,7 @@ def command_line(command: str, options: Sequence[Any]) -> str:
     for each in options:
         for entry in fields(each):
             value = getattr(each, entry.name)
-            is_shown = entry.init and not entry.name.startswith(WITHOUT_EFFECT) and not entry.name.endswith("token")
+            is_shown = entry.init and may_matter(entry.name) and not entry.name.endswith("token")
             usual = entry.default if entry.default_factory is MISSING else entry.default_factory()
             usual = [usual, DERIVED.get(entry.name, usual)]
             if is_shown and value not in usual and isinstance(value, str | int | float | list | tuple | dict | None):
@@ -104,14 +104,23 @@ def command_line(command: str, options: Sequence[Any]) -> str:
 
 
 def _words(value: Any) -> str:
-    """A value as the words of a shell; of paths of this machine their last parts, and nothing of keys."""
+    """A value as the words of a shell."""
     if isinstance(value, list | tuple):
         return " ".join(map(_words, value))
+    value = _public(value)
+    return shlex.quote(value if isinstance(value, str) else "None" if value is None else json.dumps(value, default=str))
+
+
+def _public(value: Any) -> Any:
+    """A value of an option without keys and servers, and with the last parts of paths of this machine."""
+    value = getattr(value, "value", value)  # of an Enum
     if isinstance(value, dict):
-        value = {key: "***" if str(key).endswith("token") else each for key, each in value.items()}
+        return {key: "***" if str(key).endswith("token") else _public(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(each) for each in value]
     if isinstance(value, str):
-        return shlex.quote(public_address(value) if is_address(value) else _without_folders(value))
-    return shlex.quote(json.dumps(value, default=str) if value is not None else "None")
+        return re.sub(r"(?<=://)[^/]+", "SERVER", value) if is_address(value) else _without_folders(value)
+    return value
 
 
 def _without_folders(text: str) -> str:
