@@ -39,6 +39,9 @@ def test_a_recipe_that_is_no_file_is_told_in_one_line(tmp_path, capsys):
         for words in (["--config", str(place)], [f"--config={place}"]):
             assert_says(only_line_of(capsys, words), f"recipe '{place}' {message}")
     assert_says(only_line_of(capsys, ["--model", "a", "--config"]), "--config needs the path of a YAML file")
+    (tmp_path / "recipe.yaml").write_text("kd_weight: 0.3\n")
+    short = ["--model", "a", "--teacher_model", "b", "--dataset", "c", "--conf", str(tmp_path / "recipe.yaml")]
+    assert_says(only_line_of(capsys, short), "--config has to be written in full")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,16 @@ def test_none_unsets_what_a_recipe_has_set(tmp_path):
     recipe.write_text("teacher_quantization: None\nmodel: a\nteacher_model: b\ndataset: c\n")
     _, args, _ = read_command("kd", ["--config", str(recipe), "--use_cpu", "--bf16", "no"])
     assert args.teacher_quantization is None
+
+
+def test_a_single_value_in_a_recipe_is_a_list_of_one(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text('model: m\nstop: "\\nQ:"\nmetrics: number\ntasks: arc_easy\ninclude_path: None\n')
+    (arguments,) = read_command("evaluate", ["--config", str(recipe)])
+    assert (arguments.stop, arguments.metrics, arguments.tasks) == (["\nQ:"], ["number"], ["arc_easy"])
+    assert arguments.include_path is None
+    recipe.write_text("model: m\noutput_dir: out\nlayers: 3\n")
+    assert read_command("prune", ["--config", str(recipe)])[0].layers == [3]
 
 
 FEW_SHOT = {

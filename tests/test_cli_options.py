@@ -65,6 +65,7 @@ def test_an_option_that_only_the_installed_libraries_have_is_taken(monkeypatch, 
     for flag in ("--weight_decay", "--weight-decay", "--weight_dec"):
         assert parsing.read_command("kd", [*words, flag, "0.25"])[1].weight_decay == 0.25
     assert "there is no option --weight_deky; did you mean" in error_of(capsys, ["--weight_deky", "1"])
+    assert "there is no option --weight(" in error_of(capsys, ["--weight(", "1"])
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -77,7 +77,7 @@ def may_be_inherited(name: str) -> bool:
     for package, files in SOURCES.items():
         for file in files:
             path = Path(str(distribution(package).locate_file(file)))
-            if not path.is_file() or re.search(rf"^    {name}\w*:", path.read_text(encoding="utf-8"), re.MULTILINE):
+            if not path.is_file() or re.search(rf"^    {re.escape(name)}\w*:", path.read_text("utf-8"), re.MULTILINE):
                 return True
     return False
 

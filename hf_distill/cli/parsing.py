@@ -82,6 +82,8 @@ class CommandParser(ArgumentParser):
         if path := self._recipe(argv):
             self._take_recipe(_read_recipe(path))
         found, rest = self.parse_known_args(argv)
+        if not path and hasattr(found, "config"):
+            raise ValueError("--config has to be written in full, or its recipe would not be read")
         if rest and rest[0].startswith("-"):
             name = rest[0].partition("=")[0]
             raise ValueError(f"there is no option {name}{self._suggestion(name.lstrip('-'))}")
@@ -140,7 +142,9 @@ class CommandParser(ArgumentParser):
         for name, value in settings.items():
             if name not in actions:
                 raise ValueError(f"the recipe has {name!r}, which is no option{self._suggestion(name)}")
-            actions[name].default = value
+            # A single value of an option that takes several; None and its word unset the option.
+            is_single = actions[name].nargs == "+" and not isinstance(value, list) and value not in (None, "None")
+            actions[name].default = [value] if is_single else value
 
     def _suggestion(self, name: str) -> str:
         own = {action.dest: action.dest for action in self._actions}
