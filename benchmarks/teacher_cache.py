@@ -45,6 +45,8 @@ METHODS = {
     "multinomial, 50 draws": Method("sampled", sampler="multinomial", entries=50),
     "top-12 and the rest": Method("topk", entries=12),
     "top-50 and the rest": Method("topk", entries=50),
+    "top-20 and the rest": Method("topk", entries=20),  # these two are what servers tell by default, and at most
+    "top-64 and the rest": Method("topk", entries=64),
 }
 
 

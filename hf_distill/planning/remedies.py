@@ -117,6 +117,13 @@ def _smaller_batch(settings: Settings) -> tuple[Settings, str] | None:
     return changed, (f"--per_device_train_batch_size {rows // 2} --gradient_accumulation_steps {changed.accumulation}")
 
 
+def _fewer_written(settings: Settings) -> tuple[Settings, str] | None:
+    if settings.rollout is None or settings.rollout_rows == 1:
+        return None
+    rows = settings.rollout_rows // 2
+    return replace(settings, rollout_batch_size=rows), f"--rollout_batch_size {rows}"
+
+
 def _stored_teacher(settings: Settings) -> tuple[Settings, str] | None:
     if settings.rollout is not None or settings.kv is not None or settings.hidden is not None:
         return None
@@ -185,6 +192,7 @@ CHANGES = (
     Change("a smaller chunk of the loss", "nothing but some time; the same update", _smaller_chunk),
     Change("gradient checkpointing", "one more forward of the student; the same update", _checkpointed),
     Change("smaller micro-batches", "time, if they are small for the GPU; the same update", _smaller_batch),
+    Change("fewer rows written at a time", "slower rollouts; updates of the same kind", _fewer_written),
     Change("the student split over the GPUs", "traffic between GPUs; the same update", _split),
     Change("a store of the teacher", "one pass of the teacher before the training", _stored_teacher),
     Change("an offloaded teacher", "its weights cross the bus in every micro-batch; the same update", _offloaded),

@@ -82,7 +82,7 @@ class Settings:
     kv: Mapping[str, Any] | None = None  # layers and settings of the term of keys and values
     hidden: Mapping[str, Any] | None = None
     rollout: RolloutConfig | None = None
-    rollout_rows: int = 0
+    rollout_batch_size: int | None = None
     prompts: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = field(default=())
 
@@ -101,7 +101,12 @@ class Settings:
         total = self.batch.rows * self.accumulation
         labels = -(-self.batch.labels * rows // self.batch.rows)
         batch = replace(self.batch, rows=rows, labels=labels, padded=self.batch.padded and rows > 1)
-        return replace(self, batch=batch, accumulation=-(-total // rows), rollout_rows=min(self.rollout_rows, rows))
+        return replace(self, batch=batch, accumulation=-(-total // rows))
+
+    @property
+    def rollout_rows(self) -> int:
+        """Rows that are written at a time."""
+        return min(self.rollout_batch_size or self.batch.rows, self.batch.rows * self.accumulation)
 
 
 @contextmanager
@@ -162,8 +167,7 @@ def read_settings(
         objective=_objective(args, vocab_size, machine), machine=machine, lora=peft_config,
         checkpointing=_checkpointing(args), mixed=_mixed(args),
         optimizer=_optimizer(args), kv=_kv(args), hidden=_hidden(args), rollout=rollout,
-        rollout_rows=getattr(args, "rollout_batch_size", None) or args.per_device_train_batch_size,
-        prompts=prompts, notes=tuple(notes),
+        rollout_batch_size=getattr(args, "rollout_batch_size", None), prompts=prompts, notes=tuple(notes),
     )  # fmt: skip
 
 

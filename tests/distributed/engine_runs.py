@@ -14,6 +14,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -97,11 +98,36 @@ def run_cell(cell: tuple[str, str], folder: Path, num_processes: int, **changes)
         "engine": engines.engine_of(trainer),
         "weights": weights_of(trainer),
         "logs": [log for log in trainer.state.log_history if "loss" in log],
+        "kept": kept_bytes(trainer),
         "eval": trainer.evaluate(),
     }
     trainer.save_model(str(folder / "saved"))
     assert trainer.state.global_step == 2
     return results
+
+
+def kept_bytes(trainer: KDTrainer) -> dict[str, int]:
+    """Bytes that this process keeps after a training: the student's weights and buffers; what its optimizer has."""
+    optimizer: Any = trainer.optimizer
+    copies: list[Any] = []
+    while hasattr(optimizer, "optimizer"):  # the wrappers of accelerate and DeepSpeed
+        copies += getattr(optimizer, "fp32_partitioned_groups_flat", [])  # ZeRO-3 lends them for a step
+        optimizer = optimizer.optimizer
+    weights = [*trainer.model.parameters(), *trainer.model.buffers()]
+    own = {id(parameter) for parameter in weights}
+    copies += [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return {
+        "weights": sum(own_part(tensor).nbytes for tensor in weights),
+        "optimizer": sum(own_part(tensor).nbytes for tensor in (*states, *copies) if isinstance(tensor, torch.Tensor)),
+    }
+
+
+def own_part(tensor: Any) -> torch.Tensor:
+    """The part of a tensor that is on this process."""
+    if hasattr(tensor, "ds_tensor"):
+        return tensor.ds_tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def resume_cell(cell: tuple[str, str], folder: Path, num_processes: int, **changes) -> dict[str, torch.Tensor]:
@@ -259,8 +285,7 @@ def run_taught(case: tuple[str, str, str], folder: Path, num_processes: int, **c
 def share_of(teacher: torch.nn.Module) -> float:
     """How much of a teacher's layers is on this process."""
     layers = [parameter for name, parameter in teacher.named_parameters() if ".layers." in name]
-    parts = [p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() if isinstance(p, DTensor) else p for p in layers]
-    return sum(part.numel() for part in parts) / sum(p.numel() or p.ds_numel for p in layers)
+    return sum(own_part(p).numel() for p in layers) / sum(p.numel() or p.ds_numel for p in layers)
 
 
 def main(engine: str, folder: Path, what: str = "cells") -> None:

@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from hf_distill import KDConfig
+from hf_distill.planning.engines import share_of
+from hf_distill.planning.models import parameter_shapes
 from hf_distill.traffic import bytes_between_processes, bytes_for_rollouts
 from hf_distill.trainers.checks import refuse_teacher_layouts
 from tests.distributed.engine_runs import (
     CELLS,
+    STUDENTS,
     TAUGHT,
     difference,
     launch,
@@ -113,6 +116,18 @@ def test_routing_to_a_teacher_that_is_split_is_refused(tmp_path, monkeypatch):
     args = KDConfig(str(tmp_path), bf16=False, teacher_device="sharded", teacher_combination="route")
     with pytest.raises(ValueError, match="has to be asked by all processes at once: take no 'route'"):
         refuse_teacher_layouts(args, has_base=False)
+
+
+@pytest.mark.parametrize("cell", [("KDTrainer", "full"), ("KDTrainer", "lora")], ids=["full", "lora"])
+def test_processes_keep_as_many_bytes_as_planned(two, cell):
+    engine, _, results = two
+    student, sgd = STUDENTS[cell[1]], (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})
+    planned = share_of(
+        engine, 2, parameter_shapes(student), sgd, mixed=False, layer=0, root=0,
+        buffers=sum(buffer.nbytes for buffer in student.buffers()),
+    )  # fmt: skip
+    assert results[0][cell]["kept"]["weights"] == pytest.approx(planned.weights, rel=0.01)
+    assert results[0][cell]["kept"]["optimizer"] == pytest.approx(planned.optimizer, rel=0.01)
 
 
 @pytest.mark.parametrize("cell", [("KDTrainer", "full"), ("KDTrainer", "lora"), ("SpeculativeKDTrainer", "full")])

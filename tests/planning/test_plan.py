@@ -8,6 +8,8 @@ import yaml
 
 from hf_distill import KDConfig, KVProjectionConfig, SpeculativeKDConfig, cli
 from hf_distill.planning import Machine, parse_size, plan_run
+from hf_distill.planning.remedies import CHANGES
+from hf_distill.planning.settings import read_settings
 from hf_distill.store.manifest import Manifest
 from hf_distill.trainers.hard_label_config import HardLabelConfig
 from tests.planning.published import CONFIGS
@@ -111,6 +113,21 @@ def test_rollouts_have_caches_and_a_phase(settings):
     plan = plan_run(student, teacher, SpeculativeKDConfig(**options), prompt_tokens=8)
     assert plan.caches == {"student": 2 * 2 * 2 * 4 * 23 * 8 * 4, "teacher": 2 * 2 * 2 * 4 * 23 * 8 * 4}
     assert "rollout" in plan.phases
+
+
+def test_smaller_micro_batches_write_fewer_rows_unless_their_number_was_chosen(settings):
+    student, teacher, options = settings
+    options |= {"max_length": None, "max_new_tokens": 16, "gradient_accumulation_steps": 3}
+    change = {change.name: change for change in CHANGES}["fewer rows written at a time"]
+    for chosen, after, fewer in ((None, 1, 2), (6, 6, 3), (50, 12, 6)):
+        args = SpeculativeKDConfig(**options, rollout_batch_size=chosen)
+        read = read_settings(
+            student, teacher, args, peft_config=None, quantization_config=None, machine=Machine(), row_tokens=None,
+            prompt_tokens=8, teacher_prompt_tokens=None, label_share=1.0,
+        )  # fmt: skip
+        assert read.with_rows(1).rollout_rows == after
+        changed, option = change.apply(read)
+        assert (changed.rollout_rows, option) == (fewer, f"--rollout_batch_size {fewer}")
 
 
 @pytest.mark.slow
