@@ -15,7 +15,7 @@ from hf_distill.modeling import weights_kind
 from hf_distill.servers import TeacherAway
 from hf_distill.teachers.loading import load_teacher
 from hf_distill.teachers.local import LocalTeacher
-from hf_distill.teachers.opening import brought_from, describe_teachers, own_models
+from hf_distill.teachers.opening import brought_from, describe_teachers, name_teachers, own_models
 
 # A teacher that has lost so many nats per token against the student is worse; 4 bits cost a copy of it less.
 WORSE = 0.05
@@ -158,9 +158,10 @@ def _quantised(probe: Probe) -> tuple[str, LocalTeacher, str]:
     """The first teacher that is quantised here, and the name that it was loaded by; [`LeftOut`] if there is none."""
     if getattr(probe.args, "teacher_quantization", None) is None:
         raise LeftOut("no teacher is quantised here")
+    # Not the name in the model's configuration, which of an adapted model is its base.
+    given = name_teachers(probe.arguments["teacher_model"], None, probe.args).models
     for name, teacher in own_models(probe.teachers).items():
-        model = teacher.model
-        if isinstance(model, PreTrainedModel) and (source := model.config.name_or_path):
+        if isinstance(source := given[name], str) and isinstance(teacher.model, PreTrainedModel):
             if probe.teachers[name] is not teacher:
                 raise LeftOut(f"{name} has another tokenizer")
             return name, teacher, source

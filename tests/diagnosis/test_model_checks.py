@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -106,6 +106,21 @@ def test_the_cost_of_four_bits_is_the_kl_to_the_saved_teacher(examine, folder, t
     assert usual.numbers["saved"] == pytest.approx(broken.numbers["saved"], rel=1e-4)  # the same function
     with pytest.raises(LeftOut, match="no teacher is quantised"):
         examine("cost of bits")
+
+
+def test_the_cost_of_bits_of_an_adapted_teacher_is_that_to_the_adapted_one(examine, folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    lora = LoraConfig(r=8, lora_alpha=64, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    (whole,) = examine("teacher's perplexity", teacher_model=str(tmp_path)).numbers.values()
+    (bare,) = examine("teacher's perplexity").numbers.values()
+    for teachers in (str(tmp_path), {"adapted": str(tmp_path)}):
+        settings = {"teacher_quantization": "4bit"}
+        numbers = examine("cost of bits", teacher_model=teachers, settings=settings).numbers
+        assert numbers["saved"] == pytest.approx(whole["teacher"], rel=1e-3)
+        assert numbers["saved"] != pytest.approx(bare["teacher"], rel=1e-3)
 
 
 class MixesRows(nn.Module):
