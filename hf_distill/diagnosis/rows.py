@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_distill.collators import LUPICollator
 from hf_distill.diagnosis.findings import Finding, LeftOut, failure, ok, warning
 from hf_distill.diagnosis.probe import Probe, columns_of
 from hf_distill.trainers.data import used_format
@@ -61,12 +62,26 @@ def longest_rows(probe: Probe) -> Finding:
 
 def _fingerprints(probe: Probe, name: str) -> Iterator[bytes]:
     """A hash of each row's text, or of its tokens."""
+    if name not in probe.datasets:
+        raise LeftOut("there are no training rows")
     rows: Any = probe.datasets[name]
-    used = used_format(columns_of(rows), probe.args.dataset_text_field) or tuple(sorted(columns_of(rows)))
+    columns = columns_of(rows)
+    used = _prompt_columns(probe, columns) if probe.writes else used_format(columns, probe.args.dataset_text_field)
+    used = used or tuple(sorted(columns))
     if hasattr(rows, "select_columns"):
         rows = rows.select_columns(list(used))
     for row in islice(rows, MOST_ROWS):
         yield blake2b("\x1f".join(_strings([row[column] for column in used])).encode(), digest_size=16).digest()
+
+
+def _prompt_columns(probe: Probe, columns: set[str]) -> tuple[str, ...]:
+    """The columns that prompts are made of, where the rest of the text is generated."""
+    collator = probe.arguments.get("data_collator")
+    if isinstance(collator, LUPICollator):
+        names: tuple[str, ...] = (collator.query_column, collator.knowledge_column)
+    else:
+        names = ("messages", "conversations", "prompt") if collator is None else ()
+    return tuple(name for name in names if name in columns)
 
 
 def _strings(cell: Any) -> Iterator[str]:

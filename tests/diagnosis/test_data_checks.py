@@ -7,6 +7,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers.processors import TemplateProcessing
 
+from hf_distill import SpeculativeKDConfig, SpeculativeKDTrainer
+from hf_distill.collators import LUPICollator
 from hf_distill.diagnosis.findings import LeftOut
 from tests.conftest import CHAT_TEMPLATE, SENTENCES, make_tokenizer
 
@@ -101,6 +103,21 @@ def test_copies_are_counted_whatever_their_spaces(examine):
     finding = examine("copies", train_dataset=Dataset.from_dict({"text": rows}))
     assert finding.status == "warning"
     assert finding.numbers["copies"] == 4
+
+
+@pytest.mark.parametrize("knows", [False, True])
+def test_rows_of_speculative_kd_are_copies_if_what_is_read_of_them_is(examine, tokenizer, knows):
+    """Numbers of rows, and other columns that nobody reads, do not tell them apart."""
+    texts = [*SENTENCES, *SENTENCES[:4]]
+    rows = [{"id": i, "text": f"{i}", "query" if knows else "prompt": text[:20]} for i, text in enumerate(texts)]
+    rows = [{**row, "knowledge": text[20:]} if knows else row for row, text in zip(rows, texts, strict=True)]
+    changes = {"config": SpeculativeKDConfig, "settings": {"max_new_tokens": 4}, "processing_class": tokenizer}
+    if knows:
+        changes["data_collator"] = LUPICollator(tokenizer, query_column="query", knowledge_column="knowledge")
+    held_out = Dataset.from_list([{**row, "id": 100 + i, "text": f"{i}"} for i, row in enumerate(rows[:2])])
+    changes |= {"train_dataset": Dataset.from_list(rows), "eval_dataset": held_out}
+    assert examine("copies", SpeculativeKDTrainer, **changes).numbers["copies"] == 4
+    assert examine("held-out rows", SpeculativeKDTrainer, **changes).numbers["leaked"] == 2
 
 
 def test_held_out_rows_in_the_training_set_are_found(examine):
