@@ -27,8 +27,9 @@ from hf_distill.teachers.columns import reason_away
 from hf_distill.trainers.hard_label import HardLabelTrainer
 from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
 
-# What a trainer raises for settings, files and rows that it cannot work with, and for servers that do not answer.
-PROBLEMS = (OSError, RuntimeError, TeacherAway, ValueError)
+# What a trainer, or a library underneath, raises for settings, files and rows that it cannot work with, for packages
+# that are not installed, and for servers that do not answer.
+PROBLEMS = (ImportError, LookupError, OSError, RuntimeError, TeacherAway, TypeError, ValueError)
 SOME = 0.02  # a share of labels or rows that is no accident
 FIRST_WRITTEN = 8  # prompts of speculative KD that are written to the end: each is a rollout
 
@@ -65,7 +66,9 @@ class Probe:
         try:
             self._trainer = self._made(folder)
         except PROBLEMS as error:
-            self.problem = " ".join(str(error).split())
+            # The message of a KeyError is a mere name.
+            kind = f"{type(error).__name__}: " if isinstance(error, LookupError | TypeError) else ""
+            self.problem = kind + " ".join(str(error).split())
 
     def _made(self, folder: str) -> HardLabelTrainer:
         args = copy.copy(self.args)
@@ -133,10 +136,17 @@ class Probe:
 
     # ------------------------------------------------------------------------------------------------------- the rows
 
+    @property
+    def given_rows(self) -> Any:
+        """The training rows of the probe, as they were given; [`LeftOut`] if there are none."""
+        if "train" not in self.samples:
+            raise LeftOut("there are no training rows")
+        return self.samples["train"]
+
     @cached_property
     def conversations(self) -> list[dict[str, Any]]:
         """The training rows of the probe that are conversations, as messages; [`LeftOut`] if none is."""
-        rows = [] if "input_ids" in columns_of(self.samples["train"]) else self.samples["train"]
+        rows = [] if "input_ids" in columns_of(self.given_rows) else self.given_rows
         found = [row for row in map(_with_messages, rows) if row is not None]
         if not found:
             raise LeftOut("the rows are no conversations")

@@ -3,6 +3,7 @@
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
+from transformers.utils import is_flash_attn_2_available
 
 from hf_distill import KDConfig, KDTrainer, SpeculativeKDConfig, SpeculativeKDTrainer
 from hf_distill.collators import LUPICollator
@@ -134,6 +135,36 @@ def test_a_model_that_is_no_model_is_one_failure(run, folder):
     arguments = run(model=str(folder / "rows.jsonl"))
     found = diagnose(KDTrainer, num_rows=6, **arguments)
     assert [finding.check for finding in found.with_status("failure")] == ["construction"]
+
+
+def test_a_package_that_is_not_installed_is_one_failure(run):
+    if is_flash_attn_2_available():
+        pytest.skip("flash-attn is installed")
+    settings = {"model_init_kwargs": {"attn_implementation": "flash_attention_2"}}
+    found = diagnose(KDTrainer, num_rows=6, **run(settings=settings))
+    assert [finding.check for finding in found.with_status("failure")] == ["construction"]
+
+
+def test_a_run_without_training_rows_is_one_failure(run):
+    found = diagnose(KDTrainer, num_rows=6, **run(train_dataset=None))
+    assert [finding.check for finding in found.with_status("failure")] == ["construction"]
+    assert found["copies"].line == "there are no training rows"
+    assert [finding.line for finding in found.findings if "it stopped" in finding.line] == []
+
+
+def test_an_error_within_one_check_leaves_that_check_out(run, monkeypatch):
+    def stopping(error):
+        def stops(probe):
+            raise error
+
+        return stops
+
+    errors = [KeyError("layer"), TypeError("one too many"), IndexError("too far"), ImportError("no such package")]
+    monkeypatch.setattr("hf_distill.diagnosis.CHECKS", {str(error): stopping(error) for error in errors})
+    found = diagnose(KDTrainer, num_rows=6, **run())
+    for error, finding in zip(errors, found.findings, strict=True):
+        assert finding.status == "left out"
+        assert type(error).__name__ in finding.line
 
 
 def test_several_processes_are_refused(run, monkeypatch):
