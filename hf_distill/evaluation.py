@@ -27,6 +27,7 @@ from hf_distill.modeling import (
     ensure,
     evaluating,
     head_of,
+    input_device,
     keep_4bit_weights,
     label_positions,
     last_hidden_states,
@@ -302,7 +303,7 @@ def _log_probs(
         numbers, num_rows = num_rows + positions // length, num_rows + len(rows)
         sides = []
         for model in map(causal_lm, models):
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            inputs = {name: tensor.to(input_device(model)) for name, tensor in batch.items()}
             try:
                 hidden = select_positions(last_hidden_states(model, **inputs), positions)  # (N, D)
             except IndexError:
@@ -310,7 +311,7 @@ def _log_probs(
                 raise
             sides.append((head_of(model), hidden))
         if stored is not None:
-            signal = stored(stored.collate(rows), positions.to(causal_lm(models[0]).device))
+            signal = stored(stored.collate(rows), positions.to(input_device(causal_lm(models[0]))))
             sides.append((signal.head, signal.hidden))
         device = sides[0][1].device
         chunk_size = default_chunk_size(device, size)

@@ -24,7 +24,14 @@ from hf_distill.losses.fused_linear import MixtureSignal, TeacherSignal
 from hf_distill.losses.head import default_chunk_size
 from hf_distill.losses.sparse import SparseSignal, TopKSignal, coarse_outcomes, log_tail_of
 from hf_distill.losses.sum import SumSignal
-from hf_distill.modeling import causal_lm, head_of, label_positions, last_hidden_states, select_positions
+from hf_distill.modeling import (
+    causal_lm,
+    head_of,
+    input_device,
+    label_positions,
+    last_hidden_states,
+    select_positions,
+)
 from hf_distill.teachers import Signal, Teacher
 from hf_distill.teachers.columns import PREFIX, has_label
 from hf_distill.teachers.local import signal_of
@@ -164,7 +171,7 @@ class _ModelTeacher:
         return {}
 
     def __call__(self, inputs: dict[str, Any], positions: Tensor) -> TeacherSignal:
-        device = self.model.device
+        device = input_device(self.model)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         return signal_of(self.model, head_of(self.model), inputs, positions.to(device), ())
 
@@ -188,7 +195,7 @@ def _compared(
     model: PreTrainedModel, teacher: Any, rows: list[dict[str, Any]], size: int, max_tokens: int
 ) -> tuple[list[TokenRow], Signal]:
     """The rows of a batch, and the signal that the teacher gave."""
-    device = model.device
+    device = input_device(model)
     batch = {name: tensor.to(device) for name, tensor in batch_of(rows).items()}
     positions, labels = label_positions(batch.pop("labels"))  # (N,)
     width = batch["input_ids"].shape[1]

@@ -45,6 +45,18 @@ def test_a_table_has_base_student_and_teacher_and_a_file_the_numbers(folder, tok
     assert written(tmp_path / "out")["models"]["base"] == str(tmp_path / "base")
 
 
+def test_an_offloaded_teacher_is_measured_and_answers(folder, tmp_path, capsys):
+    Dataset.from_list([{"prompt": "The sun", "completion": " was warm."}]).to_json(tmp_path / "rows.jsonl")
+    found = []
+    for device in ("cpu", "offload"):
+        changes = {"teacher_model": folder / "teacher", "teacher_device": device, "generate": True, "max_new_tokens": 4}
+        evaluate(folder, tmp_path / device, capsys, dataset=tmp_path / "rows.jsonl", **changes)
+        found.append({name: each["values"] for name, each in written(tmp_path / device)["measures"].items()})
+    assert found[0].keys() == found[1].keys() >= {"kl", "f1"}
+    for name in found[0]:
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5)
+
+
 def test_json_is_the_file_and_nothing_else_is_printed(folder, tmp_path, capsys):
     printed = evaluate(folder, tmp_path, capsys, json=True, max_rows=2)
     assert json.loads(printed) == written(tmp_path)
@@ -134,6 +146,7 @@ def test_adapters_without_a_tokenizer_are_read_with_their_base_models(folder, tm
         ({"answer_column": "text"}, "--answer_column needs --generate"),
         ({"query_column": "text"}, "--query_column needs --knowledge_column"),
         ({"prompt_template": "{text}"}, "go together"),
+        ({"tasks": "arc_easy", "teacher_device": "offload"}, "--tasks needs the teacher whole on a device"),
         ({"max_rows": 0}, "batch_size and max_rows have to be at least 1"),
         ({"teacher_quantization": "2bit"}, "teacher_quantization has to be one of"),
     ],

@@ -8,6 +8,8 @@ from peft import LoraConfig, get_peft_model
 from hf_distill import evaluate_fidelity, evaluation
 from hf_distill.evaluation import perplexity, window_length
 from hf_distill.losses.fused_linear import Head
+from hf_distill.teachers.loading import load_teacher
+from hf_distill.token_comparison import compare_tokens
 from tests.conftest import SENTENCES, make_model
 
 
@@ -105,6 +107,21 @@ def test_ids_past_the_true_vocabulary_get_no_probability(tokenizer):
     dataset = Dataset.from_dict({"input_ids": [rows[0][0]]})
     found = evaluate_fidelity(student, teacher, dataset, tokenizer, vocab_size=100)
     assert found == pytest.approx(plain_fidelity(student, teacher, rows, 100), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_an_offloaded_teacher_says_what_it_says_on_its_device(tokenizer, text_dataset, family):
+    """The head of Qwen2 is tied to its embeddings. The tokens are compared by another function, in a report."""
+    student, teacher = make_model(seed=1), make_model(family, seed=2)
+    expected = evaluate_fidelity(student, teacher, text_dataset, tokenizer, batch_size=3)
+    tokens = compare_tokens(student, teacher, text_dataset, tokenizer)
+    offloaded = load_teacher(teacher, device="offload", student_device="cpu")
+    assert evaluate_fidelity(student, offloaded, text_dataset, tokenizer, batch_size=3) == pytest.approx(expected)
+    assert perplexity(offloaded, text_dataset, tokenizer)["perplexity"] == pytest.approx(expected["teacher_perplexity"])
+    found = compare_tokens(student, offloaded, text_dataset, tokenizer)
+    for row, other in zip(found.rows, tokens.rows, strict=True):
+        assert row.kl == pytest.approx(other.kl)
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
 
 
 def test_a_model_agrees_with_itself(tokenizer):

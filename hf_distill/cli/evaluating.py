@@ -101,6 +101,8 @@ def _refuse_options(arguments: EvaluateArguments) -> None:
         raise ValueError("--knowledge_column is for answers: it needs --generate")
     if arguments.answer_column is not None and not arguments.generate:
         raise ValueError("--answer_column needs --generate")
+    if arguments.tasks is not None and arguments.teacher_device == "offload":
+        raise ValueError("--tasks needs the teacher whole on a device: leave --teacher_device offload out")
     refuse_ignored(arguments)
     _scoring(arguments)
     check_quantization(arguments.teacher_quantization)

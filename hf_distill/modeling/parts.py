@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -114,9 +115,13 @@ def last_hidden_states(model: PreTrainedModel, *, input_ids: Tensor, **inputs: T
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a causal language model: the output layer's weight and bias, logit scale and soft-cap."""
+    """The head of a causal language model: the output layer's weight and bias, logit scale and soft-cap.
+
+    Of an offloaded model it is a copy, on the device that computes.
+    """
     layer, config = _output_layer(model), model.config.get_text_config()
-    return Head(layer.weight, getattr(layer, "bias", None), _logit_scale(config), _softcap(config))
+    with align_module_device(head_layer(model)):
+        return Head(layer.weight, getattr(layer, "bias", None), _logit_scale(config), _softcap(config))
 
 
 def head_layer(model: PreTrainedModel) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, align_module_device, fsdp2_prepare_model
+from accelerate.utils import DistributedType, fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +25,6 @@ from hf_distill.modeling import (
     decoder_layers,
     evaluating,
     gathered,
-    head_layer,
     head_of,
     input_device,
     is_split,
@@ -76,7 +75,7 @@ class LocalTeacher:
         self._causal_lm = causal_lm(model)
         self.num_positions = num_positions(model)
         keep_4bit_weights(model)  # A teacher is left as it came.
-        with gathered(self._causal_lm), align_module_device(head_layer(self._causal_lm)):
+        with gathered(self._causal_lm):
             head = head_of(self._causal_lm)
             check_head(self._causal_lm, "teacher")
             copy = is_split(model)  # The weight itself is taken away again.
