@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -55,6 +55,33 @@ def test_an_offloaded_teacher_is_measured_and_answers(folder, tmp_path, capsys):
     assert found[0].keys() == found[1].keys() >= {"kl", "f1"}
     for name in found[0]:
         assert found[1][name] == pytest.approx(found[0][name], rel=1e-5)
+
+
+def test_the_split_is_held_out_if_there_is_such_a_one_and_is_told(folder, tmp_path, capsys):
+    texts = Dataset.from_dict({"text": SENTENCES})
+    DatasetDict(train=texts, validation=texts.select([0, 1])).save_to_disk(tmp_path / "both")
+    DatasetDict(train=texts).save_to_disk(tmp_path / "train")
+    evaluate(folder, tmp_path / "out", capsys, dataset=tmp_path / "both")
+    found = written(tmp_path / "out")
+    assert (found["split"], found["measures"]["perplexity"]["num_rows"], found["notes"]) == ("validation", 2, [])
+    printed = evaluate(folder, tmp_path / "out", capsys, dataset=tmp_path / "train")
+    assert "these are rows of its split train" in " ".join(printed.split())
+    evaluate(folder, tmp_path / "out", capsys, dataset=tmp_path / "train", split="train[:3]")
+    assert (written(tmp_path / "out")["split"], written(tmp_path / "out")["notes"]) == ("train[:3]", [])
+    evaluate(folder, tmp_path / "out", capsys)  # a file
+    assert written(tmp_path / "out")["notes"] == []
+
+
+def test_messages_are_measured_beside_a_column_of_prompts(folder, tmp_path, capsys):
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]
+    Dataset.from_list([{"prompt": "Who?", "messages": messages}] * 2).to_json(tmp_path / "rows.jsonl")
+    evaluate(folder, tmp_path, capsys, dataset=tmp_path / "rows.jsonl")
+    alone = written(tmp_path)["measures"]["perplexity"]["values"]
+    evaluate(folder, tmp_path, capsys, dataset=tmp_path / "rows.jsonl", generate=True, max_new_tokens=2)
+    assert written(tmp_path)["measures"]["perplexity"]["values"] == alone
+    Dataset.from_list([{"prompt": "Who?", "answer": "Ada."}]).to_json(tmp_path / "prompts.jsonl")
+    prompts = {"dataset": tmp_path / "prompts.jsonl", "answer_column": "answer", "generate": True, "max_new_tokens": 2}
+    assert "The rows are prompts alone" in evaluate(folder, tmp_path, capsys, **prompts)
 
 
 def test_json_is_the_file_and_nothing_else_is_printed(folder, tmp_path, capsys):

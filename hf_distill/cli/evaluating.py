@@ -37,6 +37,7 @@ from hf_distill.teachers.remote import is_address
 
 ANSWERS_FILE = "answers.jsonl"
 AUTO = "auto"
+HELD_OUT = ("test", "validation")  # splits, in the order in which they are looked for
 GAP = (
     "gap recovered: (student - base) / (teacher - base), with its 95% interval over rows; none where teacher and base "
     "do not differ"
@@ -54,7 +55,8 @@ def evaluate(arguments: EvaluateArguments) -> None:
     refuse_folder(folder)
     names, notes = _names(arguments)
     tokenizers = _tokenizers(names)
-    rows = None if arguments.dataset is None else _rows(arguments)
+    rows, split = (None, None) if arguments.dataset is None else _rows(arguments)
+    notes += _notes_on_rows(rows, split, arguments)
     tasks = _tasks(arguments)
     if tasks is not None:
         check_tasks(tasks)
@@ -79,7 +81,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
     )
-    data = _data(found, arguments, names, [*notes, *found.notes])
+    data = _data(found, arguments, names, split, [*notes, *found.notes])
     _write(folder, data, found)
     _show(data, arguments, folder)
 
@@ -200,24 +202,38 @@ def _load(names: dict[str, str], arguments: EvaluateArguments) -> dict[str, Any]
 # ---------------------------------------------------------------------------------------------------------- the rows
 
 
-def _rows(arguments: EvaluateArguments) -> Dataset:
+def _rows(arguments: EvaluateArguments) -> tuple[Dataset, str]:
+    """The rows, and their split."""
     name = str(arguments.dataset)
     splits = load_splits(name, arguments.dataset_config)
-    split = arguments.split or ("test" if "test" in splits else "train")
+    split = arguments.split or next((each for each in HELD_OUT if each in splits), "train")
     rows = first_rows(take_split(splits, name, split), arguments.max_rows)
     if arguments.prompt_template is not None and arguments.completion_template is not None:
         templates = arguments.prompt_template, arguments.completion_template
         rows = fill_templates(rows, *templates, keep=(arguments.answer_column,))
-    return with_prompts(rows, arguments) if arguments.knowledge_column is None else rows
+    return with_prompts(rows, arguments) if arguments.knowledge_column is None else rows, split
+
+
+def _notes_on_rows(rows: Dataset | None, split: str | None, arguments: EvaluateArguments) -> list[str]:
+    if rows is None:
+        return []
+    notes = []
+    is_file = os.path.isfile(os.path.expanduser(str(arguments.dataset)))  # its only split is called train
+    if split == "train" and arguments.split is None and not is_file:
+        notes.append(f"{arguments.dataset} has no split test or validation: these are rows of its split train.")
+    if arguments.generate and arguments.knowledge_column is None and not _has_texts(rows, arguments):
+        notes.append("The rows are prompts alone: perplexity and distance, which need texts, are left out.")
+    return notes
 
 
 def _has_texts(rows: Dataset, arguments: EvaluateArguments) -> bool:
     """True if rows have texts to measure perplexity on, and not prompts alone."""
     if arguments.knowledge_column is not None:
         return False
-    kinds = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"}, {"input_ids"})
-    has_prompts_alone = "prompt" in rows.column_names and "completion" not in rows.column_names
-    return not has_prompts_alone and (not arguments.generate or any(kind <= set(rows.column_names) for kind in kinds))
+    columns = set(rows.column_names)
+    if {"messages", "conversations", "text", "input_ids"} & columns:
+        return True
+    return "completion" in columns if "prompt" in columns else not arguments.generate  # no column is an error later
 
 
 def _questions(
@@ -234,10 +250,13 @@ def _questions(
 # ------------------------------------------------------------------------------------------------------- the results
 
 
-def _data(found: Evaluated, arguments: EvaluateArguments, names: dict[str, str], notes: list[str]) -> dict[str, Any]:
+def _data(
+    found: Evaluated, arguments: EvaluateArguments, names: dict[str, str], split: str | None, notes: list[str]
+) -> dict[str, Any]:
     return {
         "models": names,
         "rows": arguments.dataset,
+        "split": split,
         "measures": measures_data(found.measures),
         "notes": notes,
         "settings": asdict(arguments),
