@@ -6,7 +6,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_distill import cli, evaluate_fidelity
+from hf_distill.cli import evaluating
+from hf_distill.cli.evaluating import _base_of
 from hf_distill.demo import TEACHER
+from hf_distill.named import load_tokenizer
+from hf_distill.teachers.loading import load_teacher
 from tests.conftest import SENTENCES, make_model
 
 
@@ -93,7 +97,6 @@ def test_json_is_the_file_and_nothing_else_is_printed(folder, tmp_path, capsys):
 def test_the_packaged_teacher_finishes_its_stories_and_its_answers_are_written(tmp_path, capsys):
     """Its own continuations are the right answers, so it is right everywhere."""
     from hf_distill.evaluating.generation import generate_answers
-    from hf_distill.named import load_tokenizer
 
     teacher, tokenizer = AutoModelForCausalLM.from_pretrained(TEACHER), load_tokenizer(TEACHER, None, False)
     prompts = ["One day, a girl", "Tom had a dog", "The sun was"]
@@ -158,6 +161,59 @@ def test_adapters_without_a_tokenizer_are_read_with_their_base_models(folder, tm
     assert values["base"] == pytest.approx(values["student"])  # LoRA begins at its base
 
 
+def other_model(folder, seed=5):
+    """A model with as many token ids as the others, which mean something else."""
+    make_model(seed=seed).save_pretrained(folder)
+    load_tokenizer(TEACHER, None, False).save_pretrained(folder)
+    return folder
+
+
+def test_a_base_of_another_vocabulary_is_refused_or_left_out(folder, tmp_path, capsys):
+    other = other_model(tmp_path / "other")
+    with pytest.raises(SystemExit):
+        evaluate(folder, tmp_path, capsys, base=other)
+    assert "has another vocabulary than the student" in capsys.readouterr().err
+    AutoModelForCausalLM.from_pretrained(folder / "student").save_pretrained(tmp_path / "run")
+    load_tokenizer(str(folder / "student"), None, False).save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "settings.json").write_text(json.dumps({"model": str(other)}))
+    evaluate(folder, tmp_path / "out", capsys, model=tmp_path / "run", max_rows=2)
+    found = written(tmp_path / "out")
+    assert list(found["models"]) == ["student"]
+    assert "which is left out: its vocabulary is another one" in found["notes"][0]
+
+
+def test_a_teacher_without_a_tokenizer_is_told(folder, tmp_path, capsys):
+    make_model(seed=2).save_pretrained(tmp_path / "teacher")
+    evaluate(folder, tmp_path, capsys, teacher_model=tmp_path / "teacher", max_rows=2)
+    assert written(tmp_path)["notes"] == ["The teacher has no tokenizer: it reads with the student's."]
+
+
+def test_a_run_that_continued_an_adapter_began_as_this_adapter(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder / "student")
+    for name in ("first", "second"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / name)
+    assert _base_of(str(tmp_path / "second")) == str(folder / "student")
+    (tmp_path / "second" / "settings.json").write_text(json.dumps({"model": str(tmp_path / "first")}))
+    assert _base_of(str(tmp_path / "second")) == str(tmp_path / "first")
+
+
+def test_code_of_a_model_is_run_where_this_is_wanted_and_errors_name_the_option(folder, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def load(name, **options):
+        asked.append(options["trust_remote_code"])
+        raise ValueError("seen")
+
+    monkeypatch.setattr(evaluating, "load_teacher", load)
+    for options in ({}, {"trust_remote_code": True}):
+        with pytest.raises(SystemExit):
+            evaluate(folder, tmp_path, capsys, **options)
+    assert asked == [False, True]
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="--model '.*nothing' cannot be loaded"):
+        load_teacher(str(tmp_path / "nothing"), device=None, called="--model ")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -174,6 +230,7 @@ def test_adapters_without_a_tokenizer_are_read_with_their_base_models(folder, tm
         ({"query_column": "text"}, "--query_column needs --knowledge_column"),
         ({"prompt_template": "{text}"}, "go together"),
         ({"tasks": "arc_easy", "teacher_device": "offload"}, "--tasks needs the teacher whole on a device"),
+        ({"device": "gpu:7"}, "--device 'gpu:7' is no device of this machine"),
         ({"max_rows": 0}, "batch_size and max_rows have to be at least 1"),
         ({"teacher_quantization": "2bit"}, "teacher_quantization has to be one of"),
     ],

@@ -175,6 +175,9 @@ class EvaluateArguments(PromptArguments):
     )
     teacher_quantization: str | None = field(default=None, metadata={"help": "`4bit` or `8bit`."})
     teacher_device: str | None = field(default=None, metadata={"help": "As in `kd`. Default: the student's device."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether code that comes with a model is run, of all models."}
+    )
     device: str | None = field(default=None, metadata={"help": "Of student and base. Default: a GPU if there is one."})
     dataset: str | None = field(
         default=None, metadata={"help": "Held-out rows: hub id, local folder or file, as in `kd`."}

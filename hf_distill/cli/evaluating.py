@@ -21,10 +21,9 @@ from hf_distill.collators import PromptCollator
 from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, measures_data
 from hf_distill.evaluating.generation import check_prompts
 from hf_distill.evaluating.harness import HarnessTasks, check_tasks
-from hf_distill.evaluating.models import Evaluated, Scoring, evaluate_models
+from hf_distill.evaluating.models import Evaluated, Scoring, evaluate_models, is_vocabulary_shared
 from hf_distill.evaluating.questions import Questions, questions_of
 from hf_distill.model_files import name_problem
-from hf_distill.modeling import shared_vocabulary
 from hf_distill.named import load_tokenizer
 from hf_distill.page import save_page
 from hf_distill.report import evaluation_rows, table
@@ -37,6 +36,7 @@ from hf_distill.teachers.remote import is_address
 
 ANSWERS_FILE = "answers.jsonl"
 AUTO = "auto"
+OPTIONS = {BASE: "--base", STUDENT: "--model", TEACHER: "--teacher_model"}
 HELD_OUT = ("test", "validation")  # splits, in the order in which they are looked for
 GAP = (
     "gap recovered: (student - base) / (teacher - base), with its 95% interval over rows; none where teacher and base "
@@ -54,7 +54,8 @@ def evaluate(arguments: EvaluateArguments) -> None:
     folder = _output_folder(arguments)
     refuse_folder(folder)
     names, notes = _names(arguments)
-    tokenizers = _tokenizers(names)
+    tokenizers, found_notes = _tokenizers(names, arguments)
+    notes += found_notes
     rows, split = (None, None) if arguments.dataset is None else _rows(arguments)
     notes += _notes_on_rows(rows, split, arguments)
     tasks = _tasks(arguments)
@@ -108,6 +109,10 @@ def _refuse_options(arguments: EvaluateArguments) -> None:
     refuse_ignored(arguments)
     _scoring(arguments)
     check_quantization(arguments.teacher_quantization)
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {arguments.device!r} is no device of this machine: {error}") from error
     teacher = arguments.teacher_model
     if teacher is not None and (is_address(teacher) or teacher.startswith("cache:")):
         raise ValueError(f"--teacher_model {teacher!r} is no model that can be loaded: evaluate generates with it")
@@ -142,60 +147,75 @@ def _names(arguments: EvaluateArguments) -> tuple[dict[str, str], list[str]]:
     base, notes = arguments.base, []
     if base == AUTO:
         base = _base_of(arguments.model)
-        if base is not None and (problem := name_problem(base)):
+        if base is not None and (problem := name_problem(base, {"trust_remote_code": arguments.trust_remote_code})):
             notes.append(f"The student began as {base}, which is left out: {problem}.")
             base = None
     named = {BASE: base, STUDENT: arguments.model, TEACHER: arguments.teacher_model}
     names = {role: name for role, name in named.items() if name is not None}
-    options = {BASE: "--base", STUDENT: "--model", TEACHER: "--teacher_model"}
     for role, name in names.items():
         for part in dict.fromkeys((name, base_and_adapter(name)[0])):
-            if problem := name_problem(part):
+            if problem := name_problem(part, {"trust_remote_code": arguments.trust_remote_code}):
                 of = "" if part == name else f", whose adapters belong to {part!r}"
-                raise ValueError(f"{options[role]} {name!r}{of}: {problem}")
+                raise ValueError(f"{OPTIONS[role]} {name!r}{of}: {problem}")
     return names, notes
 
 
 def _base_of(model: str) -> str | None:
-    """The model that a student was before its training, as its adapter or its run names it."""
-    base, adapter = base_and_adapter(model)
-    if adapter is not None:
-        return base
+    """The model that a student was before its training, as its run or its adapter names it.
+
+    A run may have continued an adapter, whose base is not what the student was before this training.
+    """
     settings = Path(model, "settings.json")
     began = json.loads(settings.read_text("utf-8")).get("model") if settings.is_file() else None
-    return began if isinstance(began, str) and began != model else None
+    if isinstance(began, str) and began != model:
+        return began
+    base, adapter = base_and_adapter(model)
+    return base if adapter is not None else None
 
 
-def _tokenizers(names: dict[str, str]) -> dict[str, PreTrainedTokenizerBase]:
-    """The student's tokenizer, and the teacher's, unless it is the student's without a chat template."""
-    found = {}
-    for role in (STUDENT, TEACHER):
-        if role not in names:
-            continue
-        places = dict.fromkeys((names[role], base_and_adapter(names[role])[0]))
-        for place in places:
-            try:
-                found.setdefault(role, load_tokenizer(place, None, False))
-            except (OSError, ValueError):
-                continue
-    if STUDENT not in found:
+def _tokenizers(
+    names: dict[str, str], arguments: EvaluateArguments
+) -> tuple[dict[str, PreTrainedTokenizerBase], list[str]]:
+    """The student's tokenizer, and the teacher's, unless it is the student's without a chat template; and notes.
+
+    A base that was found by itself and has another vocabulary is taken out of `names`; one that was given is refused.
+    """
+    own = {role: _own_tokenizer(name, arguments) for role, name in names.items()}
+    student, teacher, base = own[STUDENT], own.get(TEACHER), own.get(BASE)
+    if student is None:
         raise ValueError(f"--model {names[STUDENT]!r} has no tokenizer: save it with the model")
-    if TEACHER in found and found[TEACHER].chat_template is None:
+    notes = [f"The {role} has no tokenizer: it reads with the student's." for role in own if own[role] is None]
+    if base is not None and not is_vocabulary_shared(student, base):
+        if arguments.base != AUTO:
+            raise ValueError(
+                f"--base {names[BASE]!r} has another vocabulary than the student, so it was not the student before its "
+                "training: name another one, or give --base None"
+            )
+        notes.append(f"The student began as {names.pop(BASE)}, which is left out: its vocabulary is another one.")
+    if teacher is None or (teacher.chat_template is None and is_vocabulary_shared(student, teacher)):
+        return {STUDENT: student}, notes
+    return {STUDENT: student, TEACHER: teacher}, notes
+
+
+def _own_tokenizer(name: str, arguments: EvaluateArguments) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was saved with a model, or with the base of adapters."""
+    for place in dict.fromkeys((name, base_and_adapter(name)[0])):
         try:
-            shared_vocabulary(found[STUDENT], found[TEACHER])
-            del found[TEACHER]
-        except ValueError:
-            pass
-    return found
+            return load_tokenizer(place, None, arguments.trust_remote_code)
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def _load(names: dict[str, str], arguments: EvaluateArguments) -> dict[str, Any]:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    load = partial(load_teacher, student_device=device)
-    found = {role: load(name, device=None) for role, name in names.items() if role != TEACHER}
-    if TEACHER in names:
-        quantization = arguments.teacher_quantization
-        found[TEACHER] = load(names[TEACHER], device=arguments.teacher_device, quantization=quantization)
+    load = partial(load_teacher, student_device=device, trust_remote_code=arguments.trust_remote_code)
+    found = {}
+    for role, name in names.items():
+        places: dict[str, Any] = {"device": None}
+        if role == TEACHER:
+            places = {"device": arguments.teacher_device, "quantization": arguments.teacher_quantization}
+        found[role] = load(name, **places, called=f"{OPTIONS[role]} ")
     return found
 
 

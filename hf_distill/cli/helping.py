@@ -50,7 +50,7 @@ GROUPS = {
 # The same for a command that does not train, whose options are all its own.
 GROUPS_OF = {
     "evaluate": {
-        "models": "model teacher_model base teacher_quantization teacher_device device",
+        "models": "model teacher_model base teacher_quantization teacher_device device trust_remote_code",
         "rows": "dataset dataset_config split max_rows prompt_template completion_template batch_size max_length",
         "generated answers": (
             "generate metrics answer_column answer_pattern stop max_new_tokens prompt_column completion_column as_chat"

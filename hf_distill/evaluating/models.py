@@ -24,6 +24,9 @@ OTHER_TOKENIZER = (
 )
 
 
+OTHER_BASE = "The base has another tokenizer: its perplexity and its distance from the teacher are left out."
+
+
 @dataclass(frozen=True)
 class Scoring:
     """The way in which answers are generated and scored.
@@ -135,9 +138,11 @@ def fidelity_measures(
 ) -> tuple[list[Measure], list[str]]:
     """Perplexity and, with a teacher of the student's vocabulary, the distance from it; and notes."""
     teacher, notes = models.get(TEACHER), []
-    if teacher is not None and not _is_shared(tokenizers[STUDENT], tokenizers[TEACHER]):
+    if teacher is not None and not is_vocabulary_shared(tokenizers[STUDENT], tokenizers[TEACHER]):
         teacher, notes = None, [OTHER_TOKENIZER]
     names = [name for name in (BASE, STUDENT) if name in models]
+    if BASE in models and not is_vocabulary_shared(tokenizers[STUDENT], tokenizers.get(BASE, tokenizers[STUDENT])):
+        names, notes = [STUDENT], [*notes, OTHER_BASE]
     sums = row_sums(
         [models[name] for name in names], teacher, rows, tokenizers[STUDENT],
         batch_size=batch_size, max_length=max_length, vocab_size=vocab_size,
@@ -183,7 +188,8 @@ def answer_measures(
     ], generated
 
 
-def _is_shared(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+def is_vocabulary_shared(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """True if token ids mean the same to both tokenizers, as far as both have them."""
     try:
         shared_vocabulary(tokenizer, other)
     except ValueError:

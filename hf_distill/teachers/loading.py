@@ -28,6 +28,7 @@ def load_teacher(
     quantization: str | None = None,
     trust_remote_code: bool = False,
     init_kwargs: dict[str, Any] | None = None,
+    called: str = "teacher_model=",
 ) -> PreTrainedModel:
     """The teacher in its place, in the dtype it was saved in, quantised only if asked.
 
@@ -39,6 +40,7 @@ def load_teacher(
         student_device (`torch.device`): the default, and where an offloaded teacher is computed.
         quantization (`str`, *optional*): "4bit" (NF4, double quantisation) or "8bit", through bitsandbytes.
         init_kwargs (`dict`, *optional*): for `AutoModelForCausalLM.from_pretrained`.
+        called (`str`): what stands before the model's name in errors.
 
     Raises:
         `ValueError`: no such device; quantisation of a model that is already loaded or without bitsandbytes; a model
@@ -48,9 +50,11 @@ def load_teacher(
     if quantization is not None and device in ("offload", "sharded"):
         raise ValueError(f"teacher_quantization={quantization!r} and teacher_device={device!r} exclude each other")
     if isinstance(model, str):
-        model = _from_pretrained(
-            model, devices, quantization, device == "sharded", {"trust_remote_code": trust_remote_code}, init_kwargs
-        )
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        try:
+            model = _from_pretrained(model, devices, quantization, device == "sharded", options, init_kwargs)
+        except OSError as error:
+            raise ValueError(f"{called}{model!r} cannot be loaded: {error}") from error
     else:
         if quantization is not None:
             raise ValueError(
@@ -101,17 +105,14 @@ def _from_pretrained(
     if quantization is not None:
         kwargs["quantization_config"] = _quantization_config(quantization, torch.device(devices[0]))
     base, adapter = base_and_adapter(name)
-    try:
-        if sharded and deepspeed_integration.is_deepspeed_zero3_enabled():
-            del kwargs["device_map"]  # Each process keeps its part only.
-            return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-        # ZeRO-3 would split it.
-        with patch.object(deepspeed_integration, "_hf_deepspeed_config_weak_ref", None):
-            model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
-        if adapter is not None:
-            model.load_adapter(adapter)
-    except OSError as error:
-        raise ValueError(f"teacher_model={name!r} cannot be loaded: {error}") from error
+    if sharded and deepspeed_integration.is_deepspeed_zero3_enabled():
+        del kwargs["device_map"]  # Each process keeps its part only.
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    # ZeRO-3 would split it.
+    with patch.object(deepspeed_integration, "_hf_deepspeed_config_weak_ref", None):
+        model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+    if adapter is not None:
+        model.load_adapter(adapter)
     if quantization is not None:
         size = model.get_memory_footprint() / 2**20
         logger.warning("teacher loaded in %s by bitsandbytes: %.1f MiB on %s", quantization, size, devices[0])
