@@ -210,7 +210,7 @@ def test_code_of_a_model_is_run_where_this_is_wanted_and_errors_name_the_option(
             evaluate(folder, tmp_path, capsys, **options)
     assert asked == [False, True]
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="--model '.*nothing' cannot be loaded"):
+    with pytest.raises(ValueError, match=r"--model '.*nothing' cannot be loaded"):
         load_teacher(str(tmp_path / "nothing"), device=None, called="--model ")
 
 

@@ -185,7 +185,7 @@ class EvaluateArguments(PromptArguments):
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     split: str | None = field(
         default=None,
-        metadata={"help": "Split of the dataset, or a part of it. Default: the first of `test`, `validation`, `train`."},
+        metadata={"help": "Split of the dataset, or a part of it. Default: the first of test, validation, train."},
     )
     max_rows: int = field(default=500, metadata={"help": "Rows that are measured, from the first on."})
     prompt_template: str | None = field(

@@ -24,8 +24,11 @@ _NUMBER = re.compile(
     r"(?:\s?(?P<unit>thousand|million|billion)\b)?"
 )
 _UNITS = {None: 1, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-_MARKED = re.compile(r"####(.*)")
-_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+_MARK = re.compile(r"####[ \t]*")
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+_FRACTION = re.compile(r"(\d\s*)?\\[dt]?frac(?:\{(-?\d+)\}\{(\d+)\}|(\d)(\d))")
+# What may stand in a box beside a number; other commands make another number of it, as \sqrt and \pi.
+_BESIDE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|circ|quad|left|right|[^A-Za-z])")
 _SAID = re.compile(r"\banswer\b[^\n.\d]{0,40}?(?:\bis\b|:|=)(.*?)(?:\.\s|\n|$)", re.IGNORECASE)
 
 
@@ -65,20 +68,32 @@ METRICS: Mapping[str, Callable[[str, Sequence[str]], dict[str, float]]] = {
 def final_number(text: str) -> Fraction | None:
     """The number that a text gives as its answer; None where it has none.
 
-    It is looked for in this order: after the first `####`, as GSM8K writes it; in the last `\\boxed{}`; after the last
-    "answer is" or "answer:", there behind the last equals sign; anywhere, the last one. Signs of currencies, commas
+    It is looked for in this order: directly after a `####`, the first time, as GSM8K writes it; in the last
+    `\\boxed{}`, which has to hold one number or fraction and nothing else that is computed; after the last "answer is"
+    or "answer:", there behind the last equals sign; anywhere, the last one. Signs of currencies, commas
     between thousands, units and signs of per cent do not count: `$1,250.00` is 1250. `3 1/2` is 7/2 and `1.5 million`
     1,500,000. Number words are no numbers.
     """
     text = text.replace("{,}", ",").replace("**", "")
-    if (marked := _MARKED.search(text)) and (found := _NUMBER.search(marked[1])):
-        return _value(found)
-    if (boxed := _BOXED.findall(text)) and (found := _NUMBER.search(boxed[-1])):
-        return _value(found)
+    for mark in _MARK.finditer(text):
+        if found := _NUMBER.match(text, mark.end()):
+            return _value(found)
+    if boxed := _BOXED.findall(text):
+        return _boxed_number(boxed[-1])
     if (said := _SAID.findall(text)) and (found := _NUMBER.search(said[-1].rpartition("=")[2])):
         return _value(found)
     numbers = list(_NUMBER.finditer(text))
     return _value(numbers[-1]) if numbers else None
+
+
+def _boxed_number(text: str) -> Fraction | None:
+    """The number of a box, behind its last equals sign; None for several numbers, or one that has to be computed."""
+    text = re.sub(r"\\[,!]", "", text.rpartition("=")[2])  # spaces, also between thousands
+    text = _FRACTION.sub(lambda m: f"{m[1] + ' ' if m[1] else ''}{m[2] or m[4]}/{m[3] or m[5]}", text)
+    numbers = list(_NUMBER.finditer(text))
+    if len(numbers) != 1 or "\\" in _BESIDE.sub("", text):
+        return None
+    return _value(numbers[0])
 
 
 def _value(found: re.Match[str]) -> Fraction:

@@ -67,14 +67,17 @@ def gap_recovered(
         level (`float`): of the interval.
 
     Returns:
-        None where a model or the rows are missing, and where teacher and base do not differ: where the interval of
-        teacher - base contains 0, the share would be a division by nearly nothing.
+        None where a model or the rows are missing, a value is not finite, there is one row alone, and where teacher and
+        base do not differ: where the interval of teacher - base contains 0, the share would be a division by nearly
+        nothing.
     """
     sums = measure.sums
     if sums is None or not {BASE, STUDENT, TEACHER} <= set(sums):
         return None
     weights = np.ones(len(sums[BASE])) if measure.weights is None else measure.weights
     rows = np.stack([sums[BASE], sums[STUDENT], sums[TEACHER], weights]).astype(np.float64)  # (4, R)
+    if rows.shape[1] < 2 or not np.isfinite(rows).all():
+        return None
     base, student, teacher = _means(rows.sum(1)[:, None])[:, 0]
     drawn = _means(_resampled(rows, num_resamples, seed))  # (3, S)
     ends = 100 * (1 - level) / 2, 100 * (1 + level) / 2

@@ -39,7 +39,20 @@ def test_what_the_documentation_calls_missed_is_missed(text, answer):
     [
         ("#### 1,234,567", 1_234_567),
         ("####-3.50", Fraction(-7, 2)),
-        ("#### none, so 7", 7),  # what stands behind the mark, whatever is between
+        ("#### none, so 7", 7),  # no number directly behind the mark: anywhere
+        ("#### Step 1: add\n40 + 32 = 72\n#### Step 2: say it\n\\boxed{72}", 72),  # headings
+        ("#### Step 1\n#### 18\n#### 19", 18),
+        ("\\boxed{\\frac{3}{4}}", Fraction(3, 4)),
+        ("\\boxed{-\\dfrac{3}{4}}", Fraction(-3, 4)),
+        ("\\boxed{\\frac{-3}{4}}", Fraction(-3, 4)),
+        ("\\boxed{3\\tfrac12}", Fraction(7, 2)),
+        ("\\boxed{x = 2 \\times 4 = 8\\text{ cm}^2}", 8),
+        ("\\boxed{10,\\!000}", 10_000),
+        ("\\boxed{90^\\circ}", 90),
+        ("4 and \\boxed{3, 4}", None),
+        ("\\boxed{\\frac{\\sqrt{3}}{2}}", None),
+        ("1 and \\boxed{2\\pi}", None),
+        ("1 and \\boxed{\\text{none}}", None),
         ("#### none\nbut 7 and then 8", 8),  # nothing on the line of the mark: anywhere
         ("10-5", 5),
         ("x=-5", -5),

@@ -50,6 +50,19 @@ def test_share_and_interval_are_those_of_plain_loops(is_weighted):
     assert found.low < found.share < found.high
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", [slice(3, 4), slice(None)])
+def test_values_that_are_not_finite_have_no_gap(value, where):
+    sums = sums_of()
+    sums["student"][where] = value
+    assert gap_recovered(mean_measure("m", sums)) is None
+
+
+def test_one_row_has_no_interval_and_so_no_gap():
+    assert gap_recovered(mean_measure("m", sums_of(num_rows=1))) is None
+    assert gap_recovered(mean_measure("m", sums_of(num_rows=2, shift=(0, 5, 9)))) is not None
+
+
 def test_interval_is_that_of_another_bootstrap_up_to_chance():
     """Rows that python's own generator has drawn."""
     sums = sums_of(seed=1)
@@ -69,7 +82,7 @@ def test_no_share_is_told_where_teacher_and_base_do_not_differ():
     assert gap_recovered(mean_measure("m", sums)) is None
     same = {**sums, "teacher": sums["base"]}
     assert gap_recovered(mean_measure("m", same)) is None
-    assert gap_recovered(mean_measure("m", {"base": np.zeros(1), "student": np.zeros(1), "teacher": np.ones(1)}))
+    assert gap_recovered(mean_measure("m", {"base": np.zeros(2), "student": np.zeros(2), "teacher": np.ones(2)}))
 
 
 def test_no_share_is_told_without_base_teacher_or_rows():
