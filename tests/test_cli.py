@@ -201,13 +201,24 @@ def test_held_out_rows_that_were_asked_for_have_to_exist(folder, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
+    ("words", "listed"), [([], ["demo", "kd", "plan kd"]), (["plan", "--help"], ["plan kd", "plan kv", "plan skd"])]
+)
+def test_commands_are_listed_where_none_is_named(capsys, words, listed):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"    {name} " in shown for name in listed)
+    assert ("demo" in shown) == ("demo" in listed)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["kdd"], "there is no command 'kdd'; did you mean kd?"),
         (["plan", "--gpu", "24GB"], "there is no command 'plan'; did you mean plan kd or plan kv or plan skd?"),
         (["cache", "show"], "there is no command 'cache'; did you mean cache write or cache info or cache verify?"),
         (["xyzzy"], "there is no command 'xyzzy'; --help lists them"),
-        ([], "the following arguments are required: COMMAND"),
         (["--alpha"], "the following arguments are required: COMMAND"),
     ],
 )

@@ -46,23 +46,24 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
     for num_words in (2, 1):
         if (name := " ".join(argv[:num_words])) in COMMANDS:
             return name, argv[num_words:]
-    parser = _command_parser()
-    if not argv or argv[0].startswith("-"):
-        parser.parse_args(argv[:1])
+    argv = argv or ["--help"]
     parts = [name for name in COMMANDS if name.startswith(f"{argv[0]} ")]
+    parser = _command_parser(parts or [*COMMANDS])
+    if argv[0].startswith("-") or (parts and argv[1:2] in (["--help"], ["-h"])):
+        parser.parse_args(["--help"] if parts else argv[:1])
     near = parts or difflib.get_close_matches(argv[0], COMMANDS, n=1)
     hint = f"did you mean {' or '.join(near)}?" if near else "--help lists them"
     parser.exit(2, f"hf-distill: error: there is no command {argv[0]!r}; {hint}\n")
 
 
-def _command_parser() -> argparse.ArgumentParser:
+def _command_parser(listed: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-distill", description="Distil causal language models.", usage="%(prog)s COMMAND [options]",
         epilog="`hf-distill COMMAND --help` shows the options of a command.",
     )  # fmt: skip
     names = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for name, command in COMMANDS.items():
-        names.add_parser(name, help=command.help, add_help=False)
+    for name in listed:
+        names.add_parser(name, help=COMMANDS[name].help, add_help=False)
     return parser
 
 

@@ -194,9 +194,9 @@ CHANGES = (
     Change("smaller micro-batches", "time, if they are small for the GPU; the same update", _smaller_batch),
     Change("fewer rows written at a time", "slower rollouts; updates of the same kind", _fewer_written),
     Change("the student split over the GPUs", "traffic between GPUs; the same update", _split),
-    Change("a store of the teacher", "one pass of the teacher before the training", _stored_teacher),
+    Change("a store of the teacher", "one pass of the teacher before, on a GPU that it fits", _stored_teacher),
     Change("an offloaded teacher", "its weights cross the bus in every micro-batch; the same update", _offloaded),
-    Change("a 4-bit teacher", "another teacher, slightly (docs/teachers.md)", _small_teacher),
+    Change("a 4-bit teacher", "another teacher, slightly (docs/kd_lora.md)", _small_teacher),
     Change("frozen weights in bfloat16", "rounding of weights that are not trained", _half_student),
     Change("LoRA", "fewer numbers are trained: another training", _with_lora),
 )

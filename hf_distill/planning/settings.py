@@ -294,6 +294,6 @@ def parse_size(text: str | int | None) -> int | None:
         number = float(words[:-1]) * factors[words[-1]] if words and words[-1] in factors else float(words)
     except ValueError as error:
         raise ValueError(f"{text!r} is no size such as 24GB") from error
-    if not 0 < number < float("inf"):
+    if not 2**10 <= number < float("inf"):  # nobody means 24 bytes
         raise ValueError(f"{text!r} is no size such as 24GB")
     return int(number)

@@ -196,7 +196,7 @@ class SurvivingTrainer(SFTTrainer):
             "processes": str(processes),
             "engine": self.engine,
             "student": f"{weights_kind(self.student)}, mixed precision {precision}, {self.args.device}",
-            "rows per update": f"{rows} ({micro_batches} micro-batches)",
+            "rows per update": f"{rows} ({micro_batches} micro-batch{'es' * (micro_batches > 1)})",
         }
 
     @property

@@ -144,7 +144,7 @@ def test_sizes_of_devices(text):
     assert parse_size(text) == 24 * 2**30
 
 
-@pytest.mark.parametrize("text", ["", "much", "-3GB", "GB"])
+@pytest.mark.parametrize("text", ["", "much", "-3GB", "GB", "24", "24B"])
 def test_strange_sizes_are_refused(text):
     with pytest.raises(ValueError, match="is no size such as 24GB"):
         parse_size(text)
