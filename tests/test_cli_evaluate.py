@@ -214,6 +214,35 @@ def test_code_of_a_model_is_run_where_this_is_wanted_and_errors_name_the_option(
         load_teacher(str(tmp_path / "nothing"), device=None, called="--model ")
 
 
+def test_what_was_measured_before_an_error_is_written(folder, tmp_path, capsys, monkeypatch):
+    measure = evaluating.evaluate_models
+
+    def fail_in_tasks(*models, tasks=None, **options):
+        if tasks is not None:
+            raise ValueError("no such question")
+        return measure(*models, **options)
+
+    monkeypatch.setattr(evaluating, "check_tasks", lambda *_: None)
+    monkeypatch.setattr(evaluating, "evaluate_models", fail_in_tasks)
+    with pytest.raises(SystemExit):
+        evaluate(folder, tmp_path, capsys, tasks="a_task", max_rows=2)
+    assert f"tasks: no such question (what was measured before is in {tmp_path})" in capsys.readouterr().err
+    assert list(written(tmp_path)["measures"]) == ["perplexity"]
+    assert written(tmp_path)["notes"] == ["The measuring has not finished: tasks are missing."]
+    evaluate(folder, tmp_path, capsys, max_rows=2)
+    assert written(tmp_path)["notes"] == []
+
+
+def test_tasks_need_the_chat_template_that_they_go_through(folder, tmp_path, capsys):
+    make_model(seed=1).save_pretrained(tmp_path / "plain")
+    tokenizer = load_tokenizer(str(folder / "student"), None, False)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    with pytest.raises(SystemExit):
+        evaluate(folder, tmp_path, capsys, model=tmp_path / "plain", tasks="arc_easy", apply_chat_template=True)
+    assert "the student's tokenizer has none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

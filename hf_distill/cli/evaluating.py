@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -47,6 +48,8 @@ GAP = (
 def evaluate(arguments: EvaluateArguments) -> None:
     """Measures models side by side; prints a table and writes `evaluation.json` and `answers.jsonl`.
 
+    They are written after each part, so that an error in the next one, maybe hours later, loses nothing.
+
     Raises:
         `ValueError`: models or rows that cannot be read, or options that do not go together.
     """
@@ -60,7 +63,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
     notes += _notes_on_rows(rows, split, arguments)
     tasks = _tasks(arguments)
     if tasks is not None:
-        check_tasks(tasks)
+        check_tasks(tasks, tokenizers)
     if rows is not None and not (arguments.generate or _has_texts(rows, arguments)):
         raise ValueError(
             f"the rows of {arguments.dataset!r} have prompts without completions, so there is nothing to measure on "
@@ -72,19 +75,42 @@ def evaluate(arguments: EvaluateArguments) -> None:
         for name, model in models.items():
             prompts = questions.teacher_prompts if name == TEACHER else questions.prompts
             check_prompts(model, prompts, arguments.max_new_tokens)
-    found = evaluate_models(
-        models,
-        tokenizers,
-        rows=rows if rows is not None and _has_texts(rows, arguments) else None,
-        questions=questions,
-        scoring=_scoring(arguments),
-        tasks=tasks,
-        batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-    )
-    data = _data(found, arguments, names, split, [*notes, *found.notes])
-    _write(folder, data, found)
-    _show(data, arguments, folder)
+    parts: dict[str, dict[str, Any]] = {}
+    if rows is not None and _has_texts(rows, arguments):
+        parts["rows"] = {"rows": rows, "max_length": arguments.max_length}
+    if questions is not None:
+        parts["generated answers"] = {"questions": questions, "scoring": _scoring(arguments)}
+    if tasks is not None:
+        parts["tasks"] = {"tasks": tasks}
+    describe = partial(_data, arguments=arguments, names=names, split=split, notes=notes)
+    measure = partial(evaluate_models, models, tokenizers, batch_size=arguments.batch_size)
+    _show(_measured(parts, measure, describe, folder), arguments, folder)
+
+
+def _measured(
+    parts: dict[str, dict[str, Any]],
+    measure: Callable[..., Evaluated],
+    describe: Callable[..., dict[str, Any]],
+    folder: str,
+) -> dict[str, Any]:
+    """Measures one part after the other and writes what there is after each; returns what was written last."""
+    found = Evaluated([], [], [])
+    data: dict[str, Any] = {}
+    for number, (name, part) in enumerate(parts.items(), 1):
+        try:
+            more = measure(**part)
+        except ValueError as error:
+            if not data:
+                raise
+            raise ValueError(f"{name}: {error} (what was measured before is in {folder})") from error
+        for mine, others in zip(found, more, strict=True):
+            mine.extend(others)
+        missing = " and ".join(list(parts)[number:])
+        data = describe(
+            found, unfinished=[f"The measuring has not finished: {missing} are missing."] if missing else []
+        )
+        _write(folder, data, found)
+    return data
 
 
 def _refuse_options(arguments: EvaluateArguments) -> None:
@@ -271,14 +297,20 @@ def _questions(
 
 
 def _data(
-    found: Evaluated, arguments: EvaluateArguments, names: dict[str, str], split: str | None, notes: list[str]
+    found: Evaluated,
+    *,
+    arguments: EvaluateArguments,
+    names: dict[str, str],
+    split: str | None,
+    notes: list[str],
+    unfinished: list[str],
 ) -> dict[str, Any]:
     return {
         "models": names,
         "rows": arguments.dataset,
         "split": split,
         "measures": measures_data(found.measures),
-        "notes": notes,
+        "notes": [*notes, *found.notes, *unfinished],
         "settings": asdict(arguments),
         "versions": {"hf_distill": __version__} | {name: version(name) for name in ("torch", "transformers")},
     }

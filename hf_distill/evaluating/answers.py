@@ -134,6 +134,11 @@ def extracted(text: str, pattern: re.Pattern[str]) -> str | None:
     return (matches[-1][1] or "") if pattern.groups else matches[-1][0]
 
 
+def without_thoughts(text: str) -> str:
+    """The text behind the last `</think>`, whose beginning may stand in the prompt; all of it where there is none."""
+    return text.rpartition("</think>")[2]
+
+
 def _f1(predicted: Sequence[str], expected: Sequence[str]) -> float:
     shared = (Counter(predicted) & Counter(expected)).total()
     return 2 * shared / (len(predicted) + len(expected)) if shared else 0.0

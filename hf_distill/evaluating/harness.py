@@ -42,17 +42,27 @@ class HarnessTasks:
     apply_chat_template: bool = False
 
 
-def check_tasks(tasks: HarnessTasks) -> None:
+def check_tasks(tasks: HarnessTasks, tokenizers: Mapping[str, PreTrainedTokenizerBase] | None = None) -> None:
     """Loads tasks with their data sets, before any model is loaded.
 
+    Args:
+        tasks ([`HarnessTasks`]): what will be asked.
+        tokenizers: by the names of models, to look whether they have chat templates where these are needed.
+
     Raises:
-        `ValueError`: lm_eval is not installed; there is no such task or folder; the data set of a task is not here and
+        `ValueError`: a tokenizer without a chat template that is needed; lm_eval is not installed; there is no such task or folder; the data set of a task is not here and
             cannot be downloaded.
     """
     if not tasks.names:
         raise ValueError("there are no tasks: name some")
     if missing := [path for path in tasks.include_path if not os.path.isdir(path)]:
         raise ValueError(f"include_path {missing[0]!r} is no folder: give the one that your task files (.yaml) lie in")
+    for name, tokenizer in (tokenizers or {}).items():
+        if tasks.apply_chat_template and tokenizer.chat_template is None:
+            raise ValueError(
+                f"apply_chat_template needs a chat template, and the {name}'s tokenizer has none: leave it out, or set "
+                "tokenizer.chat_template and save the tokenizer"
+            )
     try:
         manager = _manager(tuple(tasks.include_path))
     except ImportError as error:
@@ -91,7 +101,7 @@ def task_measures(
     Raises:
         `ValueError`: see [`check_tasks`].
     """
-    check_tasks(tasks)
+    check_tasks(tasks, tokenizers)
     found = {name: _evaluated(model, tokenizers[name], tasks, batch_size) for name, model in models.items()}
     first = next(iter(found.values()))
     measures = []

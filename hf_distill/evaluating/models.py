@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.evaluating.answers import METRICS, extracted
+from hf_distill.evaluating.answers import METRICS, extracted, without_thoughts
 from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, Measure, mean_measure, perplexity_measure
 from hf_distill.evaluating.generation import generate_answers
 from hf_distill.evaluating.harness import HarnessTasks, task_measures
@@ -61,7 +61,8 @@ class Scoring:
             raise ValueError(f"answer_pattern {self.pattern!r} is no regular expression: {error}") from error
 
     def scores(self, text: str, answers: Sequence[str]) -> dict[str, float]:
-        """The scores, in [0, 1], of a generated text against right answers."""
+        """The scores, in [0, 1], of a generated text against right answers; in both, thoughts are passed over."""
+        text, answers = without_thoughts(text), [without_thoughts(answer) for answer in answers]
         if self.pattern is not None:
             pattern = re.compile(self.pattern)
             text = extracted(text, pattern) or ""

@@ -60,6 +60,11 @@ def right_answers(row: Mapping[str, Any], column: str | None, name: str) -> list
     cell = row[column] if column is not None else _last_message(row, name)
     if isinstance(cell, Mapping):
         cell = cell.get("text")
+    if isinstance(cell, list | tuple) and not cell:
+        raise ValueError(
+            f"{name} has an empty list of right answers, as questions without an answer have in SQuAD v2: drop such "
+            "rows, or give the text that is right there"
+        )
     cells = [cell] if isinstance(cell, str | int | float) else cell if isinstance(cell, list | tuple) else []
     answers = [str(each) for each in cells if isinstance(each, str | int | float)]
     if not answers or len(answers) < len(cells):

@@ -147,7 +147,8 @@ def test_right_answers_come_in_the_forms_of_data_sets(tokenizer, cell, answers):
     ("row", "column", "message"),
     [
         ({"prompt": "Q"}, None, "row 0 has no text as its completion"),
-        ({"prompt": "Q", "gold": []}, "gold", "row 0 has no text in its column 'gold'"),
+        ({"prompt": "Q", "gold": []}, "gold", "row 0 has an empty list of right answers"),
+        ({"prompt": "Q", "gold": {"text": [], "answer_start": []}}, "gold", "row 0 has an empty list .* SQuAD v2"),
         ({"prompt": "Q", "gold": None}, "gold", "row 0 has no text in its column 'gold'"),
         ({"prompt": "Q"}, "gold", "row 0 has no column 'gold' with its right answers; its columns are prompt"),
         ({"text": "Q", "gold": "A"}, "gold", "row 0 has no prompt"),
@@ -156,6 +157,15 @@ def test_right_answers_come_in_the_forms_of_data_sets(tokenizer, cell, answers):
 def test_rows_without_a_question_or_an_answer_are_named(tokenizer, row, column, message):
     with pytest.raises(ValueError, match=message):
         questions_of([row], PromptCollator(tokenizer), answer_column=column)
+
+
+@pytest.mark.parametrize("text", ["<think>\n\n</think>\n\nParis", "Rome? No.\n</think>\nParis", "Paris"])
+def test_a_thought_before_an_answer_does_not_count(text):
+    """Templates of some models begin the thought in the prompt."""
+    scoring = Scoring(["exact_match", "f1"])
+    assert scoring.scores(text, ["Paris"]) == {"exact_match": 1, "f1": 1}
+    assert scoring.scores("Paris", [text]) == {"exact_match": 1, "f1": 1}
+    assert Scoring(["exact_match"], pattern=r"\w+").scores(text, ["Paris"]) == {"exact_match": 1}
 
 
 @pytest.mark.parametrize(
