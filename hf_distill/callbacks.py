@@ -1,6 +1,6 @@
 """Callbacks that observe a run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any, cast
 
@@ -107,8 +107,9 @@ class PerplexityCallback(TrainerCallback):
         stride (`int`, *optional*): as there.
 
     Raises:
-        `ValueError`: `every` or `batch_size` below 1; no data set, an empty one or one with rows that cannot be
-            measured; windows that leave tokens out; a model that is sharded over processes (FSDP, ZeRO-3).
+        `ValueError`: `every` or `batch_size` below 1; a name that is taken; no data set, an empty one or one with rows
+            that cannot be measured; windows that leave tokens out; a model that is sharded over processes (FSDP,
+            ZeRO-3).
     """
 
     def __init__(
@@ -137,20 +138,23 @@ class PerplexityCallback(TrainerCallback):
                 tokenized_row(row, tokenizer)
             except ValueError as error:
                 raise ValueError(f"the data set {name!r} cannot be measured: {error}") from error
+        _refuse_same_names(trainer, PerplexityCallback, datasets)
         self.trainer = trainer
+        self.names = {*datasets}
         self.datasets = datasets
         self.every = every
         self.options = {"batch_size": batch_size, "max_length": max_length, "stride": stride}
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
-        self._measure(state, control, model, processing_class)
+        if not _is_logged(state, f"perplexity/{next(iter(self.datasets))}"):
+            self._measure(state, control, model, processing_class)
 
     def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if _is_due(state, control, self.every):
             self._measure(state, control, model, processing_class)
 
     def _measure(self, state: Any, control: Any, model: Any, tokenizer: Any) -> None:
-        if _is_logged(state, f"perplexity/{next(iter(self.datasets))}") or not state.is_world_process_zero:
+        if not state.is_world_process_zero:
             return
         vocab_size = getattr(self.trainer, "vocab_size", None)
         found = {
@@ -165,10 +169,10 @@ class PerplexityCallback(TrainerCallback):
 class EvaluateCallback(TrainerCallback):
     """Measures the student as [`~hf_distill.evaluating.models.evaluate_models`] does, while it is trained.
 
-    It logs `evaluate/<name>` at the start, every `every` updates and at the end: perplexity on `rows`, the distance
+    It logs `evaluate/<measure>` at the start, every `every` updates and at the end: perplexity on `rows`, the distance
     from the teacher there, and the scores of answers to `questions`. From the second time on it also logs
-    `evaluate/<name>_gap_recovered`, the share of the way from the student at the start to the teacher, where these two
-    differ; a resumed run does not know its start, and logs none.
+    `evaluate/<measure>_gap_recovered`, the share of the way from the student at the start to the teacher, where these
+    two differ; a resumed run does not know its start, and logs none.
 
         trainer.add_callback(EvaluateCallback(trainer, rows=held_out, questions=questions_of(held_out, collator)))
 
@@ -185,10 +189,12 @@ class EvaluateCallback(TrainerCallback):
             A model with the student's tokenizer. By default that of the trainer, if it has one such model.
         batch_size (`int`): rows or prompts at once.
         max_length (`int`, *optional*): as in `evaluate_fidelity`.
+        name (`str`): what the logged names begin with; several callbacks of a trainer need different ones.
 
     Raises:
-        `ValueError`: `every` or `batch_size` below 1; neither rows nor questions; prompts that leave no room for an
-            answer; rows that cannot be measured; a model that is sharded over processes (FSDP, ZeRO-3).
+        `ValueError`: `every` or `batch_size` below 1; a name that is taken; neither rows nor questions; prompts that
+            leave no room for an answer; rows that cannot be measured; a model that is sharded over processes (FSDP,
+            ZeRO-3).
     """
 
     def __init__(
@@ -202,13 +208,17 @@ class EvaluateCallback(TrainerCallback):
         teacher: PreTrainedModel | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
+        name: str = "evaluate",
     ) -> None:
         _check_measuring(self, trainer, every, batch_size)
+        _refuse_same_names(trainer, EvaluateCallback, [name])
         if rows is None and questions is None:
             raise ValueError("there is nothing to measure: give rows, questions or both")
         if rows is not None and not len(rows):
             raise ValueError("there are no rows to measure")
         self.trainer = trainer
+        self.names = {name}
+        self.name = name
         self.every = every
         self.rows, self.questions, self.scoring = rows, questions, scoring or Scoring()
         self.options = {"batch_size": batch_size, "max_length": max_length}
@@ -224,14 +234,15 @@ class EvaluateCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         self._start.clear()
-        self._measure(state, control, model, processing_class)
+        if not _is_logged(state, f"{self.name}/"):
+            self._measure(state, control, model, processing_class)
 
     def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if _is_due(state, control, self.every):
             self._measure(state, control, model, processing_class)
 
     def _measure(self, state: Any, control: Any, model: Any, tokenizer: Any) -> None:
-        if _is_logged(state, "evaluate/") or not state.is_world_process_zero:
+        if not state.is_world_process_zero:
             return
         vocab_size = getattr(self.trainer, "vocab_size", None)
         students = {STUDENT: model}
@@ -249,7 +260,7 @@ class EvaluateCallback(TrainerCallback):
             )[0]
         found = {}
         for measure in measures:
-            found[f"evaluate/{measure.name}"] = measure.values[STUDENT]
+            found[f"{self.name}/{measure.name}"] = measure.values[STUDENT]
             sums = dict(measure.sums or {})
             self._taught.update({measure.name: sums[TEACHER]} if TEACHER in sums else {})
             if state.global_step == 0:
@@ -257,7 +268,7 @@ class EvaluateCallback(TrainerCallback):
             elif measure.name in self._start and measure.name in self._taught:
                 sums |= {BASE: self._start[measure.name], TEACHER: self._taught[measure.name]}
                 if gap := gap_recovered(measure._replace(sums=sums)):
-                    found[f"evaluate/{measure.name}_gap_recovered"] = gap.share
+                    found[f"{self.name}/{measure.name}_gap_recovered"] = gap.share
         _log_measured(self.trainer, control, model, found)
 
 
@@ -276,9 +287,19 @@ def _is_due(state: Any, control: Any, every: int) -> bool:
 
 
 def _is_logged(state: Any, beginning: str) -> bool:
-    """True in a resumed run that starts at an update for which there is a record of such a name."""
+    """True at the begin of a resumed run whose update has a record of such a name, or one after such a `prefix/`."""
     now = [entry for entry in state.log_history if entry["step"] == state.global_step]
-    return any(name.startswith(beginning) for entry in now for name in entry)
+    is_prefix = beginning.endswith("/")
+    return any(name == beginning or (is_prefix and name.startswith(beginning)) for entry in now for name in entry)
+
+
+def _refuse_same_names(trainer: Trainer, kind: type[TrainerCallback], names: Iterable[str]) -> None:
+    """Raises `ValueError` if another callback of this kind logs under one of these names."""
+    others: list[Any] = [each for each in trainer.callback_handler.callbacks if isinstance(each, kind)]
+    if taken := [name for name in names if any(name in other.names for other in others)]:
+        raise ValueError(
+            f"{kind.__name__}: another one of this trainer has the name {taken[0]!r}; take a name of its own"
+        )
 
 
 def _log_measured(trainer: Trainer, control: Any, model: Any, found: dict[str, float]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_distill.callbacks import EvaluateCallback
+from hf_distill.callbacks import EvaluateCallback, PerplexityCallback
 from hf_distill.collators import PromptCollator
 from hf_distill.evaluating.gaps import gap_recovered
 from hf_distill.evaluating.models import Scoring, evaluate_models
@@ -42,6 +42,23 @@ def test_it_logs_what_evaluate_models_finds_and_the_gap_from_the_start(tmp_path,
         if expected is not None:
             assert gaps[5] == pytest.approx(expected.share, rel=1e-4)
     assert logged(trainer, "evaluate/kl_gap_recovered")[5] > 0
+
+
+def test_several_callbacks_with_names_of_their_own_all_measure(tmp_path, tokenizer, questions):
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=2)
+    trainer.add_callback(EvaluateCallback(trainer, 1, rows=TEXTS))
+    with pytest.raises(ValueError, match="EvaluateCallback: another one of this trainer has the name 'evaluate'"):
+        EvaluateCallback(trainer, 1, questions=questions, scoring=SCORING)
+    trainer.add_callback(EvaluateCallback(trainer, 2, questions=questions, scoring=SCORING, name="answers"))
+    trainer.add_callback(PerplexityCallback(trainer, TEXTS, every=2))
+    with pytest.raises(ValueError, match="PerplexityCallback: another one of this trainer has the name 'eval'"):
+        PerplexityCallback(trainer, TEXTS)
+    trainer.add_callback(PerplexityCallback(trainer, {"again": TEXTS}, every=2))
+    trainer.train()
+    steps = {name: list(logged(trainer, name)) for name in ("evaluate/perplexity", "answers/f1")}
+    assert steps == {"evaluate/perplexity": [0, 1, 2], "answers/f1": [0, 2]}
+    assert logged(trainer, "perplexity/again") == logged(trainer, "perplexity/eval")
+    assert list(logged(trainer, "perplexity/again")) == [0, 2]
 
 
 def test_a_training_is_the_same_with_and_without_it(tmp_path, tokenizer, questions):

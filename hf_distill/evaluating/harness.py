@@ -50,8 +50,8 @@ def check_tasks(tasks: HarnessTasks, tokenizers: Mapping[str, PreTrainedTokenize
         tokenizers: by the names of models, to look whether they have chat templates where these are needed.
 
     Raises:
-        `ValueError`: a tokenizer without a chat template that is needed; lm_eval is not installed; there is no such task or folder; the data set of a task is not here and
-            cannot be downloaded.
+        `ValueError`: a tokenizer without a chat template that is needed; lm_eval is not installed; there is no such
+            task or folder; the data set of a task is not here and cannot be downloaded.
     """
     if not tasks.names:
         raise ValueError("there are no tasks: name some")
