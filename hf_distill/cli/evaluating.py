@@ -103,8 +103,9 @@ def _measured(
             if not data:
                 raise
             raise ValueError(f"{name}: {error} (what was measured before is in {folder})") from error
-        for mine, others in zip(found, more, strict=True):
-            mine.extend(others)
+        found.measures.extend(more.measures)
+        found.generated.extend(more.generated)
+        found.notes.extend(more.notes)
         missing = " and ".join(list(parts)[number:])
         data = describe(
             found, unfinished=[f"The measuring has not finished: {missing} are missing."] if missing else []
