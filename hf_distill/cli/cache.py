@@ -144,13 +144,13 @@ def _given(options: Any, values: Any, names: Any) -> dict[str, str | list[str]]:
     """The values of options that differ from their defaults."""
     defaults = {entry.name: entry.default for entry in fields(options)}
     return {
-        name: _words(getattr(values, name))
+        name: _separate_words(getattr(values, name))
         for name in names
         if defaults[name] is MISSING or getattr(values, name) != defaults[name]
     }
 
 
-def _words(value: Any) -> str | list[str]:
+def _separate_words(value: Any) -> str | list[str]:
     if isinstance(value, list):
         return [str(each) for each in value]
     return json.dumps(value) if isinstance(value, dict) else str(value)

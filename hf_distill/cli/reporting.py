@@ -99,14 +99,14 @@ def command_line(command: str, options: Sequence[Any]) -> str:
             usual = entry.default if entry.default_factory is MISSING else entry.default_factory()
             usual = [usual, DERIVED.get(entry.name, usual)]
             if is_shown and value not in usual and isinstance(value, str | int | float | list | tuple | dict | None):
-                words.append(f"--{entry.name} {_words(value)}")
+                words.append(f"--{entry.name} {_shell_words(value)}")
     return " \\\n    ".join([*words, "--output_dir out"])
 
 
-def _words(value: Any) -> str:
+def _shell_words(value: Any) -> str:
     """A value as the words of a shell."""
     if isinstance(value, list | tuple):
-        return " ".join(map(_words, value))
+        return " ".join(map(_shell_words, value))
     value = _public(value)
     return shlex.quote(value if isinstance(value, str) else "None" if value is None else json.dumps(value, default=str))
 

@@ -129,9 +129,21 @@ def run_demo(output_dir: str, num_seeds: int = 1, num_steps: int = STEPS) -> dic
     page = {**page_of(runs), "title": "hf-distill demo", "tables": [{"rows": result_rows(means), "note": note}]}
     write_page(Path(output_dir, "report.html"), page)
 
+    _show_end(console, results, beginning, written, output_dir)
+    return means
+
+
+def _show_end(
+    console: Console,
+    results: dict[str, list[dict[str, float]]],
+    beginning: str,
+    written: dict[str, str],
+    output_dir: str,
+) -> None:
+    """The numbers of each seed, and how each model goes on with a story."""
     for seed, (hard, soft) in enumerate(zip(*(results[name] for name in RUNS), strict=True)):
         console.print(
-            f"{f'seed {seed}: ' if num_seeds > 1 else ''}perplexity {hard['student_perplexity']:.3f} -> "
+            f"{f'seed {seed}: ' if len(results[RUNS[0]]) > 1 else ''}perplexity {hard['student_perplexity']:.3f} -> "
             f"{soft['student_perplexity']:.3f}, KL to the teacher {hard['kl']:.3f} -> {soft['kl']:.3f} nats "
             f"({soft['kl'] / hard['kl'] - 1:+.0%}), from {' to '.join(RUNS)}"
         )
@@ -142,7 +154,6 @@ def run_demo(output_dir: str, num_seeds: int = 1, num_steps: int = STEPS) -> dic
         f"\nOpen {Path(output_dir, 'report.html')} in a browser: it shows where, token by token. "
         f"The distilled student is in {Path(output_dir, 'student')}."
     )
-    return means
 
 
 def _show_start(console: Console, results: dict[str, list[dict[str, float]]]) -> None:
