@@ -74,9 +74,11 @@ def right_answers(row: Mapping[str, Any], column: str | None, name: str) -> list
 
 
 def _last_message(row: Mapping[str, Any], name: str) -> Any:
-    """The completion of a row, or what the assistant says last in its messages."""
+    """What the assistant says last in the messages of a row, which collators prefer, or its completion."""
     whole = with_messages(dict(row), name)
-    cell: Any = whole.get("completion") or whole.get("messages")
+    cell: Any = whole.get("messages")
+    if not is_chat(cell) or (whole.get("completion") and cell[-1]["role"] != "assistant"):
+        cell = whole.get("completion")
     if not is_chat(cell):
         return cell
     return cell[-1].get("content") if cell[-1]["role"] == "assistant" else None

@@ -143,6 +143,16 @@ def test_right_answers_come_in_the_forms_of_data_sets(tokenizer, cell, answers):
     assert questions_of(rows, PromptCollator(tokenizer), answer_column="gold").answers == [answers]
 
 
+def test_prompt_and_right_answer_are_of_the_same_conversation(tokenizer):
+    messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
+    found = questions_of([{"prompt": "Q", "completion": "A", "messages": messages}], PromptCollator(tokenizer))
+    assert found.answers == [["Two."]]
+    assert "One?" in tokenizer.decode(found.prompts[0])
+    answer = [{"role": "assistant", "content": "A"}]
+    found = questions_of([{"completion": answer, "messages": messages[:1]}], PromptCollator(tokenizer))
+    assert found.answers == [["A"]]
+
+
 @pytest.mark.parametrize(
     ("row", "column", "message"),
     [
