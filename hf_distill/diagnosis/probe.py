@@ -5,6 +5,7 @@ The trainer's own preparation, collator and loss are the truth about a run, so c
 
 import copy
 import logging
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -13,9 +14,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate.hooks import remove_hook_from_module
 from datasets import Dataset, IterableDataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from hf_distill.diagnosis.findings import LeftOut
@@ -24,6 +27,7 @@ from hf_distill.rows import with_messages
 from hf_distill.servers import TeacherAway
 from hf_distill.teachers import Teacher
 from hf_distill.teachers.columns import reason_away
+from hf_distill.teachers.local import refuse_shared_memory, refuse_student_as_teacher
 from hf_distill.trainers.hard_label import HardLabelTrainer
 from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
 
@@ -79,10 +83,20 @@ class Probe:
             arguments["eval_dataset"] = {name: rows for name, rows in self.samples.items() if name != "train"}
         elif "eval" in self.samples:
             arguments["eval_dataset"] = self.samples["eval"]
+        self._refuse_one_memory()
         for name in ("model", "processing_class", "peft_config"):  # which a trainer may change
             if name in arguments and not isinstance(arguments[name], str):
                 arguments[name] = copy.deepcopy(arguments[name])
         return self.trainer_class(**arguments)
+
+    def _refuse_one_memory(self) -> None:
+        """The trainer's refusals of a student and a teacher in one memory, which a copy of the student would pass."""
+        student, teachers = self.arguments.get("model"), _models(self.arguments.get("teacher_model"))
+        refuse_student_as_teacher(student, teachers)
+        if isinstance(student, PreTrainedModel) and self.arguments.get("peft_config") is None:
+            for teacher in teachers:
+                if isinstance(teacher, PreTrainedModel):
+                    refuse_shared_memory(student, teacher)
 
     # ----------------------------------------------------------------------------------------------------- the models
 
@@ -288,13 +302,15 @@ def _with_messages(row: dict[str, Any]) -> dict[str, Any] | None:
 def open_probe(trainer_class: type[HardLabelTrainer], arguments: Mapping[str, Any], num_rows: int) -> Iterator[Probe]:
     """A probe, without progress bars and warnings of the libraries underneath while it lasts.
 
-    Teachers that are models of the caller's come back as they were: trained or frozen, in their mode.
+    Teachers that are models of the caller's come back as they were: trained or frozen, in their mode, on their device.
+    So do the states of the random generators of Python, NumPy and torch, which a trainer seeds.
     """
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory())
         stack.enter_context(_quiet())
+        stack.enter_context(_random_states_kept())
         for model in _models(arguments.get("teacher_model")):
-            stack.enter_context(_as_it_was(model))
+            stack.enter_context(as_it_was(model))
         yield Probe(trainer_class, arguments, num_rows, folder)
 
 
@@ -305,15 +321,47 @@ def _models(teachers: Any) -> list[nn.Module]:
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    mode = model.training
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts a model back afterwards: which parameters are trained, its mode, and its device if it was on one alone."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    mode, devices, was_hooked = (
+        model.training,
+        {parameter.device for parameter in model.parameters()},
+        _is_hooked(model),
+    )
     try:
         yield
     finally:
+        if not was_hooked and _is_hooked(model):  # offloaded, or laid out over devices
+            _remove_hooks(model)
+        if len(devices) == 1 and {parameter.device for parameter in model.parameters()} != devices:
+            model.to(devices.pop())
         model.train(mode)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    remove_hook_from_module(model, recurse=True)
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights()
+
+
+def _is_hooked(model: nn.Module) -> bool:
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    # A CUDA that nobody has used has no state to keep, and is not started for it.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, N label-bearing positions.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -288,6 +288,12 @@ def signal_of(
     if layers and (final := len(decoder_layers(model)[1]) - 1) in layers:
         inner[final] = hidden
     return TeacherSignal(hidden, head, layers=inner)
+
+
+def refuse_student_as_teacher(student: Any, teachers: Iterable[Any]) -> None:
+    """Raises `ValueError` if one of the teachers is the student object; equal names are two models."""
+    if any(student is teacher and not isinstance(student, str) for teacher in teachers):
+        raise ValueError("the teacher is the student object itself; load the model twice to distil it into itself")
 
 
 def refuse_shared_memory(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -26,6 +26,7 @@ from hf_distill.modeling import select_positions
 from hf_distill.store.manifest import Manifest
 from hf_distill.teachers import Counting, ModelTeacher, Signal, Teacher, TeacherAway, model_teachers, require_model
 from hf_distill.teachers.columns import PREFIX, AnyDataset, TeacherColumnsCollator, reason_away, take_columns
+from hf_distill.teachers.local import refuse_student_as_teacher
 from hf_distill.teachers.opening import (
     NamedTeachers,
     bind_teachers,
@@ -148,8 +149,7 @@ class KDTrainer(HardLabelTrainer):
         teachers = teachers or {}
         has_base = any(map(is_base, teachers.values()))
         refuse_teacher_layouts(given.args, has_base=has_base)
-        if any(given.model is teacher and not isinstance(given.model, str) for teacher in teachers.values()):
-            raise ValueError("the teacher is the student object itself; load the model twice to distil it into itself")
+        refuse_student_as_teacher(given.model, teachers.values())
         given = super().check(given, teachers)
         if given.args.has_hidden and len(teachers) > 1:
             raise ValueError("hidden_weight needs one teacher, whose layers the student's learn from; set it to 0")

@@ -1,7 +1,9 @@
 """The checks of both models' predictions, and of what the trainer does with a batch."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -13,7 +15,7 @@ from hf_distill import KDTrainer, KVProjectionConfig, KVProjectionTrainer, Specu
 from hf_distill.diagnosis import CHECKS, diagnose
 from hf_distill.diagnosis.findings import LeftOut
 from hf_distill.diagnosis.forwards import compared
-from hf_distill.diagnosis.probe import open_probe
+from hf_distill.diagnosis.probe import as_it_was, open_probe
 from hf_distill.evaluation import evaluate_fidelity
 from tests.conftest import SENTENCES, make_tokenizer
 from tests.remote.served_model import ServedModel
@@ -180,6 +182,62 @@ def test_nothing_of_the_callers_is_changed(run, folder, tokenizer):
         assert model.training == (model is teacher)
     assert vars(arguments["args"]) == settings
     assert not (folder / "out").exists()
+
+
+def test_random_states_are_left_as_they_were(run):
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    before = states()
+    with open_probe(KDTrainer, run(), 4) as probe:
+        assert probe.problem is None
+        assert states() != before
+    assert states() == before
+
+
+def test_a_teacher_that_is_offloaded_comes_back(run, folder, tokenizer):
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    batch = tokenizer(SENTENCES[:1], return_tensors="pt")
+    before = teacher(**batch).logits
+    arguments = run(teacher_model=teacher, settings={"teacher_device": "offload"})
+    with open_probe(KDTrainer, arguments, 4) as probe:
+        assert {parameter.device.type for parameter in teacher.parameters()} == {"meta"}
+        assert CHECKS["start"](probe).status == "ok"
+    assert {parameter.device.type for parameter in teacher.parameters()} == {"cpu"}
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    assert torch.equal(teacher(**batch).logits, before)
+
+
+def test_a_teacher_that_is_moved_comes_back():
+    """A device without memory stands for the caller's."""
+    with torch.device("meta"):
+        teacher = nn.Linear(2, 3)
+    with as_it_was(teacher):
+        teacher.to_empty(device="cpu")
+    assert teacher.weight.device.type == teacher.bias.device.type == "meta"
+
+
+def test_a_student_that_is_its_own_teacher_is_found(examine, folder, tokenizer):
+    student = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    for peft_config in (None, lora):
+        finding = examine(
+            "construction", model=student, teacher_model=student, processing_class=tokenizer, peft_config=peft_config
+        )
+        assert finding.status == "failure"
+        assert "the student object itself" in finding.line
+
+
+def test_memory_that_both_sides_share_is_found_unless_adapters_are_trained(examine, folder, tokenizer):
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder / "teacher") for _ in range(2))
+    teacher.model.embed_tokens.weight = student.model.embed_tokens.weight
+    models = {"model": student, "teacher_model": teacher, "processing_class": tokenizer}
+    finding = examine("construction", **models)
+    assert finding.status == "failure"
+    assert "the teacher's own memory" in finding.line
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    assert examine("construction", **models, peft_config=lora).status == "ok"
 
 
 def test_the_loss_says_its_chunk(examine):
