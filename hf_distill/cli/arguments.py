@@ -353,6 +353,9 @@ class DoctorArguments:
         },
     )
     gpu: str | None = field(
-        default=None, metadata={"help": "Memory of the device, such as 24GB. Default: that of this machine's."}
+        default=None,
+        metadata={
+            "help": "Memory of the GPU, such as 24GB, or with --use_cpu that of the host. Default: this machine's."
+        },
     )
     json: bool = field(default=False, metadata={"help": "Whether to print findings and numbers as JSON."})

@@ -78,7 +78,7 @@ def diagnose(
     Args:
         trainer_class: of the run.
         num_rows (`int`): training rows of the probe; copies and held-out rows are looked for in all rows.
-        memory (`int`, *optional*): bytes of the device; by default those of this machine's.
+        memory (`int`, *optional*): bytes of the GPU, or of the host with `use_cpu`; by default those of this machine's.
         arguments: what the trainer would be called with: `model`, `teacher_model`, `args`, `train_dataset` and so on.
             A student that is given as an object is copied.
 
@@ -95,6 +95,8 @@ def diagnose(
     begin = time.perf_counter()
     with open_probe(trainer_class, arguments, num_rows) as probe:
         probe.memory = memory or resources.device_memory(probe.args.device)
+        if memory and not probe.args.use_cpu:
+            probe.kind = "cuda"
         findings = tuple(_timed(name, check, probe) for name, check in CHECKS.items())
     return Diagnosis(findings, num_rows, time.perf_counter() - begin)
 

@@ -59,7 +59,8 @@ class Probe:
     ) -> None:
         self.trainer_class, self.arguments = trainer_class, dict(arguments)
         self.args = trainer_class.settings(arguments.get("args"))
-        self.num_rows, self.memory = num_rows, 0  # bytes of the device, for the plan
+        self.num_rows = num_rows
+        self.memory, self.kind = 0, self.args.device.type  # bytes and kind of the device, for the plan
         held_out = arguments.get("eval_dataset")
         held_out = held_out if isinstance(held_out, Mapping) else {"eval": held_out}
         self.datasets = {"train": arguments.get("train_dataset"), **held_out}
@@ -324,11 +325,8 @@ def _models(teachers: Any) -> list[nn.Module]:
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """Puts a model back afterwards: which parameters are trained, its mode, and its device if it was on one alone."""
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    mode, devices, was_hooked = (
-        model.training,
-        {parameter.device for parameter in model.parameters()},
-        _is_hooked(model),
-    )
+    mode, was_hooked = model.training, _is_hooked(model)
+    devices = {parameter.device for parameter in model.parameters()}
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ def memory(probe: Probe) -> Finding:
     given = list(teachers) if isinstance(teachers, list | tuple) else [teachers] if teachers is not None else []
     if not isinstance(model, str) or any(not isinstance(teacher, str) for teacher in given):
         raise LeftOut("a plan needs models by name")
-    args, limit, kind = probe.args, probe.memory, probe.args.device.type
+    args, limit, kind = probe.args, probe.memory, probe.kind
     row_tokens, share = args.max_length, 1.0
     if probe.problem is None and not probe.writes:
         longest = max(len(ids) for ids, _ in probe.texts)
