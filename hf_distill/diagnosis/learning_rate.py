@@ -51,12 +51,14 @@ def learning_rate(probe: Probe) -> Finding:
         return warning(
             f"{line}: the rate does harm", f"lower learning_rate ({rate:g}) to {rate / 10:.1g} or less", **numbers
         )
-    # Updates do less and less: a run in which all did as much as the first ones is the best case.
-    planned = probe.updates
-    gained = None if planned is None else (before - after[1.0]) / number * max(planned, number)
-    if gained is not None and gained < LITTLE * before and after[10.0] < after[1.0]:
+    # As if each update of the run did as much as the first ones, at the full rate.
+    planned, fall = probe.updates, None
+    if planned is not None and before > 0:  # it is 0 if both sides are the same
+        fall = (before - after[1.0]) / before / sum(_ramp(number)) * max(planned, number)
+    numbers["fall"] = fall
+    if fall is not None and fall < LITTLE and after[10.0] < after[1.0]:
         return warning(
-            f"{line}: in {planned:,} updates the loss would fall by {max(gained, 0) / before:.1%} at most",
+            f"{line}: in {planned:,} updates the loss would fall by about {max(fall, 0):.1%}",
             f"raise learning_rate ({rate:g}), or train for longer", **numbers,
         )  # fmt: skip
     return ok(line, **numbers)
@@ -80,6 +82,11 @@ def _affordable(probe: Probe, updates: Sequence[list[Batch]], parameters: list[t
     return max(FEWEST, min(UPDATES, int(SECONDS / len(FACTORS) / max(seconds, 1e-6))))
 
 
+def _ramp(number: int) -> list[float]:
+    """The parts of the full rate at which the updates are made."""
+    return [(index + 1) / number for index in range(number)]
+
+
 def _train(probe: Probe, updates: Sequence[list[Batch]], number: int, rate: float) -> None:
     """Some updates with a fresh optimizer of the trainer's own kind, at a rate that rises to `rate`."""
     trainer = probe.trainer
@@ -87,9 +94,9 @@ def _train(probe: Probe, updates: Sequence[list[Batch]], number: int, rate: floa
     optimizer = trainer.create_optimizer()
     peaks = [group["lr"] * rate / max(probe.args.learning_rate, 1e-30) for group in optimizer.param_groups]
     parameters = trained(probe)
-    for index in range(number):
+    for index, part in enumerate(_ramp(number)):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * (index + 1) / number
+            group["lr"] = peak * part
         optimizer.zero_grad()
         backward(probe, updates[index % len(updates)])
         if trainer.args.max_grad_norm:

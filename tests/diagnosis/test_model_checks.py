@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hf_distill.diagnosis import CHECKS, diagnose
 from hf_distill.diagnosis.findings import LeftOut
 from hf_distill.diagnosis.forwards import compared
 from hf_distill.diagnosis.probe import as_it_was, open_probe
+from hf_distill.diagnosis.updates import gradient, training
 from hf_distill.evaluation import evaluate_fidelity
 from tests.conftest import SENTENCES, make_tokenizer
 from tests.remote.served_model import ServedModel
@@ -25,8 +27,8 @@ PROMPTS = Dataset.from_dict({"prompt": [" ".join(text.split()[:4]) for text in S
 
 
 def changed(folder, tmp_path, change):
-    """The folder of a changed copy of the teacher."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    """The folder of a changed copy of a teacher."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         change(model)
     model.save_pretrained(tmp_path / "changed")
@@ -66,12 +68,20 @@ def test_predictions_are_those_of_evaluate_fidelity(run, tokenizer):
     assert sums.agreement / sums.tokens == pytest.approx(found["agreement"])
 
 
-def test_a_teacher_that_is_worse_than_a_guess_or_than_the_student_is_found(examine, learned, monkeypatch):
+def test_a_teacher_that_is_worse_than_a_guess_or_than_the_student_is_found(examine, learned, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_distill.diagnosis.forwards.ENOUGH_LABELS", 100)
     assert examine("teacher's perplexity", teacher_model=learned).status == "ok"
     finding = examine("teacher's perplexity", model=learned)
+    (numbers,) = finding.numbers.values()
+    assert numbers["teacher"] > math.log(len(make_tokenizer()))
     assert finding.status == "failure"
     assert "a guess by the frequency" in finding.line
+    # Where labels are few different ones, their frequencies say much that the teacher need not know.
+    flat = changed(learned, tmp_path, lambda model: model.lm_head.weight.mul_(0.05))
+    finding = examine("teacher's perplexity", model=learned, teacher_model=flat)
+    (numbers,) = finding.numbers.values()
+    assert numbers["guessed"] < numbers["teacher"] < math.log(len(make_tokenizer()))
+    assert finding.status == "warning"
     monkeypatch.setattr("hf_distill.diagnosis.forwards.ENOUGH_LABELS", 10**6)
     assert examine("teacher's perplexity", model=learned).status == "warning"
 
@@ -103,7 +113,7 @@ def test_the_cost_of_four_bits_is_the_kl_to_the_saved_teacher(examine, folder, t
 
     settings = {"teacher_quantization": "4bit"}
     usual = examine("cost of bits", settings=settings)
-    broken = examine("cost of bits", settings=settings, teacher_model=changed(folder, tmp_path, uneven))
+    broken = examine("cost of bits", settings=settings, teacher_model=changed(folder / "teacher", tmp_path, uneven))
     assert 0 < usual.numbers["kl"] < 0.3 * broken.numbers["kl"]
     assert usual.numbers["saved"] == pytest.approx(broken.numbers["saved"], rel=1e-4)  # the same function
     with pytest.raises(LeftOut, match="no teacher is quantised"):
@@ -182,6 +192,40 @@ def test_nothing_of_the_callers_is_changed(run, folder, tokenizer):
         assert model.training == (model is teacher)
     assert vars(arguments["args"]) == settings
     assert not (folder / "out").exists()
+
+
+def test_the_fall_of_the_loss_is_that_of_updates_at_the_full_rate(run):
+    """Steps of gradient descent so small that the loss falls by the rate times the squared gradient in each."""
+    rate, planned = 1e-3, 50
+    settings = {
+        "optim": "sgd", "learning_rate": rate, "max_steps": planned, "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    with open_probe(KDTrainer, run(settings=settings), 8) as probe:
+        finding = CHECKS["learning rate"](probe)
+        with training(probe):
+            slope = gradient(probe, list(probe.batches(8, packed=True))).square().sum().item()
+    assert finding.numbers["fall"] == pytest.approx(rate * slope * planned / finding.numbers["before"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("memory", "use_cpu", "kind"), [(24 * 10**9, False, "cuda"), (24 * 10**9, True, "cpu"), (None, True, "cpu")]
+)
+def test_a_given_memory_is_that_of_a_gpu_unless_the_run_is_on_the_cpu(run, monkeypatch, memory, use_cpu, kind):
+    machines = []
+
+    def planned(*args, machine, **kwargs):
+        machines.append(machine)
+        return SimpleNamespace(peak=1, fits=True)
+
+    monkeypatch.setattr("hf_distill.diagnosis.resources.plan_run", planned)
+    monkeypatch.setattr("hf_distill.diagnosis.CHECKS", {"memory": CHECKS["memory"]})
+    found = diagnose(KDTrainer, num_rows=4, memory=memory, **run(settings={"use_cpu": use_cpu}))
+    assert found["memory"].status == "ok"
+    (machine,) = machines
+    assert machine.kind == kind
+    assert memory in (None, machine.memory)
+    assert (machine.reserve > 0) == (kind == "cuda")
 
 
 def test_random_states_are_left_as_they_were(run):
