@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from huggingface_hub import ModelCard
 
@@ -94,7 +95,7 @@ def _introduction(base: str, hub_base: object, teacher: str | None, datasets: Se
     began = f"[{base}](https://huggingface.co/{base})" if hub_base == base else f"`{base}`"
     of_teacher = f", as the student of `{teacher}`" if teacher else ""
     names = [
-        f"[{each}](https://huggingface.co/datasets/{each})" if _is_on_hub(each) else f"`{os.path.basename(each)}`"
+        f"[{each}](https://huggingface.co/datasets/{each})" if _is_on_hub(each) else f"`{Path(each).name}`"
         for each in datasets
     ]
     rows = f", on {' and '.join(names)}" if names else ""

@@ -224,13 +224,41 @@ def test_what_was_measured_before_an_error_is_written(folder, tmp_path, capsys, 
 
     monkeypatch.setattr(evaluating, "check_tasks", lambda *_: None)
     monkeypatch.setattr(evaluating, "evaluate_models", fail_in_tasks)
+    evaluate(folder, tmp_path, capsys, max_rows=3)
+    whole = written(tmp_path)
     with pytest.raises(SystemExit):
         evaluate(folder, tmp_path, capsys, tasks="a_task", max_rows=2)
-    assert f"tasks: no such question (what was measured before is in {tmp_path})" in capsys.readouterr().err
-    assert list(written(tmp_path)["measures"]) == ["perplexity"]
-    assert written(tmp_path)["notes"] == ["The measuring has not finished: tasks are missing."]
+    place = tmp_path / "evaluation-unfinished"
+    assert f"tasks: no such question (what was measured before is in {place})" in capsys.readouterr().err
+    assert list(written(place)["measures"]) == ["perplexity"]
+    assert written(place)["notes"] == ["The measuring has not finished: tasks are missing."]
+    assert written(tmp_path) == whole  # an earlier evaluation stays
     evaluate(folder, tmp_path, capsys, max_rows=2)
-    assert written(tmp_path)["notes"] == []
+    assert written(tmp_path) != whole
+    assert not place.exists() or written(place)["notes"]
+
+
+def test_the_base_of_a_stage_is_its_restored_model_and_that_of_a_continued_adapter_is_the_adapter(tmp_path):
+    def adapter(name, base, model):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / base)}))
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+        (folder / "settings.json").write_text(json.dumps({"model": str(tmp_path / model)}))
+        return folder
+
+    for name in ("restored", "pruned"):
+        (tmp_path / name).mkdir()
+    stage = adapter("stage", "restored", "pruned")
+    assert _base_of(str(stage)) == str(tmp_path / "restored")
+    assert _base_of(str(adapter("continued", "restored", "stage"))) == str(stage)
+
+
+@pytest.mark.parametrize("device", ["sharded", "paired"])
+def test_layouts_of_several_processes_are_refused(folder, tmp_path, capsys, device):
+    with pytest.raises(SystemExit):
+        evaluate(folder, tmp_path, capsys, teacher_model=folder / "teacher", teacher_device=device)
+    assert f"--teacher_device {device} is for several processes" in capsys.readouterr().err
 
 
 def test_tasks_need_the_chat_template_that_they_go_through(folder, tmp_path, capsys):

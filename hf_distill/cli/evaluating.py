@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -31,11 +32,12 @@ from hf_distill.report import evaluation_rows, table
 from hf_distill.row_files import first_rows, load_splits, take_split
 from hf_distill.rows import fill_templates
 from hf_distill.runs import EVALUATION_FILE
-from hf_distill.saving import base_and_adapter, refuse_folder
+from hf_distill.saving import base_and_adapter, is_adapter_folder, refuse_folder
 from hf_distill.teachers.loading import check_quantization, load_teacher
 from hf_distill.teachers.remote import is_address
 
 ANSWERS_FILE = "answers.jsonl"
+PARTIAL = "evaluation-unfinished"  # the folder of what was measured before the rest
 AUTO = "auto"
 OPTIONS = {BASE: "--base", STUDENT: "--model", TEACHER: "--teacher_model"}
 HELD_OUT = ("test", "validation")  # splits, in the order in which they are looked for
@@ -102,7 +104,7 @@ def _measured(
         except ValueError as error:
             if not data:
                 raise
-            raise ValueError(f"{name}: {error} (what was measured before is in {folder})") from error
+            raise ValueError(f"{name}: {error} (what was measured before is in {Path(folder, PARTIAL)})") from error
         found.measures.extend(more.measures)
         found.generated.extend(more.generated)
         found.notes.extend(more.notes)
@@ -110,7 +112,7 @@ def _measured(
         data = describe(
             found, unfinished=[f"The measuring has not finished: {missing} are missing."] if missing else []
         )
-        _write(folder, data, found)
+        _write(folder, data, found, is_whole=not missing)
     return data
 
 
@@ -131,6 +133,8 @@ def _refuse_options(arguments: EvaluateArguments) -> None:
         raise ValueError("--knowledge_column is for answers: it needs --generate")
     if arguments.answer_column is not None and not arguments.generate:
         raise ValueError("--answer_column needs --generate")
+    if arguments.teacher_device in ("sharded", "paired"):
+        raise ValueError(f"--teacher_device {arguments.teacher_device} is for several processes, and evaluate is one")
     if arguments.tasks is not None and arguments.teacher_device == "offload":
         raise ValueError("--tasks needs the teacher whole on a device: leave --teacher_device offload out")
     refuse_ignored(arguments)
@@ -188,16 +192,17 @@ def _names(arguments: EvaluateArguments) -> tuple[dict[str, str], list[str]]:
 
 
 def _base_of(model: str) -> str | None:
-    """The model that a student was before its training, as its run or its adapter names it.
+    """The model that a student was before its training, as its adapter or its run names it.
 
-    A run may have continued an adapter, whose base is not what the student was before this training.
+    If the run continued an adapter, that is the model before, and not what the adapter is for. Otherwise the adapter
+    knows better than the run: a stage has restored layers of the model that the run names.
     """
     settings = Path(model, "settings.json")
     began = json.loads(settings.read_text("utf-8")).get("model") if settings.is_file() else None
-    if isinstance(began, str) and began != model:
-        return began
+    began = began if isinstance(began, str) and began != model else None
     base, adapter = base_and_adapter(model)
-    return base if adapter is not None else None
+    continued = began is not None and is_adapter_folder(began)
+    return base if adapter is not None and not continued else began
 
 
 def _tokenizers(
@@ -317,14 +322,19 @@ def _data(
     }
 
 
-def _write(folder: str, data: dict[str, Any], found: Evaluated) -> None:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, EVALUATION_FILE).write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
-    answers = Path(folder, ANSWERS_FILE)
+def _write(folder: str, data: dict[str, Any], found: Evaluated, *, is_whole: bool) -> None:
+    """Writes the results; those of a part of the measuring to a place of their own, beside an earlier evaluation."""
+    place = Path(folder) if is_whole else Path(folder, PARTIAL)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / EVALUATION_FILE).write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
+    answers = place / ANSWERS_FILE
     answers.unlink(missing_ok=True)  # of an earlier evaluation
     if found.generated:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found.generated)
         answers.write_text("".join(lines), encoding="utf-8")
+    if not is_whole:
+        return
+    shutil.rmtree(Path(folder, PARTIAL), ignore_errors=True)
     if Path(folder, "settings.json").is_file():  # a run's folder has a page
         with optional("the page", folder):
             save_page(os.path.join(folder, PAGE), [folder])

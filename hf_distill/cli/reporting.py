@@ -84,6 +84,9 @@ def write_card(
         trainer.create_model_card(os.path.basename(os.path.normpath(folder)))
 
 
+SECRETS = ("hub_token", "push_to_hub_token")
+
+
 def command_line(command: str, options: Sequence[Any]) -> str:
     """The command with the options that are not the defaults, for others: without places, secrets and whole paths.
 
@@ -95,7 +98,7 @@ def command_line(command: str, options: Sequence[Any]) -> str:
     for each in options:
         for entry in fields(each):
             value = getattr(each, entry.name)
-            is_shown = entry.init and may_matter(entry.name) and not entry.name.endswith("token")
+            is_shown = entry.init and may_matter(entry.name) and entry.name not in SECRETS
             usual = entry.default if entry.default_factory is MISSING else entry.default_factory()
             usual = [usual, DERIVED.get(entry.name, usual)]
             if is_shown and value not in usual and isinstance(value, str | int | float | list | tuple | dict | None):
@@ -111,11 +114,18 @@ def _shell_words(value: Any) -> str:
     return shlex.quote(value if isinstance(value, str) else "None" if value is None else json.dumps(value, default=str))
 
 
+def without_secrets(value: Any) -> Any:
+    """The value of an option; what mappings inside of it have under names such as `token` is masked."""
+    if isinstance(value, dict):
+        return {k: "***" if str(k).endswith("token") else without_secrets(each) for k, each in value.items()}
+    return [without_secrets(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def _public(value: Any) -> Any:
     """A value of an option without keys and servers, and with the last parts of paths of this machine."""
-    value = getattr(value, "value", value)  # of an Enum
+    value = without_secrets(getattr(value, "value", value))  # of an Enum
     if isinstance(value, dict):
-        return {key: "***" if str(key).endswith("token") else _public(each) for key, each in value.items()}
+        return {key: _public(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_public(each) for each in value]
     if isinstance(value, str):

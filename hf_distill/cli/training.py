@@ -25,6 +25,7 @@ from hf_distill.cli.reporting import (
     command_line,
     finish,
     optional,
+    without_secrets,
     write_card,
     write_tokens,
 )
@@ -115,11 +116,7 @@ def _settings(arguments: SFTArguments, args: HardLabelConfig, model_config: Mode
     sources = as_list(arguments.dataset)
     words = {"dataset": sources if len(sources) > 1 else sources[0], **({"teacher_model": public} if given else {})}
     found = asdict(arguments) | args.to_dict() | asdict(model_config) | words
-    return {
-        name: {key: "***" if key.endswith("token") else each for key, each in value.items()}
-        if isinstance(value, dict) else value
-        for name, value in found.items()
-    }  # fmt: skip
+    return {name: without_secrets(value) for name, value in found.items()}
 
 
 def _run(trainer: Any, run: Callable[[Any], None], settings: dict[str, Any], command: str, warnings: list[str]) -> None:

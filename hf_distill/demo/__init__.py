@@ -1,6 +1,5 @@
 """A complete distillation, offline, on a CPU, in a minute or two, with a packaged teacher."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -10,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import (
@@ -24,12 +23,12 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.utils import logging as transformers_logging
 
 from hf_distill.demo.text import stories
 from hf_distill.demo.train_teacher import special_token_ids
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.page import page_of, write_page
+from hf_distill.quiet import quiet
 from hf_distill.report import measured_on, result_rows, save_report
 from hf_distill.runs import Run
 from hf_distill.saving import set_aside
@@ -48,30 +47,18 @@ NUM_WORDS, NUM_WRITTEN = 12, 40  # words of a held-out story that models go on w
 
 
 @contextmanager
-def _quiet_on_one_thread() -> Iterator[None]:
-    """Hides the libraries' progress bars, and computes on one thread: a second one slows models this small down."""
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("trl", "hf_distill")}
-    verbosity, num_threads = transformers_logging.get_verbosity(), torch.get_num_threads()
-    bars_shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+def _on_one_thread() -> Iterator[None]:
+    """Computes on one thread: a second one slows models this small down."""
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        if bars_shown:
-            enable_progress_bars()
-        transformers_logging.enable_progress_bar()
-        transformers_logging.set_verbosity(verbosity)
         torch.set_num_threads(num_threads)
-        for logger, level in loggers.items():
-            logger.setLevel(level)
 
 
-@_quiet_on_one_thread()
+@quiet()
+@_on_one_thread()
 def run_demo(output_dir: str, num_seeds: int = 1, num_steps: int = STEPS) -> dict[str, dict[str, float]]:
     """Trains the same student on hard labels and on the teacher, and returns the mean results over seeds.
 
@@ -152,7 +139,8 @@ def _show_end(
         console.print(f"[bold]{name}:[/bold] ... {text}", soft_wrap=True)
     console.print(
         f"\nOpen {Path(output_dir, 'report.html')} in a browser: it shows where, token by token. "
-        f"The distilled student is in {Path(output_dir, 'student')}."
+        f"The distilled student is in {Path(output_dir, 'student')}.",
+        soft_wrap=True,  # a path that is cut cannot be copied
     )
 
 

@@ -17,6 +17,7 @@ SECONDS = 20.0  # for all of them, about
 MOST_ROWS = 32  # of an update
 # The loss at which updates have done harm, as a part of the loss before them.
 HARM = 1.05
+SMALLEST = 0.001  # nats; a loss may be 0 or, of a sample, below
 # A run that would lower the loss by less than this part of it, if each update did what those of the probe do.
 LITTLE = 0.02
 
@@ -47,7 +48,7 @@ def learning_rate(probe: Probe) -> Finding:
     line = f"{number} updates take the loss from {before:.4g} to {changes}"
     if not math.isfinite(after[1.0]):
         return failure(f"{line}: the run diverges", f"lower learning_rate ({rate:g})", **numbers)
-    if after[1.0] > HARM * before and after[0.1] < after[1.0]:
+    if after[1.0] - before > (HARM - 1) * max(abs(before), SMALLEST) and after[0.1] < after[1.0]:
         return warning(
             f"{line}: the rate does harm", f"lower learning_rate ({rate:g}) to {rate / 10:.1g} or less", **numbers
         )

@@ -162,8 +162,9 @@ def _quantised(probe: Probe) -> tuple[str, LocalTeacher, str]:
     if getattr(probe.args, "teacher_quantization", None) is None:
         raise LeftOut("no teacher is quantised here")
     # Not the name in the model's configuration, which of an adapted model is its base.
+    teachers = own_models(probe.teachers)
     given = name_teachers(probe.arguments["teacher_model"], None, probe.args).models
-    for name, teacher in own_models(probe.teachers).items():
+    for name, teacher in teachers.items():
         if isinstance(source := given[name], str) and isinstance(teacher.model, PreTrainedModel):
             if probe.teachers[name] is not teacher:
                 raise LeftOut(f"{name} has another tokenizer")

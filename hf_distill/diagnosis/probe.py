@@ -4,7 +4,6 @@ The trainer's own preparation, collator and loss are the truth about a run, so c
 """
 
 import copy
-import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.hooks import remove_hook_from_module
-from datasets import Dataset, IterableDataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from hf_distill.diagnosis.findings import LeftOut
 from hf_distill.named import student_tokenizer
+from hf_distill.quiet import quiet
 from hf_distill.rows import with_messages
 from hf_distill.servers import TeacherAway
 from hf_distill.teachers import Teacher
@@ -308,7 +307,7 @@ def open_probe(trainer_class: type[HardLabelTrainer], arguments: Mapping[str, An
     """
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory())
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())
         stack.enter_context(_random_states_kept())
         for model in _models(arguments.get("teacher_model")):
             stack.enter_context(as_it_was(model))
@@ -336,13 +335,14 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             model.to(devices.pop())
         model.train(mode)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
+            parameter.requires_grad_(flags.get(name, parameter.requires_grad))
 
 
 def _remove_hooks(model: nn.Module) -> None:
     remove_hook_from_module(model, recurse=True)
-    if isinstance(model, PreTrainedModel):
-        model.tie_weights()
+    for part in model.modules():  # the model may be inside of another, as with adapters
+        if isinstance(part, PreTrainedModel):
+            part.tie_weights()
 
 
 def _is_hooked(model: nn.Module) -> bool:
@@ -360,21 +360,3 @@ def _random_states_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("hf_distill", "trl")}
-    verbosity, bars_shown = transformers_logging.get_verbosity(), not are_progress_bars_disabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        for logger, level in loggers.items():
-            logger.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
-        if bars_shown:
-            enable_progress_bars()

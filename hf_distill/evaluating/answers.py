@@ -25,6 +25,7 @@ _NUMBER = re.compile(
 )
 _UNITS = {None: 1, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _MARK = re.compile(r"####[ \t]*")
+_LISTED = re.compile(r"[.):][ \t]+\S")  # what follows the number of a heading: `#### 1. Add the eggs`
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 _FRACTION = re.compile(r"(\d\s*)?\\[dt]?frac(?:\{(-?\d+)\}\{(\d+)\}|(\d)(\d))")
 # What may stand in a box beside a number; other commands make another number of it, as \sqrt and \pi.
@@ -76,7 +77,7 @@ def final_number(text: str) -> Fraction | None:
     """
     text = text.replace("{,}", ",").replace("**", "")
     for mark in _MARK.finditer(text):
-        if found := _NUMBER.match(text, mark.end()):
+        if (found := _NUMBER.match(text, mark.end())) and not _LISTED.match(text, found.end()):
             return _value(found)
     if boxed := _BOXED.findall(text):
         return _boxed_number(boxed[-1])
@@ -135,8 +136,12 @@ def extracted(text: str, pattern: re.Pattern[str]) -> str | None:
 
 
 def without_thoughts(text: str) -> str:
-    """The text behind the last `</think>`, whose beginning may stand in the prompt; all of it where there is none."""
-    return text.rpartition("</think>")[2]
+    """The text behind the last `</think>`, whose beginning may stand in the prompt; all of it where there is none.
+
+    A thought that was cut before its end is no answer: nothing is left.
+    """
+    said = text.rpartition("</think>")[2]
+    return "" if "<think>" in said else said
 
 
 def _f1(predicted: Sequence[str], expected: Sequence[str]) -> float:

@@ -110,11 +110,12 @@ def _checkpointed(settings: Settings) -> tuple[Settings, str] | None:
 
 
 def _smaller_batch(settings: Settings) -> tuple[Settings, str] | None:
-    rows = settings.batch.rows
-    if rows == 1:
+    if settings.batch.rows == 1:
         return None
-    changed = settings.with_rows(rows // 2)
-    return changed, (f"--per_device_train_batch_size {rows // 2} --gradient_accumulation_steps {changed.accumulation}")
+    total = settings.batch.rows * settings.accumulation  # which stays, or it would be another update
+    rows = next(rows for rows in range(settings.batch.rows // 2, 0, -1) if total % rows == 0)
+    changed = settings.with_rows(rows)
+    return changed, f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {changed.accumulation}"
 
 
 def _fewer_written(settings: Settings) -> tuple[Settings, str] | None:

@@ -97,11 +97,11 @@ class Settings:
         return None if self.splits else self.mixed
 
     def with_rows(self, rows: int) -> "Settings":
-        """The same update in micro-batches of `rows` rows."""
+        """The same update in micro-batches of `rows` rows, which divide it."""
         total = self.batch.rows * self.accumulation
         labels = -(-self.batch.labels * rows // self.batch.rows)
         batch = replace(self.batch, rows=rows, labels=labels, padded=self.batch.padded and rows > 1)
-        return replace(self, batch=batch, accumulation=-(-total // rows))
+        return replace(self, batch=batch, accumulation=total // rows)
 
     @property
     def rollout_rows(self) -> int:

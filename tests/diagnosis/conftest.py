@@ -12,12 +12,12 @@ from tests.conftest import SENTENCES
 
 
 @pytest.fixture
-def run(folder, tokenizer):
+def run(folder, tokenizer, tmp_path):
     """A function that makes the arguments of a clean run, with changes; `settings` are those of its config."""
 
     def make(config=KDConfig, settings=None, **changes):
         args = {
-            "output_dir": str(folder / "out"), "use_cpu": True, "bf16": False, "report_to": "none",
+            "output_dir": str(tmp_path / "out"), "use_cpu": True, "bf16": False, "report_to": "none",
             "per_device_train_batch_size": 4, "gradient_checkpointing": False, "learning_rate": 1e-3, "max_steps": 100,
         }  # fmt: skip
         arguments = {

@@ -177,7 +177,7 @@ def test_a_learning_rate_that_harms_or_does_nothing_is_found(examine, rate, stat
     assert ("raise" if rate < 1e-3 else "lower" if rate > 1 else "") in finding.remedy
 
 
-def test_nothing_of_the_callers_is_changed(run, folder, tokenizer):
+def test_nothing_of_the_callers_is_changed(run, folder, tokenizer, tmp_path):
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("student", "teacher"))
     teacher.train()
     models = (student, teacher)
@@ -191,7 +191,7 @@ def test_nothing_of_the_callers_is_changed(run, folder, tokenizer):
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert model.training == (model is teacher)
     assert vars(arguments["args"]) == settings
-    assert not (folder / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_fall_of_the_loss_is_that_of_updates_at_the_full_rate(run):

@@ -42,6 +42,8 @@ def test_what_the_documentation_calls_missed_is_missed(text, answer):
         ("#### none, so 7", 7),  # no number directly behind the mark: anywhere
         ("#### Step 1: add\n40 + 32 = 72\n#### Step 2: say it\n\\boxed{72}", 72),  # headings
         ("#### Step 1\n#### 18\n#### 19", 18),
+        ("#### 1. Add the eggs\n9 + 9\n#### 2) Say it\n\\boxed{18}", 18),
+        ("#### 18.", 18),
         ("\\boxed{\\frac{3}{4}}", Fraction(3, 4)),
         ("\\boxed{-\\dfrac{3}{4}}", Fraction(-3, 4)),
         ("\\boxed{\\frac{-3}{4}}", Fraction(-3, 4)),

@@ -1,6 +1,7 @@
 """Whole plans: sums, verdicts, remedies, recipes, and the commands."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,8 @@ def test_rollouts_have_caches_and_a_phase(settings):
 def test_smaller_micro_batches_write_fewer_rows_unless_their_number_was_chosen(settings):
     student, teacher, options = settings
     options |= {"max_length": None, "max_new_tokens": 16, "gradient_accumulation_steps": 3}
-    change = {change.name: change for change in CHANGES}["fewer rows written at a time"]
+    changes = {change.name: change for change in CHANGES}
+    change, smaller = changes["fewer rows written at a time"], changes["smaller micro-batches"]
     for chosen, after, fewer in ((None, 1, 2), (6, 6, 3), (50, 12, 6)):
         args = SpeculativeKDConfig(**options, rollout_batch_size=chosen)
         read = read_settings(
@@ -128,6 +130,9 @@ def test_smaller_micro_batches_write_fewer_rows_unless_their_number_was_chosen(s
         assert read.with_rows(1).rollout_rows == after
         changed, option = change.apply(read)
         assert (changed.rollout_rows, option) == (fewer, f"--rollout_batch_size {fewer}")
+        odd = replace(read, batch=replace(read.batch, rows=5), accumulation=3)
+        changed, option = smaller.apply(odd)  # 2 x 8 would be another update
+        assert option == "--per_device_train_batch_size 1 --gradient_accumulation_steps 15"
 
 
 @pytest.mark.slow
