@@ -16,10 +16,12 @@ import argparse
 import statistics
 import time
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from transformers import TrainerCallback
 
 from benchmarks.measure import machine, print_table
 from benchmarks.stories import (
@@ -39,7 +41,7 @@ from hf_distill.losses.sparse import TopKSignal
 
 PARTS = ("probabilities", "updates", "outcome", "overlap")
 WAITING = 0.8  # of a step
-STEPS_OF_OVERLAP = 24
+STEPS_OF_OVERLAP, STEPS_OF_START = 40, 8  # workers fill their queue in the first ones
 
 
 def probabilities(options: argparse.Namespace, teacher: Any, rows: Dataset, tokenizer: Any) -> list[dict[str, str]]:
@@ -93,6 +95,19 @@ def outcome(
     return table
 
 
+class StepTimes(TrainerCallback):
+    """The time at the end of each update."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        return [end - start for start, end in pairwise(self.ends)]
+
+
 class Waiting:
     """A teacher that says something after some seconds, as one behind an address does."""
 
@@ -130,9 +145,10 @@ def overlap(options: argparse.Namespace, teacher: Any, rows: Dataset, tokenizer:
         trainer = make_trainer(
             KDTrainer, KDConfig, some_layers(teacher, options.layers), source, rows, tokenizer, settings
         )
-        start = time.perf_counter()
+        clock = StepTimes()
+        trainer.add_callback(clock)
         trainer.train()
-        return (time.perf_counter() - start) / STEPS_OF_OVERLAP
+        return statistics.median(clock.seconds()[STEPS_OF_START:])
 
     step = statistics.median(seconds(teacher, 0, kd_weight=0.0) for _ in range(3))
     runs = {
