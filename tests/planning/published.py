@@ -8,6 +8,7 @@ NAMES = (
     "Qwen/Qwen2.5-7B-Instruct", "microsoft/phi-2", "mistralai/Mistral-7B-v0.1",
 )  # fmt: skip
 CONFIGS = {name: FOLDER / f"{name.split('/')[1]}.json" for name in NAMES}
+CONFIGS["Qwen/Qwen2.5-7B"] = CONFIGS["Qwen/Qwen2.5-7B-Instruct"]  # the same shapes
 PARAMETERS = {
     "Qwen/Qwen2.5-0.5B": 494_032_768,
     "Qwen/Qwen2.5-1.5B": 1_543_714_304,
