@@ -57,7 +57,7 @@ FOUND_BY = {
     "half a store": ["construction"],
 }
 NUM_TRAIN, NUM_HELD_OUT, UPDATES, RATE = 400, 100, 400, 1e-3
-# What a user says is followed by what the assistant says: text that the packaged teacher can read.
+# A user's text and the assistant's after it, without marks: text that the packaged teacher can read.
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{{ eos_token }}"
     "{% endgeneration %}{% else %}{{ m['content'] }}{{ ' ' }}{% endif %}{% endfor %}"

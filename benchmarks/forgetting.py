@@ -1,4 +1,4 @@
-"""What a student forgets of a second task while it learns the fact book of `examples/lupi.py`, with and without a mix.
+"""Forgetting of a second task by a student while it learns the fact book of `examples/lupi.py`, with and without a mix.
 
     OMP_NUM_THREADS=1 python -m benchmarks.forgetting --seeds 0 1 2
 

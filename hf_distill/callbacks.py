@@ -86,7 +86,39 @@ def phase(cosine: float) -> str:
     return next((name for limit, name in PHASES.items() if cosine < limit), "Excellent")
 
 
-class PerplexityCallback(TrainerCallback):
+class _Measuring(TrainerCallback):
+    """The times at which a callback measures, and its logs: the start, every `every` updates, and the end."""
+
+    trainer: Trainer
+    every: int
+    beginning: str  # of a logged name, which tells that the update of a resumed run has been measured
+
+    def measured(self, state: Any, model: Any, tokenizer: Any) -> dict[str, float]:
+        """The values to log, by name; called in the main process."""
+        raise NotImplementedError
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if not _is_logged(state, self.beginning):
+            self._measure(state, control, model, processing_class)
+
+    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        # The trainer's own flow callback runs before others, and has set by now whether this was the last step.
+        if state.global_step % self.every == 0 or control.should_training_stop:
+            self._measure(state, control, model, processing_class)
+
+    def _measure(self, state: Any, control: Any, model: Any, tokenizer: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        found = self.measured(state, model, tokenizer)
+        # In train mode SFTTrainer would add the training metrics collected so far to this record.
+        with evaluating(model):
+            # Logging resets should_log, and the other processes would wait for the log of this step.
+            should_log = control.should_log
+            self.trainer.log(found)
+            control.should_log = should_log
+
+
+class PerplexityCallback(_Measuring):
     """Logs the student's perplexity on one or several data sets, as `perplexity/<name>`.
 
     It is measured at the start, every `every` updates and at the end, and goes where the trainer's other logs go:
@@ -142,31 +174,21 @@ class PerplexityCallback(TrainerCallback):
         self.trainer = trainer
         self.names = {*datasets}
         self.datasets = datasets
+        self.beginning = f"perplexity/{next(iter(datasets))}"
         self.every = every
         self.options = {"batch_size": batch_size, "max_length": max_length, "stride": stride}
 
-    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
-        if not _is_logged(state, f"perplexity/{next(iter(self.datasets))}"):
-            self._measure(state, control, model, processing_class)
-
-    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
-        if _is_due(state, control, self.every):
-            self._measure(state, control, model, processing_class)
-
-    def _measure(self, state: Any, control: Any, model: Any, tokenizer: Any) -> None:
-        if not state.is_world_process_zero:
-            return
+    def measured(self, state: Any, model: Any, tokenizer: Any) -> dict[str, float]:
         vocab_size = getattr(self.trainer, "vocab_size", None)
-        found = {
+        return {
             f"perplexity/{name}": perplexity(model, data, tokenizer, vocab_size=vocab_size, **self.options)[
                 "perplexity"
             ]
             for name, data in self.datasets.items()
         }
-        _log_measured(self.trainer, control, model, found)
 
 
-class EvaluateCallback(TrainerCallback):
+class EvaluateCallback(_Measuring):
     """Measures the student as [`~hf_distill.evaluating.models.evaluate_models`] does, while it is trained.
 
     It logs `evaluate/<measure>` at the start, every `every` updates and at the end: perplexity on `rows`, the distance
@@ -219,6 +241,7 @@ class EvaluateCallback(TrainerCallback):
         self.trainer = trainer
         self.names = {name}
         self.name = name
+        self.beginning = f"{name}/"
         self.every = every
         self.rows, self.questions, self.scoring = rows, questions, scoring or Scoring()
         self.options = {"batch_size": batch_size, "max_length": max_length}
@@ -234,16 +257,9 @@ class EvaluateCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         self._start.clear()
-        if not _is_logged(state, f"{self.name}/"):
-            self._measure(state, control, model, processing_class)
+        super().on_train_begin(args, state, control, model, processing_class, **kwargs)
 
-    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
-        if _is_due(state, control, self.every):
-            self._measure(state, control, model, processing_class)
-
-    def _measure(self, state: Any, control: Any, model: Any, tokenizer: Any) -> None:
-        if not state.is_world_process_zero:
-            return
+    def measured(self, state: Any, model: Any, tokenizer: Any) -> dict[str, float]:
         vocab_size = getattr(self.trainer, "vocab_size", None)
         students = {STUDENT: model}
         teachers = {} if self.teacher is None else {TEACHER: self.teacher}
@@ -269,7 +285,7 @@ class EvaluateCallback(TrainerCallback):
                 sums |= {BASE: self._start[measure.name], TEACHER: self._taught[measure.name]}
                 if gap := gap_recovered(measure._replace(sums=sums)):
                     found[f"{self.name}/{measure.name}_gap_recovered"] = gap.share
-        _log_measured(self.trainer, control, model, found)
+        return found
 
 
 def _check_measuring(callback: TrainerCallback, trainer: Trainer, every: int, batch_size: int) -> None:
@@ -279,11 +295,6 @@ def _check_measuring(callback: TrainerCallback, trainer: Trainer, every: int, ba
         raise ValueError(
             f"{type(callback).__name__} needs the whole model on the main process, not one sharded over several"
         )
-
-
-def _is_due(state: Any, control: Any, every: int) -> bool:
-    # The trainer's own flow callback runs before others, and has set by now whether this was the last step.
-    return state.global_step % every == 0 or control.should_training_stop
 
 
 def _is_logged(state: Any, beginning: str) -> bool:
@@ -300,15 +311,6 @@ def _refuse_same_names(trainer: Trainer, kind: type[TrainerCallback], names: Ite
         raise ValueError(
             f"{kind.__name__}: another one of this trainer has the name {taken[0]!r}; take a name of its own"
         )
-
-
-def _log_measured(trainer: Trainer, control: Any, model: Any, found: dict[str, float]) -> None:
-    # In train mode SFTTrainer would add the training metrics collected so far to this record.
-    with evaluating(model):
-        # Logging resets should_log, and the other processes would wait for the log of this step.
-        should_log = control.should_log
-        trainer.log(found)
-        control.should_log = should_log
 
 
 class RolloutSamplesCallback(TrainerCallback):

@@ -18,7 +18,7 @@ _MESSAGE = '[{"role": "user", "content": "Once upon a time"}]'
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What is known of a run beside its trainer.
+    """Facts about a run that its trainer does not know.
 
     Args:
         datasets: names of its data sets, on the hub or here.

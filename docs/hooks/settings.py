@@ -9,7 +9,7 @@ from hf_distill.cli.helping import GROUPS, INHERITED, REFUSED
 from hf_distill.cli.options import Option, described_options
 
 MARK = "<!-- settings -->"
-# Where a setting is in Python: the first of these that has it.
+# Classes that may have a setting in Python; the first that has it is named.
 CONFIGS = {
     "SFTConfig": "trl:SFTConfig",
     "HardLabelConfig": "hf_distill.trainers.hard_label_config:HardLabelConfig",

@@ -6,7 +6,8 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback
 
 SHOWN = 8
-# Those that are shown first; of others the first ones that fit. Names begin with `eval_` in an evaluation.
+# Values in the order in which they are shown; others follow while there is room. Those of an evaluation have `eval_` in
+# front of these names.
 FIRST = (
     "loss", "kd", "ce", "agreement", "hidden", "kv", "kv/cosine", "rollout/acceptance_rate", "epoch", "learning_rate",
     "grad_norm", "rollout/tokens_per_second", "aux_loss", "runtime",

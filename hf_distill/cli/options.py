@@ -163,7 +163,7 @@ def _name_of(dtype: Any) -> str:
 
 
 def _row(option: Option, has_help: bool) -> dict[str, Any]:
-    """What of an option is not the default of `Option`, as JSON has it."""
+    """The fields of an option that differ from the defaults of `Option`, for JSON."""
     defaults = asdict(Option(option.name))
     row = {name: value for name, value in asdict(option).items() if name == "name" or value != defaults[name]}
     if not has_help:

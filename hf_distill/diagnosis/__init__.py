@@ -1,4 +1,4 @@
-"""What would go wrong or waste a run, with these models on this data? Checks on a few rows, before any training.
+"""Checks of a run before any training, on a few rows: with these models on this data, what goes wrong or is wasted.
 
 A check is a function from a [`Probe`] to a [`Finding`], and one line of `CHECKS`. It raises [`LeftOut`] where it can
 say nothing. What several checks need (rows as tokens, the trainer, both sides' predictions) is computed once.

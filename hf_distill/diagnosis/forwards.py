@@ -89,7 +89,7 @@ def forwards(probe: Probe, size: int) -> Iterator[Forward]:
 
 
 def signals_of(probe: Probe, forward: Forward) -> dict[str, Signal]:
-    """What each teacher says of a batch; [`LeftOut`] where each row has a teacher of its own."""
+    """The signal of each teacher at a batch; [`LeftOut`] where each row has a teacher of its own."""
     if getattr(probe.args, "teacher_combination", "") == "route":
         raise LeftOut("each row has a teacher of its own, and the others are not asked about it")
     if probe.writes:  # who has read the text when it was written
