@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.cli.arguments import PromptArguments, SFTArguments
+from hf_distill.cli.arguments import EvaluateArguments, PromptArguments, SFTArguments
 from hf_distill.cli.mixing import Source, mixed, read_sources
 from hf_distill.collators import LUPICollator
 from hf_distill.row_files import first_rows, load_rows, load_splits, take_split
@@ -18,14 +18,19 @@ from hf_distill.trainers.data import used_format
 from hf_distill.trainers.hard_label_config import HardLabelConfig
 
 
+def refuse_one_template(arguments: SFTArguments | EvaluateArguments) -> None:
+    """Raises `ValueError` for a template of prompts without one of completions, or the reverse."""
+    if (arguments.prompt_template is None) != (arguments.completion_template is None):
+        raise ValueError("prompt_template and completion_template go together: give both or neither")
+
+
 def load_datasets(arguments: SFTArguments, args: HardLabelConfig) -> tuple[Dataset, Dataset | None]:
     """Training rows, of several sources a mix, and held-out rows if there are any, with the templates filled in.
 
     Raises:
         `ValueError`: rows that cannot be loaded or mixed, or one template without the other.
     """
-    if (arguments.prompt_template is None) != (arguments.completion_template is None):
-        raise ValueError("prompt_template and completion_template go together: give both or neither")
+    refuse_one_template(arguments)
     sources = read_sources(arguments.dataset)
     if len(sources) > 1:
         _refuse_for_several(arguments)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_distill import __version__
 from hf_distill.cli.arguments import EvaluateArguments
-from hf_distill.cli.data import lupi_collator, refuse_ignored, with_prompts
+from hf_distill.cli.data import lupi_collator, refuse_ignored, refuse_one_template, with_prompts
 from hf_distill.cli.reporting import PAGE, optional
 from hf_distill.collators import PromptCollator
 from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, measures_data
@@ -125,8 +125,7 @@ def _refuse_options(arguments: EvaluateArguments) -> None:
     for given, needed in ((of_rows, "dataset"), ((*of_tasks, "apply_chat_template"), "tasks")):
         if getattr(arguments, needed) is None and (names := [name for name in given if getattr(arguments, name)]):
             raise ValueError(f"--{names[0]} needs --{needed}")
-    if (arguments.prompt_template is None) != (arguments.completion_template is None):
-        raise ValueError("prompt_template and completion_template go together: give both or neither")
+    refuse_one_template(arguments)
     if arguments.batch_size < 1 or arguments.max_rows < 1:
         raise ValueError("batch_size and max_rows have to be at least 1")
     if arguments.knowledge_column is not None and not arguments.generate:
