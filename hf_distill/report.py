@@ -229,7 +229,7 @@ def _draw_bars(
         positive.append(teacher)
     if not better and positive and max(positive) > 10 * min(positive):
         axes.set_yscale("log")  # or the bar of an untrained model would hide the others
-        axes.set_ylim(bottom=min(positive) / 3)
+        axes.set_ylim(min(positive) / 3, 2 * max(positive))  # room for the number above the highest bar
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
     if "%" in form:
