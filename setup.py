@@ -53,6 +53,9 @@ EXTRAS = {
         "setuptools>=64",  # the tests build the package
         "tensorboard",
         "evaluate>=0.4.6",
+        "nbclient>=0.10",  # the notebooks of the examples are run
+        "ipykernel>=6",
+        "ipywidgets>=8",  # what progress bars are made of there
         *QUANTIZATION,
         *DEEPSPEED,
     ],

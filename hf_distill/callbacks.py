@@ -347,8 +347,7 @@ class RolloutSamplesCallback(TrainerCallback):
         ]
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                cells = [{k: str(v).replace("\n", "<br>").replace("|", "\\|") for k, v in row.items()} for row in plain]
-                callback.tb_writer.add_text(TITLE, markdown(cells), state.global_step)
+                callback.tb_writer.add_text(TITLE, markdown(plain), state.global_step)
         _log_tables(args.report_to, plain)
 
 

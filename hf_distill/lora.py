@@ -5,7 +5,6 @@ Shapes: a module from I to O features gets A (r, I) and B (O, r); its update is 
 
 import copy
 import difflib
-import io
 import re
 import textwrap
 import warnings
@@ -23,14 +22,13 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.integrations import dequantize_module_weight
-from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_distill.losses.feature import effective_rank_of
 from hf_distill.modeling import causal_lm, without_values
-from hf_distill.report import table
+from hf_distill.report import Part, Shown
 from hf_distill.saved_weights import ADAPTER_FILES, lacking
 from hf_distill.saving import (
     ADAPTER_CONFIG,
@@ -63,16 +61,16 @@ class TrainedModule:
     b_shape: tuple[int, ...] | None = None  # (O, r)
 
 
-@dataclass(frozen=True)
-class LoraReport:
-    """The result of `describe_lora`. Printed, it is a table with one line for the same module of all layers."""
+@dataclass(frozen=True, repr=False)
+class LoraReport(Shown):
+    """The result of `describe_lora`. It shows itself as a table with one line for the same module of all layers."""
 
     modules: list[TrainedModule]
     trainable_parameters: int
     total_parameters: int  # of the model without adapters
     warnings: list[str]
 
-    def __str__(self) -> str:
+    def shown(self) -> list[Part]:
         def line(place: str, group: list[TrainedModule]) -> dict[str, Any]:
             parameters = sum(module.parameters for module in group)
             return {
@@ -88,7 +86,7 @@ class LoraReport:
         share = self.trainable_parameters / self.total_parameters
         total = f"{self.trainable_parameters:,} trainable parameters, {share:.2%} of {self.total_parameters:,}"
         rows = [line(place, group) for place, group in groups]
-        return "\n".join([_text(rows), total, *(f"warning: {warning}" for warning in self.warnings)])
+        return [_table(rows), total, *(f"warning: {warning}" for warning in self.warnings)]
 
 
 def describe_lora(model: PreTrainedModel, config: LoraConfig) -> LoraReport:
@@ -256,13 +254,13 @@ class ModuleUpdate:
     relative_norm: float | None  # norm / norm of the weight; None where that is unknown
 
 
-@dataclass(frozen=True)
-class UpdateReport:
-    """The result of `describe_updates`. Printed, it is a table of means over the same module of all layers."""
+@dataclass(frozen=True, repr=False)
+class UpdateReport(Shown):
+    """The result of `describe_updates`. It shows itself as a table of means over the same module of all layers."""
 
     modules: list[ModuleUpdate]
 
-    def __str__(self) -> str:
+    def shown(self) -> list[Part]:
         def line(place: str, group: list[ModuleUpdate]) -> dict[str, Any]:
             known = [update.relative_norm for update in group if update.relative_norm is not None]
             return {
@@ -276,7 +274,7 @@ class UpdateReport:
                 "most": f"{max(known):.2%}" if known else "-",
             }
 
-        return _text([line(place, group) for place, group in _grouped(self.modules, lambda update: update.rank)])
+        return [_table([line(place, group) for place, group in _grouped(self.modules, lambda update: update.rank)])]
 
 
 @torch.no_grad()
@@ -449,8 +447,5 @@ def _shapes(module: TrainedModule) -> str:
     return f"{module.a_shape[1]}→{module.a_shape[0]}→{module.b_shape[0]}"
 
 
-def _text(rows: list[dict[str, Any]]) -> str:
-    console = Console(file=io.StringIO())
-    with console.capture() as capture:
-        console.print(table(rows) if rows else "nothing is trained")
-    return capture.get().rstrip()
+def _table(rows: list[dict[str, Any]]) -> Part:
+    return (rows, None) if rows else "nothing is trained"

@@ -1,7 +1,8 @@
-"""Names and directions of the metrics: whether lower or higher is better."""
+"""Names of the metrics: whether lower or higher is better, and which say most about a run."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 # All metrics that are logged or reported: True if higher is better, False if lower is better, None if neither is.
 MORE_IS_BETTER = {
@@ -22,6 +23,14 @@ MORE_IS_BETTER = {
     ),
     **dict.fromkeys(("student_entropy", "kv/magnitude_ratio", "kv/target_effective_rank", "num_tokens", "epoch")),
 }
+
+SHOWN = 8  # values of a brief log
+# The order in which `brief` shows values; others follow while there is room. Those of an evaluation have `eval_` in
+# front of these names.
+FIRST = (
+    "loss", "kd", "ce", "agreement", "hidden", "kv", "kv/cosine", "rollout/acceptance_rate", "epoch", "learning_rate",
+    "grad_norm", "rollout/tokens_per_second", "aux_loss", "runtime",
+)  # fmt: skip
 
 
 def metric_name(logged: str, sets: Iterable[str] | None = None) -> str | None:
@@ -46,3 +55,14 @@ def more_is_better(logged: str) -> bool | None:
     """
     name = metric_name(logged)
     return not logged.endswith("loss") if name is None else MORE_IS_BETTER[name]
+
+
+def brief(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """The at most eight values of a log that say most about a run, in the order of `FIRST`."""
+
+    def rank(name: str) -> int:
+        name = name.removeprefix("eval_").removeprefix("train_")
+        return FIRST.index(name) if name in FIRST else len(FIRST)
+
+    names = sorted((name for name in logs if name != "total_flos"), key=rank)[:SHOWN]
+    return {name: logs[name] for name in names}

@@ -1,5 +1,7 @@
-"""Results as a table in the terminal, as Markdown and as a picture."""
+"""Results as a table in the terminal and in a notebook, as Markdown and as a picture."""
 
+import html
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.filesize import pick_unit_and_suffix
 from rich.table import Table
+from rich.text import Text
 
 from hf_distill.metric_names import more_is_better
 
@@ -113,22 +116,73 @@ def measured_on(results: Mapping[str, Mapping[str, float]], num_rows: int | None
 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
-    """A `rich` table of rows with the same keys; the first column is text, the others are aligned as numbers.
+    """A `rich` table of rows with the same keys.
+
+    The first column is text, and others whose cells are `Text`; the rest is aligned as numbers.
 
     On a narrow terminal titles break into two lines, so that none is cut.
     """
     view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(rows[0]):
-        view.add_column(name, justify="right" if i else "left", no_wrap=not i, overflow="fold")
+        view.add_column(name, justify="left" if _is_text(rows, i) else "right", no_wrap=not i, overflow="fold")
     for row in rows:
-        view.add_row(*(str(value) for value in row.values()))
+        view.add_row(*(value if isinstance(value, Text) else str(value) for value in row.values()))
     return view
 
 
+def _is_text(rows: Sequence[Mapping[str, Any]], column: int) -> bool:
+    return not column or isinstance(list(rows[0].values())[column], Text)
+
+
+def _escaped(value: Any) -> str:
+    return html.escape(str(value), quote=False)
+
+
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The same rows as a Markdown table."""
-    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *([str(v) for v in row.values()] for row in rows)]
+    """The same rows as a Markdown table; cells may have any characters."""
+    cells = [[_escaped(v).replace("|", "\\|").replace("\n", "<br>") for v in row.values()] for row in rows]
+    rule = ["---" if _is_text(rows, i) else "---:" for i in range(len(rows[0]))]
+    lines = [list(rows[0]), rule, *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+# A line, or the rows of a table and its title.
+Part = str | Text | tuple[Sequence[Mapping[str, Any]], str | None]
+
+
+class Shown:
+    """A result that shows itself as tables and lines: printed, and as the last line of a notebook's cell.
+
+    Its class has the method `shown`.
+    """
+
+    def shown(self) -> list[Part]:
+        """The tables and lines, from top to bottom."""
+        raise NotImplementedError
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for part in self.shown():
+            yield table(*part) if isinstance(part, tuple) else part if isinstance(part, Text) else Text(part)
+
+    def __repr__(self) -> str:
+        def text(part: Part) -> str:
+            if not isinstance(part, tuple):
+                return str(part)
+            console = Console(file=io.StringIO(), force_jupyter=False)
+            with console.capture() as capture:
+                console.print(table(*part))
+            return capture.get().rstrip()
+
+        return "\n".join(map(text, self.shown()))
+
+    def _repr_markdown_(self) -> str:
+        def paragraph(part: Part) -> str:
+            if not isinstance(part, tuple):
+                return _escaped(part)
+            rows, title = part
+            return (f"**{title}**\n\n" if title else "") + markdown(rows)
+
+        return "\n\n".join(map(paragraph, self.shown()))
 
 
 def _markdown_measured(rows: Sequence[Mapping[str, Any]], sizes: str, note: str = "") -> str:

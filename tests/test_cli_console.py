@@ -15,9 +15,9 @@ import pytest
 from transformers import PrinterCallback, TrainerControl, TrainerState
 
 from hf_distill import cli
-from hf_distill.cli.brief_logs import FIRST, SHOWN, BriefPrinter, brief
+from hf_distill.cli.brief_logs import BriefPrinter
 from hf_distill.cli.noise import LOGGED, WARNED, without_noise
-from hf_distill.metric_names import MORE_IS_BETTER
+from hf_distill.metric_names import FIRST, MORE_IS_BETTER, SHOWN, brief
 from tests.test_cli import options
 
 # The modules whose messages are hidden, where they are not those of the loggers.

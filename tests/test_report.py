@@ -2,9 +2,10 @@ import json
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from hf_distill import report
-from hf_distill.report import markdown, measured_on, result_rows, save_picture, save_report, table
+from hf_distill.report import Shown, markdown, measured_on, result_rows, save_picture, save_report, table
 
 pytestmark = pytest.mark.draws
 RESULTS = {
@@ -50,6 +51,26 @@ def test_markdown_has_a_row_per_model_and_a_cell_per_column():
     assert len(lines) == 4
     assert {line.count("|") for line in lines} == {7}
     assert lines[3].startswith("| after | 8.000 |")
+
+
+def test_markdown_keeps_the_text_of_every_cell_in_its_cell():
+    text = markdown([{"": "a", "found": Text("<s> | or\nnothing")}])
+    assert text.splitlines()[1:] == ["| --- | --- |", "| a | &lt;s&gt; \\| or<br>nothing |"]
+
+
+class Result(Shown):
+    def shown(self):
+        return [([{"": "a", "n": 1, "said": Text("[b] & c", "red")}], "title"), Text("a <note>", "yellow"), "[end]"]
+
+
+def test_a_result_shows_itself_in_a_terminal_and_in_a_notebook():
+    lines = [line.strip() for line in repr(Result()).splitlines()]
+    assert lines[0] == "title"
+    assert "a   1   [b] & c" in lines
+    assert lines[-2:] == ["a <note>", "[end]"]
+    assert f"{Result()}" == repr(Result())
+    rows = "|  | n | said |\n| --- | ---: | --- |\n| a | 1 | [b] &amp; c |\n"
+    assert Result()._repr_markdown_() == f"**title**\n\n{rows}\n\na &lt;note&gt;\n\n[end]"
 
 
 def test_the_report_is_written_as_numbers_markdown_and_a_picture(tmp_path):

@@ -7,14 +7,11 @@ from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from trl import ModelConfig
 
 from hf_distill.cli.arguments import DoctorArguments, KVArguments, SKDArguments, StagedArguments
 from hf_distill.cli.training import trainer_arguments, written_arguments
 from hf_distill.diagnosis import Diagnosis, diagnose
-from hf_distill.diagnosis.findings import FAILURE, LEFT_OUT, OK, WARNING
 from hf_distill.planning import parse_size
 from hf_distill.trainers.config import KDConfig
 from hf_distill.trainers.hard_label import HardLabelTrainer
@@ -23,8 +20,6 @@ from hf_distill.trainers.kv_projection import KVProjectionTrainer
 from hf_distill.trainers.kv_projection_config import KVProjectionConfig
 from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
 from hf_distill.trainers.speculative_kd_config import SpeculativeKDConfig
-
-STYLES = {OK: "green", WARNING: "yellow", FAILURE: "bold red", LEFT_OUT: "dim"}
 
 
 def doctor_kd(
@@ -62,24 +57,6 @@ def show(found: Diagnosis, options: DoctorArguments) -> None:
     if options.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
-        print_findings(found, Console())
+        Console().print(found)
     if found.fails:
         sys.exit(1)
-
-
-def print_findings(found: Diagnosis, console: Console) -> None:
-    """The findings as a table, for people; what was left out comes last, in one line each."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("check", "", "finding"):
-        table.add_column(name, overflow="fold")
-    for finding in found.findings:
-        if finding.status != LEFT_OUT:
-            remedy = f"\n[bold]do:[/bold] {escape(finding.remedy)}" if finding.remedy else ""
-            style = STYLES[finding.status]
-            table.add_row(finding.check, f"[{style}]{finding.status}[/{style}]", escape(finding.line) + remedy)
-    console.print(table, highlight=False)
-    for finding in found.with_status(LEFT_OUT):
-        console.print(f"left out: {finding.check}: {finding.line}", style="dim", highlight=False, markup=False)
-    counts = {status: len(list(found.with_status(status))) for status in STYLES}
-    said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    console.print(f"{said}; {found.num_rows} rows, {found.seconds:.0f} s", highlight=False)

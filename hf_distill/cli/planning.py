@@ -2,17 +2,15 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
-from accelerate.utils import convert_bytes
 from rich.console import Console
 from trl import ModelConfig, get_quantization_config
 
 from hf_distill.cli.arguments import KDArguments, PlanArguments, PlannedKD, PlannedKV, PlannedSKD
 from hf_distill.cli.training import init_kwargs, lora_config
 from hf_distill.planning import Machine, Plan, parse_size, plan_run
-from hf_distill.report import table
 from hf_distill.trainers.config import KDConfig
 from hf_distill.trainers.kv_projection_config import KVProjectionConfig
 from hf_distill.trainers.speculative_kd_config import SpeculativeKDConfig
@@ -65,59 +63,6 @@ def show(plan: Plan, options: PlanArguments) -> None:
     if options.json:
         print(json.dumps(plan.to_dict(), indent=2))
     else:
-        print_plan(plan, Console())
+        Console().print(plan)
     if plan.fits is False:
         sys.exit(1)
-
-
-def print_plan(plan: Plan, console: Console) -> None:
-    """The tables of a plan, for people."""
-    highest = max(plan.phases, key=lambda name: plan.phases[name])
-    console.print(table(_sizes({**plan.parts, "together": plan.peak}), f"one device at its fullest: {highest}"))
-    phases = {**plan.phases, **{f"elsewhere, {name}": size for name, size in plan.elsewhere.items()}}
-    console.print(table(_sizes(phases), "the fullest moment of each phase"))
-    console.print(table(_counts(plan), "an update on all devices"))
-    if plan.stores:
-        stores = {name: size for name, size in plan.stores.items() if name != "head"}
-        rows = [
-            {"store of this teacher": name, "bytes a label-bearing token": f"{n:,.1f}"} for name, n in stores.items()
-        ]
-        console.print(table(rows, "stores (docs/cache.md)"))
-    if plan.remedies:
-        rows = [
-            {"change": r.name, "with": convert_bytes(r.peak), "fits": "yes" if r.fits else "no", "costs": r.cost,
-             "options": r.options}
-            for r in plan.remedies
-        ]  # fmt: skip
-        console.print(table(rows, "changes, each alone, those that cost least first"))
-    for note in plan.notes:
-        console.print(f"note: {note}", style="yellow", highlight=False)
-    console.print(_verdict(plan), highlight=False)
-
-
-def _verdict(plan: Plan) -> str:
-    peak, reserve = convert_bytes(plan.peak), convert_bytes(plan.reserve)
-    if plan.memory is None:
-        return f"A device needs {peak}, and {reserve} for CUDA itself (--gpu 24GB asks whether it fits)."
-    sums = f"{peak} and {reserve} in reserve, of {convert_bytes(plan.memory)}"
-    if plan.fits:
-        return f"It fits: {sums}."
-    best = next((remedy for remedy in plan.remedies if remedy.fits), None)
-    if best is not None:
-        return f"It does not fit: {sums}. The smallest change that makes it fit: {best.name} ({best.options})."
-    if plan.together:
-        return f"It does not fit: {sums}. No change alone makes it fit; together these do: {'; '.join(plan.together)}."
-    return f"It does not fit: {sums}, and none of these changes makes it fit."
-
-
-def _sizes(sizes: Mapping[str, int]) -> list[dict[str, str]]:
-    return [{"": name, "size": convert_bytes(size)} for name, size in sizes.items() if size]
-
-
-def _counts(plan: Plan) -> list[dict[str, str]]:
-    rows = {name: f"{count:,}" for name, count in plan.counts.items()}
-    rows |= {f"FLOPs, {name}": f"{flops:.2e}" for name, flops in plan.flops.items() if flops}
-    rows |= {f"sent by each process, {name}": convert_bytes(size) for name, size in plan.traffic.items() if size}
-    rows |= {f"activations, {name}": convert_bytes(size) for name, size in plan.activations.items()}
-    rows |= {f"cache of the {name}": convert_bytes(size) for name, size in plan.caches.items()}
-    return [{"": name, "number": text} for name, text in rows.items()]

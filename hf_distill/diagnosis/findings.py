@@ -5,9 +5,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rich.text import Text
+
 from hf_distill.metrics import as_json
+from hf_distill.report import Part, Shown
 
 OK, WARNING, FAILURE, LEFT_OUT = "ok", "warning", "failure", "left out"
+STYLES = {OK: "green", WARNING: "yellow", FAILURE: "bold red", LEFT_OUT: "dim"}
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,9 @@ def failure(line: str, remedy: str, **numbers: Any) -> Finding:
     return Finding(FAILURE, line, remedy, numbers)
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """All findings about a run, in the order of the checks.
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Shown):
+    """All findings about a run, in the order of the checks. They show themselves as a table.
 
     Args:
         findings: one for each check.
@@ -79,6 +83,20 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         """As nested dicts of plain numbers and texts; numbers that are not finite are texts."""
         return _plain(asdict(self))
+
+    def shown(self) -> list[Part]:
+        """The findings; what was left out comes last, in one line each; and how many there are of each status."""
+
+        def row(found: Finding) -> dict[str, Any]:
+            remedy = ("\n", ("do:", "bold"), f" {found.remedy}") if found.remedy else ()
+            status = Text(found.status, STYLES[found.status])
+            return {"check": found.check, "": status, "finding": Text.assemble(found.line, *remedy)}
+
+        rows = [row(finding) for finding in self.findings if finding.status != LEFT_OUT]
+        left_out = [Text(f"left out: {each.check}: {each.line}", "dim") for each in self.with_status(LEFT_OUT)]
+        counts = {status: len(list(self.with_status(status))) for status in STYLES}
+        said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        return [(rows, None), *left_out, f"{said}; {self.num_rows} rows, {self.seconds:.0f} s"]
 
 
 def _plain(value: Any) -> Any:

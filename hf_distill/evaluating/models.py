@@ -3,19 +3,20 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.evaluating.answers import METRICS, extracted, without_thoughts
-from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, Measure, mean_measure, perplexity_measure
+from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, Measure, mean_measure, measures_data, perplexity_measure
 from hf_distill.evaluating.generation import generate_answers
 from hf_distill.evaluating.harness import HarnessTasks, task_measures
 from hf_distill.evaluating.questions import Questions
 from hf_distill.evaluation import row_sums
 from hf_distill.modeling import shared_vocabulary
+from hf_distill.report import Part, Shown, evaluation_rows
 
 PERCENT = "{:.1%}"
 OTHER_TOKENIZER = (
@@ -70,12 +71,18 @@ class Scoring:
         return {name: value for metric in self.metrics for name, value in METRICS[metric](text, answers).items()}
 
 
-class Evaluated(NamedTuple):
-    """Numbers of models side by side."""
+@dataclass(frozen=True, repr=False)
+class Evaluated(Shown):
+    """Numbers of models side by side, which show themselves as a table."""
 
     measures: list[Measure]
     generated: list[dict[str, Any]]  # for each question its right answers, and of each model the text and its scores
     notes: list[str]  # what is left out, in sentences
+
+    def shown(self) -> list[Part]:
+        """A line for each measure, with the gap recovered, and the notes."""
+        rows = evaluation_rows(measures_data(self.measures))
+        return [(rows, None) if rows else "nothing is measured", *self.notes]
 
 
 def evaluate_models(

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from accelerate.utils import convert_bytes
+from rich.text import Text
 
 from hf_distill.layer_mapping import Mapping as LayerMapping
 from hf_distill.layer_mapping import layer_mapping, teacher_layers
@@ -27,6 +29,7 @@ from hf_distill.planning.steps import (
     teacher_forward,
 )
 from hf_distill.planning.stores import store_bytes
+from hf_distill.report import Part, Shown
 from hf_distill.traffic import bytes_between_processes, bytes_for_rollouts, bytes_from_teacher
 
 # The phases of an update, as a plan names them.
@@ -52,9 +55,11 @@ class Remedy:
     fits: bool
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The costs of a run. Bytes are those of one device, the first of all processes, which has the most.
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
+    """The costs of a run, which show themselves as tables.
+
+    Bytes are those of one device, the first of all processes, which has the most.
 
     Args:
         always: bytes that are alive all the time, by component.
@@ -97,6 +102,31 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """As nested dicts of plain numbers and texts."""
         return asdict(self)
+
+    def shown(self) -> list[Part]:
+        """The tables of sizes, counts, stores and changes, the notes, and the verdict."""
+        highest = max(self.phases, key=lambda name: self.phases[name])
+        phases = {**self.phases, **{f"elsewhere, {name}": size for name, size in self.elsewhere.items()}}
+        shown: list[Part] = [
+            (_sizes({**self.parts, "together": self.peak}), f"one device at its fullest: {highest}"),
+            (_sizes(phases), "the fullest moment of each phase"),
+            (_numbers(self), "an update on all devices"),
+        ]
+        if self.stores:
+            stores = {name: size for name, size in self.stores.items() if name != "head"}
+            rows = [
+                {"store of this teacher": name, "bytes a label-bearing token": f"{n:,.1f}"}
+                for name, n in stores.items()
+            ]
+            shown.append((rows, "stores (docs/cache.md)"))
+        if self.remedies:
+            rows = [
+                {"change": r.name, "with": convert_bytes(r.peak), "fits": "yes" if r.fits else "no", "costs": r.cost,
+                 "options": r.options}
+                for r in self.remedies
+            ]  # fmt: skip
+            shown.append((rows, "changes, each alone, those that cost least first"))
+        return [*shown, *(Text(f"note: {note}", "yellow") for note in self.notes), _verdict(self)]
 
 
 class Planner:
@@ -367,3 +397,31 @@ def _stores(settings: Settings, teachers: list[TeacherForward | None]) -> dict[s
 
 def _add(found: dict[str, int], name: str, size: int) -> None:
     found[name] = found.get(name, 0) + size
+
+
+def _verdict(plan: Plan) -> str:
+    peak, reserve = convert_bytes(plan.peak), convert_bytes(plan.reserve)
+    if plan.memory is None:
+        return f"A device needs {peak}, and {reserve} for CUDA itself (a memory, --gpu 24GB, asks whether it fits)."
+    sums = f"{peak} and {reserve} in reserve, of {convert_bytes(plan.memory)}"
+    if plan.fits:
+        return f"It fits: {sums}."
+    best = next((remedy for remedy in plan.remedies if remedy.fits), None)
+    if best is not None:
+        return f"It does not fit: {sums}. The smallest change that makes it fit: {best.name} ({best.options})."
+    if plan.together:
+        return f"It does not fit: {sums}. No change alone makes it fit; together these do: {'; '.join(plan.together)}."
+    return f"It does not fit: {sums}, and none of these changes makes it fit."
+
+
+def _sizes(sizes: Mapping[str, int]) -> list[dict[str, str]]:
+    return [{"": name, "size": convert_bytes(size)} for name, size in sizes.items() if size]
+
+
+def _numbers(plan: Plan) -> list[dict[str, str]]:
+    rows = {name: f"{count:,}" for name, count in plan.counts.items()}
+    rows |= {f"FLOPs, {name}": f"{flops:.2e}" for name, flops in plan.flops.items() if flops}
+    rows |= {f"sent by each process, {name}": convert_bytes(size) for name, size in plan.traffic.items() if size}
+    rows |= {f"activations, {name}": convert_bytes(size) for name, size in plan.activations.items()}
+    rows |= {f"cache of the {name}": convert_bytes(size) for name, size in plan.caches.items()}
+    return [{"": name, "number": text} for name, text in rows.items()]

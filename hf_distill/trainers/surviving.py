@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import is_in_notebook
 from trl import SFTTrainer
 
 from hf_distill.cards import CardFacts, complete_card
@@ -96,6 +97,8 @@ class SurvivingTrainer(SFTTrainer):
         self._has_told_tokens = False
         self.means: dict[str, dict[str, TokenMeans]] = {"train": {}, "eval": {}}
         name_bases_absolutely(self.model)
+        if is_in_notebook():
+            self._show_metrics()
 
     # ------------------------------------------------------------------------------- for the trainers above this one
 
@@ -337,6 +340,14 @@ class SurvivingTrainer(SFTTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = {f"{metric_key_prefix}_{name}": value for name, value in self.pop_means("eval").items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
+
+    def _show_metrics(self) -> None:
+        from transformers.utils.notebook import NotebookProgressCallback
+
+        from hf_distill.notebook_progress import MetricTable
+
+        if self.pop_callback(NotebookProgressCallback) is not None:  # there is none with `disable_tqdm`
+            self.add_callback(MetricTable)
 
     # ------------------------------------------------------------------------------------------ checkpoints, saving
 

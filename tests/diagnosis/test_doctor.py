@@ -1,13 +1,15 @@
 """The command `doctor`: what it prints, its JSON, its exit code."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
 from hf_distill import cli
-from hf_distill.diagnosis import CHECKS
+from hf_distill.diagnosis import CHECKS, Diagnosis
+from hf_distill.diagnosis.findings import ok, warning
 from tests.conftest import SENTENCES
 
 DOCS = Path(__file__).parents[2] / "docs" / "doctor.md"
@@ -54,6 +56,13 @@ def test_doctor_skd_takes_its_own_rows(folder, tmp_path, capsys):
     cli.main(["doctor", "skd", *options(folder, tmp_path, **changes), "--json"])
     findings = {each["check"]: each for each in json.loads(capsys.readouterr().out)["findings"]}
     assert findings["start"]["status"] == "ok"
+
+
+def test_a_diagnosis_shows_each_finding_with_its_remedy():
+    found = Diagnosis((replace(warning("a <s> | b", "try c"), check="labels"), ok("fine")), 4, 2.0)
+    assert "| labels | warning | a &lt;s&gt; \\| b<br>do: try c |\n|  | ok | fine |" in found._repr_markdown_()
+    assert "do: try c" in repr(found)
+    assert repr(found).endswith("1 ok, 1 warning; 4 rows, 2 s")
 
 
 def test_each_check_has_a_line_on_its_page():

@@ -36,6 +36,14 @@ def test_numbers_on_rows_are_those_of_evaluate_fidelity_for_each_student(tokeniz
     assert teacher == {"kl": 0, "agreement": 1, "acceptance": 1}
 
 
+def test_results_show_themselves_as_a_line_for_each_measure(tokenizer, models, prompt_dataset):
+    found = evaluate_models(models, {"student": tokenizer}, rows=prompt_dataset)
+    assert "|  | base | student | teacher | gap recovered |" in found._repr_markdown_()
+    for measure in found.measures:
+        assert f"| {measure.name} | {measure.form.format(measure.values['base'])} |" in found._repr_markdown_()
+        assert measure.name in repr(found)
+
+
 def test_sums_of_a_row_are_those_of_the_row_alone(tokenizer, models):
     rows = Dataset.from_dict({"text": SENTENCES})
     sums = row_sums((models["student"],), models["teacher"], rows, tokenizer, batch_size=3)

@@ -41,6 +41,17 @@ def test_parts_sum_to_the_peak_of_the_highest_phase(settings):
     assert plan.remedies == ()
 
 
+def test_a_plan_shows_itself_as_its_tables(settings):
+    student, teacher, options = settings
+    plan = plan_run(student, teacher, KDConfig(**options), machine=Machine(1, kind="cpu"))
+    for text in (repr(plan), plan._repr_markdown_()):
+        assert "an update on all devices" in text
+        for part in plan.parts:
+            assert part in text
+        assert len(plan.remedies) > 1
+        assert "It does not fit" in text
+
+
 def test_stores_remote_teachers_and_the_own_base_have_no_weights(settings):
     from peft import LoraConfig
 

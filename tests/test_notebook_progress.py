@@ -1,0 +1,78 @@
+"""The table of a run in a notebook: the trainer's own names, a line for each logged update."""
+
+import re
+
+import pytest
+import transformers.trainer
+from datasets import Dataset
+
+from hf_distill import KDConfig, KDTrainer
+from hf_distill.trainers import surviving
+from tests.conftest import SENTENCES
+
+notebook = pytest.importorskip("transformers.utils.notebook", reason="needs IPython")
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+    """What a kernel would show, under the number of its output; an update replaces it."""
+    outputs = []
+
+    class Handle:
+        def __init__(self, html):
+            outputs.append(html.data)
+            self.place = len(outputs) - 1
+
+        def update(self, html):
+            outputs[self.place] = html.data
+
+    monkeypatch.setattr(notebook.disp, "display", lambda html, display_id: Handle(html))
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_PROGRESS_CALLBACK", notebook.NotebookProgressCallback)
+    monkeypatch.setattr(surviving, "is_in_notebook", lambda: True)
+    return outputs
+
+
+def make(folder, tmp_path, **settings):
+    args = KDConfig(
+        output_dir=str(tmp_path), kd_weight=0.5, max_steps=4, logging_steps=2, use_cpu=True, bf16=False,
+        report_to="none", save_strategy="no", per_device_train_batch_size=2, **settings,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"text": SENTENCES})
+    return KDTrainer(str(folder / "student"), str(folder / "teacher"), args, rows, rows.select(range(2)))
+
+
+def cells(html):
+    lines = re.findall(r"<tr.*?>(.*?)</tr>", html, re.DOTALL)
+    return [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in lines]
+
+
+def test_a_run_shows_the_terms_of_its_loss(folder, tmp_path, displayed):
+    trainer = make(folder, tmp_path)
+    trainer.train()
+    (shown,) = displayed
+    titles, *lines = cells(shown)
+    assert titles == ["Step", "loss", "kd", "ce", "agreement", "student_entropy"]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [line[0] for line in lines] == ["2", "4"]
+    for line, entry in zip(lines, logged, strict=True):
+        assert [float(cell) for cell in line[1:]] == pytest.approx([entry[name] for name in titles[1:]], abs=1e-6)
+
+
+def test_an_evaluation_stands_beside_the_update_that_it_follows(folder, tmp_path, displayed):
+    make(folder, tmp_path, eval_strategy="steps", eval_steps=2).train()
+    titles, *lines = cells(displayed[0])
+    assert {"loss", "kd", "eval_kd", "eval_agreement"} <= {*titles}
+    assert [line[0] for line in lines] == ["2", "4"]
+    assert all(len(line) == len(titles) and "No Log" not in line for line in lines)
+
+
+def test_an_evaluation_alone_returns_all_that_it_returns_elsewhere(folder, tmp_path, displayed):
+    trainer = make(folder, tmp_path)
+    inside = trainer.evaluate()
+    trainer.remove_callback(notebook.NotebookProgressCallback)
+    assert inside.keys() == trainer.evaluate().keys()
+
+
+def test_a_run_without_bars_stays_without(folder, tmp_path, displayed):
+    make(folder, tmp_path, disable_tqdm=True).train()
+    assert displayed == []
