@@ -340,7 +340,7 @@ def tokenized_rows(
     limits = Limits(
         true_vocabulary(tokenizer, models, vocab_size), num_ids, known_to="the models have embeddings only for"
     )
-    for index, row in enumerate(tqdm(dataset, desc="measuring", unit="row", leave=False)):
+    for index, row in enumerate(tqdm(dataset, desc="measuring", unit="row", leave=False, delay=1)):
         tokens = tokenized_row(row, tokenizer, f"row {index} of the dataset")
         check_row(tokens, f"row {index} of the dataset", limits)
         yield row, tokens

@@ -168,7 +168,7 @@ class Shown:
         def text(part: Part) -> str:
             if not isinstance(part, tuple):
                 return str(part)
-            console = Console(file=io.StringIO(), force_jupyter=False)
+            console = Console(file=io.StringIO(), force_jupyter=False, color_system=None)
             with console.capture() as capture:
                 console.print(table(*part))
             return capture.get().rstrip()

@@ -272,7 +272,7 @@ def over_blocks(
         return function({name: block[name] for name in found if name in names}, start)
 
     results = []
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(dataset), desc=what, unit=" rows") as bar:
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(dataset), desc=what, unit=" rows", delay=1) as bar:
         for start, result in zip(starts := range(0, len(dataset), ROWS_PER_BLOCK), pool.map(run, starts), strict=True):
             results.append(result)
             bar.update(min(ROWS_PER_BLOCK, len(dataset) - start))
