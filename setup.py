@@ -54,8 +54,8 @@ EXTRAS = {
         "tensorboard",
         "evaluate>=0.4.6",
         "nbclient>=0.10",  # the notebooks of the examples are run
-        "ipykernel>=6",
-        "ipywidgets>=8",  # what progress bars are made of there
+        "ipykernel>=6.29",
+        "ipywidgets>=8.1",  # what progress bars are made of there
         *QUANTIZATION,
         *DEEPSPEED,
     ],
