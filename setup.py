@@ -38,13 +38,14 @@ REQUIREMENTS = [
 
 QUANTIZATION = ["bitsandbytes>=0.49"]
 DEEPSPEED = ["deepspeed>=0.18.6"]
+LM_EVAL = ["lm_eval>=0.4.13"]  # tasks of lm-evaluation-harness in `hf-distill evaluate`
 
 EXTRAS = {
     "quantization": QUANTIZATION,
     "deepspeed": DEEPSPEED,
     "trackers": ["wandb", "trackio", "tensorboard"],
     "eval": ["evaluate>=0.4.6", "rouge_score", "sacrebleu"],
-    "lm-eval": ["lm_eval>=0.4.13"],  # tasks of lm-evaluation-harness in `hf-distill evaluate`
+    "lm-eval": LM_EVAL,
     "benchmarks": ["liger-kernel>=0.8.2"],
     # The 4-bit tests and those of ZeRO run on CPU.
     "test": [
@@ -58,6 +59,7 @@ EXTRAS = {
         "ipywidgets>=8.1",  # what progress bars are made of there
         *QUANTIZATION,
         *DEEPSPEED,
+        *LM_EVAL,
     ],
     "lint": [
         "ruff",
