@@ -5,6 +5,7 @@ import unicodedata
 from fractions import Fraction
 
 import pytest
+from lm_eval.tasks.super_glue.record import t5_utils
 
 from hf_distill.evaluating.answers import (
     METRICS,
@@ -97,23 +98,9 @@ def test_f1_of_english_is_over_words_and_of_korean_over_characters():
 
 
 def official_squad(prediction, answers):
-    """Exact match and F1 as evaluate-v1.1.py defines them, written once more."""
-    punctuation = set("""!"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~""")
-
-    def words(text):
-        text = "".join(c for c in text.lower() if c not in punctuation)
-        return re.sub(r"\b(?:a|an|the)\b", " ", text).split()
-
-    def f1(answer):
-        mine, theirs = words(prediction), words(answer)
-        same = sum(min(mine.count(word), theirs.count(word)) for word in set(mine))
-        if same == 0:
-            return 0.0
-        precision, recall = same / len(mine), same / len(theirs)
-        return 2 * precision * recall / (precision + recall)
-
-    is_match = any(" ".join(words(prediction)) == " ".join(words(answer)) for answer in answers)
-    return {"squad_exact_match": float(is_match), "squad_f1": max(map(f1, answers))}
+    """Exact match and F1 of the official script as lm-evaluation-harness has them."""
+    pairs = [(prediction, f"0_{answer}") for answer in answers]
+    return {"squad_exact_match": t5_utils.squad_em_agg(pairs), "squad_f1": t5_utils.squad_f1_agg(pairs)}
 
 
 @pytest.mark.parametrize(
