@@ -63,6 +63,6 @@ def show(plan: Plan, options: PlanArguments) -> None:
     if options.json:
         print(json.dumps(plan.to_dict(), indent=2))
     else:
-        Console().print(plan)
+        Console().print(plan, crop=False)
     if plan.fits is False:
         sys.exit(1)

@@ -121,11 +121,13 @@ class Plan(Shown):
             shown.append((rows, "stores (docs/cache.md)"))
         if self.remedies:
             rows = [
-                {"change": r.name, "with": convert_bytes(r.peak), "fits": "yes" if r.fits else "no", "costs": r.cost,
-                 "options": r.options}
+                {"change": r.name, "with": convert_bytes(r.peak), "fits": "yes" if r.fits else "no",
+                 "costs": Text(r.cost)}
                 for r in self.remedies
             ]  # fmt: skip
             shown.append((rows, "changes, each alone, those that cost least first"))
+            # Whole lines, to copy.
+            shown += [Text(f"{r.name}: {r.options}", no_wrap=True, overflow="ignore") for r in self.remedies]
         return [*shown, *(Text(f"note: {note}", "yellow") for note in self.notes), _verdict(self)]
 
 

@@ -190,6 +190,14 @@ def test_the_exit_code_tells_a_script_what_does_not_fit(folder, capsys):
     assert json.loads(capsys.readouterr().out)["fits"] is False
 
 
+def test_the_options_of_a_change_can_be_copied_from_a_narrow_terminal(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "kd", *words(folder, "--gpu", "1MB", "--per_device_train_batch_size", "64")])
+    batches = "--per_device_train_batch_size 1 --gradient_accumulation_steps 64"
+    assert f"smaller micro-batches: {batches}" in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize("more", [["--gpu", "big"], ["--engine", "horovod"], ["--label_share", "2"]])
 def test_settings_that_cannot_be_planned_exit_with_2(folder, capsys, more):
     with pytest.raises(SystemExit) as error:
