@@ -241,13 +241,10 @@ class Server:
         auth = (unquote(user.username), unquote(user.password or "")) if user.username else httpx.USE_CLIENT_DEFAULT
         self.counts.add(requests=1)
         try:
-            answer = client.request(
-                method,
-                public_address(root) + path,
-                json=body,
-                auth=auth,
-                timeout=httpx.Timeout(timeout, connect=min(CONNECTING, timeout)),
-            )
+            end = time.monotonic() + timeout
+            limits = httpx.Timeout(timeout, connect=min(CONNECTING, timeout))
+            with client.stream(method, public_address(root) + path, json=body, auth=auth, timeout=limits) as parts:
+                answer = _whole(parts, end)
         except httpx.TransportError as error:
             raise Passing(_reason(error)) from error
         except httpx.HTTPError as error:
@@ -344,6 +341,17 @@ def _pause(state: tenacity.RetryCallState, num_addresses: int, limit: float) -> 
     error: Any = state.outcome.exception()
     asked = error.pause if state.attempt_number % num_addresses == 0 else 0.0
     return max(GROWING(state), min(asked, 0.9 * (limit - state.seconds_since_start)))
+
+
+def _whole(parts: httpx.Response, end: float) -> httpx.Response:
+    """An answer that has come whole before `end`. The limits of httpx are those of a silence, not of a slow answer."""
+    content = bytearray()
+    for part in parts.iter_bytes():
+        content += part
+        if time.monotonic() > end:
+            raise httpx.ReadTimeout(f"the answer had not ended in time, after {len(content):,} bytes")
+    kept = {name: parts.headers[name] for name in ("retry-after",) if name in parts.headers}
+    return httpx.Response(parts.status_code, headers=kept, content=bytes(content))
 
 
 def _retry_after(answer: httpx.Response) -> float:

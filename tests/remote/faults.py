@@ -6,6 +6,7 @@ A fault is `Fault(kind, ...)`. It hits the requests that it is meant for, of whi
 | kind | the client sees |
 |---|---|
 | `slow` | the answer after `seconds` |
+| `drip` | the answer in pieces, over `seconds`; the pauses between them are short |
 | `status` | HTTP `status` with a JSON error; `retry_after`: seconds, or with `as_date` a date that many seconds ahead |
 | `redirect` | HTTP `status` (307 unless given) to `location` |
 | `cut` | no answer: the connection is closed |
@@ -35,7 +36,7 @@ ASKED = ("/v1/completions", "/generate")
 KINDS_OF_ANSWER = (
     "value wrong_id short no_field null_field capped duplicate outside no_tokens fewer_rows reversed".split()
 )
-KINDS_OF_TRANSPORT = "slow status redirect cut cut_inside half_json html empty".split()
+KINDS_OF_TRANSPORT = "slow drip status redirect cut cut_inside half_json html empty".split()
 
 
 @dataclass

@@ -44,6 +44,7 @@ from tests.remote.faults import ASKED, KINDS_OF_ANSWER, Fault, as_json
 from tests.remote.served_model import ServedModel
 
 KEPT = 1000  # requests that are remembered
+DRIPS = 20  # pieces of an answer that drips
 
 
 @dataclass
@@ -253,7 +254,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         content = b"" if answer is None else as_json(answer)
         if "half_json" in kinds:
             content = content[: len(content) // 2]
-        self._send(status, content, cut_inside="cut_inside" in kinds)
+        drip = kinds["drip"].seconds if "drip" in kinds else 0.0
+        self._send(status, content, cut_inside="cut_inside" in kinds, drip=drip)
 
     def _right_answer(self, body):
         owner, path = self.owner, self.path
@@ -268,16 +270,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return 400, {"error": detail}
         return dialect.post(path, body)
 
-    def _send(self, status: int, content: bytes, headers=None, cut_inside=False):
+    def _send(self, status: int, content: bytes, headers=None, cut_inside=False, drip=0.0):
         self.seen.status = status
         self.send_response(status)
         for name, text in ({"Content-Type": "application/json"} | (headers or {})).items():
             self.send_header(name, text)
         self.send_header("Content-Length", str(len(content)))
-        self._headers_buffer.append(b"\r\n" + content[: len(content) // 2 if cut_inside else None])
+        whole = b"" if drip else content[: len(content) // 2 if cut_inside else None]
+        self._headers_buffer.append(b"\r\n" + whole)
         self.owner.count(bytes=len(content))
         try:
             self.flush_headers()
+            if drip:
+                step = -(-len(content) // DRIPS)
+                for start in range(0, len(content), step):
+                    time.sleep(drip / DRIPS)
+                    self.wfile.write(content[start : start + step])
         except OSError:
             self.seen.status = 0
             raise

@@ -241,6 +241,21 @@ def test_a_slow_answer_may_take_a_third_of_the_time(open_stub):
     assert server.counts.retries == 1
 
 
+def test_an_answer_that_drips_may_take_no_longer(open_stub):
+    """No silence is long, so that a limit of silences would never end it."""
+    expected = client(open_stub).score(TEXTS, 3)
+    open_stub.fail("drip", seconds=8, times=None)
+    server, start = client(open_stub, timeout=3), time.monotonic()
+    with pytest.raises(TeacherAway, match=r"has not answered for .*had not ended in time, after [\d,]+ bytes"):
+        server.score(TEXTS, 3)
+    assert time.monotonic() - start < 5
+    assert server.counts.retries == 1
+    open_stub.heal()
+    open_stub.fail("drip", seconds=0.5)
+    for one, other in zip(client(open_stub).score(TEXTS, 3), expected, strict=True):
+        np.testing.assert_array_equal(one.ids, other.ids)
+
+
 def make_sure(seed):
     """A model whose distributions are far from flat."""
     model = make_model(seed=seed)
