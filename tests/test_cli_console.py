@@ -82,6 +82,16 @@ def test_progress_bars_of_less_than_a_second_are_not_shown():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_messages_of_libraries_that_print_them_are_there_once():
+    code = "import logging, datasets, huggingface_hub, peft\nfrom hf_distill.cli.noise import without_noise\n"
+    code += "logging.basicConfig()\nwith without_noise():\n"
+    code += "    for name in ('datasets', 'huggingface_hub', 'peft'):\n"
+    code += "        logging.getLogger(f'{name}.part').warning('about %s', name)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert [done.stderr.count(f"about {name}") for name in ("datasets", "huggingface_hub", "peft")] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("name", LOGGED)
 def test_the_libraries_still_say_what_is_hidden(name):
     spec = importlib.util.find_spec(MODULES.get(name, name))

@@ -20,6 +20,8 @@ LOGGED = {
     # A head that is tied to the embeddings is not in the file.
     "transformers.trainer": "There were missing keys in the checkpoint model loaded: ['lm_head.weight'].",
 }
+# Loggers with a handler of their own: ours would print their messages once more.
+PRINTED = ("datasets", "huggingface_hub")
 # Beginnings of warnings: fields and methods of transformers that TRL and PEFT still use under their old names.
 WARNED = (
     "`gradient_checkpointing` is deprecated", "`gradient_checkpointing_kwargs` is deprecated",
@@ -29,7 +31,7 @@ WARNED = (
 
 @contextmanager
 def without_noise() -> Iterator[None]:
-    """Hides these messages while it lasts, and progress bars of less than a second."""
+    """Hides these messages and repetitions while it lasts, and progress bars of less than a second."""
     os.environ.setdefault("TQDM_DELAY", "1")  # read once, when tqdm is imported
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -39,6 +41,9 @@ def without_noise() -> Iterator[None]:
             logger, hides = logging.getLogger(name), _Hides(beginning)
             logger.addFilter(hides)
             stack.callback(logger.removeFilter, hides)
+        for logger in map(logging.getLogger, PRINTED):
+            stack.callback(setattr, logger, "propagate", logger.propagate)
+            logger.propagate = False
         yield
 
 
