@@ -134,7 +134,7 @@ def row_sums(
 
     parts: list[tuple[int, Tensor]] = []  # of a chunk: its first row, and the sums (r, F) of its r rows
     with measuring(**dict(zip(names, models, strict=False))):
-        for rows, labels, sides in _log_probs(models, documents(), tokenizer, batch_size, vocab_size, stored):
+        for rows, labels, sides in log_prob_chunks(models, documents(), tokenizer, batch_size, vocab_size, stored):
             first, last = int(rows[0]), int(rows[-1])
             tokens = _token_values(sides, labels, teacher is not None)  # (n, F)
             sums = tokens.new_zeros(last - first + 1, tokens.shape[1])
@@ -218,7 +218,7 @@ def perplexity(
                 yield from _windows(document, length, stride)
 
     with measuring(model=model):
-        for _, labels, (log_probs,) in _log_probs((model,), windows(), tokenizer, batch_size, vocab_size):
+        for _, labels, (log_probs,) in log_prob_chunks((model,), windows(), tokenizer, batch_size, vocab_size):
             num_tokens += len(labels)
             means.add(len(labels), ce=_cross_entropies(log_probs, labels).sum())
     nats = _totals(means)["ce"]
@@ -282,7 +282,7 @@ def _totals(means: TokenMeans) -> dict[str, float]:
     raise ValueError("the dataset has no label-bearing token to measure; check its labels and max_length")
 
 
-def _log_probs(
+def log_prob_chunks(
     models: tuple[PreTrainedModel, ...],
     documents: Iterable[dict[str, list[int]]],
     tokenizer: PreTrainedTokenizerBase,
