@@ -28,7 +28,8 @@ from hf_distill.teachers.opening import open_store
 from hf_distill.teachers.writing import Method
 from hf_distill.trainers.caching import store_writer
 
-CURVE_ROWS = 8  # held-out rows that are measured during a training, at its thirds
+CURVE_ROWS = 8  # held-out rows that are measured at the thirds of a training, and after it
+CURVE_STEPS = 60  # a shorter training has no curve
 BINS = 15  # of the calibration error
 FILES = {"gsm8k": ("train", "test"), "squad": ("train", "dev"), "stories": ("train", "test")}
 FOLDERS = {"stories": "tinystories"}
@@ -165,8 +166,7 @@ class Curve(TrainerCallback):
         self.setup, self.points = setup, points
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        thirds = {state.max_steps * i // 3 for i in range(1, 4)}
-        if state.global_step in thirds:
+        if state.max_steps >= CURVE_STEPS and state.global_step in (state.max_steps // 3, state.max_steps * 2 // 3):
             self.points.append({"step": state.global_step, **self.setup.some_means(model)})
 
 
