@@ -45,6 +45,7 @@ EXTRAS = {
     "deepspeed": DEEPSPEED,
     "trackers": ["wandb", "trackio", "tensorboard"],
     "eval": ["evaluate>=0.4.6", "rouge_score", "sacrebleu"],
+    "vision": ["torchvision", "num2words"],  # processors of Qwen-VL and InternVL, and of SmolVLM
     "lm-eval": LM_EVAL,
     "benchmarks": ["liger-kernel>=0.8.2"],
     # The 4-bit tests and those of ZeRO run on CPU.
@@ -54,6 +55,7 @@ EXTRAS = {
         "setuptools>=64",  # the tests build the package
         "tensorboard",
         "evaluate>=0.4.6",
+        "num2words",  # SmolVLM's processor
         "nbclient>=0.10",  # the notebooks of the examples are run
         "ipykernel>=6.29",
         "ipywidgets>=8.1",  # what progress bars are made of there

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import transformers
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -52,6 +58,22 @@ def name_problem(name: str, init_kwargs: Mapping[str, Any] | None = None, *, by_
         causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         return f'its config.json names no class to load: add "architectures": ["{causal.__name__}"]'
     return class_problem(config)
+
+
+def auto_class(name: str, init_kwargs: Mapping[str, Any] | None = None) -> Any:
+    """The class that loads a model by name: of one that reads pictures all of it, and not its language part alone."""
+    kwargs = {key: (init_kwargs or {}).get(key) for key in ("revision", "trust_remote_code", "subfolder")}
+    if (init_kwargs or {}).get("gguf_file") is not None:
+        return AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(name, **{key: value for key, value in kwargs.items() if value is not None})
+    except (OSError, ValueError):
+        return AutoModelForCausalLM  # loading says it better
+    if getattr(config, "vision_config", None) is None or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    ):
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
 
 
 def class_problem(config: PreTrainedConfig) -> str | None:

@@ -6,10 +6,18 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from trl import SFTConfig
 
-from hf_distill.modeling import causal_lm, num_positions, num_token_ids
+from hf_distill.modeling import causal_lm, is_vision_language, num_positions, num_token_ids
 
 # Parts of the names of files that tokenizers are saved in.
 TOKENIZER_FILES = ("token", "vocab", "merges", "spiece", "sentencepiece", "tekken")
@@ -78,6 +86,46 @@ def student_tokenizer(model: str | PreTrainedModel, args: SFTConfig) -> PreTrain
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"no model with a tokenizer in the folder or under the hub id {name!r}: {reason}") from error
+
+
+def student_processor(model: str | PreTrainedModel, args: SFTConfig) -> ProcessorMixin:
+    """The processor of pictures and texts that was saved with the student.
+
+    Raises:
+        `ValueError`: the student was not loaded by name, or there is none of this name that works here.
+    """
+    name = name_of(model)
+    if not name:
+        raise ValueError("processing_class is missing: rows with pictures need the student's processor (AutoProcessor)")
+    try:
+        return load_processor(name, args.model_init_kwargs, args.trust_remote_code)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"rows with pictures need a processor, and the one of {name!r} cannot be loaded: {reason}"
+        ) from error
+
+
+def load_processor(name: str, init_kwargs: Any, trust_remote_code: bool) -> ProcessorMixin:
+    """The processor under a name; `ValueError` if there is none but a tokenizer, or what loading it raises."""
+    revision = revision_of(init_kwargs)
+    found = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    if not isinstance(found, ProcessorMixin):
+        raise ValueError("it has a tokenizer alone, and no processor of pictures")
+    return found
+
+
+def sees(model: Any, init_kwargs: Any, trust_remote_code: bool) -> bool | None:
+    """True if a model, loaded or not, reads pictures; None where its configuration cannot be read."""
+    if not isinstance(model, str):
+        return is_vision_language(causal_lm(model))
+    try:
+        config = AutoConfig.from_pretrained(
+            model, revision=revision_of(init_kwargs), trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError):
+        return None
+    return is_vision_language(config)
 
 
 def load_tokenizer(name: str, init_kwargs: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.utils import logging as transformers_logging
 
 from hf_distill.model_files import ADAPTER_CONFIG, is_adapter_folder
-from hf_distill.modeling import causal_lm
+from hf_distill.modeling import causal_lm, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -328,7 +328,7 @@ class AsItCame:
         }
         pad = getattr(generation_config or config.get_text_config(), "pad_token_id", None)
         self._generation_pad = _MISSING if "pad_token_id" in keep else pad
-        self._pad_token = _MISSING if "pad_token_id" in keep else tokenizer.pad_token
+        self._pad_token = _MISSING if "pad_token_id" in keep else tokenizer_of(tokenizer).pad_token
 
     def restore(self, model: nn.Module) -> None:
         """Restores the original settings in a student's configuration."""
@@ -346,7 +346,7 @@ class AsItCame:
     @contextmanager
     def restored(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         """Restores the original settings of student and tokenizer inside the context, for saving."""
-        student = causal_lm(model)
+        student, tokenizer = causal_lm(model), tokenizer_of(tokenizer)
         configs = {id(config): config for config in (student.config, student.config.get_text_config())}.values()
         before = [(config, {name: getattr(config, name, _MISSING) for name in self._settings}) for config in configs]
         pad_token = tokenizer.pad_token
@@ -375,6 +375,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike
 @contextmanager
 def portable(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Removes the settings in `FOUND_BY` from a tokenizer inside the context."""
+    tokenizer = tokenizer_of(tokenizer)
     found_by = {name: tokenizer.init_kwargs.pop(name) for name in FOUND_BY if name in tokenizer.init_kwargs}
     try:
         yield

@@ -73,7 +73,7 @@ DIRTY = {
         [{**row, "tools": "search" if i == CHANGED else "[]"} for i, row in enumerate(CHATS)],
         f"{ROW} has 'search' as its 'tools', which has to be a list of tools",
     ),
-    "an image": ([{**row, "image": "a.png"} for row in TEXTS], "the train dataset has images"),
+    "an image": ([{**row, "image": "a.png"} for row in TEXTS], "the rows have pictures, and the student reads text"),
 }  # fmt: skip
 TABLES = {
     "an empty cell": ("prompt,completion\na,b\nc,\n", "row 1 of the train dataset has no 'completion'"),

@@ -10,7 +10,7 @@ from hf_distill.cli.options import Option, described_options, installed_options
 # those in INHERITED.
 GROUPS = {
     "models": (
-        "model teacher_model base adapter stage bundle_dir dtype attn_implementation load_in_4bit"
+        "model teacher_model base adapter stage bundle_dir dtype attn_implementation load_in_4bit freeze_vision_tower"
     ),
     "data": (
         "dataset dataset_config train_split eval_dataset eval_split max_eval_rows prompt_template completion_template "

@@ -6,6 +6,7 @@
 - `capture`: the output of inner layers: hidden states, keys and values.
 - `engines`: split or quantised weights; the loss inside the forward.
 - `rebuilding`: a model with fewer or more layers.
+- `vision`: models that read pictures, and the tokens that stand for these.
 """
 
 from hf_distill.modeling.cache import (
@@ -70,10 +71,19 @@ from hf_distill.modeling.rebuilding import (
     rebuilt,
     set_layer_settings,
 )
+from hf_distill.modeling.vision import (
+    PictureSpans,
+    is_vision_language,
+    language_part,
+    picture_tokens,
+    tokenizer_of,
+    vision_tower,
+)
 
 __all__ = [
     "CachedReader",
     "KVCapture",
+    "PictureSpans",
     "WholeCopy",
     "backbone",
     "cache_keyword",
@@ -96,9 +106,11 @@ __all__ = [
     "hidden_widths",
     "input_device",
     "is_split",
+    "is_vision_language",
     "keep_4bit_weights",
     "kv_widths",
     "label_positions",
+    "language_part",
     "last_hidden_states",
     "layer_input",
     "layer_output",
@@ -110,6 +122,7 @@ __all__ = [
     "num_layers",
     "num_positions",
     "num_token_ids",
+    "picture_tokens",
     "public_name",
     "readable",
     "rebuilt",
@@ -117,7 +130,9 @@ __all__ = [
     "set_layer_settings",
     "shared_parameters",
     "shared_vocabulary",
+    "tokenizer_of",
     "trying",
+    "vision_tower",
     "weights_fingerprint",
     "weights_kind",
     "whole_state",

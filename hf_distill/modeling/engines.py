@@ -14,9 +14,19 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
-from hf_distill.modeling.parts import backbone, causal_lm, head_layer, head_of, num_token_ids, readable
+from hf_distill.modeling.parts import (
+    backbone,
+    causal_lm,
+    head_layer,
+    head_of,
+    in_place_of_head,
+    num_token_ids,
+    readable,
+)
 from hf_distill.modeling.probes import PASSED
+from hf_distill.modeling.vision import merges_outside
 
 SAMPLED_VALUES = 64  # of each parameter, in a fingerprint
 
@@ -111,8 +121,14 @@ def expose_hidden_states(model: PreTrainedModel) -> None:
         if with_hidden is None:
             return original_forward(*args, **kwargs)
         kwargs.pop("labels", None)
-        outputs = backbone(self)(*args, **kwargs, use_cache=False)
-        layer = head_layer(self)
+        layer, body = head_layer(self), backbone(self)
+        if merges_outside(self, body):
+
+            def terms_of(hidden: Tensor):
+                return with_hidden(BaseModelOutput(last_hidden_state=hidden), head_of(self))
+
+            return in_place_of_head(self, terms_of, original_forward, *args, **kwargs, use_cache=False)
+        outputs = body(*args, **kwargs, use_cache=False)
 
         def in_place_of_logits(hidden: Tensor):
             outputs.last_hidden_state = hidden  # engines wrap the inputs of a layer

@@ -4,9 +4,10 @@ Shapes: B batch, T tokens, N label-bearing positions, D hidden width, V vocabula
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import align_module_device
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.losses.fused_linear import Head
+from hf_distill.modeling.vision import language_part, merges_outside
 
 # Settings of configurations that scale the logits, and whether the logits are divided by them.
 LOGIT_SCALES = {"logit_scale": False, "output_multiplier": False, "lm_head_multiplier": False, "logits_scaling": True}
@@ -109,9 +111,25 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 def last_hidden_states(model: PreTrainedModel, *, input_ids: Tensor, **inputs: Tensor) -> Tensor:
     """The hidden states (B, T, D) that the head is applied to; the head is not run."""
-    return backbone(model)(
-        input_ids=readable(input_ids, num_token_ids(model)), **inputs, use_cache=False
-    ).last_hidden_state
+    inputs = {"input_ids": readable(input_ids, num_token_ids(model)), **inputs, "use_cache": False}  # pyright: ignore
+    if merges_outside(model, body := backbone(model)):
+        return in_place_of_head(model, lambda hidden: hidden, model.forward, **inputs)
+    return body(**inputs).last_hidden_state
+
+
+def in_place_of_head(
+    model: PreTrainedModel, function: Callable[[Tensor], Any], forward: Callable[..., Any], *args: Any, **inputs: Any
+) -> Any:
+    """`function` of the hidden states (B, T, D), called in the place of the head, within a `forward` of the model."""
+    found = []
+
+    def in_place_of_logits(hidden: Tensor) -> Tensor:
+        found.append(function(hidden))
+        return hidden[..., :0]  # what the model would make its logits of
+
+    with patch.object(head_layer(model), "forward", in_place_of_logits):
+        forward(*args, **inputs)
+    return found[0]
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -198,11 +216,15 @@ def num_layers(config: PreTrainedConfig) -> int:
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The layers of a model, with their name: the outermost list whose length is the configuration's number of layers.
 
+    Of a model that reads pictures they are those of its language part, whose depth the vision tower may share.
+
     Raises:
         `ValueError`: there is no such list, or several.
     """
     number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == number]
+    within, part = language_part(model)
+    named = ((f"{within}.{n}".lstrip("."), m) for n, m in part.named_modules())
+    lists = [(n, m) for n, m in named if isinstance(m, nn.ModuleList) and len(m) == number]
     depth = min((name.count(".") for name, _ in lists), default=0)
     outermost = [(name, blocks) for name, blocks in lists if name.count(".") == depth]
     if len(outermost) != 1 or model.config.is_encoder_decoder:

@@ -7,10 +7,11 @@ from unittest.mock import patch
 
 import torch
 from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import is_bitsandbytes_available
 
+from hf_distill.model_files import auto_class
 from hf_distill.modeling import is_split
 from hf_distill.saving import base_and_adapter
 from hf_distill.teachers.placement import LAYOUTS, teacher_devices
@@ -107,10 +108,10 @@ def _from_pretrained(
     base, adapter = base_and_adapter(name)
     if sharded and deepspeed_integration.is_deepspeed_zero3_enabled():
         del kwargs["device_map"]  # Each process keeps its part only.
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        return auto_class(name, kwargs).from_pretrained(name, **kwargs)
     # ZeRO-3 would split it.
     with patch.object(deepspeed_integration, "_hf_deepspeed_config_weak_ref", None):
-        model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        model = auto_class(base, kwargs).from_pretrained(base, **kwargs)
     if adapter is not None:
         model.load_adapter(adapter)
     if quantization is not None:

@@ -23,6 +23,7 @@ from hf_distill.modeling import (
     causal_lm,
     check_head,
     decoder_layers,
+    embedding_weight,
     evaluating,
     gathered,
     head_of,
@@ -150,8 +151,11 @@ class LocalTeacher:
         """The signal at flat `positions` (N,) of the student's batch (B * T)."""
         inputs, positions = self.view(inputs, positions)
         self.model.eval()
-        device = input_device(self._causal_lm)
-        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        device, dtype = input_device(self._causal_lm), embedding_weight(self._causal_lm).dtype
+        inputs = {
+            name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()  # pixels in the precision of the weights, which not all families see to
+        }
         return signal_of(self._causal_lm, self.head, inputs, positions, self.layers)
 
 

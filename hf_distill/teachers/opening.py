@@ -4,13 +4,14 @@ What names and tokenizers tell is told before any weights are loaded, and teache
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_distill.modeling import (
     causal_lm,
@@ -19,6 +20,7 @@ from hf_distill.modeling import (
     num_token_ids,
     public_name,
     shared_vocabulary,
+    tokenizer_of,
     weights_kind,
 )
 from hf_distill.named import load_tokenizer, name_of, student_positions, student_rows, text_config
@@ -28,6 +30,7 @@ from hf_distill.teachers.brought import BroughtTeacher
 from hf_distill.teachers.ensemble import EnsembleTeacher
 from hf_distill.teachers.loading import load_teacher
 from hf_distill.teachers.local import BaseTeacher, LocalTeacher, refuse_shared_memory
+from hf_distill.teachers.own_view import OwnViewTeacher, own_processor, refuse_blind
 from hf_distill.teachers.remote import RemoteTeacher, is_address
 from hf_distill.teachers.stored import StoredHiddenTeacher, StoredTeacher, is_stored, open_store
 from hf_distill.token_rows import Room
@@ -43,6 +46,7 @@ class NamedTeachers(NamedTuple):
     models: dict[str, Any]  # hub id, path, model, "base", or any `Teacher`
     tokenizers: dict[str, PreTrainedTokenizerBase | None]  # None: none came with it, or it needs none
     devices: dict[str, str | None]
+    processors: dict[str, ProcessorMixin]  # those that the user gave, of pictures and texts
 
 
 class OpenTeachers(NamedTuple):
@@ -96,9 +100,40 @@ def name_teachers(teachers: Any, tokenizers: Any, args: Any) -> NamedTeachers:
             named[name if name not in named else f"{name} ({len(named) + 1})"] = teacher
     _check_settings(named, args)
     devices = [device.strip() or None for device in (args.teacher_device or "").split(",")]
+    own = _own_tokenizers(named, tokenizers, args)
     return NamedTeachers(
-        named, _own_tokenizers(named, tokenizers, args), dict(zip(named, devices * len(named), strict=False))
+        named,
+        {name: tokenizer_of(each) for name, each in own.items()},
+        dict(zip(named, devices * len(named), strict=False)),
+        {name: each for name, each in own.items() if isinstance(each, ProcessorMixin)},
     )
+
+
+def refuse_tokens_alone(teachers: Any) -> None:
+    """Raises `ValueError` for stores and servers among the teachers of rows with pictures; none is opened for it."""
+    given = list(teachers.values()) if isinstance(teachers, Mapping) else teachers
+    for each in given if isinstance(given, list | tuple) else [given]:
+        if is_address(each) or is_stored(each) or isinstance(each, BroughtTeacher):
+            raise ValueError(
+                f"the rows have pictures, and {each if isinstance(each, str) else each.name} is asked by their tokens "
+                "alone: take a vision-language model in this process as the teacher"
+            )
+
+
+def refuse_without_sight(named: NamedTeachers, args: Any) -> None:
+    """Raises `ValueError` for teachers that could not say anything about rows with pictures."""
+    if args.teacher_combination == "route" and len(named.models) > 1:
+        raise ValueError(
+            "teacher_combination='route' cannot divide the pixels of a batch among teachers: take 'mixture' or 'sum'"
+        )
+    models = {name: each for name, each in named.models.items() if not isinstance(each, Teacher) and not is_base(each)}
+    refuse_blind(models, args)
+    for name, each in named.tokenizers.items():
+        if name in models and each is not None and name not in named.processors and not isinstance(models[name], str):
+            raise ValueError(
+                f"the rows have pictures, and the teacher_processing_class of {name} is a tokenizer: pass its "
+                "processor (AutoProcessor), or none to take the student's"
+            )
 
 
 def find_tokenizers(
@@ -141,6 +176,7 @@ def open_teachers(
     args: Any,
     *,
     has_adapters: bool,
+    processor: ProcessorMixin | None = None,
 ) -> OpenTeachers:
     """Loads the teachers, one after the other.
 
@@ -149,6 +185,7 @@ def open_teachers(
         student (`str` or `PreTrainedModel`), student_tokenizer (`PreTrainedTokenizerBase`): the student's.
         args ([`KDConfig`]): settings.
         has_adapters (`bool`): whether the student will be trained in adapters alone, which no teacher shares.
+        processor (`ProcessorMixin`, *optional*): the student's, of rows with pictures.
 
     Raises:
         `ValueError`: what `load_teacher` refuses; a teacher that shares its memory with the student.
@@ -165,7 +202,11 @@ def open_teachers(
             continue
         teacher: Any = given
         if not isinstance(given, Teacher):
-            teacher = _loaded(given, named.devices[name], tokenizers[name], student, args, has_adapters=has_adapters)
+            own = processor and own_processor(given, named.processors.get(name), processor, args)
+            kind = partial(OwnViewTeacher, processor=own, index=len(by_name)) if own else LocalTeacher
+            teacher = _loaded(
+                given, named.devices[name], tokenizers[name], student, args, has_adapters=has_adapters, kind=kind
+            )
             if len(named.models) > 1:
                 logger.info("teacher %s: %.1f MiB", name, teacher.model.get_memory_footprint() / 2**20)
         if shared[name] is None:
@@ -333,8 +374,9 @@ def _source(teacher: Teacher) -> Teacher:
 
 
 def _loaded(
-    model: Any, device: str | None, tokenizer: PreTrainedTokenizerBase, student: Any, args: Any, *, has_adapters: bool
-) -> LocalTeacher:
+    model: Any, device: str | None, tokenizer: PreTrainedTokenizerBase, student: Any, args: Any, *, has_adapters: bool,
+    kind: Callable[..., LocalTeacher],
+) -> LocalTeacher:  # fmt: skip
     model = load_teacher(
         model,
         device=device,
@@ -345,7 +387,7 @@ def _loaded(
     )
     if not isinstance(student, str) and not has_adapters:
         refuse_shared_memory(student, model)  # Before the teacher is frozen, and what it shares with it.
-    return LocalTeacher(model, args.device, tokenizer, args.dataset_num_proc, drop_long_rows=args.drop_long_rows)
+    return kind(model, args.device, tokenizer, args.dataset_num_proc, drop_long_rows=args.drop_long_rows)
 
 
 def _check_settings(named: Mapping[str, Any], args: Any) -> None:

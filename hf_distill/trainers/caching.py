@@ -25,7 +25,9 @@ def store_writer(trainer: Any, method: Method, batch_size: int | None = None) ->
         `ValueError`: several teachers, one that is no model, or one with another tokenizer of which no hidden states
             are kept; rows that are no texts yet.
     """
-    args, tokenizer = trainer.args, trainer.processing_class
+    if trainer.has_pictures:
+        raise ValueError("the rows have pictures, and a store finds texts by their tokens alone: none can be written")
+    args, tokenizer = trainer.args, trainer.tokenizer
     teacher, columns = teacher_to_ask(trainer.teacher)
     if isinstance(teacher, RemoteTeacher) and (method.store != "topk" or method.entries > teacher.num_entries):
         raise ValueError(

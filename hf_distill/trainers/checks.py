@@ -9,14 +9,14 @@ from typing import Any
 from accelerate import ParallelismConfig
 from datasets import Dataset
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 
 from hf_distill.layer_mapping import Mapping as LayerMapping
 from hf_distill.layer_mapping import describe_mapping, layer_mapping
 from hf_distill.metric_names import metric_name, more_is_better
 from hf_distill.modeling import causal_lm, check_length, check_load_balancing, num_layers, num_positions
-from hf_distill.named import name_of, revision_of, student_config
+from hf_distill.named import name_of, revision_of, sees, student_config
 from hf_distill.saving import AsItCame, refuse_folder, refuse_moving
 from hf_distill.teachers.columns import AnyDataset
 from hf_distill.teachers.opening import is_base, teacher_config
@@ -143,15 +143,22 @@ def has_load_balancing(student: PreTrainedModel, args: HardLabelConfig) -> bool:
     return True
 
 
-def refuse_vision(model: str | PreTrainedModel, processing_class: Any) -> None:
-    """Raises `ValueError` for a vision-language model or processor."""
-    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+def refuse_processing_class(processing_class: Any) -> None:
+    """Raises `ValueError` for what is neither a tokenizer nor a processor of pictures and texts."""
+    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin):
         raise ValueError(
-            f"processing_class has to be a tokenizer, got {type(processing_class).__name__}; hf_distill trains "
-            "language models on text only, vision-language processors are not supported"
+            f"processing_class has to be a tokenizer, or a processor of pictures and texts, got "
+            f"{type(processing_class).__name__}"
         )
-    if not isinstance(model, str) and getattr(model.config, "vision_config", None) is not None:
-        raise ValueError(f"{type(model).__name__} is a vision model; hf_distill trains language models on text only")
+
+
+def refuse_sight(trainer: str, models: Mapping[str, Any], processing_class: Any, args: Any, *, pictures: bool) -> None:
+    """Raises `ValueError` for pictures, and models that read them, in a `trainer` that works on text alone."""
+    known = {name: model for name, model in models.items() if isinstance(model, str | nn.Module) and not is_base(model)}
+    seeing = [name for name, model in known.items() if sees(model, None, args.trust_remote_code)]
+    if pictures or seeing or isinstance(processing_class, ProcessorMixin):
+        what = "rows with pictures" if pictures else f"vision-language models ({', '.join(seeing) or 'a processor'})"
+        raise ValueError(f"{trainer} works on text alone, and does not take {what}: take KDTrainer")
 
 
 def refuse_output_dir(

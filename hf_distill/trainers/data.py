@@ -45,7 +45,7 @@ FORMAT_COLUMNS = {"prompt", "completion", "messages", "conversations", "chosen",
 # Columns that are read beside those of a format.
 READ_BESIDE = {
     "input_ids": {"labels", "completion_mask", "assistant_masks", "seq_lengths"},
-    "text": {"tools", "chat_template_kwargs"},
+    "text": {"tools", "chat_template_kwargs", "images", "image"},
 }
 READ_BY_TEACHERS = {"teacher_prompt", "teacher_index", "teacher_input_ids", "teacher_labels"}
 # Columns whose owner expects that they change the training.
@@ -76,13 +76,11 @@ def used_format(columns: set[str], text_field: str) -> tuple[str, ...]:
 
 
 def check_columns(dataset: AnyDataset, name: str, args: Any, has_formatting: bool) -> None:
-    """Raises `ValueError` for a dataset without rows or text, with images, or with columns that nobody would follow."""
+    """Raises `ValueError` for a dataset without rows or text, or with columns that nobody would follow."""
     row = next(iter(dataset), None)
     if row is None:
         raise ValueError(f"the {name} dataset is empty")
     columns = set(row)
-    if columns & {"image", "images"}:
-        raise ValueError(f"the {name} dataset has images; hf_distill trains language models on text only")
     text_field = args.dataset_text_field
     if not has_formatting and not used_format(columns, text_field):
         raise ValueError(

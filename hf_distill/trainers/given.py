@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_distill.model_files import is_adapter_folder
-from hf_distill.named import has_tokenizer, student_tokenizer
+from hf_distill.modeling import tokenizer_of
+from hf_distill.named import has_tokenizer, student_processor, student_tokenizer
+from hf_distill.picture_rows import has_pictures
 from hf_distill.rows import is_chat
 from hf_distill.trainers.checks import named_datasets
 from hf_distill.trainers.data import check_chat_template, over_datasets, used_format
@@ -38,6 +40,15 @@ class Given(NamedTuple):
     def has_adapters(self) -> bool:
         """True if the student is trained in adapters."""
         return self.peft_config is not None or isinstance(self.model, PeftModel) or is_adapter_folder(self.model)
+
+    @property
+    def has_pictures(self) -> bool:
+        """True if the training rows have pictures; `ValueError` if only held-out rows have some."""
+        datasets = self.datasets()
+        seen = [name for name, dataset in datasets.items() if has_pictures(dataset)]
+        if seen and "train" not in seen:
+            raise ValueError(f"the {seen[0]} dataset has pictures, and the train dataset has none: take them from both")
+        return bool(seen)
 
     def datasets(self) -> dict[str, Any]:
         """All data sets by the names that messages call them."""
@@ -80,10 +91,17 @@ class Given(NamedTuple):
         """Raises `ValueError` for special tokens of the settings that the student's tokenizer does not know."""
         for name in ("eos_token", "pad_token"):
             token = getattr(self.args, name)
-            if token is not None and token not in self.processing_class.get_vocab():
+            if token is not None and token not in tokenizer_of(self.processing_class).get_vocab():
                 raise ValueError(
                     f"{name}={token!r} is no token of the student's tokenizer: leave it out, or add the token first"
                 )
+
+    def with_processing_class(self) -> "Given":
+        """The same with the student's tokenizer, or processor where its rows have pictures."""
+        if self.processing_class is not None:
+            return self
+        load: Any = student_processor if self.has_pictures else student_tokenizer
+        return self._replace(processing_class=load(self.model, self.args))
 
     def with_adapters_loaded(self) -> "Given":
         """The same with the student loaded, and its tokenizer, if it was given as a folder of adapters.
@@ -93,7 +111,7 @@ class Given(NamedTuple):
         if not is_adapter_folder(self.model):
             return self
         tokenizer = self.processing_class
-        if tokenizer is None and has_tokenizer(self.model):
+        if tokenizer is None and has_tokenizer(self.model) and not self.has_pictures:
             tokenizer = student_tokenizer(self.model, self.args)
         model = load_adapters(self.model, self.args, self.quantization_config)
         args = copy.copy(self.args)

@@ -11,15 +11,12 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor
 from transformers import DataCollator, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
 from hf_distill.losses.hard import hard_label_loss
@@ -31,14 +28,17 @@ from hf_distill.modeling import (
     evaluating,
     expose_hidden_states,
     gathered,
+    is_vision_language,
     keep_4bit_weights,
     label_positions,
     last_hidden_states,
     load_balancing_loss,
     select_positions,
+    trying,
 )
-from hf_distill.named import student_positions, student_rows, student_tokenizer
-from hf_distill.token_rows import PEEKED_ROWS, Limits, Room, check_batch, without_long_rows
+from hf_distill.named import student_positions, student_rows
+from hf_distill.teachers.columns import PREFIX
+from hf_distill.token_rows import check_batch
 from hf_distill.trainers.checks import (
     AnyDataset,
     as_it_came,
@@ -51,31 +51,28 @@ from hf_distill.trainers.checks import (
     refuse_lost_processes,
     refuse_output_dir,
     refuse_packed_evaluation,
+    refuse_processing_class,
     refuse_prompt_learning,
     refuse_sharding,
+    refuse_sight,
     refuse_split,
-    refuse_vision,
 )
-from hf_distill.trainers.data import (
-    as_they_are,
-    brought,
-    check_columns,
-    checked,
-    cut_labels,
-    filled_up,
-    formatted,
-    one_format,
-    refuse_no_label,
-    tell_lost_labels,
-    tell_uncounted,
-    with_label,
-    without_fillers,
-)
+from hf_distill.trainers.data import as_they_are
 from hf_distill.trainers.given import Given, Reader
 from hf_distill.trainers.hard_label_config import HardLabelConfig, keywords
 from hf_distill.trainers.input_checks import check_inputs
 from hf_distill.trainers.packing import check_packing, joins
-from hf_distill.trainers.surviving import SurvivingTrainer
+from hf_distill.trainers.pictures import (
+    freeze_tower,
+    kept_to_language,
+    picture_rows,
+    refuse_for_pictures,
+    refuse_student,
+    spans_of,
+    student_collator,
+    try_rows,
+)
+from hf_distill.trainers.preparing import PreparingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +81,7 @@ PROBE_ROWS = 16
 EVALUATED = ("loss", "ce", "student_entropy", "aux_loss", "runtime", "samples_per_second", "steps_per_second")
 
 
-class HardLabelTrainer(SurvivingTrainer):
+class HardLabelTrainer(PreparingTrainer):
     """Trains a student on hard labels, as `trl.SFTTrainer` does, exactly, and in runs that survive.
 
     `loss = CE`, averaged over the label-bearing tokens of the whole accumulated batch of all processes. It is the
@@ -106,11 +103,12 @@ class HardLabelTrainer(SurvivingTrainer):
         args ([`HardLabelConfig`], *optional*): settings, by default with an output directory.
         train_dataset (`Dataset` or `IterableDataset`): any TRL format: text, prompt/completion, messages, input_ids.
         eval_dataset (`Dataset`, `IterableDataset` or a dict of them, *optional*): measured with the same loss.
-        processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer, by default loaded with it.
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
+            The student's tokenizer, or its processor of pictures and texts, by default loaded with it.
 
     Raises:
         `ValueError`: at construction, for anything that could not be trained on: missing columns, no row with a label,
-            vision models, and what [`HardLabelConfig`] refuses.
+            pictures that no model sees, and what [`HardLabelConfig`] refuses.
     """
 
     args: HardLabelConfig
@@ -118,6 +116,7 @@ class HardLabelTrainer(SurvivingTrainer):
     _evaluated: tuple[str, ...] = ()  # how the metrics of an evaluation begin that only this trainer has
     _config: type[HardLabelConfig] = HardLabelConfig
     _output_dir = "sft_output"
+    _sees = True  # whether rows may have pictures
     _tag_names = ["hf_distill", "sft"]
     _name = "SFT"
 
@@ -180,29 +179,42 @@ class HardLabelTrainer(SurvivingTrainer):
         is_open = is_open or given.compute_metrics is not None
         check_best_metric(args, given.eval_dataset, self.evaluated(args), is_open=is_open)
         refuse_prompt_learning(given.peft_config, model, *teachers.values())
-        refuse_vision(model, given.processing_class)
+        refuse_processing_class(given.processing_class)
+        given = self._check_pictures(given, teachers)
         refuse_split(model)
         for name, dataset in given.datasets().items():
             self.check_rows(dataset, name, args, given.formatting_func is not None)
             refuse_packed_evaluation(name, args)
         given.check_arguments()
-        given = given.with_adapters_loaded()
-        tokenizer = given.processing_class or student_tokenizer(given.model, args)
-        given = given._replace(processing_class=tokenizer)
+        given = given.with_adapters_loaded().with_processing_class()
         given.check_tokens()
         if args.chat_template_path is None:
             given.check_chat_template(given.processing_class, "the student's", "chat_template_path")
         # Before SFTTrainer looks at a row to see what it is.
-        return given.with_rows(partial(self._brought, args=args)) if given.unprepared() else given
+        prepares = given.unprepared() and not given.has_pictures
+        return given.with_rows(partial(self._brought, args=args)) if prepares else given
+
+    def _check_pictures(self, given: Given, teachers: Mapping[str, Any]) -> Given:
+        """A part of the first step: `picture_rows`, and adapters for the language part of the student alone."""
+        args, model = given.args, given.model
+        if not self._sees:
+            name = type(self).__name__
+            models = {"student": model, **teachers}
+            refuse_sight(name, models, given.processing_class, args, pictures=given.has_pictures)
+            return given
+        if args.freeze_vision_tower:
+            given = given._replace(peft_config=kept_to_language(given.peft_config, model, args))
+        if not given.has_pictures:
+            return given
+        refuse_student(model, given.processing_class, args)
+        columns = set(get_dataset_column_names(given.train_dataset))
+        refuse_for_pictures(args, columns, given.formatting_func is not None)
+        return given.with_rows(partial(picture_rows, args=args))
 
     @classmethod
     def evaluated(cls, args: Any) -> tuple[str, ...]:
         """The beginnings of the names of an evaluation's metrics."""
         return (*EVALUATED, *cls._evaluated)
-
-    def check_rows(self, dataset: AnyDataset, name: str, args: Any, has_formatting: bool) -> None:
-        """Raises `ValueError` for the columns of a data set that cannot be trained on."""
-        check_columns(dataset, name, args, has_formatting)
 
     def start(self, given: Given, *, vocab_size: int) -> None:
         """The last two steps: SFTTrainer's own construction, and the probes of the loaded student.
@@ -215,7 +227,8 @@ class HardLabelTrainer(SurvivingTrainer):
         # Before SFTTrainer's construction, which prepares the rows.
         self.vocab_size, self._positions = vocab_size, student_positions(given.model, args)
         as_given = as_it_came(given.model, given.processing_class, args)
-        if args.skips_preparation:
+        self.has_pictures = given.has_pictures
+        if args.skips_preparation or self.has_pictures:
             # Rows that no model can read would fail in the middle of training.
             given = given.with_rows(partial(as_they_are, limits=self.limits(args, None), args=args))
             given = given.with_rows(partial(self._without_long_rows, args=args))
@@ -228,9 +241,15 @@ class HardLabelTrainer(SurvivingTrainer):
 
         # compute_loss divides by the label-bearing tokens of the whole update, whatever the student's forward takes.
         self.model_accepts_loss_kwargs = True
+        self._tried_pictures: set[str] = set()  # the data sets whose rows have been made batches of
         self.tried_packings: set[bool] = set()  # which ways of joining rows the models have been tried with
-        refuse_vision(self.student, None)
+        if args.freeze_vision_tower and not given.has_adapters and (told := freeze_tower(self.student)):
+            self._tell(told)
         refuse_frozen(self.model)
+        self.picture_spans = spans_of(self.processing_class, self.student.config)
+        if is_vision_language(self.student):
+            is_own = given.data_collator is not None or not self.has_pictures
+            self.data_collator = student_collator(self.data_collator, self.picture_spans, args.max_length, is_own)
         keep_4bit_weights(self.student)
         with self.trying_out():
             check_head(self.student, "student")
@@ -238,13 +257,9 @@ class HardLabelTrainer(SurvivingTrainer):
         expose_hidden_states(self.student)
         self.attach()
         refuse_split(self.student)
-        for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
+        for dataset in self._named_datasets().values():
             self.check_readers(dataset)
         self._try_saving()
-
-    def batch_collator(self) -> Any:
-        """The collator of whole batches; `data_collator` makes the student's side of them."""
-        return self.data_collator
 
     def attach(self) -> None:
         """Part of the last step: what a trainer adds to the loaded student, before rows are tried out on it."""
@@ -267,6 +282,12 @@ class HardLabelTrainer(SurvivingTrainer):
 
     def check_readers(self, dataset: Any) -> None:
         """Raises `ValueError` for prepared rows that one of the models would not read as they are meant."""
+        if self.has_pictures:
+            name = next((n for n, each in self._named_datasets().items() if each is dataset), "held-out")
+            if name not in self._tried_pictures:
+                try_rows(self, dataset, name)
+            self._tried_pictures |= {name} - {"held-out"}
+            return
         readers = self.readers()
         rows = self.first_rows(dataset, 2)
         is_packed = bool(rows) and "seq_lengths" in rows[0]
@@ -274,6 +295,27 @@ class HardLabelTrainer(SurvivingTrainer):
             check_packing(readers, self.data_collator, is_packed, self.vocab_size, self.args.device)
             self.tried_packings.add(is_packed)
         check_lengths(readers, dataset, self.args, self.trying_out)
+
+    def _named_datasets(self) -> Mapping[str, Any]:
+        return named_datasets(self.train_dataset, self.eval_dataset)
+
+    def try_views(self, inputs: dict[str, Any], positions: Tensor) -> None:
+        """Raises `ValueError` for a batch that a teacher would read otherwise than the student."""
+
+    def try_reading(self, inputs: dict[str, Any], positions: Tensor) -> None:
+        """Raises `ValueError` for a batch with pictures that one of the models cannot read."""
+        names = [name for name in inputs if name.startswith(PREFIX)]
+        own = {name: each for name, each in inputs.items() if name not in names}
+        with (
+            torch.no_grad(),
+            self.trying_out(),
+            evaluating(self.student),
+            trying(
+                f"the student ({type(self.student).__name__}) cannot read the batches of its processor "
+                f"({type(self.processing_class).__name__}): do they belong together?"
+            ),
+        ):
+            last_hidden_states(self.student, **own)
 
     # ---------------------------------------------------------------------------------------------------- the loss
 
@@ -307,7 +349,11 @@ class HardLabelTrainer(SurvivingTrainer):
         """A batch without its labels, its label-bearing positions (N,), flat, and the labels (N,) that follow them."""
         inputs = dict(inputs)
         # Rows have been checked when they were prepared. What a collator or a transform makes of them has not.
-        check_batch(inputs, "", self.vocab_size, self.vocab_size, self.processing_class.pad_token_id)
+        seen = inputs
+        if is_vision_language(self.student):  # what stands for pictures need not be a token that can be predicted
+            ids = inputs["input_ids"]
+            seen = {**inputs, "input_ids": ids.masked_fill(self.picture_spans(ids), 0)}
+        check_batch(seen, "", self.vocab_size, self.vocab_size, self.tokenizer.pad_token_id)
         positions, labels = label_positions(inputs.pop("labels"))
         return inputs, positions, labels
 
@@ -361,14 +407,6 @@ class HardLabelTrainer(SurvivingTrainer):
         shifted = [{"labels": each, "shift_labels": each[..., 1:]} for each in labels]
         return super()._get_num_items_in_batch(shifted, device)
 
-    def first_rows(self, dataset: Any, number: int) -> list[dict[str, Any]]:
-        """The first rows of a data set, with the columns that the collator is given in training."""
-        self._set_signature_columns_if_needed()
-        rows = islice(iter(dataset), number)
-        if not self.args.remove_unused_columns:
-            return [dict(row) for row in rows]
-        return [{name: row[name] for name in row if name in self._signature_columns} for row in rows]
-
     def probe_batch(self) -> tuple[dict[str, Any], Tensor]:
         """A few training rows as a batch on the student's device, and its label-bearing positions."""
         batch = self.batch_collator()(self.first_rows(self.train_dataset, PROBE_ROWS))
@@ -404,94 +442,3 @@ class HardLabelTrainer(SurvivingTrainer):
         if mode == "train":
             mask = inputs.get("attention_mask")
             self._total_train_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
-
-    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"):
-        """As in `trl.SFTTrainer`, of rows that need not be prepared: they are prepared as `evaluate` does it."""
-        if not self.args.skips_preparation:
-            packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
-            test_dataset = self._prepare_dataset(
-                test_dataset, self.processing_class, self.args, packing, self._formatting_func, metric_key_prefix
-            )
-        return without_fillers(super().predict(test_dataset, ignore_keys, metric_key_prefix), test_dataset)
-
-    # --------------------------------------------------------------------------------------------------------- rows
-
-    _brought = staticmethod(brought)
-
-    def limits(self, args: SFTConfig, max_length: int | None) -> Limits:
-        """The ids, labels and lengths that rows may have."""
-        masks = args.completion_only_loss is not False
-        return Limits(self.vocab_size, max_length=max_length, completion_masks=masks)
-
-    def rooms(self, columns: set[str]) -> list[Room]:
-        """The tokens that the models can read of the student's rows; `columns` are those of the rows."""
-        return [Room("the student", self._positions)]
-
-    def _without_long_rows(self, dataset: Any, name: str, args: Any) -> Any:
-        rooms = self.rooms(set(next(iter(dataset), {}))) if args.drop_long_rows else []
-        return without_long_rows(dataset, name, rooms, args.dataset_num_proc)
-
-    def prepare_rows(self, dataset: Any, name: str, args: Any) -> Any:
-        """Rows of token ids and labels, as the trainer needs them; trainers add columns of theirs here."""
-        return dataset
-
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        dataset = self._tokenized(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        return self.prepare_rows(dataset, dataset_name, args)
-
-    def _tokenized(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """Rows of token ids and labels, checked, and packed if asked; those without a label are dropped."""
-        self.check_rows(dataset, dataset_name, args, formatting_func is not None)  # an evaluation brings its own
-        columns = get_dataset_column_names(dataset)
-        is_tokenized, is_packed = "input_ids" in columns, "seq_lengths" in columns
-        if not is_tokenized:
-            if formatting_func is not None:
-                dataset, formatting_func = formatted(dataset, dataset_name, args, formatting_func), None
-            dataset = one_format(dataset, dataset_name, args)
-        packing = packing and not is_packed
-        if packing:
-            # Rows are dropped and counted before they are joined. Of the strategies, only "bfd" cuts at max_length.
-            alone = copy.copy(args)
-            alone.shuffle_dataset, alone.truncation_mode = False, "keep_start"
-            alone.max_length = args.max_length if args.packing_strategy == "bfd" else None
-            dataset = self._tokenized(dataset, processing_class, alone, False, formatting_func, dataset_name)
-            formatting_func, is_tokenized = None, True
-        elif is_tokenized:  # by the numbers that its rows have for the caller
-            dataset = checked(dataset, dataset_name, self.limits(args, args.max_length), args)
-        whole, cut = dataset, None
-        if isinstance(dataset, Dataset) and not packing and args.max_length is not None:
-            # In two steps, so that it can be told what is cut off.
-            uncut = copy.copy(args)
-            uncut.max_length, uncut.shuffle_dataset = None, False
-            whole = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, dataset_name)
-            assert isinstance(whole, Dataset)
-            cut, formatting_func = cut_labels(whole, dataset_name, args), None
-        prepared = super()._prepare_dataset(whole, processing_class, args, packing, formatting_func, dataset_name)
-        limits = self.limits(args, None)
-        kept = with_label(prepared, dataset_name, None if is_tokenized else limits, args)
-        if isinstance(dataset, Dataset):
-            assert isinstance(kept, Dataset)
-            refuse_no_label(kept, dataset_name, args, cut)
-            if not packing:
-                tell_lost_labels(dataset.num_rows, dataset.num_rows - kept.num_rows, dataset_name, cut, args)
-        elif not packing:
-            first = dataset.take(PEEKED_ROWS)
-            first = super()._prepare_dataset(first, processing_class, args, False, formatting_func, dataset_name)
-            refuse_no_label(with_label(first, dataset_name, limits, args), dataset_name, args)
-            tell_uncounted(dataset_name, args)
-        return kept if packing else self._without_long_rows(kept, dataset_name, args)
-
-    def _get_dataloader(self, dataset, description, batch_size, *args, is_training: bool = False, **kwargs):
-        if not is_training:
-            self.check_readers(dataset)  # of an evaluation's own rows
-            processes = self.accelerator.num_processes
-            dataset = filled_up(dataset, batch_size * processes, self.filler) if processes > 1 else dataset
-        own, self.data_collator = self.data_collator, self.batch_collator()
-        try:
-            return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
-        finally:
-            self.data_collator = own
-
-    def filler(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """A row like this one that counts for nothing; None where there is no telling."""
-        return {**row, "labels": [-100] * len(row["labels"])} if "labels" in row else None

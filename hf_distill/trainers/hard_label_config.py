@@ -73,6 +73,14 @@ class HardLabelConfig(SFTConfig):
         },
     )
 
+    freeze_vision_tower: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the part of a vision-language student that sees stays as it is. Adapters then go to its "
+            "language part alone."
+        },
+    )
+
     def __post_init__(self):
         self._check_json()
         take_types(self)

@@ -9,13 +9,13 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HTTPError
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
 from hf_distill.lora import refuse_targets
-from hf_distill.model_files import class_problem, is_adapter_folder, name_problem
+from hf_distill.model_files import auto_class, class_problem, is_adapter_folder, name_problem
 from hf_distill.modeling import causal_lm
 from hf_distill.named import student_without_weights
 from hf_distill.row_files import FILE_FORMATS
@@ -172,7 +172,7 @@ def load_adapters(folder: str, args: SFTConfig, quantization_config: Any = None)
         kwargs["quantization_config"] = quantization_config
     if args.device.type == "cuda" and args.world_size == 1:
         kwargs.setdefault("device_map", {"": args.device})
-    model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+    model = auto_class(base, kwargs).from_pretrained(base, **kwargs)
     return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
 
 

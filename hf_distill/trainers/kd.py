@@ -22,7 +22,8 @@ from hf_distill.losses.hard import hard_label_loss
 from hf_distill.losses.head import Head
 from hf_distill.losses.objective import Objective
 from hf_distill.metrics import sum_dtype
-from hf_distill.modeling import select_positions
+from hf_distill.modeling import select_positions, tokenizer_of, trying
+from hf_distill.picture_rows import has_pictures
 from hf_distill.store.manifest import Manifest
 from hf_distill.teachers import Counting, ModelTeacher, Signal, Teacher, TeacherAway, model_teachers, require_model
 from hf_distill.teachers.columns import PREFIX, AnyDataset, TeacherColumnsCollator, reason_away, take_columns
@@ -37,9 +38,12 @@ from hf_distill.teachers.opening import (
     name_teachers,
     open_teachers,
     readable_ids,
+    refuse_tokens_alone,
+    refuse_without_sight,
     require_models,
     rooms,
 )
+from hf_distill.teachers.own_view import OwnViewTeacher
 from hf_distill.teachers.writing import Method
 from hf_distill.token_rows import Limits, Room
 from hf_distill.trainers.caching import store_writer
@@ -50,6 +54,7 @@ from hf_distill.trainers.hard_label import HardLabelTrainer
 from hf_distill.trainers.hard_label_config import keywords
 from hf_distill.trainers.hidden_layers import HiddenLayers
 from hf_distill.trainers.input_checks import check_teachers
+from hf_distill.trainers.pictures import own_collator
 from hf_distill.trainers.terms import Term
 
 
@@ -135,6 +140,8 @@ class KDTrainer(HardLabelTrainer):
             quantization_config, callbacks, optimizers, formatting_func, compute_metrics, optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics,
         )  # fmt: skip
+        if has_pictures(train_dataset):
+            refuse_tokens_alone(teacher_model)
         # The teacher comes first: what is wrong with it is told before the student is loaded and the data tokenised.
         named = name_teachers(teacher_model, teacher_processing_class, given.args)
         given = self.check(given, named.models)
@@ -178,18 +185,26 @@ class KDTrainer(HardLabelTrainer):
     def open(self, given: Given, named: NamedTeachers) -> None:
         """The second step: the teachers, which are loaded before the student."""
         args = given.args
+        if given.has_pictures:
+            refuse_without_sight(named, args)
         check_teachers(named.models, args)
-        shared, tokenizers = find_tokenizers(named, given.processing_class, args, crosses=self._crosses_tokenizers)
+        processor = given.processing_class if given.has_pictures else None
+        tokenizer, crosses = tokenizer_of(given.processing_class), self._crosses_tokenizers and processor is None
+        shared, tokenizers = find_tokenizers(named, tokenizer, args, crosses=crosses)
         for name in [name for name in shared if shared[name] is None]:
             given.check_chat_template(tokenizers[name], f"{name}'s", "teacher_processing_class")
         self._opened = open_teachers(
-            named, shared, tokenizers, given.model, given.processing_class, args,
-            has_adapters=given.peft_config is not None,
+            named, shared, tokenizers, given.model, tokenizer, args,
+            has_adapters=given.peft_config is not None, processor=processor,
         )  # fmt: skip
         self.teachers, self.teacher = self._opened.by_name, self._opened.teacher
 
     def attach(self) -> None:
         bind_teachers(self._opened, self.model, self.accelerator)
+        for teacher in self.teachers.values():
+            if isinstance(teacher, OwnViewTeacher):
+                own = own_collator(self.data_collator, teacher.processor, teacher.spans)
+                teacher.read_with(own, self.picture_spans)
         self._collate, self._teacher_columns = self.teacher.collate, set[str]()
         for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
             self._keep_columns(dataset)
@@ -223,6 +238,17 @@ class KDTrainer(HardLabelTrainer):
             called = "teacher" if len(self.teachers) == 1 else f"teacher {name}"
             readers.append(Reader(called, teacher.model, read))
         return readers
+
+    def try_views(self, inputs: dict[str, Any], positions: Tensor) -> None:
+        for teacher in self.teachers.values():
+            if isinstance(teacher, OwnViewTeacher):
+                teacher.view(inputs, positions)
+
+    def try_reading(self, inputs: dict[str, Any], positions: Tensor) -> None:
+        super().try_reading(inputs, positions)
+        for name, teacher in self.teachers.items():
+            with trying(f"the teacher {name} cannot read the batches of its processor: do they belong together?"):
+                teacher(inputs, positions)
 
     def check_readers(self, dataset: Any) -> None:
         self._keep_columns(dataset)  # of an evaluation's own rows, too

@@ -47,6 +47,7 @@ class KVProjectionTrainer(KDTrainer):
 
     _config = KVProjectionConfig
     _output_dir = "kv_projection_output"
+    _sees = False
     _crosses_tokenizers = False  # keys and values are compared token by token
     _tag_names = [*KDTrainer._tag_names, "kv-cache-distillation"]
     _name = "KV projection"

@@ -28,7 +28,7 @@ from trl import SFTTrainer
 from hf_distill.cards import CardFacts, complete_card
 from hf_distill.kv_projector import Projectors
 from hf_distill.metrics import TokenMeans, as_json, sum_dtype
-from hf_distill.modeling import causal_lm, drop_unreadable_padding, public_name, weights_kind
+from hf_distill.modeling import causal_lm, drop_unreadable_padding, public_name, tokenizer_of, weights_kind
 from hf_distill.saved_weights import load_weights
 from hf_distill.saving import (
     AsItCame,
@@ -99,6 +99,11 @@ class SurvivingTrainer(SFTTrainer):
         name_bases_absolutely(self.model)
         if is_in_notebook():
             self._show_metrics()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The student's tokenizer, which may be a part of its processor."""
+        return tokenizer_of(self.processing_class)
 
     # ------------------------------------------------------------------------------- for the trainers above this one
 

@@ -32,10 +32,11 @@ from hf_distill import (
 )
 from hf_distill.trainers.hard_label import HardLabelTrainer
 from hf_distill.trainers.hard_label_config import HardLabelConfig
+from hf_distill.trainers.preparing import PreparingTrainer
 from hf_distill.trainers.surviving import SurvivingTrainer
 from tests.conftest import SENTENCES, make_model
 
-TRAINERS = (SurvivingTrainer, HardLabelTrainer, KDTrainer, KVProjectionTrainer, SpeculativeKDTrainer)
+TRAINERS = (SurvivingTrainer, PreparingTrainer, HardLabelTrainer, KDTrainer, KVProjectionTrainer, SpeculativeKDTrainer)
 
 OVERRIDDEN = {
     "_clip_grad_norm": "model",
@@ -181,7 +182,7 @@ def runs(rows, tokenizer, tmp_path_factory):
 
             def watched(self, *args, **kwargs):
                 calls[trainer.__name__, name] += 1
-                if (trainer, name) == (HardLabelTrainer, "_get_dataloader"):
+                if (trainer, name) == (PreparingTrainer, "_get_dataloader"):
                     loaders[kwargs.get("is_training", False)] += 1
                 return method(self, *args, **kwargs)
 

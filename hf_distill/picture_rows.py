@@ -1,0 +1,356 @@
+"""Rows with pictures: one form of them, checks of every row before the training, and batches with pixels.
+
+A picture becomes pixels and tokens in the workers of the data loader, by a processor, through TRL's collator. So rows
+have no token ids before, and what can be known of them without a processor is checked here.
+
+Shapes: B rows of a batch, T tokens of its longest row.
+"""
+
+import base64
+import binascii
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from trl.data_utils import get_dataset_column_names
+
+from hf_distill.modeling import PictureSpans
+from hf_distill.rows import ALIASES, ROLES, is_chat
+from hf_distill.token_rows import PEEKED_ROWS
+
+PICTURES, PICTURE = "images", "image"  # several pictures of a row, or one
+FILLER = "is_filler"  # a column of rows that fill up a batch and count for nothing
+PARTS = ("text", "image")
+ROWS_AT_ONCE = 64
+# Marks of processors for a picture, which other processors would read as words.
+_MARKS = re.compile(r"<\|?(?:image|image_pad|image_soft_token|start_of_image)\|?>")
+# Modes of PIL that become RGB without a loss that nobody would expect.
+MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
+
+AnyDataset = Dataset | IterableDataset
+Row = dict[str, Any]
+
+
+def has_pictures(dataset: Any) -> bool:
+    """True for a data set with a column of pictures, whatever is in it."""
+    is_dataset = isinstance(dataset, Dataset | IterableDataset)  # what is none, the trainers say
+    return is_dataset and picture_column(get_dataset_column_names(dataset)) is not None
+
+
+def picture_column(columns: Sequence[str]) -> str | None:
+    """The column of pictures; None without one."""
+    return next((name for name in (PICTURES, PICTURE) if name in columns), None)
+
+
+# ------------------------------------------------------------------------------------------------------------- one form
+
+
+def with_pictures(dataset: AnyDataset, name: str) -> AnyDataset:
+    """A data set whose pictures are `datasets.Image`: of paths, bytes, and base64 text, alone or in lists.
+
+    Raises:
+        `ValueError`: two columns of pictures, or one of something else.
+    """
+    columns = get_dataset_column_names(dataset)
+    if {PICTURES, PICTURE} <= set(columns):
+        raise ValueError(f"the {name} dataset has both {PICTURES!r} and {PICTURE!r}: remove one of these columns")
+    column = str(picture_column(columns))
+    feature: Any = (dataset.features or {}).get(column)
+    if feature is None:
+        return dataset  # a stream that does not say what it has; its rows are checked as they come
+    is_list = isinstance(feature, List)
+    inner = feature.feature if is_list else feature
+    if is_list != (column == PICTURES):
+        form = "a list of pictures" if column == PICTURES else "one picture"
+        raise ValueError(f"the {name} dataset has {feature} as its {column!r}, which has to be {form} a row")
+    if isinstance(inner, ImageFeature):
+        return dataset
+    wanted = List(ImageFeature()) if is_list else ImageFeature()
+    kind = inner.dtype if isinstance(inner, Value) else "bytes" if isinstance(inner, dict) else str(inner)
+    if kind == "null":
+        return dataset.cast_column(column, wanted)
+    if kind in ("string", "large_string"):
+        if _is_base64(dataset, column):
+            files = {"bytes": Value("binary"), "path": Value("string")}
+            features = dataset.features.copy()
+            features[column] = List(files) if is_list else files
+            dataset = dataset.map(_from_base64, fn_kwargs={"column": column, "name": name}, with_indices=True,
+                                  features=features)  # fmt: skip
+        return dataset.cast_column(column, wanted)
+    is_struct = isinstance(inner, dict) and set(inner) <= {"bytes", "path"}
+    if is_struct or kind in ("binary", "large_binary"):
+        return dataset.cast_column(column, wanted)
+    raise ValueError(
+        f"the {name} dataset has {feature} as its {column!r}: a picture is a datasets.Image, a path, bytes, or text in "
+        "base64"
+    )
+
+
+def _is_base64(dataset: AnyDataset, column: str) -> bool:
+    """True if the first picture of a column of texts is one itself, and not the path of one."""
+    for row in islice(dataset, PEEKED_ROWS):
+        cells = row[column] if isinstance(row[column], list) else [row[column]]
+        if cells and cells[0]:
+            return cells[0].startswith("data:") or (len(cells[0]) > 40 and _decoded(cells[0]) is not None)
+    return False
+
+
+def _decoded(text: str) -> bytes | None:
+    """The bytes of a text in base64, with or without `data:image/png;base64,`; None for another text."""
+    try:
+        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def _from_base64(row: Row, index: int, column: str, name: str) -> Row:
+    def entry(text: str | None) -> dict[str, Any] | None:
+        if text is None:
+            return None
+        data = _decoded(text)
+        if data is None and len(text) > 1000:
+            raise ValueError(f"row {index} of the {name} dataset has a picture that is no base64: write it again")
+        return {"bytes": data, "path": None if data is not None else text}
+
+    cell = row[column]
+    return {column: [entry(text) for text in cell] if isinstance(cell, list) else entry(cell)}
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_picture_rows(dataset: AnyDataset, name: str, used: Sequence[str], text_field: str) -> None:
+    """Raises `ValueError` for rows whose pictures and words do not belong together, and for files that are no pictures.
+
+    Of a data set all rows are looked at, and the headers of all files. The pictures of the first 1,000 rows are read
+    whole, those of a stream's first rows, too.
+
+    Args:
+        used: the columns that are the rows' text.
+        text_field (`str`): the one that is plain text.
+    """
+    for index, row in enumerate(_unread(dataset)):
+        called = f"row {index} of the {name} dataset"
+        pictures = pictures_of(row)
+        for place, picture in enumerate(pictures):
+            if problem := picture_problem(picture, whole=index < PEEKED_ROWS):
+                raise ValueError(f"picture {place} of {called} {problem}")
+        check_places(row, len(pictures), used, text_field, called)
+
+
+def _unread(dataset: AnyDataset) -> Iterator[Row]:
+    """Rows whose pictures are bytes and paths, of a stream the first ones; no picture is read for it."""
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        yield from islice(iter(dataset), PEEKED_ROWS)
+        return
+    for table in dataset.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+        yield from table.to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def picture_problem(picture: Any, *, whole: bool) -> str | None:
+    """What is wrong with a picture, as an entry of `datasets.Image` or a picture of PIL; None if nothing is.
+
+    `whole` says whether it is read to its end, and not its header alone.
+    """
+    if isinstance(picture, Image.Image):
+        return _mode_problem(picture)
+    if not isinstance(picture, Mapping) or not (picture.get("bytes") or picture.get("path")):
+        return f"is no picture, but {type(picture).__name__}: give a datasets.Image, a path, bytes, or text in base64"
+    data, path = picture.get("bytes"), str(picture.get("path"))
+    if data is None:
+        if "://" in path:
+            return f"is an address ({path}): download it first, and give its path"
+        if not os.path.isfile(path):
+            return f"is {path!r}, and there is no such file; paths are relative to the working directory"
+    try:
+        with Image.open(io.BytesIO(data) if data is not None else path) as opened:
+            if (frames := getattr(opened, "n_frames", 1)) > 1:
+                return f"has {frames} frames: save the one that is meant as a file of its own"
+            if problem := _mode_problem(opened):
+                return problem
+            if whole:
+                opened.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"cannot be read ({' '.join(str(error).split())[:200]}): mend the file, or drop the row"
+    return None
+
+
+def _mode_problem(picture: Image.Image) -> str | None:
+    if picture.mode in MODES:
+        return None
+    return f"has the mode {picture.mode}, which has no colours of 8 bits: convert it to RGB first"
+
+
+def check_places(row: Row, number: int, used: Sequence[str], text_field: str, name: str) -> None:
+    """Raises `ValueError` where the places of a row, called `name`, are not those of its `number` of pictures."""
+    if text_field in used:
+        return  # The processor's own token marks the places, and only it can count them.
+    sides = [column for column in used if is_chat(row.get(column))]
+    if not sides:
+        return
+    places, has_user_text = 0, False
+    for column in sides:
+        for message in row[column]:
+            role = ROLES.get(message.get("role") or message.get("from"), message.get("role"))
+            found = _places(message, role, name)
+            if found and (column == "completion" or role == "assistant"):
+                raise ValueError(f"{name} has a picture in an answer (role {role!r}): models here answer in text alone")
+            has_user_text |= role == "user" and isinstance(_content(message), str)
+            places += found
+    if number and not places and has_user_text:
+        return  # TRL puts them before the first text of a user.
+    if places != number:
+        raise ValueError(
+            f"{name} has {number} picture{'s' * (number != 1)} and {places} place{'s' * (places != 1)} for them: each "
+            'picture needs its part {"type": "image"} in the messages, in order; without any, and with content that is '
+            "text, all stand before the first message of a user"
+        )
+
+
+def _content(message: Mapping[str, Any]) -> Any:
+    return message.get("content") if message.get("content") is not None else message.get("value")
+
+
+def _places(message: Mapping[str, Any], role: Any, name: str) -> int:
+    """The places for pictures in a message."""
+    if role not in ("system", "user", "assistant", "tool"):
+        raise ValueError(f"a message of {name} has the role {role!r}; there are system, user, assistant and tool")
+    content = _content(message)
+    if content is None and role == "assistant" and message.get("tool_calls"):
+        return 0
+    if isinstance(content, str):
+        _refuse_marks(content, name)
+        return 0
+    if not isinstance(content, list | tuple) or not all(isinstance(part, Mapping) for part in content):
+        raise ValueError(f"a message of {name} has no content: it has to be text, or a list of parts")
+    for part in content:
+        kind = part.get("type")
+        if kind not in PARTS:
+            raise ValueError(
+                f"a message of {name} has a part of the type {kind!r}; there are text and image. Pictures stand in the "
+                f"column {PICTURES!r}, and {{'type': 'image'}} marks their places"
+            )
+        if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise ValueError(f"a message of {name} has a part of the type 'text' without a text")
+            _refuse_marks(part["text"], name)
+        if kind == "image" and any(part.get(key) is not None for key in ("image", "url", "path", "base64")):
+            raise ValueError(
+                f"a message of {name} has a picture inside of its part: put it into the column {PICTURES!r}, and leave "
+                "{'type': 'image'} in its place"
+            )
+    return sum(part["type"] == "image" for part in content)
+
+
+def _refuse_marks(text: str, name: str) -> None:
+    if marks := _MARKS.findall(text):
+        raise ValueError(
+            f'{name} has {marks[0]!r} in its text: write the content in parts, {{"type": "image"}} and {{"type": '
+            '"text", "text": ...}, so that each processor can put its own marks there'
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+
+def pictures_of(row: Mapping[str, Any]) -> list[Any]:
+    """The pictures of a row; none where its cell is empty."""
+    cell = row.get(PICTURES) if PICTURES in row else row.get(PICTURE)
+    return [] if cell is None else list(cell) if isinstance(cell, list | tuple) else [cell]
+
+
+def rgb(picture: Any) -> Any:
+    """A picture in RGB, on white where it is transparent, as those who made it saw it."""
+    if not isinstance(picture, Image.Image) or picture.mode == "RGB":
+        return picture
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def as_trl_reads(row: Mapping[str, Any]) -> Row:
+    """A row with `images` in RGB, and messages with `role` and `content`. It is new, because TRL's collator changes it.
+
+    Arrow gives all parts of messages the same keys: those without a value are left out.
+    """
+    found = {name: cell for name, cell in row.items() if name not in (PICTURE, FILLER)}
+    found[PICTURES] = [rgb(picture) for picture in pictures_of(row)]
+    if is_chat(found.get("conversations")):
+        found["messages"] = found.pop("conversations")
+    for column in ("messages", "prompt", "completion"):
+        if is_chat(found.get(column)):
+            found[column] = [_message(message) for message in found[column]]
+    return found
+
+
+def _message(message: Mapping[str, Any]) -> Row:
+    role, content = message.get("role") or message.get("from"), _content(message)
+    if isinstance(content, list | tuple):
+        content = [{key: value for key, value in part.items() if value is not None} for part in content]
+    kept = {key: value for key, value in message.items() if key not in ("role", "from", "value", "content")}
+    return {"role": ROLES[role] if role in ALIASES else role, "content": content, **kept}
+
+
+class MaskedPictures:
+    """Batches of a collator, without labels on tokens that stand for pictures.
+
+    Args:
+        collator (`Callable`): makes batches (B, T).
+        spans: tells which tokens stand for pictures.
+    """
+
+    def __init__(self, collator: Any, spans: PictureSpans) -> None:
+        self.collator = collator
+        self.spans = spans
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        batch = dict(self.collator(rows))
+        if isinstance(batch.get("labels"), Tensor) and isinstance(batch.get("input_ids"), Tensor):
+            batch["labels"] = batch["labels"].masked_fill(self.spans(batch["input_ids"]), -100)
+        return batch
+
+
+class PictureCollator(MaskedPictures):
+    """Batches of rows with pictures, through a collator of TRL's; only text is cut at `max_length`.
+
+    Args:
+        collator: `trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling`, without a `max_length`.
+        spans: as in [`MaskedPictures`].
+        max_length (`int`, *optional*): the tokens that are kept of a row.
+    """
+
+    def __init__(self, collator: Any, spans: PictureSpans, max_length: int | None = None) -> None:
+        super().__init__(collator, spans)
+        self.max_length = max_length
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        texts = [as_trl_reads(row) for row in rows]
+        batch = dict(self.collator(texts))
+        ids = batch["input_ids"]
+        is_picture = self.spans(ids)
+        labels = batch["labels"].masked_fill(is_picture, -100)
+        if any(row.get(FILLER) for row in rows):
+            labels[torch.tensor([bool(row.get(FILLER)) for row in rows])] = -100
+        batch = {"input_ids": ids, **batch, "labels": labels}  # accelerate counts the rows of what comes first
+        if self.max_length is not None and ids.shape[1] > self.max_length:
+            batch = self._cut(batch, is_picture, self.max_length)
+        return batch
+
+    def _cut(self, batch: dict[str, Any], is_picture: Tensor, length: int) -> dict[str, Any]:
+        if is_picture[:, length:].any():
+            last = int(is_picture.any(0).nonzero().max()) + 1
+            raise ValueError(
+                f"the pictures of a row end at token {last}, and max_length={length} would cut them: raise max_length, "
+                "take fewer or smaller pictures, or set max_length to None"
+            )
+        shape = batch["input_ids"].shape
+        return {n: v[:, :length] if isinstance(v, Tensor) and v.shape == shape else v for n, v in batch.items()}

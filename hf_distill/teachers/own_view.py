@@ -1,0 +1,185 @@
+"""A teacher that sees: the student's pictures and tokens, or, with another processor, its own of the same row.
+
+Two processors may cut a picture into different numbers of tokens. What stands for pictures is taken out of both texts;
+the rest has to be the same, token by token. So the label-bearing tokens of both are the same, one after the other.
+
+Shapes: B rows of a batch, T and Tt tokens of student and teacher, N label-bearing positions.
+"""
+
+import copy
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from hf_distill.modeling import PictureSpans, label_positions, num_token_ids, picture_tokens, public_name
+from hf_distill.named import load_processor, name_of, sees
+from hf_distill.picture_rows import MaskedPictures
+from hf_distill.teachers.columns import PREFIX, AnyDataset
+from hf_distill.teachers.local import LocalTeacher
+from hf_distill.token_rows import check_batch
+
+logger = logging.getLogger(__name__)
+
+# Settings of processors that say where they came from, not what they do.
+_ORIGINS = {"name_or_path", "_name_or_path", "processor_class", "chat_template", "image_processor_type"}
+
+
+class OwnViewTeacher(LocalTeacher):
+    """A vision-language model that reads the rows through a processor of its own.
+
+    Args:
+        processor (`ProcessorMixin`): the teacher's.
+        index (`int`): its number among the teachers, in the names of its tensors.
+        all else: as in [`LocalTeacher`].
+    """
+
+    def __init__(self, *args: Any, processor: ProcessorMixin, index: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.processor = _with_padding(processor)
+        tokenizer: Any = self.processor.tokenizer
+        self.spans = PictureSpans(picture_tokens(self.processor, self.model.config, tokenizer=tokenizer), tokenizer)
+        self.prefix = f"{PREFIX}{index}_"
+        self._collator: Any = None
+        self._student_spans: PictureSpans | None = None
+
+    def read_with(self, collator: MaskedPictures, student_spans: PictureSpans) -> None:
+        """Called once, before rows are collated.
+
+        Args:
+            collator: makes batches with this teacher's processor, as the student's are made with its own.
+            student_spans: tells what stands for pictures in the student's tokens.
+        """
+        self._collator, self._student_spans = collator, student_spans
+
+    def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
+        """The same rows: what is read of them is made in [`collate`]."""
+        return dataset
+
+    @property
+    def collate(self) -> Any:
+        """The teacher's tokens, labels and pixels of a batch of rows, under names that begin with its prefix."""
+        return partial(_collate, collator=self._collator, prefix=self.prefix)
+
+    def view(self, inputs: Mapping[str, Any], positions: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """As in [`LocalTeacher`], of its own tensors.
+
+        Raises:
+            `ValueError`: the two processors make different texts of a row.
+        """
+        own = {n.removeprefix(self.prefix): each for n, each in inputs.items() if n.startswith(self.prefix)}
+        num_ids = num_token_ids(self._causal_lm)
+        check_batch(own, "", num_ids, num_ids, self.processor.tokenizer.pad_token_id)
+        own_positions, own_labels = label_positions(own.pop("labels"))
+        assert self._student_spans is not None
+        texts = [
+            text_lines(ids, mask, spans)
+            for ids, mask, spans in (
+                (inputs["input_ids"], inputs.get("attention_mask"), self._student_spans),
+                (own["input_ids"], own.get("attention_mask"), self.spans),
+            )
+        ]
+        labels = inputs["input_ids"].flatten()[positions + 1]
+        if not (_equal(*texts) and _equal(labels, own_labels)):
+            raise ValueError(self._difference(*texts))
+        return own, own_positions
+
+    def _difference(self, student: Tensor, teacher: Tensor) -> str:
+        sides = [[row[row >= 0].tolist() for row in side] for side in (student, teacher)]
+        remedy = "give both the same chat template and answers (processing_class, teacher_processing_class)"
+        for mine, theirs in zip(*sides, strict=True):
+            if mine != theirs:
+                place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+                             min(len(mine), len(theirs)))  # fmt: skip
+                ours, its = (self.processor.tokenizer.decode(side[place : place + 8]) for side in (mine, theirs))
+                return (
+                    f"the processors of student and teacher ({self.name}) make different texts of a row, without "
+                    f"its pictures {len(mine)} and {len(theirs)} tokens: from token {place} on {ours!r} and {its!r}; "
+                    f"{remedy}"
+                )
+        return (
+            f"the processors of student and teacher ({self.name}) make the same text of a row, but other tokens of it "
+            f"bear labels; {remedy}"
+        )
+
+
+def text_lines(input_ids: Tensor, attention_mask: Tensor | None, spans: PictureSpans) -> Tensor:
+    """The tokens (B, T) that stand for text, in order at the beginning of each row, and -1 after them."""
+    is_text = ~spans(input_ids)
+    if attention_mask is not None:
+        is_text &= attention_mask.bool()
+    order = (~is_text).long().argsort(dim=1, stable=True)
+    lines = torch.where(is_text, input_ids, -1).gather(1, order)
+    return lines[:, : int(is_text.sum(1).max())]
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def _collate(rows: Sequence[dict[str, Any]], collator: MaskedPictures, prefix: str) -> dict[str, Tensor]:
+    kept = [{name: cell for name, cell in row.items() if not name.startswith(PREFIX)} for row in rows]
+    return {prefix + name: each for name, each in collator(kept).items() if isinstance(each, Tensor)}
+
+
+def _with_padding(processor: ProcessorMixin) -> ProcessorMixin:
+    """The processor, or a copy of it whose tokenizer pads with the end of text if it has no token for that."""
+    if processor.tokenizer.pad_token is None:
+        processor = copy.deepcopy(processor)
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+# ------------------------------------------------------------------------------------------------- which processor
+
+
+def own_processor(
+    model: Any, given: ProcessorMixin | None, student: ProcessorMixin, args: Any
+) -> ProcessorMixin | None:
+    """A teacher's processor, if it makes other batches than the student's; None if both make the same.
+
+    A teacher that comes without one reads what the student's makes, with a warning.
+    """
+    if given is None and (name := name_of(model)):
+        try:
+            given = load_processor(name, args.teacher_model_init_kwargs, args.trust_remote_code)
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            logger.warning(
+                "the teacher (%s) comes without a processor that works here (%s): it reads what the student's makes. "
+                "Pass teacher_processing_class for another one", public_name(model), " ".join(str(error).split())[:200],
+            )  # fmt: skip
+    if given is None or makes_the_same(given, student):
+        return None
+    return given
+
+
+def makes_the_same(one: ProcessorMixin, other: ProcessorMixin) -> bool:
+    """True if two processors have the same class, settings, chat template and vocabulary."""
+    if one is other:
+        return True
+    return (
+        type(one).__name__ == type(other).__name__
+        and _settings(one) == _settings(other)
+        and one.chat_template == other.chat_template
+        and one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+    )
+
+
+def _settings(processor: ProcessorMixin) -> Any:
+    settings = json.loads(processor.to_json_string())
+    return {name: value for name, value in settings.items() if name not in _ORIGINS}
+
+
+def refuse_blind(teachers: Mapping[str, Any], args: Any) -> None:
+    """Raises `ValueError` for teachers by name that cannot see the pictures of the rows; no weights are read."""
+    for name, model in teachers.items():
+        if sees(model, args.teacher_model_init_kwargs, args.trust_remote_code) is False:
+            raise ValueError(
+                f"the rows have pictures, and the teacher {name} reads text alone: take a vision-language teacher, or "
+                "remove the column of pictures"
+            )

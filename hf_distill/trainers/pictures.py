@@ -1,0 +1,247 @@
+"""Vision-language students in a trainer: refused settings, the frozen tower, rows that are tried before training."""
+
+import copy
+import logging
+import re
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import get_dataset_column_names
+
+from hf_distill.modeling import (
+    PictureSpans,
+    check_length,
+    is_vision_language,
+    language_part,
+    picture_tokens,
+    tokenizer_of,
+    vision_tower,
+)
+from hf_distill.named import sees, student_without_weights
+from hf_distill.picture_rows import (
+    AnyDataset,
+    MaskedPictures,
+    PictureCollator,
+    check_picture_rows,
+    has_pictures,
+    with_pictures,
+)
+from hf_distill.trainers.data import tell_columns, used_format
+
+logger = logging.getLogger(__name__)
+
+# Columns that are read of rows of text alone.
+TEXT_ALONE = {"teacher_prompt", "teacher_input_ids", "teacher_labels", "tools", "chat_template_kwargs"}
+TRIED_ROWS = 256  # rows of a data set that go through the processors before the training
+
+
+# ---------------------------------------------------------------------------------------- before anything is loaded
+
+
+def picture_rows(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
+    """A data set whose pictures, if it has some, are `datasets.Image`, and belong to its words."""
+    if not has_pictures(dataset):
+        return dataset
+    columns = set(get_dataset_column_names(dataset))
+    used = used_format(columns, args.dataset_text_field)
+    if "input_ids" in columns:
+        raise ValueError(
+            f"the {name} dataset has pictures and 'input_ids', but how many tokens a picture is, a processor decides: "
+            "give the rows as messages, or as prompt and completion, or make pixels in a data_collator of your own"
+        )
+    if taken := sorted(columns & TEXT_ALONE):
+        raise ValueError(f"the {name} dataset has pictures, and {taken[0]!r}, which is read of rows of text alone")
+    dataset = with_pictures(dataset, name)
+    check_picture_rows(dataset, name, used, args.dataset_text_field)
+    tell_columns(dataset, name, args)
+    return dataset
+
+
+def refuse_for_pictures(args: Any, columns: set[str], has_formatting: bool) -> None:
+    """Raises `ValueError` for settings that do not go together with pictures in rows of these `columns`."""
+    why = "the rows have pictures, "
+    if args.joins_rows:
+        raise ValueError(f"{why}and packing, eval_packing and padding_free join rows of text alone: set them to False")
+    if args.truncation_mode == "keep_end":
+        raise ValueError(f"{why}which stand at the beginning: truncation_mode='keep_end' would cut them off")
+    if args.drop_long_rows:
+        raise ValueError(f"{why}whose tokens are counted in batches alone: drop_long_rows=True cannot see them before")
+    if has_formatting:
+        raise ValueError(f"{why}and formatting_func makes text alone of them: give them the columns instead")
+    used = used_format(columns, args.dataset_text_field)
+    is_completion = used == ("prompt", "completion")
+    if args.pad_to_multiple_of is not None and is_completion:
+        raise ValueError(f"{why}and TRL pads none with a completion to pad_to_multiple_of: leave it out")
+    if args.assistant_only_loss and is_completion:
+        raise ValueError(
+            f"{why}a prompt and a completion: only the completion is trained anyway; leave assistant_only_loss out"
+        )
+    if args.completion_only_loss and not is_completion:
+        raise ValueError(
+            f"{why}and no prompt and completion, of which completion_only_loss=True speaks: take assistant_only_loss"
+        )
+
+
+def refuse_student(model: Any, processing_class: Any, args: Any) -> None:
+    """Raises `ValueError` for a student that does not see, or a tokenizer where a processor is needed."""
+    if sees(model, args.model_init_kwargs, args.trust_remote_code) is False:
+        raise ValueError(
+            "the rows have pictures, and the student reads text alone: take a vision-language student, or remove the "
+            "column of pictures"
+        )
+    if processing_class is not None and not isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"the rows have pictures, and processing_class is a {type(processing_class).__name__}: pass the student's "
+            "processor (AutoProcessor.from_pretrained), which has the tokenizer in it"
+        )
+
+
+def kept_to_language(peft_config: Any, model: str | PreTrainedModel, args: Any) -> Any:
+    """The same adapters, but none in the part of a model that sees; what the user leaves out stays out, too."""
+    if not isinstance(peft_config, PeftConfig) or not hasattr(peft_config, "exclude_modules"):
+        return peft_config
+    student: Any = student_without_weights(model, args) if isinstance(model, str) else model
+    if student is None or not is_vision_language(student):
+        return peft_config
+    name, _ = language_part(student)
+    own: Any = getattr(peft_config, "exclude_modules")  # noqa: B009 - not all adapters have it
+    if isinstance(own, list | tuple | set):
+        own = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(own)))})"
+    kept: Any = copy.copy(peft_config)
+    outside = rf"(?!{re.escape(name)}\.).*"
+    kept.exclude_modules = f"{outside}|{own}" if own else outside
+    return kept
+
+
+# --------------------------------------------------------------------------------------------- the loaded student
+
+
+def freeze_tower(student: PreTrainedModel) -> str | None:
+    """Freezes the part of a student that sees; returns what there is to tell, None if nothing has changed."""
+    if (found := vision_tower(student)) is None:
+        return None
+    name, tower = found
+    trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
+    if not trained:
+        return None
+    tower.requires_grad_(False)
+    size = sum(parameter.numel() for parameter in trained)
+    return f"{name} ({size:,} parameters) is frozen; freeze_vision_tower=False trains it"
+
+
+def spans_of(processing_class: Any, *configs: Any) -> PictureSpans:
+    """The tokens that stand for pictures, as a processor and configurations name them."""
+    tokenizer = tokenizer_of(processing_class)
+    processor = processing_class if processing_class is not tokenizer else None
+    return PictureSpans(picture_tokens(processor, *configs, tokenizer=tokenizer), tokenizer)
+
+
+def student_collator(collator: Any, spans: PictureSpans, max_length: int | None, is_own: bool) -> MaskedPictures:
+    """TRL's collator of pictures, whose batches are cut and masked here, or another one, whose labels are masked."""
+    if is_own:
+        return MaskedPictures(collator, spans)
+    return PictureCollator(replace(collator, max_length=None), spans, max_length)
+
+
+def own_collator(student: Any, processor: Any, spans: PictureSpans) -> PictureCollator:
+    """The collator of a teacher with a processor of its own, in all else like the student's.
+
+    Raises:
+        `ValueError`: the student's is one of the user's own, which makes batches for one processor.
+    """
+    if not isinstance(student, PictureCollator):
+        raise ValueError(
+            "data_collator makes batches for one processor, and the teacher has another: leave it out, or give the "
+            "teacher none (teacher_processing_class)"
+        )
+    template = None
+    if student.collator.assistant_only_loss and not has_generation_markers(processor.chat_template):
+        template = get_training_chat_template(processor)
+    return PictureCollator(
+        replace(student.collator, processor=processor, chat_template=template), spans, student.max_length
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- tried rows
+
+
+@contextmanager
+def naming_row(name: str):
+    """Turns errors of a processor into a `ValueError` that names the row."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        AssertionError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{name} cannot be made a batch of: {text} ({type(error).__name__})") from error
+
+
+def try_rows(trainer: Any, dataset: AnyDataset, name: str) -> None:
+    """Makes batches of the first rows with pictures, and lets the models of the run read some.
+
+    Raises:
+        `ValueError`: a row that a processor refuses, or that two processors make different texts of; rows without a
+            label; a processor of another model.
+    """
+    collate = trainer.batch_collator()
+    counts: dict[str, int] = dict.fromkeys(("rows", "tokens", "pictures", "labels", "unlabelled", "longest"), 0)
+    for index, row in enumerate(trainer.first_rows(dataset, TRIED_ROWS)):
+        called = f"row {index} of the {name} dataset"
+        with naming_row(called):
+            batch = collate([row])
+            inputs, positions, labels = trainer.take_labels(_on(batch, trainer.student.device))
+            trainer.try_views(inputs, positions)
+        ids = inputs["input_ids"]
+        counts["rows"] += 1
+        counts["tokens"] += ids.numel()
+        counts["pictures"] += int(trainer.picture_spans(ids).sum())
+        counts["labels"] += labels.numel()
+        counts["unlabelled"] += labels.numel() == 0
+        counts["longest"] = max(counts["longest"], ids.shape[1])
+    _tell(counts, name, trainer.args)
+    rows = trainer.first_rows(dataset, max(2, min(TRIED_ROWS, trainer.args.per_device_train_batch_size)))
+    with naming_row(f"the first {len(rows)} rows of the {name} dataset"):
+        batch = _on(collate(rows), trainer.student.device)
+        inputs, positions, _ = trainer.take_labels(batch)
+    for reader in trainer.readers():
+        text = f"the longest of the first {counts['rows']} rows of the {name} dataset"
+        check_length(reader.model, reader.name, counts["longest"], text, f"set max_length, or shorten the {name} rows")
+    trainer.try_reading(inputs, positions)
+
+
+def _on(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: each.to(device) if isinstance(each, Tensor) else each for name, each in batch.items()}
+
+
+def _tell(counts: Mapping[str, int], name: str, args: Any) -> None:
+    if not counts["labels"]:
+        raise ValueError(
+            f"none of the first {counts['rows']} rows of the {name} dataset has a label left to train on; check "
+            f"max_length ({args.max_length}), completion_only_loss, assistant_only_loss and the chat template"
+        )
+    logger.info(
+        "%s: pictures take %d of %d tokens in the first %d rows; none of these bears a label",
+        name, counts["pictures"], counts["tokens"], counts["rows"],
+    )  # fmt: skip
+    if counts["unlabelled"]:
+        logger.warning(
+            "%d of the first %d %s rows have no label, and teach nothing: see max_length (%s) and their answers",
+            counts["unlabelled"], counts["rows"], name, args.max_length,
+        )  # fmt: skip

@@ -1,0 +1,172 @@
+"""A trainer that prepares its rows: in one format, checked, with what the models of the run need beside them.
+
+It knows no loss. What a trainer above it adds to rows goes through `prepare_rows`, what it makes of them through
+`batch_collator`.
+"""
+
+import copy
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset
+from trl import SFTConfig
+from trl.data_utils import get_dataset_column_names
+
+from hf_distill.picture_rows import FILLER
+from hf_distill.token_rows import PEEKED_ROWS, Limits, Room, without_long_rows
+from hf_distill.trainers.checks import AnyDataset
+from hf_distill.trainers.data import (
+    brought,
+    check_columns,
+    checked,
+    cut_labels,
+    filled_up,
+    formatted,
+    one_format,
+    refuse_no_label,
+    tell_lost_labels,
+    tell_uncounted,
+    with_label,
+    without_fillers,
+)
+from hf_distill.trainers.pictures import picture_rows
+from hf_distill.trainers.surviving import SurvivingTrainer
+
+
+class PreparingTrainer(SurvivingTrainer):
+    """A [`SurvivingTrainer`] whose rows are checked and prepared, in training and in evaluations.
+
+    Attributes:
+        vocab_size (`int`): token ids below this may be labels; set before the construction of this class.
+        has_pictures (`bool`): whether rows have pictures, which become tokens in the batch alone; set before, too.
+        all else: [`SurvivingTrainer`] and `trl.SFTTrainer`.
+    """
+
+    vocab_size: int
+    has_pictures: bool  # of the rows
+    _positions: int | None  # the tokens that the student can read; set with `vocab_size`
+
+    def check_readers(self, dataset: Any) -> None:
+        """Raises `ValueError` for prepared rows that one of the models would not read as they are meant."""
+
+    def check_rows(self, dataset: AnyDataset, name: str, args: Any, has_formatting: bool) -> None:
+        """Raises `ValueError` for the columns of a data set that cannot be trained on."""
+        check_columns(dataset, name, args, has_formatting)
+
+    def batch_collator(self) -> Any:
+        """The collator of whole batches; `data_collator` makes the student's side of them."""
+        return self.data_collator
+
+    def first_rows(self, dataset: Any, number: int) -> list[dict[str, Any]]:
+        """The first rows of a data set, with the columns that the collator is given in training."""
+        self._set_signature_columns_if_needed()
+        rows = islice(iter(dataset), number)
+        if not self.args.remove_unused_columns:
+            return [dict(row) for row in rows]
+        return [{name: row[name] for name in row if name in self._signature_columns} for row in rows]
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if self.has_pictures:
+            own = ("conversations", FILLER, self.args.dataset_text_field)
+            self._signature_columns = list(dict.fromkeys((*self._signature_columns, *own)))
+
+    def _is_prepared(self, dataset: Any) -> bool:
+        """True for the data sets that the trainer was made with."""
+        known = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return any(dataset is each for each in (self.train_dataset, *known))
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"):
+        """As in `trl.SFTTrainer`, of rows that need not be prepared: they are prepared as `evaluate` does it."""
+        if not (self.args.skips_preparation or self.has_pictures):
+            packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+            test_dataset = self._prepare_dataset(
+                test_dataset, self.processing_class, self.args, packing, self._formatting_func, metric_key_prefix
+            )
+        return without_fillers(super().predict(test_dataset, ignore_keys, metric_key_prefix), test_dataset)
+
+    # --------------------------------------------------------------------------------------------------- preparation
+
+    _brought = staticmethod(brought)
+
+    def limits(self, args: SFTConfig, max_length: int | None) -> Limits:
+        """The ids, labels and lengths that rows may have."""
+        masks = args.completion_only_loss is not False
+        return Limits(self.vocab_size, max_length=max_length, completion_masks=masks)
+
+    def rooms(self, columns: set[str]) -> list[Room]:
+        """The tokens that the models can read of the student's rows; `columns` are those of the rows."""
+        return [Room("the student", self._positions)]
+
+    def _without_long_rows(self, dataset: Any, name: str, args: Any) -> Any:
+        rooms = self.rooms(set(next(iter(dataset), {}))) if args.drop_long_rows else []
+        return without_long_rows(dataset, name, rooms, args.dataset_num_proc)
+
+    def prepare_rows(self, dataset: Any, name: str, args: Any) -> Any:
+        """Rows of token ids and labels, as the trainer needs them; trainers add columns of theirs here."""
+        return dataset
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        dataset = self._tokenized(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        return self.prepare_rows(dataset, dataset_name, args)
+
+    def _tokenized(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """Rows of token ids and labels, checked, and packed if asked; those without a label are dropped."""
+        self.check_rows(dataset, dataset_name, args, formatting_func is not None)  # an evaluation brings its own
+        columns = get_dataset_column_names(dataset)
+        is_tokenized, is_packed = "input_ids" in columns, "seq_lengths" in columns
+        if not is_tokenized:
+            if formatting_func is not None:
+                dataset, formatting_func = formatted(dataset, dataset_name, args, formatting_func), None
+            dataset = one_format(dataset, dataset_name, args)
+        packing = packing and not is_packed
+        if packing:
+            # Rows are dropped and counted before they are joined. Of the strategies, only "bfd" cuts at max_length.
+            alone = copy.copy(args)
+            alone.shuffle_dataset, alone.truncation_mode = False, "keep_start"
+            alone.max_length = args.max_length if args.packing_strategy == "bfd" else None
+            dataset = self._tokenized(dataset, processing_class, alone, False, formatting_func, dataset_name)
+            formatting_func, is_tokenized = None, True
+        elif is_tokenized:  # by the numbers that its rows have for the caller
+            dataset = checked(dataset, dataset_name, self.limits(args, args.max_length), args)
+        whole, cut = dataset, None
+        if isinstance(dataset, Dataset) and not packing and args.max_length is not None:
+            # In two steps, so that it can be told what is cut off.
+            uncut = copy.copy(args)
+            uncut.max_length, uncut.shuffle_dataset = None, False
+            whole = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, dataset_name)
+            assert isinstance(whole, Dataset)
+            cut, formatting_func = cut_labels(whole, dataset_name, args), None
+        prepared = super()._prepare_dataset(whole, processing_class, args, packing, formatting_func, dataset_name)
+        limits = self.limits(args, None)
+        kept = with_label(prepared, dataset_name, None if is_tokenized else limits, args)
+        if isinstance(dataset, Dataset):
+            assert isinstance(kept, Dataset)
+            refuse_no_label(kept, dataset_name, args, cut)
+            if not packing:
+                tell_lost_labels(dataset.num_rows, dataset.num_rows - kept.num_rows, dataset_name, cut, args)
+        elif not packing:
+            first = dataset.take(PEEKED_ROWS)
+            first = super()._prepare_dataset(first, processing_class, args, False, formatting_func, dataset_name)
+            refuse_no_label(with_label(first, dataset_name, limits, args), dataset_name, args)
+            tell_uncounted(dataset_name, args)
+        return kept if packing else self._without_long_rows(kept, dataset_name, args)
+
+    def _get_dataloader(self, dataset, description, batch_size, *args, is_training: bool = False, **kwargs):
+        if not is_training:
+            if self.has_pictures and not self._is_prepared(dataset):
+                dataset = picture_rows(dataset, "held-out", self.args)
+            self.check_readers(dataset)  # of an evaluation's own rows
+            processes = self.accelerator.num_processes
+            dataset = filled_up(dataset, batch_size * processes, self.filler) if processes > 1 else dataset
+        own, self.data_collator = self.data_collator, self.batch_collator()
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = own
+
+    def filler(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """A row like this one that counts for nothing; None where there is no telling."""
+        if self.has_pictures:
+            return {**row, FILLER: True}
+        return {**row, "labels": [-100] * len(row["labels"])} if "labels" in row else None
