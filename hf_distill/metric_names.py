@@ -28,8 +28,9 @@ SHOWN = 8  # values of a brief log
 # The order in which `brief` shows values; others follow while there is room. Those of an evaluation have `eval_` in
 # front of these names.
 FIRST = (
-    "loss", "kd", "ce", "agreement", "hidden", "kv", "kv/cosine", "rollout/acceptance_rate", "epoch", "learning_rate",
-    "grad_norm", "rollout/tokens_per_second", "aux_loss", "runtime",
+    "loss", "kd", "ce", "agreement", "hidden", "kv", "kv/cosine", "kv/cka", "rollout/acceptance_rate",
+    "rollout/value_of_privilege", "epoch", "learning_rate", "grad_norm", "rollout/tokens_per_second", "aux_loss",
+    "runtime",
 )  # fmt: skip
 
 
@@ -60,9 +61,16 @@ def more_is_better(logged: str) -> bool | None:
 def brief(logs: Mapping[str, Any]) -> dict[str, Any]:
     """The at most eight values of a log that say most about a run, in the order of `FIRST`."""
 
-    def rank(name: str) -> int:
-        name = name.removeprefix("eval_").removeprefix("train_")
-        return FIRST.index(name) if name in FIRST else len(FIRST)
-
-    names = sorted((name for name in logs if name != "total_flos"), key=rank)[:SHOWN]
+    names = sorted((name for name in logs if name != "total_flos"), key=_rank)[:SHOWN]
     return {name: logs[name] for name in names}
+
+
+def telling(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of them that say how well the student learns; of a log without any, the brief one."""
+    best = {name: value for name, value in brief(logs).items() if _rank(name) < FIRST.index("epoch")}
+    return best or brief(logs)
+
+
+def _rank(name: str) -> int:
+    name = name.removeprefix("eval_").removeprefix("train_")
+    return FIRST.index(name) if name in FIRST else len(FIRST)

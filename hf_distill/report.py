@@ -92,7 +92,7 @@ def evaluation_rows(measures: Mapping[str, Mapping[str, Any]]) -> list[dict[str,
             **{model: measure["format"].format(values[model]) if model in values else "" for model in models},
         }
         if len(models) == 3:
-            row["gap recovered"] = f"{gap['share']:.0%} ({gap['low']:.0%} to {gap['high']:.0%})" if gap else ""
+            row["gap recovered"] = f"{gap['share']:z.0%} ({gap['low']:z.0%} to {gap['high']:z.0%})" if gap else ""
         rows.append(row)
     return rows
 
