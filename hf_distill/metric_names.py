@@ -66,7 +66,7 @@ def brief(logs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def telling(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of them that say how well the student learns; of a log without any, the brief one."""
+    """Those of them that say how well the student learns; the brief log if there are none."""
     best = {name: value for name, value in brief(logs).items() if _rank(name) < FIRST.index("epoch")}
     return best or brief(logs)
 

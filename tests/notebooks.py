@@ -31,11 +31,10 @@ def read(name: str) -> NotebookNode:
 def executed(name: str) -> NotebookNode:
     """A notebook with the outputs of a run in an empty folder; an error of a cell is raised."""
     notebook = read(name)
-    os.environ.update(ENVIRONMENT)
     with TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
         client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources, record_timing=False)
-        client.execute()
+        client.execute(env={**os.environ, **ENVIRONMENT})
     for cell in code_cells(notebook):
         cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
     python = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
