@@ -18,7 +18,7 @@ from hf_distill.evaluating.generation import check_prompts
 from hf_distill.evaluating.models import Scoring, answer_measures, fidelity_measures
 from hf_distill.evaluating.questions import Questions
 from hf_distill.evaluation import perplexity, window_length
-from hf_distill.modeling import evaluating
+from hf_distill.modeling import evaluating, tokenizer_of
 from hf_distill.report import markdown, save_curve
 from hf_distill.rows import tokenized_row
 from hf_distill.teachers.local import LocalTeacher
@@ -99,12 +99,12 @@ class _Measuring(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         if not _is_logged(state, self.beginning):
-            self._measure(state, control, model, processing_class)
+            self._measure(state, control, model, tokenizer_of(processing_class))
 
     def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         # The trainer's own flow callback runs before others, and has set by now whether this was the last step.
         if state.global_step % self.every == 0 or control.should_training_stop:
-            self._measure(state, control, model, processing_class)
+            self._measure(state, control, model, tokenizer_of(processing_class))
 
     def _measure(self, state: Any, control: Any, model: Any, tokenizer: Any) -> None:
         if not state.is_world_process_zero:
@@ -156,7 +156,7 @@ class PerplexityCallback(_Measuring):
     ) -> None:
         _check_measuring(self, trainer, every, batch_size)
         model: Any = trainer.model
-        tokenizer: Any = trainer.processing_class
+        tokenizer = tokenizer_of(trainer.processing_class)
         window_length(model, max_length, stride)
         if isinstance(datasets, Dataset | IterableDataset):
             datasets = {"eval": datasets}
@@ -248,7 +248,7 @@ class EvaluateCallback(_Measuring):
         own = getattr(trainer, "teacher", None)
         self.teacher = own.model if teacher is None and isinstance(own, LocalTeacher) else teacher
         if rows is not None:
-            tokenizer: Any = trainer.processing_class
+            tokenizer = tokenizer_of(trainer.processing_class)
             tokenized_row(dict(rows[0]), tokenizer, "the first of the rows")
         if questions is not None:
             check_prompts(cast(Any, trainer.model), questions.prompts, self.scoring.max_new_tokens)

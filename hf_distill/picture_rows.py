@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset, List, Value
+from datasets import Dataset, IterableDataset, List, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -92,6 +92,24 @@ def with_pictures(dataset: AnyDataset, name: str) -> AnyDataset:
         f"the {name} dataset has {feature} as its {column!r}: a picture is a datasets.Image, a path, bytes, or text in "
         "base64"
     )
+
+
+def relative_to(dataset: Dataset, folder: str) -> Dataset:
+    """Rows with the paths of their pictures below a folder, where they are there and not in the working directory."""
+    column = picture_column(dataset.column_names)
+    feature: Any = dataset.features.get(column)
+    kind = getattr(getattr(feature, "feature", feature), "dtype", None)
+    if column is None or kind not in ("string", "large_string") or _is_base64(dataset, column):
+        return dataset
+
+    def placed(path: str | None) -> str | None:
+        below = None if path is None or os.path.isabs(path) else os.path.join(folder, path)
+        return below if below and os.path.isfile(below) and not os.path.isfile(str(path)) else path
+
+    def cells(cell: Any) -> dict[str, Any]:
+        return {column: [placed(path) for path in cell] if isinstance(cell, list) else placed(cell)}
+
+    return dataset.map(cells, input_columns=[column])
 
 
 def _is_base64(dataset: AnyDataset, column: str) -> bool:
@@ -277,6 +295,15 @@ def rgb(picture: Any) -> Any:
     return picture.convert("RGB")
 
 
+def small(picture: Any, side: int = 160) -> str:
+    """A picture as an address that holds it ("data:image/png;base64,..."), at most `side` pixels wide and high."""
+    copy = rgb(picture).copy()
+    copy.thumbnail((side, side))
+    file = io.BytesIO()
+    copy.save(file, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 def as_trl_reads(row: Mapping[str, Any]) -> Row:
     """A row with `images` in RGB, and messages with `role` and `content`. It is new, because TRL's collator changes it.
 
@@ -298,6 +325,14 @@ def _message(message: Mapping[str, Any]) -> Row:
         content = [{key: value for key, value in part.items() if value is not None} for part in content]
     kept = {key: value for key, value in message.items() if key not in ("role", "from", "value", "content")}
     return {"role": ROLES[role] if role in ALIASES else role, "content": content, **kept}
+
+
+def with_fillers(dataset: AnyDataset, size: int) -> AnyDataset:
+    """Rows of a multiple of `size`: at their end copies of the first one that count for nothing."""
+    if not isinstance(dataset, Dataset) or (missing := -len(dataset) % size) == 0:
+        return dataset
+    copies = dataset.select([0] * missing).add_column(FILLER, [True] * missing)  # pyright: ignore[reportCallIssue]
+    return concatenate_datasets([dataset, copies])  # the others have None there
 
 
 class MaskedPictures:

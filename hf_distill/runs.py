@@ -158,12 +158,23 @@ def save_settings(folder: str | PathLike[str], settings: Mapping[str, Any]) -> N
 
 
 def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:
-    """A hash of the token ids and labels of prepared rows, in their order; those of the teachers play no part."""
+    """A hash of the token ids and labels of prepared rows, in their order; those of the teachers play no part.
+
+    Of rows that have none, such as those with pictures, it is one of what they have.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for row in rows:
         kept = {name: list(map(int, row[name])) for name in sorted(row) if name in _HASHED and row[name] is not None}
-        digest.update(repr(kept).encode())
+        digest.update(repr(kept or {name: _hashable(row[name]) for name in sorted(row)}).encode())
     return digest.hexdigest()
+
+
+def _hashable(cell: Any) -> Any:
+    """A cell with the bytes of its pictures in their place."""
+    if isinstance(cell, list | tuple):
+        return [_hashable(each) for each in cell]
+    pixels = getattr(cell, "tobytes", None)
+    return cell if pixels is None else (cell.size, hashlib.sha256(pixels()).hexdigest())
 
 
 _HASHED = ("input_ids", "labels", "completion_mask", "student_prompt_ids", "completion_ids")

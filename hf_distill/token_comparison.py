@@ -25,6 +25,7 @@ from hf_distill.losses.head import default_chunk_size
 from hf_distill.losses.sparse import SparseSignal, TopKSignal, coarse_outcomes, log_tail_of
 from hf_distill.losses.sum import SumSignal
 from hf_distill.modeling import (
+    PictureSpans,
     causal_lm,
     head_of,
     input_device,
@@ -32,6 +33,7 @@ from hf_distill.modeling import (
     last_hidden_states,
     select_positions,
 )
+from hf_distill.picture_rows import pictures_of, small
 from hf_distill.teachers import Signal, Teacher
 from hf_distill.teachers.columns import PREFIX, has_label
 from hf_distill.teachers.local import signal_of
@@ -62,6 +64,7 @@ class TokenRow(NamedTuple):
     kl: np.ndarray  # (n,), float64, KL(teacher || student) in nats; NaN where it is not known
     student: Side
     teacher: Side
+    pictures: tuple[str, ...] = ()  # of the row, small, as addresses that hold them ("data:image/png;base64,...")
 
 
 class TokenComparison(NamedTuple):
@@ -98,6 +101,8 @@ def compare_tokens(
     max_tokens: int = MAX_TOKENS,
     max_length: int | None = None,
     vocab_size: int | None = None,
+    collator: Callable[[Any], dict[str, Any]] | None = None,
+    spans: PictureSpans | None = None,
 ) -> TokenComparison:
     """The predictions of student and teacher at every label-bearing token of the first rows, and their distance.
 
@@ -117,6 +122,11 @@ def compare_tokens(
         max_tokens (`int`): tokens of a row that are kept; whole rows are read.
         max_length (`int`, *optional*): as in `evaluate_fidelity`; for a teacher that is a model.
         vocab_size (`int`, *optional*): as in `evaluate_fidelity`.
+        collator (`Callable`, *optional*):
+            Makes batches of rows that have no tokens before, `trainer.collated` of rows with pictures; the teacher is
+            that of the trainer then.
+        spans ([`~hf_distill.modeling.PictureSpans`], *optional*):
+            `trainer.picture_spans`: the tokens of a picture are one, and the picture stands beside its row.
 
     Raises:
         `ValueError`: what `evaluate_fidelity` refuses; no label-bearing token in these rows.
@@ -127,14 +137,22 @@ def compare_tokens(
     models: Any = (student, teacher) if is_model else (student,)
     size = true_vocabulary(tokenizer, models, vocab_size)
     some = dataset.select(range(min(max_rows, len(dataset)))) if isinstance(dataset, Dataset) else dataset
-    documents = islice(filter(has_label, _documents(some, tokenizer, models, vocab_size, max_length)), max_rows)
+    documents = (
+        islice(filter(has_label, _documents(some, tokenizer, models, vocab_size, max_length)), max_rows)
+        if collator is None
+        else ({"number": number, "row": row} for number, row in enumerate(islice(some, max_rows)))
+    )
     rows: list[TokenRow] = []
     kinds: set[type] = set()
     temperatures: set[float] = set()
     has_own_text = False
     with measuring(**dict(zip(("student", "teacher"), models, strict=False))):
-        for batch in groups_of(documents, batch_size):
-            found, signal = _compared(model, asked, batch, size, max_tokens)
+        batches = (
+            iter(lambda: list(islice(documents, batch_size)), []) if collator else groups_of(documents, batch_size)
+        )
+        for batch in batches:
+            made = collator([row["row"] for row in batch]) if collator else {**batch_of(batch), **asked.collate(batch)}
+            found, signal = _compared(model, asked, batch, made, size, max_tokens, spans)
             kinds.add(_kind(signal))
             temperatures |= {signal.temperature} if isinstance(signal, SparseSignal) else set()
             has_own_text = has_own_text or f"{PREFIX}input_ids" in batch[0]
@@ -192,17 +210,19 @@ def _documents(
 
 
 def _compared(
-    model: PreTrainedModel, teacher: Any, rows: list[dict[str, Any]], size: int, max_tokens: int
-) -> tuple[list[TokenRow], Signal]:
-    """The rows of a batch, and the signal that the teacher gave."""
+    model: PreTrainedModel, teacher: Any, rows: list[dict[str, Any]], made: dict[str, Any], size: int, max_tokens: int,
+    spans: PictureSpans | None,
+) -> tuple[list[TokenRow], Signal]:  # fmt: skip
+    """The rows of a batch that was made of them, and the signal that the teacher gave."""
     device = input_device(model)
-    batch = {name: tensor.to(device) for name, tensor in batch_of(rows).items()}
-    positions, labels = label_positions(batch.pop("labels"))  # (N,)
+    whole = {name: tensor.to(device) for name, tensor in made.items() if isinstance(tensor, Tensor)}
+    positions, labels = label_positions(whole.pop("labels"))  # (N,)
+    batch = {name: tensor for name, tensor in whole.items() if not name.startswith(PREFIX)}
     width = batch["input_ids"].shape[1]
     hidden = select_positions(last_hidden_states(model, **batch), positions)  # (N, D)
-    own = {name: tensor.to(device) for name, tensor in teacher.collate(rows).items()}
-    signal = teacher({**batch, **own}, positions)
-    places = positions % width + 1
+    signal = teacher(whole, positions)
+    is_shown = _is_shown(batch["input_ids"], spans) & batch["attention_mask"].bool()  # (B, T)
+    places = (is_shown.cumsum(1) - 1).flatten()[positions + 1]
     kept = (places < max_tokens).nonzero().squeeze(1)
     head, parts = head_of(model).truncated(size), []
     view = _VIEWS.get(_kind(signal), _nothing)
@@ -218,9 +238,19 @@ def _compared(
     for i, row in enumerate(rows):
         at = np.flatnonzero(row_of == i)
         sides = (Side(*(array[at] for array in side)) for side in (student, mine))
-        ids = row["input_ids"]
-        found.append(TokenRow(row["number"], ids[:max_tokens], len(ids), kept_places[at], kl[at], *sides))
+        ids = batch["input_ids"][i][is_shown[i]].tolist()
+        pictures = tuple(map(small, pictures_of(row["row"]))) if "row" in row else ()
+        known = kept_places[at], kl[at], *sides
+        found.append(TokenRow(row["number"], ids[:max_tokens], len(ids), *known, pictures=pictures))
     return found, signal
+
+
+def _is_shown(input_ids: Tensor, spans: PictureSpans | None) -> Tensor:
+    """True for tokens (B, T) of text, and for the first of each picture."""
+    if spans is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    is_picture = spans(input_ids)
+    return ~is_picture | ~torch.nn.functional.pad(is_picture, (1, 0))[:, :-1]
 
 
 def _side(said: Sequence[Said]) -> Side:

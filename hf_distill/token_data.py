@@ -29,13 +29,16 @@ def comparison_data(comparison: Any, *, marks: Mapping[int, str] | None = None) 
               (by index of a token, the text that it adds, where that is not its own), `places` (indices of the n tokens
               that were predicted), `kl` (n nats to 4 digits; `surprise`, -log p of the token, where nothing has a KL),
               `student` and `teacher`: `ids` (5n indices into `texts`, -1 for none, the most likely first), `probs` (5n,
-              in thousandths) and `own` (n, those of the token itself); `marks`, if there are some.
+              in thousandths) and `own` (n, those of the token itself); `marks` and `pictures` (addresses that hold
+              them), if there are some.
               None stands for a number that is not known.
     """
     table = _Table(comparison)
     rows = []
     for row in comparison.rows:
         found = _row(row, table, comparison)
+        if row.pictures:
+            found["pictures"] = list(row.pictures)
         if marks is not None and row.number in marks:
             found["marks"] = marks[row.number][: len(row.places)]
         rows.append(found)

@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from hf_distill.cli.brief_logs import shorten_logs
 from hf_distill.cli.reporting import optional, record, write_tokens
+from hf_distill.picture_rows import has_pictures
 from hf_distill.runs import BASELINE
 from hf_distill.saved_weights import load_weights
 from hf_distill.trainers.hard_label import HardLabelTrainer
@@ -88,6 +89,8 @@ def run_baseline(
 
 def hard_label_rows(rows: Dataset) -> Dataset:
     """Prepared rows of any trainer as token ids and labels; of generated texts the completions that were given."""
+    if has_pictures(rows):
+        return rows
     if "input_ids" in rows.column_names:
         return rows.select_columns([name for name in READ if name in rows.column_names])
 
@@ -103,12 +106,14 @@ def _make_baseline(trainer: Any, folder: str, model: str, quantization_config: A
     args = trainer.args
     settings = {each.name: getattr(args, each.name) for each in fields(HardLabelConfig) if each.init}
     settings |= {
-        "output_dir": folder, "dataset_kwargs": {"skip_prepare_dataset": True}, "report_to": "none",
+        "output_dir": folder, "report_to": "none",
+        "dataset_kwargs": None if trainer.has_pictures else {"skip_prepare_dataset": True},
         "push_to_hub": False, "eval_on_start": False, "resume_from_checkpoint": None,
         # The metric of the run's best checkpoint may be one that hard labels do not have.
         "load_best_model_at_end": False, "metric_for_best_model": None, "greater_is_better": None,
     }  # fmt: skip
-    held_out = hard_label_rows(trainer.eval_dataset) if "input_ids" in trainer.eval_dataset.column_names else None
+    are_rows = trainer.has_pictures or "input_ids" in trainer.eval_dataset.column_names
+    held_out = hard_label_rows(trainer.eval_dataset) if are_rows else None
     if held_out is None:
         settings["eval_strategy"] = "no"
     if settings["save_strategy"] == "best":

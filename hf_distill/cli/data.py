@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_distill.cli.arguments import EvaluateArguments, PromptArguments, SFTArguments
 from hf_distill.cli.mixing import Source, mixed, read_sources
 from hf_distill.collators import LUPICollator
+from hf_distill.picture_rows import picture_column, relative_to
 from hf_distill.row_files import first_rows, load_rows, load_splits, take_split
 from hf_distill.rows import fill_templates
 from hf_distill.trainers.data import used_format
@@ -36,7 +37,7 @@ def load_datasets(arguments: SFTArguments, args: HardLabelConfig) -> tuple[Datas
         _refuse_for_several(arguments)
     splits = {source: load_splits(source.name, arguments.dataset_config) for source in sources}
     parts = {
-        source: _filled(take_split(found, source.name, arguments.train_split), arguments)
+        source: _filled(_placed(take_split(found, source.name, arguments.train_split), source.name), arguments)
         for source, found in splits.items()
     }
     if len(sources) == 1:
@@ -51,9 +52,9 @@ def _held_out_rows(arguments: SFTArguments, name: str = "", splits: DatasetDict 
     """Rows of `eval_dataset`; without it the `eval_split` or the split `test` of the one dataset to train on."""
     if arguments.eval_dataset is not None:
         only_split = "train" if os.path.isfile(os.path.expanduser(arguments.eval_dataset)) else "test"
-        rows = load_rows(arguments.eval_dataset, arguments.eval_split or only_split)
+        rows = _placed(load_rows(arguments.eval_dataset, arguments.eval_split or only_split), arguments.eval_dataset)
     elif splits is not None and (arguments.eval_split is not None or "test" in splits):
-        rows = take_split(splits, name, arguments.eval_split or "test")
+        rows = _placed(take_split(splits, name, arguments.eval_split or "test"), name)
     else:
         return None
     return _filled(first_rows(rows, arguments.max_eval_rows), arguments)
@@ -62,7 +63,23 @@ def _held_out_rows(arguments: SFTArguments, name: str = "", splits: DatasetDict 
 def _filled(rows: Dataset, arguments: SFTArguments) -> Dataset:
     if arguments.prompt_template is None or arguments.completion_template is None:
         return rows
-    return fill_templates(rows, arguments.prompt_template, arguments.completion_template)
+    pictures = picture_column(rows.column_names)
+    rows = fill_templates(rows, arguments.prompt_template, arguments.completion_template, keep=[pictures])
+    if pictures is None:
+        return rows
+
+    # As messages: a text by itself would need the mark that its processor has for a picture.
+    def as_messages(prompt: str, completion: str) -> dict[str, list[dict[str, str]]]:
+        found = {"prompt": ("user", prompt), "completion": ("assistant", completion)}
+        return {name: [{"role": role, "content": text}] for name, (role, text) in found.items()}
+
+    return rows.map(as_messages, input_columns=["prompt", "completion"])
+
+
+def _placed(rows: Dataset, name: str) -> Dataset:
+    """Rows whose pictures are found beside the file that names them."""
+    place = os.path.expanduser(name)
+    return relative_to(rows, os.path.dirname(os.path.abspath(place))) if os.path.isfile(place) else rows
 
 
 def _refuse_for_several(arguments: SFTArguments) -> None:

@@ -64,9 +64,10 @@ def write_tokens(trainer: Any, folder: str | None = None) -> None:
         return
     rows, marks = _generated_rows(trainer) if hasattr(trainer, "eval_rows") else (trainer.eval_dataset, None)
     student, teacher = trainer.accelerator.unwrap_model(trainer.model), getattr(trainer, "teacher", None)
+    own = {"collator": trainer.collated, "spans": trainer.picture_spans} if trainer.has_pictures else {}
     comparison = compare_tokens(
-        student, teacher, rows, trainer.processing_class,
-        batch_size=trainer.args.per_device_eval_batch_size, vocab_size=trainer.vocab_size,
+        student, teacher, rows, trainer.tokenizer,
+        batch_size=trainer.args.per_device_eval_batch_size, vocab_size=trainer.vocab_size, **own,
     )  # fmt: skip
     text = json.dumps(comparison_data(comparison, marks=marks), separators=(",", ":"))
     Path(folder or trainer.args.output_dir, TOKENS_FILE).write_text(text, encoding="utf-8")

@@ -358,7 +358,7 @@ def _num_tokens(trainer: Any) -> int:
     rows: Any = trainer.eval_dataset
     if "input_ids" not in rows.column_names:
         return 0
-    labels = (tokenized_row(row, trainer.processing_class)["labels"][1:] for row in rows)
+    labels = (tokenized_row(row, trainer.tokenizer)["labels"][1:] for row in rows)
     return sum(label != -100 for row in labels for label in row)
 
 
@@ -369,6 +369,8 @@ def _measured_teacher(trainer: KDTrainer) -> PreTrainedModel | StoredHiddenTeach
     is the student while it is measured. A store has hidden states of the teacher's own prompts, if there are some.
     """
     teacher = trainer.teacher
+    if trainer.has_pictures:
+        return None  # only the trainer makes batches of its rows
     if isinstance(teacher, StoredHiddenTeacher):
         rows: Any = trainer.eval_dataset
         return None if "teacher_input_ids" in next(iter(rows or []), {}) else teacher
@@ -399,7 +401,7 @@ def _measure(trainer: KDTrainer, load: Callable[[], PreTrainedModel] | None = No
             model.to(trainer.args.device) if load else model,
             teacher,
             rows,
-            trainer.processing_class,
+            trainer.tokenizer,
             batch_size=trainer.args.per_device_eval_batch_size,
             vocab_size=trainer.vocab_size,
         )

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.diagnosis.findings import LeftOut
 from hf_distill.named import student_tokenizer
+from hf_distill.picture_rows import has_pictures
 from hf_distill.quiet import quiet
 from hf_distill.rows import with_messages
 from hf_distill.servers import TeacherAway
@@ -305,6 +306,11 @@ def open_probe(trainer_class: type[HardLabelTrainer], arguments: Mapping[str, An
     Teachers that are models of the caller's come back as they were: trained or frozen, in their mode, on their device.
     So do the states of the random generators of Python, NumPy and torch, which a trainer seeds.
     """
+    if has_pictures(arguments.get("train_dataset")):
+        raise ValueError(
+            "the rows have pictures, and the doctor looks at tokens that are there before a batch is made. The trainer "
+            "itself tries the first rows with pictures when it is constructed"
+        )
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory())
         stack.enter_context(quiet())

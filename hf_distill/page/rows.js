@@ -10,7 +10,7 @@ function collectRows(runs) {
     for (const row of run.tokens.rows) {
       const pieces = piecesOf(run.tokens, row), text = pieces.join("");
       const key = `${row.number}\n${text}`;
-      if (!found.has(key)) found.set(key, { number: row.number, length: row.length, numTokens: row.tokens.length, text, lines: [] });
+      if (!found.has(key)) found.set(key, { number: row.number, length: row.length, numTokens: row.tokens.length, text, pictures: row.pictures ?? [], lines: [] });
       const tokens = predicted(run.tokens, row);
       for (const token of tokens) token.text = pieces[token.place];
       const values = tokens.map((token) => token.value).filter((value) => value !== null);
@@ -154,6 +154,10 @@ class RowsView {
     const head = `Row ${row.number}: ${row.numTokens} tokens${cut}`, isAlone = this.runs.length === 1;
     const values = ({ run, mean, worst }) => `mean ${run.tokens.kl_is === null ? "surprise" : "KL"} ${mean.toFixed(3)}, worst ${worst.toFixed(2)}`;
     const article = element("article", { class: "row" }, element("p", { class: "soft" }, isAlone ? `${head}, ${values(row.lines[0])}` : head));
+    if (row.pictures.length) {
+      const pictures = row.pictures.map((src, i) => element("img", { src, alt: `picture ${i + 1} of row ${row.number}` }));
+      article.append(element("p", { class: "pictures" }, ...pictures));
+    }
     for (const each of row.lines) {
       if (!isAlone) article.append(element("p", { class: "name" }, `${each.run.name}, ${values(each)}`));
       article.append(this.lineElement(each, `${each.run.name}, row ${row.number}`));

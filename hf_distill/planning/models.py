@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from hf_distill.modeling import decoder_layers, head_layer, trying
+from hf_distill.modeling import decoder_layers, head_layer, is_vision_language, trying
 
 # bitsandbytes keeps a scale for each block of this many 4-bit weights; with double quantisation the scales are bytes,
 # and each of their own blocks has a float32.
@@ -86,6 +86,10 @@ def make_model(spec: ModelSpec) -> PreTrainedModel:
     kwargs: dict[str, Any] = {"dtype": dtype_of(spec, config)}
     if spec.attention is not None:
         kwargs["attn_implementation"] = spec.attention
+    if is_vision_language(config):
+        raise ValueError(
+            f"{spec.source} reads pictures, and a plan does not count these: it is for models of text alone"
+        )
     with trying(f"{spec.source} cannot be made from its configuration"):
         model = AutoModelForCausalLM.from_config(config.get_text_config(), **kwargs)
     if spec.bits is not None:

@@ -5,6 +5,7 @@ It knows no loss. What a trainer above it adds to rows goes through `prepare_row
 """
 
 import copy
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ from datasets import Dataset
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
-from hf_distill.picture_rows import FILLER
+from hf_distill.picture_rows import FILLER, with_fillers
 from hf_distill.token_rows import PEEKED_ROWS, Limits, Room, without_long_rows
 from hf_distill.trainers.checks import AnyDataset
 from hf_distill.trainers.data import (
@@ -64,6 +65,11 @@ class PreparingTrainer(SurvivingTrainer):
         if not self.args.remove_unused_columns:
             return [dict(row) for row in rows]
         return [{name: row[name] for name in row if name in self._signature_columns} for row in rows]
+
+    def collated(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of rows of a data set, by the columns that are read in training."""
+        self._set_signature_columns_if_needed()
+        return self.batch_collator()([{n: row[n] for n in row if n in self._signature_columns} for row in rows])
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -158,15 +164,17 @@ class PreparingTrainer(SurvivingTrainer):
                 dataset = picture_rows(dataset, "held-out", self.args)
             self.check_readers(dataset)  # of an evaluation's own rows
             processes = self.accelerator.num_processes
-            dataset = filled_up(dataset, batch_size * processes, self.filler) if processes > 1 else dataset
+            if processes > 1:
+                dataset = self._filled_up(dataset, batch_size * processes)
         own, self.data_collator = self.data_collator, self.batch_collator()
         try:
             return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
         finally:
             self.data_collator = own
 
+    def _filled_up(self, dataset: Any, size: int) -> Any:
+        return with_fillers(dataset, size) if self.has_pictures else filled_up(dataset, size, self.filler)
+
     def filler(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """A row like this one that counts for nothing; None where there is no telling."""
-        if self.has_pictures:
-            return {**row, FILLER: True}
         return {**row, "labels": [-100] * len(row["labels"])} if "labels" in row else None
