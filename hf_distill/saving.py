@@ -40,6 +40,7 @@ LEFT_BY_A_RUN = (
 
 # Settings of a configuration that training changes temporarily.
 CHANGED_BY_TRAINING = ("use_cache", "bos_token_id", "pad_token_id", "output_router_logits", "router_aux_loss_coef")
+GENERATION_TOKENS = ("bos_token_id", "pad_token_id")  # the same of a generation configuration
 # Settings that say how a tokenizer was found on this machine. transformers writes them to the tokenizer's file.
 FOUND_BY = ("is_local", "local_files_only")
 
@@ -326,8 +327,8 @@ class AsItCame:
         self._settings = {
             name: getattr(config.get_text_config(), name, _MISSING) for name in CHANGED_BY_TRAINING if name not in keep
         }
-        pad = getattr(generation_config or config.get_text_config(), "pad_token_id", None)
-        self._generation_pad = _MISSING if "pad_token_id" in keep else pad
+        generation = generation_config or config.get_text_config()
+        self._generation = {name: getattr(generation, name, None) for name in GENERATION_TOKENS if name not in keep}
         self._pad_token = _MISSING if "pad_token_id" in keep else tokenizer_of(tokenizer).pad_token
 
     def restore(self, model: nn.Module) -> None:
@@ -339,9 +340,9 @@ class AsItCame:
                     setattr(config, name, value)
                 elif hasattr(config, name):
                     delattr(config, name)
-        generation_config = getattr(student, "generation_config", None)
-        if generation_config is not None and self._generation_pad is not _MISSING:
-            generation_config.pad_token_id = self._generation_pad
+        if (generation_config := getattr(student, "generation_config", None)) is not None:
+            for name, value in self._generation.items():
+                setattr(generation_config, name, value)
 
     @contextmanager
     def restored(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
@@ -350,7 +351,7 @@ class AsItCame:
         configs = {id(config): config for config in (student.config, student.config.get_text_config())}.values()
         before = [(config, {name: getattr(config, name, _MISSING) for name in self._settings}) for config in configs]
         pad_token = tokenizer.pad_token
-        generation_pad = getattr(getattr(student, "generation_config", None), "pad_token_id", None)
+        generation = {name: getattr(getattr(student, "generation_config", None), name, None) for name in self._generation}
         self.restore(model)
         if self._pad_token is not _MISSING:
             tokenizer.pad_token = self._pad_token
@@ -362,7 +363,8 @@ class AsItCame:
                     if value is not _MISSING:
                         setattr(config, name, value)
             if getattr(student, "generation_config", None) is not None:
-                student.generation_config.pad_token_id = generation_pad  # pyright: ignore
+                for name, value in generation.items():
+                    setattr(student.generation_config, name, value)
             tokenizer.pad_token = pad_token
 
 
