@@ -54,6 +54,7 @@ ELSEWHERE = {
     "trust_remote_code": "of the student's code; its tokenizer and template are compared",
     "router_aux_loss_coef": "a term of the loss",
     "activation_offloading": "where activations are held",
+    "freeze_vision_tower": "which weights are trained",
     "dataset_num_proc": "processes that prepare rows",
     "dataset_kwargs": "skip_prepare_dataset: rows come as tokens, whatever settings say",
     "drop_long_rows": "which rows are left, not what is in them",
