@@ -351,7 +351,8 @@ class AsItCame:
         configs = {id(config): config for config in (student.config, student.config.get_text_config())}.values()
         before = [(config, {name: getattr(config, name, _MISSING) for name in self._settings}) for config in configs]
         pad_token = tokenizer.pad_token
-        generation = {name: getattr(getattr(student, "generation_config", None), name, None) for name in self._generation}
+        own = getattr(student, "generation_config", None)
+        generation = {name: getattr(own, name, None) for name in self._generation}
         self.restore(model)
         if self._pad_token is not _MISSING:
             tokenizer.pad_token = self._pad_token
