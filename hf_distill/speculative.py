@@ -30,9 +30,13 @@ from hf_distill.verifying import (
     sample,
 )
 
+# Tokens of a draft after which the host looks whether all texts have ended. It waits for a GPU then, so there a few
+# tokens behind the ends of all texts cost less.
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
+
 
 class Blocks(NamedTuple):
-    """Counts of each block and row, in the order of generation; all of shape (K,)."""
+    """Counts of each block and row, in the order of generation; all of shape (K,), on the host."""
 
     row: Tensor
     draft_length: Tensor  # the row's draft length in this block
@@ -65,7 +69,7 @@ class Rollout(NamedTuple):
 
 
 class Block(NamedTuple):
-    """One block of all unfinished rows, for a watcher; of a row of `drafts`, the first `drafted` tokens are valid."""
+    """One block of all unfinished rows, for a watcher, on the host; the first `drafted` tokens of a draft are valid."""
 
     rows: Tensor  # (R,)
     drafts: Tensor  # (R, G)
@@ -161,37 +165,43 @@ def verified_rollout(
     shape = len(prompt_ids), config.max_new_tokens
     texts = _Texts(shape, pad_token_id, device)
     noise = _noise(shape, generator, device)
+    # What decides about the next block is on the host, so that a block waits for the device once, when it is over.
     draft_length = torch.full_like(texts.lengths, config.draft_length)  # (B,)
-    rows = torch.arange(shape[0], device=device)  # (R,), the unfinished ones
+    rows = torch.arange(shape[0])  # (R,), the unfinished ones
     blocks, student_forwards = [], 0
 
     with evaluating(student):
         while len(rows):
             place, draft = texts.lengths[rows], draft_length[rows]
-            student_noise, teacher_noise = (_from_place(table[rows], place) for table in noise.unbind(-1))
+            here, start_at = rows.to(device), place.to(device)
+            student_noise, teacher_noise = (_from_place(table[here], start_at) for table in noise.unbind(-1))
 
             limits = torch.minimum(draft, config.max_new_tokens - place)
             with student_context():
                 drafts, drafted = _draft(drafter, head, limits, student_noise, end_of_text, config)
             tokens, accepted, kept, evidence = verifier.check(drafts, drafted, teacher_noise, end_of_text)
-            is_corrected = kept > accepted
+            last = tokens.gather(1, kept[:, None] - 1).squeeze(1)
+            texts.append(here, start_at, tokens, kept, accepted, evidence)
 
+            drafted, accepted, kept, last, ended = torch.stack(
+                [drafted, accepted, kept, last, torch.isin(last, end_of_text)]
+            ).cpu()
+            is_corrected = kept > accepted
             student_forwards += drafts.shape[1]
             blocks.append(Blocks(rows, draft, drafted, accepted, is_corrected.long()))
-            last = tokens.gather(1, kept[:, None] - 1).squeeze(1)
             if watch is not None:
-                watch(Block(rows, drafts, drafted, accepted, last))
+                watch(Block(rows, drafts.cpu(), drafted, accepted, last))
 
-            texts.append(rows, tokens, kept, accepted, evidence)
+            texts.lengths[rows] += kept
             if config.adaptive:
                 draft_length[rows] = torch.where(is_corrected, accepted + 1, draft + 2).clamp(max=config.draft_length)
-            goes_on = ~torch.isin(last, end_of_text) & (texts.lengths[rows] < config.max_new_tokens)
+            goes_on = (ended == 0) & (texts.lengths[rows] < config.max_new_tokens)
             rows = rows[goes_on]
             if len(rows):
                 for reader in readers:
                     reader.rewind(goes_on.nonzero().squeeze(1), (tokens.shape[1] - kept)[goes_on], last[goes_on])
 
-    history = Blocks(*(torch.cat(column).cpu() for column in zip(*blocks, strict=True)))
+    history = Blocks(*(torch.cat(column) for column in zip(*blocks, strict=True)))
     seconds = time.perf_counter() - start
     return texts.finished(RolloutStats(history, student_forwards, len(blocks), seconds, verifier.asked))
 
@@ -200,29 +210,34 @@ class _Texts:
     """The completions of all rows while they are generated."""
 
     def __init__(self, shape: tuple[int, int], pad_token_id: int, device: torch.device) -> None:
-        self.ids = torch.full(shape, pad_token_id, device=device)  # (B, C)
-        self.is_draft = torch.zeros(shape, dtype=torch.bool, device=device)  # (B, C)
-        self.lengths = torch.zeros(shape[0], dtype=torch.long, device=device)  # (B,)
-        self.evidence: Evidence = {}  # (B, C, ...), on the verifier's device
+        rows, self._end = shape
+        # The last column is for tokens that are not kept: to leave them out, the host would have to count them.
+        self.ids = torch.full((rows, self._end + 1), pad_token_id, device=device)  # (B, C + 1)
+        self.is_draft = torch.zeros_like(self.ids, dtype=torch.bool)  # (B, C + 1)
+        self.lengths = torch.zeros(rows, dtype=torch.long)  # (B,), on the host
+        self.evidence: Evidence = {}  # (B, C + 1, ...), on the verifier's device
 
-    def append(self, rows: Tensor, tokens: Tensor, kept: Tensor, accepted: Tensor, evidence: Evidence) -> None:
-        """Appends the first `kept` (R,) of `tokens` (R, W) to `rows` (R,), with the evidence that predicts them."""
-        offsets = torch.arange(tokens.shape[1], device=rows.device).expand_as(tokens)
-        is_kept = offsets < kept[:, None]  # (R, W)
-        row, place = rows[:, None].expand_as(tokens)[is_kept], (self.lengths[rows][:, None] + offsets)[is_kept]
-        self.ids[row, place] = tokens[is_kept]
-        self.is_draft[row, place] = (offsets < accepted[:, None])[is_kept]
+    def append(
+        self, rows: Tensor, place: Tensor, tokens: Tensor, kept: Tensor, accepted: Tensor, evidence: Evidence
+    ) -> None:
+        """Puts the first `kept` (R,) of `tokens` (R, W) into `rows` (R,) from `place` (R,) on, and what predicts them.
+
+        `lengths` are left to the caller.
+        """
+        offsets = torch.arange(tokens.shape[1], device=rows.device)
+        column = (place[:, None] + offsets).where(offsets < kept[:, None], self._end)  # (R, W)
+        row = rows[:, None]
+        self.ids[row, column] = tokens
+        self.is_draft[row, column] = offsets < accepted[:, None]
         for name, found in evidence.items():
             if name not in self.evidence:
                 self.evidence[name] = found.new_zeros(*self.ids.shape, *found.shape[2:])
-            device = found.device
-            self.evidence[name][row.to(device), place.to(device)] = found[is_kept.to(device)]
-        self.lengths[rows] += kept
+            self.evidence[name][row.to(found.device), column.to(found.device)] = found
 
     def finished(self, stats: RolloutStats) -> Rollout:
         """The completions, cut at the end of the longest one."""
         longest = int(self.lengths.max())
-        mask = torch.arange(longest, device=self.ids.device) < self.lengths[:, None]
+        mask = torch.arange(longest, device=self.ids.device) < self.lengths.to(self.ids.device)[:, None]
         evidence = {name: found[:, :longest] for name, found in self.evidence.items()}
         return Rollout(self.ids[:, :longest], mask, self.is_draft[:, :longest], evidence, stats)
 
@@ -247,16 +262,23 @@ def completion_hidden(
 def _draft(
     reader: CachedReader, head: Head, limits: Tensor, uniform: Tensor, end_of_text: Tensor, config: RolloutConfig
 ) -> tuple[Tensor, Tensor]:
-    """Drafts (R, G) of the student, and the valid tokens of each row (R,), which its limit or an end of text ends."""
-    drafts = []
+    """Drafts (R, G) of the student, and the valid tokens of each row (R,), which its limit or an end of text ends.
+
+    `limits` (R,) are on the host.
+    """
+    drafts, longest = [], int(limits.max())
+    limits = limits.to(uniform.device)
     drafted = torch.zeros_like(limits)
     is_open = drafted < limits
-    while is_open.any():
+    look_every = LOOK_EVERY.get(uniform.device.type, LOOK_EVERY["cuda"])
+    while len(drafts) < longest:
         hidden = reader.read(drafts[-1][:, None] if drafts else None)[:, -1]  # (R, Ds)
         position = uniform[:, len(drafts)]
         drafts.append(sample(head.logits(hidden), position, config.student_temperature, config.student_top_p))
         drafted = drafted + is_open
         is_open = is_open & (drafted < limits) & ~torch.isin(drafts[-1], end_of_text)
+        if len(drafts) % look_every == 0 and not is_open.any():
+            break
     return torch.stack(drafts, 1) if drafts else limits.new_zeros(len(limits), 0), drafted
 
 

@@ -203,13 +203,14 @@ def _accepted(head: Head, states: Tensor, drafts: Tensor, drafted: Tensor, confi
     counts = torch.arange(drafts.shape[1], device=states.device) < drafted[:, None]  # (R, G)
     if drafts.numel() == 0 or config.accepts_all(len(head.weight)):
         return drafted
-    likely = torch.zeros_like(counts)
+    # Places behind a draft are judged, too: to leave them out, the host would have to know where they are.
     rows_per_chunk = max(1, CHUNK_BYTES // (4 * len(head.weight)))
     chunks = zip(
-        states[:, : drafts.shape[1]][counts].split(rows_per_chunk), drafts[counts].split(rows_per_chunk), strict=True
-    )
-    likely[counts] = torch.cat([_is_likely(head.logits(hidden), tokens, config) for hidden, tokens in chunks])
-    return likely.long().cumprod(1).sum(1)
+        states[:, : drafts.shape[1]].flatten(0, 1).split(rows_per_chunk), drafts.flatten().split(rows_per_chunk),
+        strict=True,
+    )  # fmt: skip
+    likely = torch.cat([_is_likely(head.logits(hidden), tokens, config) for hidden, tokens in chunks])
+    return (likely.view_as(counts) & counts).long().cumprod(1).sum(1)
 
 
 def _is_likely(logits: Tensor, tokens: Tensor, config: RolloutConfig) -> Tensor:

@@ -2,7 +2,7 @@
 
 - `parts`: backbone, head, layers, positions, vocabulary, device.
 - `probes`: checks that run the model itself.
-- `cache`: reading texts in pieces, removing tokens from a cache.
+- `cache`: reading texts in pieces, removing tokens from a cache; `caches`: the two ways to do that.
 - `capture`: the output of inner layers: hidden states, keys and values.
 - `engines`: split or quantised weights; the loss inside the forward.
 - `rebuilding`: a model with fewer or more layers.
@@ -13,6 +13,11 @@ from hf_distill.modeling.cache import (
     CachedReader,
     cache_keyword,
     check_cache,
+)
+from hf_distill.modeling.caches import (
+    SlotCache,
+    may_have_slots,
+    slots_for,
 )
 from hf_distill.modeling.capture import (
     KVCapture,
@@ -84,6 +89,7 @@ __all__ = [
     "CachedReader",
     "KVCapture",
     "PictureSpans",
+    "SlotCache",
     "WholeCopy",
     "backbone",
     "cache_keyword",
@@ -118,6 +124,7 @@ __all__ = [
     "layer_settings",
     "layer_states",
     "load_balancing_loss",
+    "may_have_slots",
     "named_tensors",
     "num_layers",
     "num_positions",
@@ -130,6 +137,7 @@ __all__ = [
     "set_layer_settings",
     "shared_parameters",
     "shared_vocabulary",
+    "slots_for",
     "tokenizer_of",
     "trying",
     "vision_tower",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_distill.losses.head import Head
 from hf_distill.metrics import sum_dtype
-from hf_distill.modeling import CachedReader, head_of
+from hf_distill.modeling import CachedReader, SlotCache, head_of, may_have_slots, slots_for
 from hf_distill.planning.devices import as_on
 from hf_distill.planning.ledger import CUDA_GRAIN, LiveBytes, Peak
 from hf_distill.planning.models import make_model, no_memory
@@ -65,7 +65,7 @@ def rollout_memory(run: WritingRun) -> Writing:
                 ledger.add([*model.parameters(), *model.buffers()], WEIGHTS)
             ledger.begin()
             drafter, checker = (
-                CachedReader(model, *_prompt(run.rows, length))
+                CachedReader(model, *_prompt(run.rows, length), in_slots=may_have_slots(model.config))
                 for model, length in zip((student, teacher), run.prompts, strict=True)
             )
             with mixed():
@@ -113,10 +113,12 @@ def _cache_bytes(reader: CachedReader) -> int:
     return sum(tensor.nbytes for tensor in _cached(reader))
 
 
-def _fill(reader: CachedReader, slots: int, ledger: LiveBytes) -> None:
+def _fill(reader: CachedReader, tokens: int, ledger: LiveBytes) -> None:
     """Makes the cache as long as it is before the last block, of what it is made of."""
+    cache, reader._longest = reader._cache, tokens
+    slots = slots_for(tokens) if isinstance(cache, SlotCache) else tokens
     with ledger.labelled(CACHE):
-        for layer in reader._cache.layers:
+        for layer in cache.layers:
             for name in ("keys", "values"):
                 rows, heads, _, width = (old := getattr(layer, name)).shape
                 setattr(layer, name, old.new_empty(rows, heads, slots, width))

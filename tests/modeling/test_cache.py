@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_distill.modeling import CachedReader, cache_keyword, check_cache
+from hf_distill.modeling import CachedReader, SlotCache, cache_keyword, caches, check_cache, may_have_slots
 from tests.conftest import FAMILIES, make_model
 
 
@@ -22,16 +22,22 @@ def left_padded(texts, pad=0):
     return ids, torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_cached_reader_reads_what_a_fresh_forward_reads(family):
-    """Random reads and rewinds of ragged rows, most of them longer than a sliding window of 8."""
+IN_SLOTS = sorted(name for name in FAMILIES if may_have_slots(make_model(name).config))
+
+
+@pytest.mark.parametrize(
+    ("family", "in_slots"), [*((name, False) for name in sorted(FAMILIES)), *((name, True) for name in IN_SLOTS)]
+)
+def test_cached_reader_reads_what_a_fresh_forward_reads(family, in_slots, monkeypatch):
+    """Random reads and rewinds of ragged rows, most of them longer than a sliding window of 8, and than all slots."""
+    monkeypatch.setattr(caches, "SLOTS", 5)
     model = make_model(family)
     random = np.random.default_rng(0)
     with torch.no_grad():
         for _ in range(3):
             texts = [random.integers(2, 384, random.integers(1, 14)).tolist() for _ in range(random.integers(1, 5))]
             ids, mask = left_padded(texts)
-            reader, unread = CachedReader(model, ids, mask.bool()), ids.shape[1]
+            reader, unread = CachedReader(model, ids, mask.bool(), in_slots), ids.shape[1]
             for _ in range(7):
                 added = torch.from_numpy(random.integers(2, 384, (len(texts), random.integers(0, 5))))
                 found = reader.read(added if added.shape[1] or random.random() < 0.5 else None)
@@ -50,6 +56,66 @@ def test_cached_reader_reads_what_a_fresh_forward_reads(family):
                     for row, count, token in zip(kept, counts, following, strict=True)
                 ]
                 unread = 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_slots_serve_both_kinds_of_masks(attention):
+    """One text in slots behind padding, in half precision, against the moving cache."""
+    model = make_model().to(torch.bfloat16)
+    model.set_attn_implementation(attention)
+    ids, mask = left_padded([list(range(5, 25)), [7, 8], [9]])
+    found = []
+    for in_slots in (True, False):
+        reader = CachedReader(model, ids, mask, in_slots)
+        with torch.no_grad():
+            reader.read()
+            reader.rewind(torch.tensor([0, 2]), torch.tensor([7, 0]), torch.tensor([3, 4]))
+            found.append(reader.read(torch.tensor([[5, 6], [7, 8]])).float())
+    assert torch.allclose(*found, atol=0.05)
+
+
+def test_slots_are_used_once_they_are_known_to_serve(monkeypatch):
+    """A cache that is checked, or a window, or a forward that takes no mask for each query."""
+    ids = torch.tensor([[3, 4]])
+    kind = {}
+    for name in ("llama", "mistral", "refuses"):
+        model = make_model("llama" if name == "refuses" else name)
+        assert not isinstance(CachedReader(model, ids, ids)._cache, SlotCache)
+        if name == "refuses":
+            forward = model.base_model.forward
+
+            @functools.wraps(forward)
+            def refusing(forward=forward, **kwargs):
+                if (mask := kwargs.get("attention_mask")) is not None and mask.dim() != 2:
+                    raise TypeError("a mask has two dimensions")
+                return forward(**kwargs)
+
+            monkeypatch.setattr(model.base_model, "forward", refusing)
+        check_cache(model, "student")
+        kind[name] = isinstance(CachedReader(model, ids, ids)._cache, SlotCache)
+    assert kind == {"llama": True, "mistral": False, "refuses": False}
+
+
+@pytest.mark.parametrize("settings", [{"sliding_window": 64}, {"layer_types": ["full_attention", "sliding_attention"]}])
+def test_layers_with_windows_have_no_slots(settings):
+    """Short texts would not show that a window counts slots."""
+    config = make_model("qwen2").config
+    assert may_have_slots(config)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    assert not may_have_slots(config)
+
+
+def test_a_row_is_rewound_without_a_copy():
+    model = make_model()
+    ids, mask = left_padded([[5, 6, 7, 8], [9, 10]])
+    reader = CachedReader(model, ids, mask, in_slots=True)
+    with torch.no_grad():
+        reader.read()
+        place = reader._cache.layers[0].keys.data_ptr()
+        reader.rewind(torch.tensor([0, 1]), torch.tensor([3, 0]), torch.tensor([4, 5]))
+        reader.read(torch.tensor([[6, 7], [7, 8]]))
+    assert reader._cache.layers[0].keys.data_ptr() == place
 
 
 def test_cached_reader_forgets_padding_with_the_longest_row():

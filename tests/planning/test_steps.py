@@ -4,7 +4,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
-from transformers import DynamicCache
 
 from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.losses.head import Head
@@ -110,15 +109,16 @@ def test_the_peak_of_a_step_is_that_of_the_profiler(student, lora, checkpointing
     assert student_step(run).peak.total == pytest.approx(Step(model, run).peak(), rel=0.2)
 
 
-def test_caches_of_a_rollout_have_the_bytes_of_real_ones(tmp_path):
-    bytes_of, prompts, new = [], (9, 14), 20
+@pytest.mark.parametrize(("family", "in_slots"), [("llama", True), ("mistral", False)])
+def test_caches_of_a_rollout_have_the_bytes_of_real_ones(family, in_slots, tmp_path):
+    bytes_of, prompts, new = [], (120, 14), 20
     for side, length in zip(("student", "teacher"), prompts, strict=True):
-        model = make_model(num_hidden_layers=3 if side == "teacher" else 2)
+        model = make_model(family, num_hidden_layers=3 if side == "teacher" else 2)
         model.config.save_pretrained(tmp_path / side)
         ids = torch.randint(2, 384, (2, length))
-        reader = CachedReader(model, ids, torch.ones_like(ids))
+        reader = CachedReader(model, ids, torch.ones_like(ids), in_slots)
         reader.read(torch.randint(2, 384, (2, new - 1)))
-        cache: DynamicCache = reader._cache
+        cache = reader._cache
         bytes_of.append(sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)))
     run = WritingRun(
         run_of(str(tmp_path / "student")), ModelSpec(str(tmp_path / "teacher")), RolloutConfig(new), 2, prompts
