@@ -173,7 +173,7 @@ def verified_rollout(
     with evaluating(student):
         while len(rows):
             place, draft = texts.lengths[rows], draft_length[rows]
-            here, start_at = rows.to(device), place.to(device)
+            here, start_at = (x.to(device, non_blocking=True) for x in (rows, place))
             student_noise, teacher_noise = (_from_place(table[here], start_at) for table in noise.unbind(-1))
 
             limits = torch.minimum(draft, config.max_new_tokens - place)
@@ -267,7 +267,7 @@ def _draft(
     `limits` (R,) are on the host.
     """
     drafts, longest = [], int(limits.max())
-    limits = limits.to(uniform.device)
+    limits = limits.to(uniform.device, non_blocking=True)
     drafted = torch.zeros_like(limits)
     is_open = drafted < limits
     look_every = LOOK_EVERY.get(uniform.device.type, LOOK_EVERY["cuda"])

@@ -86,7 +86,7 @@ class CachedReader:
         kept = self.lengths[rows] - counts.cpu()
         self._cache.keep(rows, self.lengths, kept)
         self.lengths, self._longest = kept + 1, int(kept.max()) + 1
-        self._unread = following.to(self.device).unsqueeze(1)
+        self._unread = following.to(self.device, non_blocking=True).unsqueeze(1)
 
 
 @remembered

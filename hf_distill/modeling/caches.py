@@ -92,7 +92,7 @@ class SlotCache(Cache):
             return
         layers: list[Any] = self.layers
         for layer in layers:
-            chosen = rows.to(layer.keys.device)
+            chosen = rows.to(layer.keys.device, non_blocking=True)
             layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
 
 

@@ -66,7 +66,7 @@ def rollout_memory(run: WritingRun) -> Writing:
             ledger.begin()
             drafter, checker = (
                 CachedReader(model, *_prompt(run.rows, length), in_slots=may_have_slots(model.config))
-                for model, length in zip((student, teacher), run.prompts, strict=True)
+                for model, length in zip(_causal(student, teacher), run.prompts, strict=True)
             )
             with mixed():
                 _read(drafter, None, ledger)

@@ -466,6 +466,7 @@ def _checked(
 
 def _rows(batch: dict[str, Tensor]) -> list[Row]:
     """The rows of a batch, without padding."""
+    batch = {name: tensor.cpu() for name, tensor in batch.items()}  # at once, and not row by row
     columns = {
         f"{name}_ids": [
             ids[mask].tolist() for ids, mask in zip(batch[f"{name}_ids"], batch[f"{name}_mask"], strict=True)

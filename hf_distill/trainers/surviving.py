@@ -5,6 +5,7 @@ It knows no teacher and no loss. What a trainer above it adds to a checkpoint go
 """
 
 import logging
+import math
 import os
 from contextlib import nullcontext
 from dataclasses import replace
@@ -267,16 +268,18 @@ class SurvivingTrainer(SFTTrainer):
     def _stop_unless_finite(self, grad_norm: Any = 0.0) -> None:
         # One reduction: in the same update all processes learn that a loss is not finite, and that one is to stop.
         sums = (self._update_loss, len(self._sigterm))
-        loss, signals = self._sum_over_processes(
+        totals = self._sum_over_processes(
             torch.stack([torch.as_tensor(value, device=self.args.device).float() for value in sums])
         )
-        self._update_loss, self._has_agreed_to_stop = 0.0, bool(signals > 0)
-        if not torch.isfinite(loss + torch.as_tensor(grad_norm).to(loss)):
+        # And one look at the device.
+        loss, signals, norm = torch.cat([totals, torch.as_tensor(grad_norm).to(totals).view(1)]).tolist()
+        self._update_loss, self._has_agreed_to_stop = 0.0, signals > 0
+        if not math.isfinite(loss + norm):
             in_a_row = self._skipped_updates >= MAX_SKIPPED_UPDATES
             skipped = f", in {MAX_SKIPPED_UPDATES} updates in a row" if in_a_row else ""
             raise FloatingPointError(
-                f"non-finite training at step {self.state.global_step + 1}: loss {loss.item()}, gradient norm "
-                f"{torch.as_tensor(grad_norm).item()}{skipped}. The optimizer has not stepped; checkpoints up to this "
+                f"non-finite training at step {self.state.global_step + 1}: loss {loss}, gradient norm "
+                f"{norm}{skipped}. The optimizer has not stepped; checkpoints up to this "
                 "step are intact. Try a lower learning rate or temperature, or bf16 instead of fp16, and look at the "
                 "rows of this step"
             )
