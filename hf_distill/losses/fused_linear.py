@@ -16,7 +16,16 @@ from torch import Tensor
 
 from hf_distill.losses.divergence import log_softmax
 from hf_distill.losses.head import Head, default_chunk_size
-from hf_distill.losses.loop import Constants, Predictions, Step, StepResult, check_side, chunked_loss, compare
+from hf_distill.losses.loop import (
+    Constants,
+    Predictions,
+    Step,
+    StepResult,
+    agreeing,
+    check_side,
+    chunked_loss,
+    compare,
+)
 from hf_distill.losses.objective import DistillationLoss, Objective
 
 __all__ = [
@@ -89,8 +98,10 @@ class _DenseStep(NamedTuple):
     ) -> StepResult:
         (teacher_logits,) = inputs
         teacher_logits = self.head.finish_logits_(teacher_logits)  # (n, V)
-        agreement = (student.logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
-        teacher_log_probs = log_softmax(teacher_logits.div_(constants.temperature))
+        agreement = agreeing(student.logits, teacher_logits)
+        if constants.temperature != 1:
+            teacher_logits = teacher_logits.div_(constants.temperature)
+        teacher_log_probs = log_softmax(teacher_logits)
         gradient, kd = compare(student, teacher_log_probs, token_weights, constants)
         return StepResult(gradient, kd, agreement)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.losses.divergence import DIVERGENCE_TERMS, Terms, log_softmax
-from hf_distill.losses.head import Head, HeadGradients, block_rows, default_chunk_size
+from hf_distill.losses.head import Head, HeadGradients, block_rows, default_chunk_size, even_chunks
 from hf_distill.losses.objective import DistillationLoss, Objective, Signal, check_tokens, mean_over_these
 
 
@@ -153,7 +153,7 @@ def chunked_loss(
         objective.temperature,
     )  # fmt: skip
     student = head.truncated(vocab_size).with_product_dtype(hidden)
-    chunk_size = objective.chunk_size or default_chunk_size(device, vocab_size)
+    chunk_size = even_chunks(num_rows, objective.chunk_size or default_chunk_size(device, vocab_size))
     loss, sums = _ChunkedLoss.apply(
         hidden, head.weight, head.bias, labels, token_weights.detach().to(device), student, steps, constants,
         objective.divisor(num_rows, device), chunk_size, objective.compiled, torch.is_grad_enabled(),
@@ -178,6 +178,15 @@ def compare(
     scale = (token_weights * (constants.kd_factor / constants.temperature)).unsqueeze(-1)  # (n, 1)
     gradient = gradient.mul_(scale)
     return gradient.addcmul_(student.probs, -gradient.sum(-1, keepdim=True)), kd
+
+
+def agreeing(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """The number of rows (n, V) in which a token is the most likely one of both sides.
+
+    It is where both are 0 below their maximum. On a CPU, finding the place of a maximum takes ten times as long.
+    """
+    below, other = (x - x.amax(-1, keepdim=True) for x in (student_logits, teacher_logits))
+    return (below.add_(other).amax(-1) == 0).sum()
 
 
 def check_side(side: str, hidden: Tensor, head: Head, vocab_size: int) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hf_distill.losses.divergence import LOG_ZERO, log_softmax
 from hf_distill.losses.head import Head
-from hf_distill.losses.loop import Constants, Predictions, Step, StepResult, chunked_loss, compare
+from hf_distill.losses.loop import Constants, Predictions, Step, StepResult, agreeing, chunked_loss, compare
 from hf_distill.losses.objective import DistillationLoss, Objective, check_tokens
 
 # In the log: the share of the teacher's probability that belongs to tokens whose own probability is known.
@@ -228,7 +228,7 @@ class _WholeStep(NamedTuple):
         self, student: Predictions, inputs: tuple[Tensor, ...], token_weights: Tensor, constants: Constants
     ) -> StepResult:
         (teacher,) = inputs  # (n, V)
-        agreement = (student.logits.argmax(-1) == teacher.argmax(-1)).sum()
+        agreement = agreeing(student.logits, teacher)
         teacher_log_probs = log_softmax(teacher.div_(constants.temperature))
         gradient, kd = compare(student, teacher_log_probs, token_weights, constants)
         return StepResult(gradient, kd, agreement)
