@@ -18,7 +18,16 @@ from transformers import PreTrainedModel
 
 from hf_distill.losses.fused_linear import Head
 from hf_distill.metrics import sum_dtype
-from hf_distill.modeling import CachedReader, causal_lm, check_cache, ensure, evaluating, head_of
+from hf_distill.modeling import (
+    CachedReader,
+    CompiledReader,
+    Reader,
+    causal_lm,
+    check_cache,
+    ensure,
+    evaluating,
+    head_of,
+)
 from hf_distill.verifying import (
     Asked,
     Evidence,
@@ -149,8 +158,12 @@ def verified_rollout(
     generator: torch.Generator | None = None,
     student_context: Callable[[], AbstractContextManager] = nullcontext,
     watch: Callable[[Block], Any] | None = None,
+    make_reader: Reader = CachedReader,
 ) -> Rollout:
-    """Completes the student's prompts as [`rollout`] does, with a verifier that has the teacher's prompts."""
+    """Completes the student's prompts as [`rollout`] does, with a verifier that has the teacher's prompts.
+
+    `make_reader` makes what reads them with the student.
+    """
     start = time.perf_counter()
     eos = _ends_of_text(eos_token_id, pad_token_id)
     prompt_mask = prompt_mask.long()
@@ -158,7 +171,7 @@ def verified_rollout(
     if config.draft_length:
         with student_context():
             check_model(student, "student")
-    drafter = CachedReader(student, prompt_ids, prompt_mask)
+    drafter = make_reader(student, prompt_ids, prompt_mask)
     readers = (drafter, verifier) if config.draft_length else (verifier,)
     head, device = drafter.head.truncated(vocab_size), drafter.device
     end_of_text = torch.tensor(eos, device=device)
@@ -260,7 +273,12 @@ def completion_hidden(
 
 
 def _draft(
-    reader: CachedReader, head: Head, limits: Tensor, uniform: Tensor, end_of_text: Tensor, config: RolloutConfig
+    reader: CachedReader | CompiledReader,
+    head: Head,
+    limits: Tensor,
+    uniform: Tensor,
+    end_of_text: Tensor,
+    config: RolloutConfig,
 ) -> tuple[Tensor, Tensor]:
     """Drafts (R, G) of the student, and the valid tokens of each row (R,), which its limit or an end of text ends.
 

@@ -30,7 +30,7 @@ GROUPS = {
     ),
     "rollouts": (
         "max_new_tokens draft_length adaptive top_k min_prob student_temperature student_top_p teacher_temperature "
-        "teacher_top_p rollout_mix rollout_batch_size value_of_privilege rollout_debug"
+        "teacher_top_p rollout_mix rollout_batch_size rollout_compile value_of_privilege rollout_debug"
     ),
     "teacher": (
         "teacher_quantization teacher_device teacher_model_init_kwargs teacher_weights teacher_combination "

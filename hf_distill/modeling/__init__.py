@@ -3,6 +3,7 @@
 - `parts`: backbone, head, layers, positions, vocabulary, device.
 - `probes`: checks that run the model itself.
 - `cache`: reading texts in pieces, removing tokens from a cache; `caches`: the two ways to do that.
+- `decoding`: a step of one token, compiled.
 - `capture`: the output of inner layers: hidden states, keys and values.
 - `engines`: split or quantised weights; the loss inside the forward.
 - `rebuilding`: a model with fewer or more layers.
@@ -25,6 +26,11 @@ from hf_distill.modeling.capture import (
     kv_widths,
     layer_outputs,
     layer_states,
+)
+from hf_distill.modeling.decoding import (
+    CompiledReader,
+    CompiledStep,
+    Reader,
 )
 from hf_distill.modeling.engines import (
     WholeCopy,
@@ -87,8 +93,11 @@ from hf_distill.modeling.vision import (
 
 __all__ = [
     "CachedReader",
+    "CompiledReader",
+    "CompiledStep",
     "KVCapture",
     "PictureSpans",
+    "Reader",
     "SlotCache",
     "WholeCopy",
     "backbone",

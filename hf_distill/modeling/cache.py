@@ -4,6 +4,7 @@ Shapes: R rows, r of them that go on, P prompt tokens, S slots of the cache, D h
 """
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +41,12 @@ class CachedReader:
         ids (`torch.Tensor` of shape `(R, P)`), mask (`torch.Tensor` of shape `(R, P)`): texts, left-padded.
         in_slots (`bool`, *optional*):
             Whether tokens keep their slots ([`SlotCache`]), by default wherever `check_cache` has found that they can.
+        step (*optional*): a forward for single tokens, and its `cache` ([`~hf_distill.modeling.CompiledStep`]).
     """
 
-    def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor, in_slots: bool | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, ids: Tensor, mask: Tensor, in_slots: bool | None = None, step: Any = None
+    ) -> None:
         self._model = causal_lm(model)
         self.head = head_of(self._model)
         self.device = input_device(self._model)
@@ -50,9 +54,12 @@ class CachedReader:
         self._longest = ids.shape[1]
         self._unread = ids.to(self.device)
         self._cache: MovingCache | SlotCache = MovingCache()
+        self._step = step
         if in_slots is None:
             in_slots = CHECKED_SLOTS in PASSED.get(self._model, ())
-        if in_slots:
+        if step is not None:
+            self._cache = step.cache
+        elif in_slots:
             self._cache = SlotCache(self._model.config.get_text_config(), self._model.dtype)
         self._cache_keyword = cache_keyword(backbone(self._model))
 
@@ -63,7 +70,9 @@ class CachedReader:
         self.lengths, self._longest = self.lengths + added, self._longest + added
         self._unread = tokens[:, :0]
         lengths = self.lengths.to(self.device, non_blocking=True)
-        outputs = backbone(self._model)(
+        is_step = self._step is not None and number == 1 and len(self._cache.layers) > 0
+        forward: Any = self._step if is_step else backbone(self._model)
+        outputs = forward(
             input_ids=readable(tokens, num_token_ids(self._model)),
             attention_mask=self._cache.place(lengths, number, self._longest),
             position_ids=(lengths[:, None] - number + torch.arange(number, device=self.device)).clamp(min=0),

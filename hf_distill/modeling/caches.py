@@ -65,17 +65,17 @@ class SlotCache(Cache):
         self._adds_mask = config._attn_implementation == "eager"
         self._dtype = dtype
         self.slots: Tensor = torch.empty(0)  # (R, q) of the tokens that are read
-        self.visible = self.capacity = 0
+        self.visible = self.capacity = self._held = 0
 
     def _new_layer(self) -> "SlotLayer":
         return SlotLayer(self)
 
     def place(self, lengths: Tensor, num_tokens: int, longest: int) -> Tensor:
         """As in [`MovingCache`], a mask (R, 1, q, S)."""
-        self.visible, self.capacity = longest, slots_for(longest)
+        self.visible, self.capacity = self._held or longest, self._held or slots_for(longest)
         order = lengths[:, None] - num_tokens + torch.arange(num_tokens, device=lengths.device)  # (R, q)
         self.slots = order.where(order >= 0, self.capacity - 1)  # of padding: one that nobody sees
-        visible = torch.arange(longest, device=lengths.device) <= order.clamp(min=0).unsqueeze(-1)  # (R, q, S)
+        visible = torch.arange(self.visible, device=lengths.device) <= order.clamp(min=0).unsqueeze(-1)  # (R, q, S)
         if self._adds_mask:
             visible = torch.zeros_like(visible, dtype=self._dtype).masked_fill(~visible, torch.finfo(self._dtype).min)
         return visible.unsqueeze(1)
@@ -85,6 +85,10 @@ class SlotCache(Cache):
         """As in [`MovingCache`]."""
         layers: list[Any] = self.layers
         return bool(layers) and all(layer.slots is self.slots for layer in layers)
+
+    def hold(self, longest: int) -> None:
+        """Keeps to one size for texts up to `longest` tokens, or the size it has, so that tensors keep their shapes."""
+        self._held = max(self._held, slots_for(longest))
 
     def keep(self, rows: Tensor, lengths: Tensor, kept: Tensor) -> None:
         """As in [`MovingCache`]."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_distill.collators import PromptCollator, pad_prompts, warn_of_truncation
 from hf_distill.metrics import RolloutMeans
-from hf_distill.modeling import WholeCopy, check_cache, is_split
+from hf_distill.modeling import CachedReader, CompiledReader, CompiledStep, Reader, WholeCopy, check_cache, is_split
 from hf_distill.speculative import Block, verified_rollout
 from hf_distill.teachers import Signal, Teacher, TeacherAway, WritingTeacher, require_writer
 from hf_distill.teachers.columns import PREFIX, AnyDataset, take_columns
 from hf_distill.teachers.opening import is_base
 from hf_distill.token_rows import Room, pad, without_long_rows
+from hf_distill.trainers.checks import named_datasets
 from hf_distill.trainers.data import refuse_unread
 from hf_distill.trainers.given import Given
 from hf_distill.trainers.kd import KDTrainer
@@ -145,6 +147,7 @@ class SpeculativeKDTrainer(KDTrainer):
         # A process that writes longer texts makes more forwards: nobody would gather their layers with it.
         splits = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
         self._whole_student = WholeCopy(self.model) if splits else None
+        self._reader = self._compiled_reader(splits) if args.rollout_compile else CachedReader
         if args.top_k > self.vocab_size:
             raise ValueError(f"top_k={args.top_k} is more than the vocabulary has tokens ({self.vocab_size})")
         remembers, drafts = self.teacher.remembers, {}
@@ -165,6 +168,17 @@ class SpeculativeKDTrainer(KDTrainer):
         prompt = torch.zeros(1, 1, dtype=torch.long)
         for source in (name for name, share in args.shares.items() if share):
             self._verifier(prompt, prompt + 1, source)  # what this teacher cannot do is told here
+
+    def _compiled_reader(self, splits: bool) -> Reader:
+        """The student with a compiled step, for the largest batch and the longest prompt; says what it will cost."""
+        if splits:
+            raise ValueError("rollout_compile needs a student that is not split: leave it out with FSDP and ZeRO-3")
+        datasets = named_datasets(self.train_dataset, self.eval_dataset).values()
+        prompts = chain(*(each["student_prompt_ids"] for each in datasets if isinstance(each, Dataset)))
+        longest = max(map(len, prompts), default=0)
+        step = CompiledStep(self.student, self.args.most_rollout_rows, self.args.max_new_tokens, longest)
+        self._tell(step.cost)
+        return partial(CompiledReader, step=step)
 
     @staticmethod
     def _has_signal(args: Any) -> bool:
@@ -314,7 +328,7 @@ class SpeculativeKDTrainer(KDTrainer):
                 student, verifier, *prompts, self._rollout_configs[source],
                 eos_token_id=self.eos_token_ids, pad_token_id=self.pad_token_id, generator=generator,
                 vocab_size=self.vocab_size, student_context=self.accelerator.autocast,  # pyright: ignore[reportArgumentType]
-                watch=partial(self._log_block, source) if self.args.rollout_debug else None,
+                watch=partial(self._log_block, source) if self.args.rollout_debug else None, make_reader=self._reader,
             )  # fmt: skip
             ids, mask, drafted = (tensor.cpu() for tensor in written[:3])
             evidence = written.evidence
@@ -467,13 +481,9 @@ def _checked(
 def _rows(batch: dict[str, Tensor]) -> list[Row]:
     """The rows of a batch, without padding."""
     batch = {name: tensor.cpu() for name, tensor in batch.items()}  # at once, and not row by row
-    columns = {
-        f"{name}_ids": [
-            ids[mask].tolist() for ids, mask in zip(batch[f"{name}_ids"], batch[f"{name}_mask"], strict=True)
-        ]
-        for name in ("student_prompt", "teacher_prompt", "completion")
-        if f"{name}_ids" in batch
-    }
+    names = [name for name in ("student_prompt", "teacher_prompt", "completion") if f"{name}_ids" in batch]
+    pairs = {f"{name}_ids": zip(batch[f"{name}_ids"], batch[f"{name}_mask"], strict=True) for name in names}
+    columns = {name: [ids[mask].tolist() for ids, mask in rows] for name, rows in pairs.items()}
     return [Row(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
 
 

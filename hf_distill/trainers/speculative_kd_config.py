@@ -73,6 +73,13 @@ class SpeculativeKDConfig(KDConfig):
             "small batches and many accumulation steps a larger number is faster."
         },
     )
+    rollout_compile: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the student's step of one token is compiled, for drafts: once, 10 seconds a layer on one "
+            "core. The text stays the same. Not with FSDP or ZeRO-3, nor for layers with windows."
+        },
+    )
     value_of_privilege: bool | None = field(
         default=None,
         metadata={
@@ -161,6 +168,11 @@ class SpeculativeKDConfig(KDConfig):
         names = [entry.name for entry in fields(RolloutConfig)]
         chosen = {name: value for name in names if (value := getattr(self, name)) is not None}
         return RolloutConfig(**chosen | changes)
+
+    @property
+    def most_rollout_rows(self) -> int:
+        """The number of rows that are written at a time, at most."""
+        return self.rollout_batch_size or max(self.per_device_train_batch_size, self.per_device_eval_batch_size)
 
     @property
     def shares(self) -> dict[str, float]:

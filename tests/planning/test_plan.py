@@ -123,7 +123,8 @@ def test_rollouts_have_caches_and_a_phase(settings):
     student, teacher, options = settings
     options |= {"max_length": None, "max_new_tokens": 16}
     plan = plan_run(student, teacher, SpeculativeKDConfig(**options), prompt_tokens=8)
-    assert plan.caches == {"student": 2 * 2 * 2 * 4 * 23 * 8 * 4, "teacher": 2 * 2 * 2 * 4 * 23 * 8 * 4}
+    slots = 128  # for 23 tokens
+    assert plan.caches == dict.fromkeys(("student", "teacher"), 2 * 2 * 2 * 4 * slots * 8 * 4)
     assert "rollout" in plan.phases
 
 

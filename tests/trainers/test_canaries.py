@@ -16,7 +16,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedModel
+from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTTrainer
@@ -71,6 +71,7 @@ SETTINGS = {"_name", "_paper", "_tag_names"}  # class attributes that TRL reads
 # Private names that are used and not overridden.
 USED = {
     "_C": (torch, None),
+    "_attn_implementation": (PreTrainedConfig, None),
     "_cdata": (torch.empty(0).untyped_storage(), None),
     "_current_autograd_node": (torch._C, None),
     "_overloadpacket": (torch.ops.aten.add.Tensor, None),

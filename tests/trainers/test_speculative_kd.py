@@ -146,6 +146,27 @@ def test_update_is_the_one_by_hand_on_the_same_tokens(
     assert_same_gradients(watch.gradients[0], loss, plain)
 
 
+def test_a_compiled_step_changes_no_update_and_its_cost_is_told_first(tmp_path, tokenizer, rows, caplog, monkeypatch):
+    shapes = set()
+
+    def compiled(forward, **_):
+        return lambda **inputs: shapes.add(tuple(inputs["attention_mask"].shape)) or forward(**inputs)
+
+    updates = []
+    for compiles in (False, True):
+        monkeypatch.setattr(torch, "compile", compiled)
+        trainer, watch = watched(
+            tmp_path, make_model("llama", seed=2), make_model("llama", seed=1), rows, tokenizer, max_steps=2,
+            rollout_mix=EVERYTHING, rollout_batch_size=3, adaptive=True, rollout_compile=compiles,
+        )  # fmt: skip
+        assert (caplog.text.count("the student's step is compiled (rollout_compile)") == 1) == compiles
+        assert not shapes
+        trainer.train()
+        updates.append([[row.completion_ids for row in written] for written in watch.rows])
+    assert updates[0] == updates[1]
+    assert shapes == {(3, 1, 1, 128)}
+
+
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon"])
 def test_any_divergence(tmp_path, tokenizer, rows, student, teacher, divergence):
     plain = copy.deepcopy(student)
