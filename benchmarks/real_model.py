@@ -110,7 +110,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save", help="folder in --output for the student, as the second teacher (`second`)")
     parser.add_argument("--keep", type=Path, help="a JSON file of finished runs: --output's are added to it")
     parser.add_argument("--table", action="store_true", help="print the tables of finished runs, and train nothing")
-    parser.add_argument("--every_rate", action="store_true", help="with all learning rates, not each arm's best alone")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     options = parser.parse_args()
     if not options.table and not (options.teacher and options.data_folder):
@@ -127,7 +126,7 @@ def main() -> None:
     if options.keep:
         write_runs(options.keep, runs)
     if options.table:
-        print_tables(runs, options.markdown, options.every_rate)
+        print_tables(runs, options.markdown)
 
 
 if __name__ == "__main__":

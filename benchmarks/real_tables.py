@@ -6,7 +6,7 @@ Shapes: S seeds, R held-out rows.
 import json
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -102,20 +102,15 @@ def budget_text(runs: Sequence[Run]) -> str:
     return f"{data}, student: {student}; {size}; {measured}"
 
 
-def table_rows(runs: Sequence[Run], every_rate: bool) -> list[dict[str, str]]:
-    """A row for each arm, number of updates and learning rate."""
+def table_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """A row for each arm and number of updates, at its best learning rate."""
     untrained = next((run for run in runs if run["arm"] == UNTRAINED), None)
-    groups: dict[tuple, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run["steps"], run["arm"], run["learning_rate"], run["seed"])):
-        groups.setdefault((run["steps"], run["arm"], run["learning_rate"]), []).append(run)
-    best = groups if every_rate else best_rates(groups)
+    groups = by_arm(runs)
+    best = best_rates(groups)
     found = []
     for steps, arm, rate in sorted(best, key=order):
         group = groups[steps, arm, rate]
-        kd, hard = (
-            next((groups[key] for key in best if key[:2] == (steps, name) and (not every_rate or key[2] == rate)), None)
-            for name in (KD, HARD)
-        )
+        kd, hard = (next((groups[key] for key in best if key[:2] == (steps, name)), None) for name in (KD, HARD))
         found.append(
             {
                 "arm": arm, "updates": str(steps or "-"), "rate": f"{rate:g}" if steps else "-",
@@ -129,6 +124,27 @@ def table_rows(runs: Sequence[Run], every_rate: bool) -> list[dict[str, str]]:
             }
         )  # fmt: skip
     return found
+
+
+def sweep_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Hard labels and KD at each learning rate that the first seed has run, by number of updates."""
+    first = [run for run in runs if run["arm"] in (HARD, KD) and run["seed"] == 0]
+    found: dict[tuple, dict[str, str]] = {}
+    for run in sorted(first, key=lambda run: (run["steps"], run["learning_rate"], run["arm"] != HARD)):
+        steps, rate = run["steps"], run["learning_rate"]
+        columns = dict.fromkeys((f"{arm}: {title}" for arm in (HARD, KD) for title in ("nats per token", "KL")), "")
+        row = found.setdefault((steps, rate), {"updates": str(steps), "rate": f"{rate:g}", **columns})
+        for title, name in (("nats per token", "nats"), ("KL", "kl")):
+            row[f"{run['arm']}: {title}"] = f"{run['results'][name]:.3f}"
+    return [*found.values()]
+
+
+def by_arm(runs: Sequence[Run]) -> dict[tuple, list[Run]]:
+    """Runs by updates, arm and learning rate."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run["steps"], run["arm"], run["learning_rate"], run["seed"])):
+        groups.setdefault((run["steps"], run["arm"], run["learning_rate"]), []).append(run)
+    return groups
 
 
 def order(key: tuple) -> tuple:
@@ -151,12 +167,18 @@ def best_rates(groups: dict[tuple, list[Run]]) -> list[tuple]:
     return [min(same, key=worth) for _, same in groupby(sorted(groups), key=lambda key: key[:2])]
 
 
-def print_tables(runs: Sequence[Run], as_markdown: bool, every_rate: bool) -> None:
-    """A table for each data set, student and size of an update."""
+def all_tables(runs: Sequence[Run]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Titles and rows: a table for each data set, student and size of an update, and one of its learning rates."""
     runs = [run for run in runs if "rows" in run]  # those of benchmarks.real_tokenizers have other numbers
-    if not runs:
-        print("no finished run")
     for _, same in groupby(sorted(runs, key=lambda run: str(budget_of(run))), key=budget_of):
         group = [*same]
-        print_table(budget_text(group), table_rows(group, every_rate), as_markdown)
+        yield budget_text(group), table_rows(group)
+        rates = sweep_rows(group)
+        if len(rates) > len({row["updates"] for row in rates}):
+            yield f"{group[0]['data']}, student: {group[0]['student']}; learning rates, one seed", rates
+
+
+def print_tables(runs: Sequence[Run], as_markdown: bool) -> None:
+    for title, rows in all_tables(runs):
+        print_table(title, rows, as_markdown)
         print()

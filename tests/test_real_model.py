@@ -1,14 +1,19 @@
 """`benchmarks/real_model.py`: queues that go on where they were, and the numbers of the tables."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.real_model import ARMS, finish, run_path
 from benchmarks.real_runs import BINS, calibration_error
-from benchmarks.real_tables import best_rates, difference, print_tables, read_runs, table_rows, write_runs
+from benchmarks.real_tables import all_tables, best_rates, difference, print_tables, read_runs, table_rows, write_runs
 from hf_distill import KDConfig
+from hf_distill.report import markdown
+
+ROOT = Path(__file__).parent.parent
 
 
 def about(arm="KD", seed=0, rate=1e-3, steps=4):
@@ -99,12 +104,21 @@ def test_hard_labels_are_judged_by_nats_and_other_arms_by_kl():
 
 def test_the_table_has_the_gap_from_the_untrained_student_to_the_teacher(capsys):
     untrained = run("untrained", steps=0, rate=0.0, nats=(5.0, 8.0, 12.0))
-    rows = table_rows([untrained, run("hard labels"), run("KD", nats=(3.0, 5.0, 8.0))], every_rate=False)
+    rows = table_rows([untrained, run("hard labels"), run("KD", nats=(3.0, 5.0, 8.0))])
     assert [row["arm"] for row in rows] == ["untrained", "hard labels", "KD"]
     assert rows[2]["gap recovered"].startswith("50.0% [50.0%")
     assert rows[2]["nats minus hard labels'"].startswith(f"{-3 / 9:+.3f}")
-    print_tables([untrained, run("KD")], True, False)
+    print_tables([untrained, run("KD")], True)
     assert "about 10 label-bearing" in capsys.readouterr().out
+
+
+def test_the_documentation_has_the_tables_of_the_kept_runs():
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    tables = [*all_tables(read_runs(ROOT / "none", ROOT / "benchmarks" / "real_model.json"))]
+    assert len(tables) > 2
+    for title, rows in tables:
+        assert title in re.sub(r"\s+", " ", text)
+        assert markdown(rows).strip() in text
 
 
 @pytest.mark.parametrize("name", ARMS)
