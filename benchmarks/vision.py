@@ -196,8 +196,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, float]]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=400, help="rows that a student is trained on")
-    parser.add_argument("--steps", type=int, default=200, help="updates of a student, of 32 rows")
-    parser.add_argument("--teacher_steps", type=int, default=1200, help="updates of the teacher, of 64 new pictures")
+    parser.add_argument("--steps", type=int, default=300, help="updates of a student, of 32 rows")
+    parser.add_argument("--teacher_steps", type=int, default=1000, help="updates of the teacher, of 64 new pictures")
     parser.add_argument("--held_out", type=int, default=1000)
     options = parser.parse_args(argv)
     disable_progress_bars()
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, float]]]:
     print(f"teacher after {time.monotonic() - started:.0f} s: {results['teacher'][0]}", flush=True)
     for seed in range(options.seeds):
         rows = make_rows(options.rows, seed=20_000 + seed)
-        for name, weight in (("untrained", None), ("hard labels", 0.0), ("distilled", 1.0), ("half of each", 0.5)):
+        for name, weight in (("untrained", None), ("hard labels", 0.0), ("distilled", 1.0)):
             student = make_student(processor, teacher, 100 + seed)
             if weight is not None:
                 student = train_student(processor, teacher, rows, weight, 100 + seed, options)

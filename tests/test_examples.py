@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from hf_distill import KDConfig, KDTrainer, cli
+from tests import vision
 from tests.conftest import SENTENCES, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +35,25 @@ def test_kd_is_a_drop_in_script(folder, tmp_path):
     trainer = load_example("kd").main([*models, *data, *run, "--use_peft", "--lora_target_modules", "q_proj", "v_proj"])
     assert trainer.state.global_step == 2
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_vision_distils_on_pictures(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("student", 1), ("teacher", 2)):
+        vision.make_vlm("idefics3", seed).save_pretrained(tmp_path / name)
+        vision.make_processor("idefics3", do_image_splitting=name == "teacher").save_pretrained(tmp_path / name)
+    lines = []
+    for i, row in enumerate(vision.questions(10)):
+        row["images"][0].save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({**row, "images": [f"{i}.png"]}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    run = ["--max_steps", "4", "--use_cpu", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
+    models = ["--model", "student", "--teacher_model", "teacher", "--dataset", "rows.jsonl", "--output_dir", "out"]
+    trainer = load_example("vision").main([*models, *run, "--learning_rate", "0.01"])
+    assert type(trainer.teacher).__name__ == "OwnViewTeacher"
+    before, after = re.search(r"eval_kd: (\S+) -> (\S+)", capsys.readouterr().out).groups()
+    assert float(after) < float(before)
+    assert (tmp_path / "out" / "processor_config.json").exists()
 
 
 def test_kd_lora_describes_trains_and_merges(folder, tmp_path, capsys):
