@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset, List, Value, concatenate_datasets
 from datasets import Image as ImageFeature
+from datasets.utils import tqdm
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from trl.data_utils import get_dataset_column_names
@@ -155,7 +156,9 @@ def check_picture_rows(dataset: AnyDataset, name: str, used: Sequence[str], text
         used: the columns that are the rows' text.
         text_field (`str`): the one that is plain text.
     """
-    for index, row in enumerate(_unread(dataset)):
+    length = len(dataset) if isinstance(dataset, Dataset) else None
+    rows = tqdm(_unread(dataset), desc=f"Looking at the pictures of the {name} dataset", unit=" rows", total=length)
+    for index, row in enumerate(rows):
         called = f"row {index} of the {name} dataset"
         pictures = pictures_of(row)
         for place, picture in enumerate(pictures):

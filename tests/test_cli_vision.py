@@ -79,7 +79,7 @@ def test_the_values_of_the_tokens_are_those_of_the_evaluation(folder, tmp_path):
 
 def test_questions_and_answers_of_templates_are_messages(folder, tmp_path):
     templates = ["--prompt_template", "{question}", "--completion_template", "{answer}"]
-    kd(folder, tmp_path, "questions.jsonl", *templates)
+    kd(folder, tmp_path, "questions.jsonl", *templates, "--max_length", "None")
     assert (tmp_path / "model.safetensors").exists()
     tokens = json.loads((tmp_path / "tokens.json").read_text())
     row = tokens["rows"][0]

@@ -1,6 +1,7 @@
 """Teachers with a processor of their own: what they read, which tokens are compared, and what is refused."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -82,6 +83,16 @@ def test_each_side_reads_its_own_pixels_and_no_other(tmp_path, rows):
     assert torch.equal(own["input_ids"].flatten()[own_positions + 1], labels)
     trainer.teacher_signal(inputs, positions)
     assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"}
+
+
+def test_collators_can_be_sent_to_workers(tmp_path):
+    trainer = distil(tmp_path, chats(2))
+    collate = trainer.batch_collator()
+    sent = pickle.loads(pickle.dumps(collate))
+    mine, theirs = collate(list(chats(2))), sent(list(chats(2)))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert b"weight" not in pickle.dumps(collate)  # no model
 
 
 def test_two_teachers_have_two_views(tmp_path):

@@ -140,6 +140,16 @@ def test_a_batch_of_four_is_two_times_two(tmp_path, family):
     assert_same(found[1], found[0], dict(make_vlm(family, 1).named_parameters()))
 
 
+@pytest.mark.parametrize("family", ["idefics3", "gemma3", "qwen2_5_vl", "llama4"])
+def test_checkpointing_changes_no_update(tmp_path, family):
+    found = []
+    for checkpoints in (False, True):
+        trainer = make_trainer(tmp_path, family, rows_of(family), gradient_checkpointing=checkpoints)
+        trainer.train()
+        found.append(dict(trainer.student.named_parameters()))
+    assert_same(found[1], found[0], dict(make_vlm(family, 1).named_parameters()))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_another_picture_changes_what_follows_it_in_its_row_alone(tmp_path, family):
     rows = rows_of(family)
