@@ -298,13 +298,19 @@ def rgb(picture: Any) -> Any:
     return picture.convert("RGB")
 
 
-def small(picture: Any, side: int = 160) -> str:
-    """A picture as an address that holds it ("data:image/png;base64,..."), at most `side` pixels wide and high."""
+def small(picture: Any, side: int = 128, num_bytes: int = 6_000) -> str:
+    """A picture as an address that holds it ("data:image/png;base64,..."), at most `side` pixels wide and high.
+
+    It is exact where that takes no more than `num_bytes`: a page has hundreds of pictures.
+    """
     copy = rgb(picture).copy()
     copy.thumbnail((side, side))
-    file = io.BytesIO()
-    copy.save(file, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    for form, options in (("png", {"optimize": True}), ("jpeg", {"quality": 75})):
+        file = io.BytesIO()
+        copy.save(file, form, **options)
+        if file.tell() <= num_bytes:
+            break
+    return f"data:image/{form};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def as_trl_reads(row: Mapping[str, Any]) -> Row:

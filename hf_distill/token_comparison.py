@@ -41,6 +41,7 @@ from hf_distill.token_texts import token_texts
 
 NUM_LIKELIEST = 5
 MAX_ROWS, MAX_TOKENS = 200, 256
+MAX_PICTURES = 4  # of a row
 
 # What the KL of a token is, by what is known of the teacher there; None: it has none.
 EXACT, ESTIMATE, LOWER_BOUND = "exact", "estimate", "lower bound"
@@ -64,7 +65,7 @@ class TokenRow(NamedTuple):
     kl: np.ndarray  # (n,), float64, KL(teacher || student) in nats; NaN where it is not known
     student: Side
     teacher: Side
-    pictures: tuple[str, ...] = ()  # of the row, small, as addresses that hold them ("data:image/png;base64,...")
+    pictures: tuple[str, ...] = ()  # of the row, the first 4, small: addresses that hold them ("data:image/png;...")
 
 
 class TokenComparison(NamedTuple):
@@ -239,7 +240,7 @@ def _compared(
         at = np.flatnonzero(row_of == i)
         sides = (Side(*(array[at] for array in side)) for side in (student, mine))
         ids = batch["input_ids"][i][is_shown[i]].tolist()
-        pictures = tuple(map(small, pictures_of(row["row"]))) if "row" in row else ()
+        pictures = tuple(map(small, pictures_of(row["row"])[:MAX_PICTURES])) if "row" in row else ()
         known = kept_places[at], kl[at], *sides
         found.append(TokenRow(row["number"], ids[:max_tokens], len(ids), *known, pictures=pictures))
     return found, signal

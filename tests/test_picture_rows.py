@@ -18,7 +18,7 @@ from hf_distill import (
     SpeculativeKDConfig,
     SpeculativeKDTrainer,
 )
-from hf_distill.picture_rows import as_trl_reads, rgb, with_pictures
+from hf_distill.picture_rows import as_trl_reads, rgb, small, with_pictures
 from tests.conftest import make_model
 from tests.conftest import make_tokenizer as make_text_tokenizer
 from tests.trainers.test_kd import settings
@@ -105,6 +105,21 @@ def test_transparency_is_white_and_other_modes_are_rgb():
     assert rgb(Image.new("L", (1, 1), 7)).tobytes() == bytes([7, 7, 7])
     indexed = picture(0).quantize(4)
     assert rgb(indexed).tobytes() == indexed.convert("RGB").tobytes()
+
+
+def test_a_small_picture_fits_its_bytes_and_is_exact_where_it_can_be():
+    flat = Image.new("RGB", (300, 100), "red")
+    for each, kind, size in (
+        (picture(0), "png", (32, 32)),
+        (flat, "png", (128, 43)),
+        (picture(1, (400, 400)), "jpeg", (128, 128)),
+    ):
+        head, _, data = small(each).partition(",")
+        found = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert head == f"data:image/{kind};base64"
+        assert found.size == size
+        assert len(data) <= 20_000
+    assert flat.size == (300, 100)  # the row's own
 
 
 def test_collating_leaves_the_rows_as_they_are(tmp_path):
