@@ -5,7 +5,8 @@
 Pictures of 32 x 32 show one to three shapes of one colour and one kind in one half. A teacher of three layers is
 trained here, on pictures that are drawn anew for each batch. The student has a language part of its own, smaller and
 random, and the teacher's tower, which stays frozen. All arms see the same few rows, in the same order, for the same
-number of updates. An answer is right if all of its tokens are the likeliest ones.
+number of updates; of two of them, 30 % of the answers are those of other rows. An answer is right if all of its tokens
+are the likeliest ones.
 """
 
 import argparse
@@ -39,6 +40,14 @@ TEMPLATE = (
     "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %} <eos> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
+# Students: their weight of the divergence, None for one that is not trained, and the share of wrong answers.
+ARMS: list[tuple[str, float | None, float]] = [
+    ("untrained", None, 0.0),
+    ("hard labels", 0.0, 0.0),
+    ("distilled", 1.0, 0.0),
+    ("hard labels, 30 % of the answers wrong", 0.0, 0.3),
+    ("distilled, the same rows", 1.0, 0.3),
+]
 CELLS = [(2, 2), (12, 2), (22, 2), (2, 12), (22, 12), (2, 22), (12, 22), (22, 22)]  # of 8 x 8; the middle stays empty
 HALVES = {"left": [0, 3, 5], "right": [2, 4, 7], "top": [0, 1, 2], "bottom": [5, 6, 7]}
 
@@ -187,6 +196,15 @@ def train_student(processor: Any, teacher: Any, rows: Dataset, kd_weight: float,
     return student
 
 
+def with_wrong_answers(rows: Dataset, share: float, seed: int) -> Dataset:
+    """Rows of which a share has the answer of another row."""
+    generator = np.random.default_rng(seed)
+    wrong, others = generator.random(len(rows)) < share, generator.permutation(len(rows))
+    answers = [rows["completion"][int(others[i]) if wrong[i] else i] for i in range(len(rows))]
+    feature = rows.features["completion"]
+    return rows.remove_columns("completion").add_column("completion", answers, feature=feature)
+
+
 def _spread(values: list[float]) -> str:
     """Mean and standard deviation."""
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
@@ -209,10 +227,11 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, float]]]:
     print(f"teacher after {time.monotonic() - started:.0f} s: {results['teacher'][0]}", flush=True)
     for seed in range(options.seeds):
         rows = make_rows(options.rows, seed=20_000 + seed)
-        for name, weight in (("untrained", None), ("hard labels", 0.0), ("distilled", 1.0)):
+        for name, weight, share in ARMS:
             student = make_student(processor, teacher, 100 + seed)
             if weight is not None:
-                student = train_student(processor, teacher, rows, weight, 100 + seed, options)
+                taught = with_wrong_answers(rows, share, seed)
+                student = train_student(processor, teacher, taught, weight, 100 + seed, options)
             results.setdefault(name, []).append(measure(student, teacher, processor, held_out))
             print(f"seed {seed}, {name}: {results[name][-1]}", flush=True)
     names = {"right": "right answers", "nats": "nats per token", "kl": "KL to the teacher"}

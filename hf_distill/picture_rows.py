@@ -177,7 +177,7 @@ def _unread(dataset: AnyDataset) -> Iterator[Row]:
 
 
 def picture_problem(picture: Any, *, whole: bool) -> str | None:
-    """What is wrong with a picture, as an entry of `datasets.Image` or a picture of PIL; None if nothing is.
+    """The problem with a picture, an entry of `datasets.Image` or a picture of PIL; None if there is none.
 
     `whole` says whether it is read to its end, and not its header alone.
     """
