@@ -83,8 +83,7 @@ class SpeculativeKDTrainer(KDTrainer):
     _config = SpeculativeKDConfig
     _output_dir = "speculative_kd_output"
     _evaluated = ("rollout/",)
-    _sees = False
-    _crosses_tokenizers = False  # what one side writes, the other has to read token by token
+    _sees = _crosses_tokenizers = False  # what one side writes, the other has to read token by token
     _tag_names = [*KDTrainer._tag_names, "speculative-knowledge-distillation"]
     _name = "Speculative KD"
     _paper = {
