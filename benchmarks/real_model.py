@@ -24,7 +24,7 @@ from typing import Any
 from datasets import disable_progress_bars
 
 from benchmarks.real_runs import STUDENTS, Arm, Budget, Setup
-from benchmarks.real_tables import print_tables, read_runs, write_runs
+from benchmarks.real_tables import print_tables, read_runs, write_runs, write_tables
 from hf_distill import KVProjectionConfig, KVProjectionTrainer, SpeculativeKDConfig, SpeculativeKDTrainer
 
 ALONE = {"kd_weight": 1.0}
@@ -110,6 +110,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save", help="folder in --output for the student, as the second teacher (`second`)")
     parser.add_argument("--keep", type=Path, help="a JSON file of finished runs: --output's are added to it")
     parser.add_argument("--table", action="store_true", help="print the tables of finished runs, and train nothing")
+    parser.add_argument("--page", type=Path, help="with --table: a Markdown page whose tables are replaced")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     options = parser.parse_args()
     if not options.table and not (options.teacher and options.data_folder):
@@ -127,6 +128,8 @@ def main() -> None:
         write_runs(options.keep, runs)
     if options.table:
         print_tables(runs, options.markdown)
+        if options.page:
+            write_tables(options.page, runs)
 
 
 if __name__ == "__main__":

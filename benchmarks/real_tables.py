@@ -9,17 +9,20 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 
 from benchmarks.measure import print_table
 from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, gap_recovered, mean_measure
+from hf_distill.report import markdown
 
 Run = dict[str, Any]
 KEY = ("data", "student", "steps", "batch_size", "length", "held_out", "arm", "learning_rate", "seed")
 UNTRAINED, HARD, KD = "untrained", "hard labels", "KD"
 NUM_RESAMPLES = 4000
+BEGIN, END = "<!-- real_model: begin -->", "<!-- real_model: end -->"  # marks in a Markdown page
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -182,3 +185,12 @@ def print_tables(runs: Sequence[Run], as_markdown: bool) -> None:
     for title, rows in all_tables(runs):
         print_table(title, rows, as_markdown)
         print()
+
+
+def write_tables(page: Path, runs: Sequence[Run]) -> None:
+    """Replaces the tables between the two marks of a Markdown page."""
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(f"{BEGIN}\n", 1)
+    _, after = rest.split(END, 1)
+    tables = (f"{fill(f'**{title}**', 120)}\n\n{markdown(rows)}" for title, rows in all_tables(runs))
+    page.write_text(f"{before}{BEGIN}\n\n" + "\n".join(tables) + f"\n{END}{after}", encoding="utf-8")
