@@ -153,7 +153,7 @@ def chunked_loss(
         objective.temperature,
     )  # fmt: skip
     student = head.truncated(vocab_size).with_product_dtype(hidden)
-    chunk_size = even_chunks(num_rows, objective.chunk_size or default_chunk_size(device, vocab_size))
+    chunk_size = objective.chunk_size or default_chunk_size(device, vocab_size)
     loss, sums = _ChunkedLoss.apply(
         hidden, head.weight, head.bias, labels, token_weights.detach().to(device), student, steps, constants,
         objective.divisor(num_rows, device), chunk_size, objective.compiled, torch.is_grad_enabled(),
@@ -213,6 +213,7 @@ class _ChunkedLoss(torch.autograd.Function):
         gradients = HeadGradients(student, (hidden, weight, bias), needed)
         num_rows, vocab_size = len(hidden), len(student.weight)
         block = block_rows(hidden.device, chunk_size, vocab_size)
+        chunk_size = even_chunks(num_rows, chunk_size)
         sums = hidden.new_zeros(5, dtype=gradients.sum_dtype)
 
         def buffers(number: int) -> list[Tensor]:

@@ -16,8 +16,8 @@ from hf_distill.losses import loop
 from hf_distill.losses.divergence import DIVERGENCE_TERMS
 from hf_distill.losses.fused_linear import MixtureSignal, TeacherSignal
 from hf_distill.losses.hard import hard_label_loss
-from hf_distill.losses.head import Head
-from hf_distill.losses.loop import ChunkedSignal, StepResult, chunked_loss
+from hf_distill.losses.head import Head, even_chunks
+from hf_distill.losses.loop import ChunkedSignal, StepResult, agreeing, chunked_loss
 from hf_distill.losses.objective import Objective
 from hf_distill.losses.sum import SumSignal
 
@@ -237,3 +237,32 @@ def test_cuda_equals_the_cpu_whatever_device_the_tensors_come_on(make):
         results.append([x.cpu() for x in (*result[:6], *torch.autograd.grad(result.loss, [hidden, *leaves]))])
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "largest", "size"),
+    [(200, 192, 112), (1024, 192, 176), (192, 192, 192), (60, 9999, 64), (5, 3, 3), (0, 7, 7)],
+)
+def test_chunks_are_about_even_and_no_larger_than_asked(num_rows, largest, size):
+    assert even_chunks(num_rows, largest) == size
+
+
+def test_few_positions_of_a_small_vocabulary_are_one_block(monkeypatch):
+    """Evenly divided chunks must not make smaller blocks."""
+    calls, differentiate = [], loop._differentiate_
+    monkeypatch.setattr(
+        loop, "_differentiate_", lambda *rows, **more: calls.append(len(rows[0])) or differentiate(*rows, **more)
+    )
+    torch.manual_seed(0)
+    hard_label_loss(torch.randn(60, 8), Head(torch.randn(384, 8)), torch.randint(384, (60,)), Objective(kd_weight=0.0))
+    assert calls == [60]
+
+
+def test_agreement_is_that_of_the_places_of_the_maxima():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(400, 5), torch.randn(400, 5)
+    student[:, 2] = teacher[::2, 3] = teacher[5] = -torch.inf
+    teacher[5, 1] = 1.0
+    assert agreeing(student, teacher) == (student.argmax(-1) == teacher.argmax(-1)).sum()
+    # Sums of logits would round these two together.
+    assert agreeing(torch.tensor([[1e8, 1e8 - 8]]), torch.tensor([[0.0, 1.0]])) == 0
