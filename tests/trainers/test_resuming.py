@@ -369,7 +369,7 @@ def test_checkpoints_of_save_only_model_are_still_rotated(tmp_path, made):
 def test_the_command_line_says_so_before_anything_is_loaded(
     tmp_path, made, folder, capsys, monkeypatch, kind, options, message
 ):
-    monkeypatch.setattr(cli.data, "load_splits", lambda *_: pytest.fail("rows are loaded"))
+    monkeypatch.setattr("hf_distill.cli.data.load_splits", lambda *_: pytest.fail("rows are loaded"))
     shutil.copytree(made(kind), tmp_path / "checkpoint-1")
     arguments = [
         "kd", "--model", str(folder / "student"), "--teacher_model", str(folder / "teacher"), "--dataset",
