@@ -78,7 +78,11 @@ def without_videos(processor: type) -> type:
 def make_processor(family: str, **settings: Any) -> Any:
     """A processor for pictures of 32 x 32, or 16 x 16 of those with patches of 8 (Gemma 3, LLaVA-OneVision)."""
     if family in ("idefics3", "smolvlm"):
-        size = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}, "do_image_splitting": False}
+        size = {
+            "size": {"longest_edge": 32},
+            "max_image_size": {"longest_edge": 16},
+            "do_image_splitting": family == "smolvlm",
+        }
         size |= settings
         template = CHAT_TEMPLATE % IMAGE
         if family == "idefics3":
@@ -214,6 +218,8 @@ def questions(number: int = 4, seed: int = 0, pictures: int = 1) -> Dataset:
 
 STAND_FOR_PICTURES = ("<image", "<boi", "<eoi", "<fake", "<row", "<global")
 PICTURE_IDS = {SPECIAL.index(token) for token in SPECIAL if token.startswith(STAND_FOR_PICTURES)}
+# SmolVLM's processor breaks lines between the rows of a picture's tiles; texts here have no line breaks.
+LINE_BREAKS = {index for token, index in make_tokenizer().get_vocab().items() if not set(token) - {"Ċ"}}
 
 
 def tokenised(number: int = 4, seed: int = 0, num_image_tokens: int = 4) -> Dataset:

@@ -9,12 +9,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 # Names of settings that hold ids or texts of tokens which stand for a picture, or around and inside of one.
 _MODALITY = re.compile(r"image|img|video|vision|audio|boi|eoi|row_col|tile|patch")
 _ENDS = ("_token", "_tag", "_token_id", "_token_ids", "_token_index", "_ids")
+_NUMBER = re.compile(r"\d+")
+_PROBE = (1600, 1200)  # of a picture that processors with tiles divide
 # What a token that is only white space is made of, in the alphabets of byte-level and SentencePiece vocabularies.
 _BLANK = set("ĠĊčĉ▁ \n\t\r")
 
@@ -52,7 +55,7 @@ def merges_outside(model: PreTrainedModel, backbone: nn.Module) -> bool:
 
 
 def picture_tokens(*sources: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of tokens that stand for a picture or a part of one, as processors and configurations name them.
+    """The ids of tokens that stand for a picture or a part of one: as processors write one, and as settings name them.
 
     Args:
         sources: processors and configurations.
@@ -67,8 +70,30 @@ def picture_tokens(*sources: Any, tokenizer: PreTrainedTokenizerBase) -> frozens
                 continue
             values = value if isinstance(value, list | tuple) else [value]
             ids = (known.get(each) if isinstance(each, str) else each for each in values)
-            found |= {each for each in ids if isinstance(each, int) and each >= 0 and each not in plain}
-    return frozenset(found)
+            found |= {each for each in ids if isinstance(each, int) and each >= 0}
+    for source in sources:
+        if isinstance(source, ProcessorMixin):
+            found |= _written_tokens(source)
+    return frozenset(found.difference(plain))
+
+
+def _written_tokens(processor: Any) -> set[int]:
+    """The ids of the special tokens that a processor writes for a picture, and of those that differ in numbers alone.
+
+    A picture that is cut into tiles has a token before each (`<row_1_col_2>`), which no setting names.
+    """
+    mark = getattr(processor, "image_token", None)
+    if mark is None:
+        return set()
+    probe = Image.new("RGB", _PROBE, "gray")
+    try:
+        ids = processor(images=[probe], text=[mark], add_special_tokens=False)["input_ids"][0]
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return set()  # it wants more than a picture; rows are tried before the training, and say what
+    special = processor.tokenizer.get_added_vocab()
+    ids = set(torch.as_tensor(ids).tolist())
+    shapes = {_NUMBER.sub("0", token) for token, index in special.items() if index in ids}
+    return {index for token, index in special.items() if _NUMBER.sub("0", token) in shapes}
 
 
 class PictureSpans:

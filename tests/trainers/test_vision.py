@@ -20,6 +20,7 @@ from tests.trainers.test_kd import settings
 from tests.vision import (
     FAMILIES,
     IMAGE_ID,
+    LINE_BREAKS,
     PICTURE_IDS,
     PROCESSED,
     HandMade,
@@ -67,7 +68,8 @@ def processed(family, rows) -> dict[str, Tensor]:
         ]
         batch = dict(processor(images=[row["images"] for row in rows], text=texts, padding=True, return_tensors="pt"))
     ids = batch["input_ids"]
-    is_text = batch["attention_mask"].bool() & ~torch.isin(ids, torch.tensor(sorted(PICTURE_IDS)))
+    pictures = PICTURE_IDS | (LINE_BREAKS if family == "smolvlm" else set())
+    is_text = batch["attention_mask"].bool() & ~torch.isin(ids, torch.tensor(sorted(pictures)))
     return {**batch, "labels": ids.masked_fill(~is_text, -100)}
 
 
