@@ -11,7 +11,10 @@ import binascii
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,7 +22,7 @@ import torch
 from datasets import Dataset, IterableDataset, List, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from datasets.utils import tqdm
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from trl.data_utils import get_dataset_column_names
 
@@ -36,6 +39,9 @@ _MARKS = re.compile(r"<\|?(?:image|image_pad|image_soft_token|start_of_image)\|?
 # Modes of PIL that become RGB without a loss that nobody would expect.
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
+_LONG = reprlib.Repr()
+_LONG.maxstring = 300  # of a path in errors
+
 AnyDataset = Dataset | IterableDataset
 Row = dict[str, Any]
 
@@ -43,7 +49,17 @@ Row = dict[str, Any]
 def has_pictures(dataset: Any) -> bool:
     """True for a data set with a column of pictures, whatever is in it."""
     is_dataset = isinstance(dataset, Dataset | IterableDataset)  # what is none, the trainers say
-    return is_dataset and picture_column(get_dataset_column_names(dataset)) is not None
+    return is_dataset and picture_column(columns_of(dataset)) is not None
+
+
+def has_transform(dataset: Any) -> bool:
+    """True for a data set whose rows are made when they are read (`with_transform`)."""
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+
+
+def columns_of(dataset: AnyDataset) -> list[str]:
+    """The columns of a data set's rows, as they are read: a transform makes its own."""
+    return list(next(iter(dataset), {})) if has_transform(dataset) else get_dataset_column_names(dataset)
 
 
 def picture_column(columns: Sequence[str]) -> str | None:
@@ -60,13 +76,13 @@ def with_pictures(dataset: AnyDataset, name: str) -> AnyDataset:
     Raises:
         `ValueError`: two columns of pictures, or one of something else.
     """
-    columns = get_dataset_column_names(dataset)
+    columns = columns_of(dataset)
     if {PICTURES, PICTURE} <= set(columns):
         raise ValueError(f"the {name} dataset has both {PICTURES!r} and {PICTURE!r}: remove one of these columns")
     column = str(picture_column(columns))
-    feature: Any = (dataset.features or {}).get(column)
+    feature: Any = None if has_transform(dataset) else (dataset.features or {}).get(column)
     if feature is None:
-        return dataset  # a stream that does not say what it has; its rows are checked as they come
+        return dataset  # a stream that does not say what it has, or a transform: read as the rows come
     is_list = isinstance(feature, List)
     inner = feature.feature if is_list else feature
     if is_list != (column == PICTURES):
@@ -110,7 +126,7 @@ def relative_to(dataset: Dataset, folder: str) -> Dataset:
     def cells(cell: Any) -> dict[str, Any]:
         return {column: [placed(path) for path in cell] if isinstance(cell, list) else placed(cell)}
 
-    return dataset.map(cells, input_columns=[column])
+    return dataset.map(cells, input_columns=[column], load_from_cache_file=False)  # files come and go
 
 
 def _is_base64(dataset: AnyDataset, column: str) -> bool:
@@ -118,26 +134,34 @@ def _is_base64(dataset: AnyDataset, column: str) -> bool:
     for row in islice(dataset, PEEKED_ROWS):
         cells = row[column] if isinstance(row[column], list) else [row[column]]
         if cells and cells[0]:
-            return cells[0].startswith("data:") or (len(cells[0]) > 40 and _decoded(cells[0]) is not None)
+            return _decoded(cells[0]) is not None
     return False
 
 
 def _decoded(text: str) -> bytes | None:
     """The bytes of a text in base64, with or without `data:image/png;base64,`; None for another text."""
+    is_data = text.startswith("data:")
+    packed = "".join((text.partition(",")[2] if is_data else text).split())  # some write it in lines
     try:
-        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+        return base64.b64decode(packed, validate=True) if is_data or len(packed) > 40 else None
     except (binascii.Error, ValueError):
         return None
+
+
+def as_entry(cell: str | bytes) -> dict[str, Any]:
+    """A path, base64 text or bytes as an entry of `datasets.Image`."""
+    data = _decoded(cell) if isinstance(cell, str) else cell
+    return {"bytes": data, "path": None if data is not None else cell}
 
 
 def _from_base64(row: Row, index: int, column: str, name: str) -> Row:
     def entry(text: str | None) -> dict[str, Any] | None:
         if text is None:
             return None
-        data = _decoded(text)
-        if data is None and len(text) > 1000:
+        found = as_entry(text)
+        if found["bytes"] is None and len(text) > 1000:
             raise ValueError(f"row {index} of the {name} dataset has a picture that is no base64: write it again")
-        return {"bytes": data, "path": None if data is not None else text}
+        return found
 
     cell = row[column]
     return {column: [entry(text) for text in cell] if isinstance(cell, list) else entry(cell)}
@@ -169,7 +193,7 @@ def check_picture_rows(dataset: AnyDataset, name: str, used: Sequence[str], text
 
 def _unread(dataset: AnyDataset) -> Iterator[Row]:
     """Rows whose pictures are bytes and paths, of a stream the first ones; no picture is read for it."""
-    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+    if not isinstance(dataset, Dataset) or has_transform(dataset):
         yield from islice(iter(dataset), PEEKED_ROWS)
         return
     for table in dataset.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
@@ -183,17 +207,19 @@ def picture_problem(picture: Any, *, whole: bool) -> str | None:
     """
     if isinstance(picture, Image.Image):
         return _mode_problem(picture)
+    if isinstance(picture, str | bytes):
+        picture = as_entry(picture)
     if not isinstance(picture, Mapping) or not (picture.get("bytes") or picture.get("path")):
         return f"is no picture, but {type(picture).__name__}: give a datasets.Image, a path, bytes, or text in base64"
     data, path = picture.get("bytes"), str(picture.get("path"))
     if data is None:
         if "://" in path:
-            return f"is an address ({path}): download it first, and give its path"
+            return f"is an address ({_LONG.repr(path)}): download it first, and give its path"
         if not os.path.isfile(path):
-            return f"is {path!r}, and there is no such file; paths are relative to the working directory"
+            return f"is {_LONG.repr(path)}, and there is no such file; paths are relative to the working directory"
     try:
         with Image.open(io.BytesIO(data) if data is not None else path) as opened:
-            if (frames := getattr(opened, "n_frames", 1)) > 1:
+            if (frames := getattr(opened, "n_frames", 1)) > 1 and opened.format != "MPO":  # phones add a small copy
                 return f"has {frames} frames: save the one that is meant as a file of its own"
             if problem := _mode_problem(opened):
                 return problem
@@ -224,6 +250,8 @@ def check_places(row: Row, number: int, used: Sequence[str], text_field: str, na
             found = _places(message, role, name)
             if found and (column == "completion" or role == "assistant"):
                 raise ValueError(f"{name} has a picture in an answer (role {role!r}): models here answer in text alone")
+            if found and role == "tool":
+                raise ValueError(f"{name} has a picture in a message of a tool: put it into one of a user")
             has_user_text |= role == "user" and isinstance(_content(message), str)
             places += found
     if number and not places and has_user_text:
@@ -289,8 +317,19 @@ def pictures_of(row: Mapping[str, Any]) -> list[Any]:
 
 
 def rgb(picture: Any) -> Any:
-    """A picture in RGB, on white where it is transparent, as those who made it saw it."""
-    if not isinstance(picture, Image.Image) or picture.mode == "RGB":
+    """A picture in RGB, upright, and on white where it is transparent, as those who made it saw it.
+
+    A path, bytes, and base64 text are opened.
+    """
+    if isinstance(picture, str | bytes):
+        picture = as_entry(picture)
+    if isinstance(picture, Mapping):
+        picture = ImageFeature().decode_example({"bytes": None, "path": None, **picture})
+    if not isinstance(picture, Image.Image):
+        return picture
+    if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "RGB":
         return picture
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -316,36 +355,63 @@ def small(picture: Any, side: int = 128, num_bytes: int = 6_000) -> str:
 def as_trl_reads(row: Mapping[str, Any]) -> Row:
     """A row with `images` in RGB, and messages with `role` and `content`. It is new, because TRL's collator changes it.
 
-    Arrow gives all parts of messages the same keys: those without a value are left out.
+    Arrow gives all parts of messages the same keys: those without a value are left out. Where a row marks its places
+    for pictures, all its content is in parts: TRL would put them before the first content that is text once more.
     """
     found = {name: cell for name, cell in row.items() if name not in (PICTURE, FILLER)}
     found[PICTURES] = [rgb(picture) for picture in pictures_of(row)]
     if is_chat(found.get("conversations")):
         found["messages"] = found.pop("conversations")
-    for column in ("messages", "prompt", "completion"):
-        if is_chat(found.get(column)):
-            found[column] = [_message(message) for message in found[column]]
+    sides = [column for column in ("messages", "prompt", "completion") if is_chat(found.get(column))]
+    contents = [_content(message) for column in sides for message in found[column]]
+    in_parts = any(isinstance(each, list | tuple) for each in contents)
+    for column in sides:
+        found[column] = [_message(message, in_parts) for message in found[column]]
     return found
 
 
-def _message(message: Mapping[str, Any]) -> Row:
+def _message(message: Mapping[str, Any], in_parts: bool) -> Row:
     role, content = message.get("role") or message.get("from"), _content(message)
+    if isinstance(content, str) and in_parts:
+        content = [{"type": "text", "text": content}]
     if isinstance(content, list | tuple):
         content = [{key: value for key, value in part.items() if value is not None} for part in content]
     kept = {key: value for key, value in message.items() if key not in ("role", "from", "value", "content")}
     return {"role": ROLES[role] if role in ALIASES else role, "content": content, **kept}
 
 
+def with_ends(row: Row, text_field: str, tokenizer: Any) -> Row:
+    """A row whose plain text has the tokens at its ends that it would have without pictures; TRL gives it none."""
+    begin, end = tokenizer.bos_token, tokenizer.eos_token
+    first, last = ("prompt", "completion") if "completion" in row else (text_field, text_field)
+    if isinstance(row.get(last), str) and end and not row[last].endswith(end):
+        row[last] += end
+    has_begin = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if isinstance(row.get(first), str) and has_begin and not row[first].startswith(begin):
+        row[first] = begin + row[first]
+    return row
+
+
 def with_fillers(dataset: AnyDataset, size: int) -> AnyDataset:
     """Rows of a multiple of `size`: at their end copies of the first one that count for nothing."""
     if not isinstance(dataset, Dataset) or (missing := -len(dataset) % size) == 0:
         return dataset
-    copies = dataset.select([0] * missing).add_column(FILLER, [True] * missing)  # pyright: ignore[reportCallIssue]
-    return concatenate_datasets([dataset, copies])  # the others have None there
+    how, rows = dataset.format, dataset.with_format(None)
+    copies = rows.select([0] * missing).add_column(FILLER, [True] * missing)  # pyright: ignore[reportCallIssue]
+    filled = concatenate_datasets([rows, copies])  # the others have None there
+    if has_transform(dataset):
+        how["format_kwargs"] = {"transform": partial(_beside_fillers, transform=how["format_kwargs"]["transform"])}
+    columns = [*how["columns"], FILLER]
+    return filled.with_format(how["type"], columns, how["output_all_columns"], **how["format_kwargs"])
+
+
+def _beside_fillers(batch: Row, transform: Callable[[Row], Row]) -> Row:
+    fillers = batch.pop(FILLER)
+    return {**transform(batch), FILLER: fillers}
 
 
 class MaskedPictures:
-    """Batches of a collator, without labels on tokens that stand for pictures.
+    """Batches of a collator, without labels on tokens that stand for pictures, and in rows that fill up a batch.
 
     Args:
         collator (`Callable`): makes batches (B, T).
@@ -357,17 +423,38 @@ class MaskedPictures:
         self.spans = spans
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        batch = dict(self.collator(rows))
-        if isinstance(batch.get("labels"), Tensor) and isinstance(batch.get("input_ids"), Tensor):
-            batch["labels"] = batch["labels"].masked_fill(self.spans(batch["input_ids"]), -100)
-        return batch
+        batch = dict(self.collated([{name: cell for name, cell in row.items() if name != FILLER} for row in rows]))
+        labels, ids = batch.get("labels"), batch.get("input_ids")
+        if not (isinstance(labels, Tensor) and isinstance(ids, Tensor)):
+            return batch
+        labels = labels.masked_fill(self.pictures(batch), -100)
+        fillers = torch.tensor([bool(row.get(FILLER)) for row in rows])
+        if fillers.any():
+            if len(labels) != len(rows):
+                raise ValueError(
+                    f"data_collator makes {len(labels)} rows of {len(rows)}, of which some fill up the last batch of "
+                    "several processes and must not count: make one row of each"
+                )
+            labels[fillers] = -100
+        return {"input_ids": ids, **batch, "labels": labels}  # accelerate counts the rows of what comes first
+
+    def collated(self, rows: list[Row]) -> Mapping[str, Any]:
+        """The collator's batch of rows."""
+        return self.collator(rows)
+
+    def pictures(self, batch: Mapping[str, Any]) -> Tensor:
+        """True for tokens (B, T) of a batch that stand for a picture; padding never does, whatever its token."""
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        is_row = isinstance(mask, Tensor) and mask.shape == ids.shape
+        return self.spans(ids.masked_fill(mask == 0, -1) if is_row else ids)
 
 
 class PictureCollator(MaskedPictures):
     """Batches of rows with pictures, through a collator of TRL's; only text is cut at `max_length`.
 
     Args:
-        collator: `trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling`, without a `max_length`.
+        collator: `trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling`, without a `max_length`. What it says
+            of completions and of answers counts for rows that are of this format.
         spans: as in [`MaskedPictures`].
         max_length (`int`, *optional*): the tokens that are kept of a row.
     """
@@ -377,19 +464,26 @@ class PictureCollator(MaskedPictures):
         self.max_length = max_length
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        texts = [as_trl_reads(row) for row in rows]
-        batch = dict(self.collator(texts))
-        ids = batch["input_ids"]
-        is_picture = self.spans(ids)
-        labels = batch["labels"].masked_fill(is_picture, -100)
-        if any(row.get(FILLER) for row in rows):
-            labels[torch.tensor([bool(row.get(FILLER)) for row in rows])] = -100
-        batch = {"input_ids": ids, **batch, "labels": labels}  # accelerate counts the rows of what comes first
-        if self.max_length is not None and ids.shape[1] > self.max_length:
-            batch = self._cut(batch, is_picture, self.max_length)
+        batch = super().__call__(rows)
+        if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
+            batch = self._cut(batch, self.max_length)
         return batch
 
-    def _cut(self, batch: dict[str, Any], is_picture: Tensor, length: int) -> dict[str, Any]:
+    def collated(self, rows: list[Row]) -> Mapping[str, Any]:
+        """TRL's batch of rows, which are of one format."""
+        collator = self.collator
+        has_answers = {"prompt", "completion"} <= set(rows[0])
+        others = ("messages", "conversations", collator.dataset_text_field) if has_answers else ("completion",)
+        texts = [as_trl_reads({name: cell for name, cell in row.items() if name not in others}) for row in rows]
+        texts = [with_ends(row, collator.dataset_text_field, collator.processor.tokenizer) for row in texts]
+        if not has_answers:
+            collator = replace(collator, completion_only_loss=False)
+        elif collator.assistant_only_loss:
+            collator = replace(collator, assistant_only_loss=False)
+        return collator(texts)
+
+    def _cut(self, batch: dict[str, Any], length: int) -> dict[str, Any]:
+        is_picture = self.pictures(batch)
         if is_picture[:, length:].any():
             last = int(is_picture.any(0).nonzero().max()) + 1
             raise ValueError(

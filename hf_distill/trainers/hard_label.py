@@ -17,7 +17,6 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 from transformers import DataCollator, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl.data_utils import get_dataset_column_names
 
 from hf_distill.losses.hard import hard_label_loss
 from hf_distill.losses.head import Head
@@ -37,6 +36,7 @@ from hf_distill.modeling import (
     trying,
 )
 from hf_distill.named import student_positions, student_rows
+from hf_distill.picture_rows import columns_of
 from hf_distill.teachers.columns import PREFIX
 from hf_distill.token_rows import check_batch
 from hf_distill.trainers.checks import (
@@ -207,7 +207,7 @@ class HardLabelTrainer(PreparingTrainer):
         if not given.has_pictures:
             return given
         refuse_student(model, given.processing_class, args)
-        columns = set(get_dataset_column_names(given.train_dataset))
+        columns = set(columns_of(given.train_dataset))
         refuse_for_pictures(args, columns, given.formatting_func is not None)
         return given.with_rows(partial(picture_rows, args=args))
 
@@ -249,7 +249,7 @@ class HardLabelTrainer(PreparingTrainer):
         self.picture_spans = spans_of(self.processing_class, self.student.config)
         if is_vision_language(self.student):
             is_own = given.data_collator is not None or not self.has_pictures
-            self.data_collator = student_collator(self.data_collator, self.picture_spans, args.max_length, is_own)
+            self.data_collator = student_collator(self.data_collator, self.picture_spans, args, is_own)
         keep_4bit_weights(self.student)
         with self.trying_out():
             check_head(self.student, "student")

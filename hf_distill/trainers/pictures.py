@@ -13,7 +13,6 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.data_utils import get_dataset_column_names
 
 from hf_distill.modeling import (
     PictureSpans,
@@ -30,7 +29,9 @@ from hf_distill.picture_rows import (
     MaskedPictures,
     PictureCollator,
     check_picture_rows,
+    columns_of,
     has_pictures,
+    has_transform,
     with_pictures,
 )
 from hf_distill.trainers.data import tell_columns, used_format
@@ -49,7 +50,7 @@ def picture_rows(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
     """A data set whose pictures, if it has some, are `datasets.Image`, and belong to its words."""
     if not has_pictures(dataset):
         return dataset
-    columns = set(get_dataset_column_names(dataset))
+    columns = set(columns_of(dataset))
     used = used_format(columns, args.dataset_text_field)
     if "input_ids" in columns:
         raise ValueError(
@@ -58,6 +59,11 @@ def picture_rows(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
         )
     if taken := sorted(columns & TEXT_ALONE):
         raise ValueError(f"the {name} dataset has pictures, and {taken[0]!r}, which is read of rows of text alone")
+    if args.remove_unused_columns and has_transform(dataset) and set(dataset.column_names or ()) - columns:
+        raise ValueError(
+            f"the {name} dataset has a transform that makes pictures of other columns, which would be removed before: "
+            "set remove_unused_columns=False"
+        )
     dataset = with_pictures(dataset, name)
     check_picture_rows(dataset, name, used, args.dataset_text_field)
     tell_columns(dataset, name, args)
@@ -73,6 +79,12 @@ def refuse_for_pictures(args: Any, columns: set[str], has_formatting: bool) -> N
         raise ValueError(f"{why}which stand at the beginning: truncation_mode='keep_end' would cut them off")
     if args.drop_long_rows:
         raise ValueError(f"{why}whose tokens are counted in batches alone: drop_long_rows=True cannot see them before")
+    by_length = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+    if by_length and (args.remove_unused_columns or args.length_column_name not in columns):
+        raise ValueError(
+            f"{why}whose tokens are counted in batches alone: train_sampling_strategy={args.train_sampling_strategy!r} "
+            f"needs a column {args.length_column_name!r}, and remove_unused_columns=False; or leave it out"
+        )
     if has_formatting:
         raise ValueError(f"{why}and formatting_func makes text alone of them: give them the columns instead")
     used = used_format(columns, args.dataset_text_field)
@@ -143,11 +155,13 @@ def spans_of(processing_class: Any, *configs: Any) -> PictureSpans:
     return PictureSpans(picture_tokens(processor, *configs, tokenizer=tokenizer), tokenizer)
 
 
-def student_collator(collator: Any, spans: PictureSpans, max_length: int | None, is_own: bool) -> MaskedPictures:
+def student_collator(collator: Any, spans: PictureSpans, args: Any, is_own: bool) -> MaskedPictures:
     """TRL's collator of pictures, whose batches are cut and masked here, or another one, whose labels are masked."""
     if is_own:
         return MaskedPictures(collator, spans)
-    return PictureCollator(replace(collator, max_length=None), spans, max_length)
+    # TRL asks the training rows whether there are completions; held-out rows may be of another format.
+    collator = replace(collator, max_length=None, completion_only_loss=args.completion_only_loss is not False)
+    return PictureCollator(collator, spans, args.max_length)
 
 
 def own_collator(student: Any, processor: Any, spans: PictureSpans) -> PictureCollator:
@@ -211,7 +225,7 @@ def try_rows(trainer: Any, dataset: AnyDataset, name: str) -> None:
         ids = inputs["input_ids"]
         counts["rows"] += 1
         counts["tokens"] += ids.numel()
-        counts["pictures"] += int(trainer.picture_spans(ids).sum())
+        counts["pictures"] += int(trainer.data_collator.pictures(inputs).sum())
         counts["labels"] += labels.numel()
         counts["unlabelled"] += labels.numel() == 0
         counts["longest"] = max(counts["longest"], ids.shape[1])
