@@ -18,9 +18,9 @@ from hf_distill.evaluating.generation import check_prompts
 from hf_distill.evaluating.models import Scoring, answer_measures, fidelity_measures
 from hf_distill.evaluating.questions import Questions
 from hf_distill.evaluation import perplexity, window_length
-from hf_distill.modeling import evaluating, tokenizer_of
+from hf_distill.modeling import causal_lm, evaluating, is_vision_language, tokenizer_of
 from hf_distill.report import markdown, save_curve
-from hf_distill.rows import tokenized_row
+from hf_distill.rows import refuse_pictures, tokenized_row
 from hf_distill.teachers.local import LocalTeacher
 
 TITLE = "rollout/samples"
@@ -167,6 +167,8 @@ class PerplexityCallback(_Measuring):
             if row is None:
                 raise ValueError(f"the data set {name!r} is empty")
             try:
+                if is_vision_language(causal_lm(model)):
+                    refuse_pictures(row, "the first row")
                 tokenized_row(row, tokenizer)
             except ValueError as error:
                 raise ValueError(f"the data set {name!r} cannot be measured: {error}") from error
@@ -249,6 +251,8 @@ class EvaluateCallback(_Measuring):
         self.teacher = own.model if teacher is None and isinstance(own, LocalTeacher) else teacher
         if rows is not None:
             tokenizer = tokenizer_of(trainer.processing_class)
+            if is_vision_language(causal_lm(cast(Any, trainer.model))):
+                refuse_pictures(rows[0], "the first of the rows")
             tokenized_row(dict(rows[0]), tokenizer, "the first of the rows")
         if questions is not None:
             check_prompts(cast(Any, trainer.model), questions.prompts, self.scoring.max_new_tokens)

@@ -28,6 +28,7 @@ from hf_distill.modeling import (
     evaluating,
     head_of,
     input_device,
+    is_vision_language,
     keep_4bit_weights,
     label_positions,
     last_hidden_states,
@@ -35,7 +36,7 @@ from hf_distill.modeling import (
     num_token_ids,
     select_positions,
 )
-from hf_distill.rows import tokenized_row
+from hf_distill.rows import refuse_pictures, tokenized_row
 from hf_distill.teachers.stored import StoredHiddenTeacher
 from hf_distill.token_rows import Limits, check_row, has_label, pad
 
@@ -340,9 +341,13 @@ def tokenized_rows(
     limits = Limits(
         true_vocabulary(tokenizer, models, vocab_size), num_ids, known_to="the models have embeddings only for"
     )
+    sees = any(is_vision_language(causal_lm(model)) for model in models)
     for index, row in enumerate(tqdm(dataset, desc="measuring", unit="row", leave=False, delay=1)):
-        tokens = tokenized_row(row, tokenizer, f"row {index} of the dataset")
-        check_row(tokens, f"row {index} of the dataset", limits)
+        name = f"row {index} of the dataset"
+        if sees:
+            refuse_pictures(row, name)
+        tokens = tokenized_row(row, tokenizer, name)
+        check_row(tokens, name, limits)
         yield row, tokens
 
 

@@ -153,15 +153,7 @@ def with_messages(row: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def tokenized_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name: str = "a row") -> dict[str, list[int]]:
-    """input_ids and labels of a row, and `seq_lengths` of a packed one; `ValueError` for one with unknown columns.
-
-    A row with pictures is one of them: its tokens alone would not be what a model was asked.
-    """
-    if any(row.get(column) not in (None, []) for column in ("images", "image")):
-        raise ValueError(
-            f"{name} has pictures, and rows of text alone are measured here: use trainer.evaluate(), or remove the "
-            "column of pictures"
-        )
+    """input_ids and labels of a row, and `seq_lengths` of a packed one; `ValueError` for one with unknown columns."""
     if row.get("input_ids") is not None:
         return _given_tokens(row)
     row = with_messages(row, name)
@@ -182,6 +174,15 @@ def tokenized_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name:
         )
     ids = _ids(content, tokenizer)
     return {"input_ids": ids, "labels": ids}
+
+
+def refuse_pictures(row: Mapping[str, Any], name: str) -> None:
+    """Raises `ValueError` for a row with pictures, for a model that sees: its tokens are not all that it was asked."""
+    if any(row.get(column) not in (None, []) for column in ("images", "image")):
+        raise ValueError(
+            f"{name} has pictures, and rows of text alone are measured here: use trainer.evaluate(), or remove the "
+            "column of pictures"
+        )
 
 
 def _given_tokens(row: Mapping[str, Any]) -> dict[str, list[int]]:
