@@ -1,6 +1,7 @@
 """Configurations and tokenizers of models that are given by name, before any weights are loaded."""
 
 import os
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -104,6 +105,18 @@ def student_processor(model: str | PreTrainedModel, args: SFTConfig) -> Processo
         raise ValueError(
             f"rows with pictures need a processor, and the one of {name!r} cannot be loaded: {reason}"
         ) from error
+
+
+def student_processing_class(model: str | PreTrainedModel, args: SFTConfig, *, sees: bool | None) -> Any:
+    """The processor of a student that sees, which is saved with it, if one works here; or else its tokenizer.
+
+    Raises:
+        `ValueError`: as `student_tokenizer` does.
+    """
+    if sees:
+        with suppress(ValueError):  # rows of text alone need none
+            return student_processor(model, args)
+    return student_tokenizer(model, args)
 
 
 def load_processor(name: str, init_kwargs: Any, trust_remote_code: bool) -> ProcessorMixin:

@@ -119,7 +119,7 @@ class Probe:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The student's, as the trainer has it; without a trainer as it comes."""
         if self.problem is None:
-            return self._trainer.processing_class
+            return self._trainer.tokenizer
         try:
             return self.arguments.get("processing_class") or student_tokenizer(self.arguments["model"], self.args)
         except PROBLEMS as error:

@@ -2,6 +2,7 @@
 
 Two processors may cut a picture into different numbers of tokens. What stands for pictures is taken out of both texts;
 the rest has to be the same, token by token. So the label-bearing tokens of both are the same, one after the other.
+Where the student's row was cut at `max_length`, the teacher's ends at the same token of the text.
 
 Shapes: B rows of a batch, T and Tt tokens of student and teacher, N label-bearing positions.
 """
@@ -47,15 +48,17 @@ class OwnViewTeacher(LocalTeacher):
         self.prefix = f"{PREFIX}{index}_"
         self._collator: Any = None
         self._student_spans: PictureSpans | None = None
+        self._max_length: int | None = None
 
-    def read_with(self, collator: MaskedPictures, student_spans: PictureSpans) -> None:
+    def read_with(self, collator: MaskedPictures, student_spans: PictureSpans, max_length: int | None = None) -> None:
         """Called once, before rows are collated.
 
         Args:
-            collator: makes batches with this teacher's processor, as the student's are made with its own.
+            collator: makes batches with this teacher's processor, as the student's are made with its own, but uncut.
             student_spans: tells what stands for pictures in the student's tokens.
+            max_length (`int`, *optional*): the tokens that the student's rows are cut at.
         """
-        self._collator, self._student_spans = collator, student_spans
+        self._collator, self._student_spans, self._max_length = collator, student_spans, max_length
 
     def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
         """The same rows: what is read of them is made in [`collate`]."""
@@ -75,15 +78,12 @@ class OwnViewTeacher(LocalTeacher):
         own = {n.removeprefix(self.prefix): each for n, each in inputs.items() if n.startswith(self.prefix)}
         num_ids = num_token_ids(self._causal_lm)
         check_batch(own, "", num_ids, num_ids, self.processor.tokenizer.pad_token_id)
-        own_positions, own_labels = label_positions(own.pop("labels"))
         assert self._student_spans is not None
-        texts = [
-            text_lines(ids, mask, spans)
-            for ids, mask, spans in (
-                (inputs["input_ids"], inputs.get("attention_mask"), self._student_spans),
-                (own["input_ids"], own.get("attention_mask"), self.spans),
-            )
-        ]
+        mine, theirs = text_places(inputs, self._student_spans), text_places(own, self.spans)
+        if self._max_length is not None:
+            own, theirs = end_alike(own, theirs, self.spans, inputs, mine, self._max_length)
+        own_positions, own_labels = label_positions(own.pop("labels"))
+        texts = [text_lines(inputs["input_ids"], mine), text_lines(own["input_ids"], theirs)]
         labels = inputs["input_ids"].flatten()[positions + 1]
         if not (_equal(*texts) and _equal(labels, own_labels)):
             raise ValueError(self._difference(*texts))
@@ -92,15 +92,16 @@ class OwnViewTeacher(LocalTeacher):
     def _difference(self, student: Tensor, teacher: Tensor) -> str:
         sides = [[row[row >= 0].tolist() for row in side] for side in (student, teacher)]
         remedy = "give both the same chat template and answers (processing_class, teacher_processing_class)"
-        for mine, theirs in zip(*sides, strict=True):
+        for row, (mine, theirs) in enumerate(zip(*sides, strict=True)):
             if mine != theirs:
                 place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
                              min(len(mine), len(theirs)))  # fmt: skip
+                start = self.processor.tokenizer.decode(mine[:16])
                 ours, its = (self.processor.tokenizer.decode(side[place : place + 8]) for side in (mine, theirs))
                 return (
                     f"the processors of student and teacher ({self.name}) make different texts of a row, without "
                     f"its pictures {len(mine)} and {len(theirs)} tokens: from token {place} on {ours!r} and {its!r}; "
-                    f"{remedy}"
+                    f"{remedy}. It is row {row} of its batch, and begins with {start!r}"
                 )
         return (
             f"the processors of student and teacher ({self.name}) make the same text of a row, but other tokens of it "
@@ -108,11 +109,37 @@ class OwnViewTeacher(LocalTeacher):
         )
 
 
-def text_lines(input_ids: Tensor, attention_mask: Tensor | None, spans: PictureSpans) -> Tensor:
+def text_places(inputs: Mapping[str, Any], spans: PictureSpans) -> Tensor:
+    """True for tokens (B, T) that stand for text."""
+    is_text = ~spans(inputs["input_ids"])
+    mask = inputs.get("attention_mask")
+    return is_text if mask is None else is_text & mask.bool()
+
+
+def end_alike(
+    own: dict[str, Any], own_text: Tensor, own_spans: PictureSpans, inputs: Mapping[str, Any], text: Tensor, length: int
+) -> tuple[dict[str, Any], Tensor]:
+    """A teacher's batch (B, Tt) whose rows end where those of the student were cut, and its places of text.
+
+    Args:
+        own, own_text, own_spans: the teacher's batch, its places of text, and what its pictures are.
+        inputs, text: the same of the student.
+        length: the number of tokens that the student's rows (B, T) were cut at.
+    """
+    mask = inputs.get("attention_mask")
+    num_tokens = text.new_full(text.shape[:1], text.shape[1], dtype=torch.long) if mask is None else mask.sum(1)
+    kept = torch.where(num_tokens >= length, text.sum(1), own_text.sum(1))  # tokens of text
+    is_within = own_text.long().cumsum(1) <= kept.unsqueeze(1)
+    shape, own_text = own["input_ids"].shape, own_text & is_within
+    needed = (own_text | own_spans(own["input_ids"])).any(0)
+    end = int(needed.nonzero().max()) + 1 if needed.any() else shape[1]
+    own = {**own, "labels": own["labels"].masked_fill(~is_within, -100)}
+    cut = {name: each[:, :end] if each.shape[:2] == shape else each for name, each in own.items()}
+    return cut, own_text[:, :end]
+
+
+def text_lines(input_ids: Tensor, is_text: Tensor) -> Tensor:
     """The tokens (B, T) that stand for text, in order at the beginning of each row, and -1 after them."""
-    is_text = ~spans(input_ids)
-    if attention_mask is not None:
-        is_text &= attention_mask.bool()
     order = (~is_text).long().argsort(dim=1, stable=True)
     lines = torch.where(is_text, input_ids, -1).gather(1, order)
     return lines[:, : int(is_text.sum(1).max())]

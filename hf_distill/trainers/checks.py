@@ -288,13 +288,13 @@ def check_lengths(
         "input_ids": readers[:1] if has_own else readers,
         "teacher_input_ids": readers[1:] if has_own else [],
     }.items():
-        limit = min((limit for _, model, _ in part if (limit := num_positions(model))), default=None)
+        limit = min((limit for _, model, *_ in part if (limit := num_positions(model))), default=None)
         cut = None if args.skips_preparation or column != "input_ids" else args.max_length
         if limit is None or (cut is not None and cut <= limit):
             continue
         length, row = longest_text(dataset, column)
         with trying_out():
-            for name, model, _ in part:
+            for name, model, *_ in part:
                 remedy = "shorten it" if column != "input_ids" else f"set max_length to at most {num_positions(model)}"
                 text = f"row {row} of the prepared rows"
                 check_length(model, name, length, text, f"{remedy}, or set drop_long_rows=True")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from hf_distill.model_files import is_adapter_folder
 from hf_distill.modeling import tokenizer_of
-from hf_distill.named import has_tokenizer, student_processor, student_tokenizer
+from hf_distill.named import has_tokenizer, sees, student_processing_class, student_processor
 from hf_distill.picture_rows import has_pictures
 from hf_distill.rows import is_chat
 from hf_distill.trainers.checks import named_datasets
@@ -97,11 +97,13 @@ class Given(NamedTuple):
                 )
 
     def with_processing_class(self) -> "Given":
-        """The same with the student's tokenizer, or processor where its rows have pictures."""
+        """The same with the student's tokenizer, or processor if it sees, which its rows need if they have pictures."""
         if self.processing_class is not None:
             return self
-        load: Any = student_processor if self.has_pictures else student_tokenizer
-        return self._replace(processing_class=load(self.model, self.args))
+        if self.has_pictures:
+            return self._replace(processing_class=student_processor(self.model, self.args))
+        seeing = sees(self.model, self.args.model_init_kwargs, self.args.trust_remote_code)
+        return self._replace(processing_class=student_processing_class(self.model, self.args, sees=seeing))
 
     def with_adapters_loaded(self) -> "Given":
         """The same with the student loaded, and its tokenizer, if it was given as a folder of adapters.
@@ -111,9 +113,10 @@ class Given(NamedTuple):
         if not is_adapter_folder(self.model):
             return self
         tokenizer = self.processing_class
-        if tokenizer is None and has_tokenizer(self.model) and not self.has_pictures:
-            tokenizer = student_tokenizer(self.model, self.args)
         model = load_adapters(self.model, self.args, self.quantization_config)
+        if tokenizer is None and has_tokenizer(self.model) and not self.has_pictures:
+            seeing = sees(model, None, self.args.trust_remote_code)
+            tokenizer = student_processing_class(self.model, self.args, sees=seeing)
         args = copy.copy(self.args)
         args.model_init_kwargs = None  # they were for this model
         return self._replace(model=model, args=args, processing_class=tokenizer, quantization_config=None)
@@ -125,8 +128,9 @@ class Given(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """A model that reads the student's rows."""
+    """A model that reads the student's rows, or its own view of them."""
 
     name: str
     model: PreTrainedModel
     read: Callable[[dict[str, Any]], Tensor]  # hidden states (n, D) of the n tokens of a batch
+    prefix: str = ""  # of the names of its own tensors, if it has a view of its own

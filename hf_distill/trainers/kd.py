@@ -92,8 +92,8 @@ class KDTrainer(HardLabelTrainer):
 
     Raises:
         `ValueError`: at construction, for anything that could not be trained on: no teacher, the student as its own
-            teacher, another vocabulary, missing columns, no row with a label, a teacher without weights, vision
-            models, and what [`KDConfig`] refuses.
+            teacher, another vocabulary, missing columns, no row with a label, a teacher without weights, pictures
+            that a model does not see, and what [`KDConfig`] refuses.
     """
 
     args: KDConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -204,7 +204,7 @@ class KDTrainer(HardLabelTrainer):
         for teacher in self.teachers.values():
             if isinstance(teacher, OwnViewTeacher):
                 own = own_collator(self.data_collator, teacher.processor, teacher.spans)
-                teacher.read_with(own, self.picture_spans)
+                teacher.read_with(own, self.picture_spans, self.args.max_length)
         self._collate, self._teacher_columns = self.teacher.collate, set[str]()
         for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
             self._keep_columns(dataset)
@@ -236,7 +236,7 @@ class KDTrainer(HardLabelTrainer):
                 return teacher(batch, positions).hidden
 
             called = "teacher" if len(self.teachers) == 1 else f"teacher {name}"
-            readers.append(Reader(called, teacher.model, read))
+            readers.append(Reader(called, teacher.model, read, getattr(teacher, "prefix", "")))
         return readers
 
     def try_views(self, inputs: dict[str, Any], positions: Tensor) -> None:

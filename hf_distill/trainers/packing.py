@@ -44,7 +44,7 @@ def check_packing(
     """
     batches = joined_rows(collator, is_packed, vocab_size)
     batches = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
-    for name, model, read in readers:
+    for name, model, read, *_ in readers:
         refuse_leaks(lambda batch, read=read: read(batch)[: 2 * LENGTH], batches, name, model)  # without padding
 
 

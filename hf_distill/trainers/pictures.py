@@ -3,6 +3,7 @@
 import copy
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,6 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from hf_distill.modeling import (
     PictureSpans,
     check_length,
-    is_vision_language,
     language_part,
     picture_tokens,
     tokenizer_of,
@@ -115,19 +115,28 @@ def refuse_student(model: Any, processing_class: Any, args: Any) -> None:
         )
 
 
-def kept_to_language(peft_config: Any, model: str | PreTrainedModel, args: Any) -> Any:
-    """The same adapters, but none in the part of a model that sees; what the user leaves out stays out, too."""
+def kept_to_language(peft_config: Any, model: str | PreTrainedModel, args: Any = None) -> Any:
+    """The same adapters, but none in the part of a model that sees; what the user leaves out stays out, too.
+
+    "all-linear" is all of the language part; what is named is adapted between the two parts, too.
+
+    Args:
+        args: the settings that a model given by name is loaded with.
+    """
     if not isinstance(peft_config, PeftConfig) or not hasattr(peft_config, "exclude_modules"):
         return peft_config
     student: Any = student_without_weights(model, args) if isinstance(model, str) else model
-    if student is None or not is_vision_language(student):
+    if student is None or (tower := vision_tower(student)) is None:
         return peft_config
-    name, _ = language_part(student)
+    outside = rf"{re.escape(tower[0])}\..*"
+    if getattr(peft_config, "target_modules", None) == "all-linear":
+        name, _ = language_part(student)
+        outside = rf"(?!{re.escape(name)}\.).*"
+        logger.info("adapters of 'all-linear' go to %s alone: name more modules, or freeze_vision_tower=False", name)
     own: Any = getattr(peft_config, "exclude_modules")  # noqa: B009 - not all adapters have it
     if isinstance(own, list | tuple | set):
         own = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(own)))})"
     kept: Any = copy.copy(peft_config)
-    outside = rf"(?!{re.escape(name)}\.).*"
     kept.exclude_modules = f"{outside}|{own}" if own else outside
     return kept
 
@@ -178,9 +187,8 @@ def own_collator(student: Any, processor: Any, spans: PictureSpans) -> PictureCo
     template = None
     if student.collator.assistant_only_loss and not has_generation_markers(processor.chat_template):
         template = get_training_chat_template(processor)
-    return PictureCollator(
-        replace(student.collator, processor=processor, chat_template=template), spans, student.max_length
-    )
+    # Uncut: what is left of the student's text decides where the teacher's ends, too.
+    return PictureCollator(replace(student.collator, processor=processor, chat_template=template), spans)
 
 
 # ------------------------------------------------------------------------------------------------------- tried rows
@@ -215,7 +223,8 @@ def try_rows(trainer: Any, dataset: AnyDataset, name: str) -> None:
             label; a processor of another model.
     """
     collate = trainer.batch_collator()
-    counts: dict[str, int] = dict.fromkeys(("rows", "tokens", "pictures", "labels", "unlabelled", "longest"), 0)
+    counts: dict[str, int] = dict.fromkeys(("rows", "tokens", "pictures", "labels", "unlabelled"), 0)
+    longest: dict[str, int] = Counter()  # by the prefix of what a model reads
     for index, row in enumerate(trainer.first_rows(dataset, TRIED_ROWS)):
         called = f"row {index} of the {name} dataset"
         with naming_row(called):
@@ -228,7 +237,10 @@ def try_rows(trainer: Any, dataset: AnyDataset, name: str) -> None:
         counts["pictures"] += int(trainer.data_collator.pictures(inputs).sum())
         counts["labels"] += labels.numel()
         counts["unlabelled"] += labels.numel() == 0
-        counts["longest"] = max(counts["longest"], ids.shape[1])
+        for key, each in inputs.items():
+            if key.endswith("input_ids"):
+                prefix = key.removesuffix("input_ids")
+                longest[prefix] = max(longest[prefix], each.shape[1])
     _tell(counts, name, trainer.args)
     rows = trainer.first_rows(dataset, max(2, min(TRIED_ROWS, trainer.args.per_device_train_batch_size)))
     with naming_row(f"the first {len(rows)} rows of the {name} dataset"):
@@ -236,7 +248,9 @@ def try_rows(trainer: Any, dataset: AnyDataset, name: str) -> None:
         inputs, positions, _ = trainer.take_labels(batch)
     for reader in trainer.readers():
         text = f"the longest of the first {counts['rows']} rows of the {name} dataset"
-        check_length(reader.model, reader.name, counts["longest"], text, f"set max_length, or shorten the {name} rows")
+        check_length(
+            reader.model, reader.name, longest[reader.prefix], text, f"set max_length, or shorten the {name} rows"
+        )
     trainer.try_reading(inputs, positions)
 
 

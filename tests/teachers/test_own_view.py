@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 from hf_distill import KDConfig, KDTrainer
 from hf_distill.modeling import PictureSpans, picture_tokens
 from hf_distill.teachers.local import LocalTeacher
-from hf_distill.teachers.own_view import OwnViewTeacher, makes_the_same, text_lines
+from hf_distill.teachers.own_view import OwnViewTeacher, makes_the_same, text_lines, text_places
+from hf_distill.trainers import pictures
 from tests.trainers.test_kd import settings
 from tests.vision import PICTURE_IDS, chats, make_processor, make_tokenizer, make_vlm, questions
 
@@ -135,6 +136,45 @@ def test_other_labels_of_the_same_text_are_refused(tmp_path):
         trainer.teacher.view(inputs, positions)
 
 
+@pytest.mark.parametrize("max_length", [14, 18])
+def test_rows_are_cut_at_the_same_token_of_the_text(tmp_path, max_length):
+    rows, split = chats(), {"do_image_splitting": True}
+    trainer = distil(tmp_path, rows, max_length=max_length)
+    trainer.train()
+    sides = []
+    batch, places = texts_of("idefics3", rows)
+    kept = [[place for place in row if place < max_length] for row in places]
+    assert [len(row) for row in kept] != [len(row) for row in places]
+    for seed, settings_ in ((1, {}), (2, split)):
+        batch, places = texts_of("idefics3", rows, **settings_)
+        with torch.no_grad():
+            logits = make_vlm("idefics3", seed)(**batch).logits.log_softmax(-1)
+        places = [row[: len(kept[i])] for i, row in enumerate(places)]
+        sides.append(torch.cat([logits[i, [t - 1 for t in row if t > 0]] for i, row in enumerate(places)]))
+    mine, theirs = sides
+    expected = (theirs.exp() * (theirs - mine)).sum(-1).mean().item()
+    assert trainer.state.log_history[0]["kd"] == pytest.approx(expected, rel=1e-4)
+    batch = trainer.batch_collator()(list(rows))
+    inputs, positions, _ = trainer.take_labels(batch)
+    own, _ = trainer.teacher.view(inputs, positions)
+    assert own["input_ids"].shape[1] < batch["teacher_0_input_ids"].shape[1]
+
+
+def test_the_rest_of_a_text_that_was_not_cut_has_to_be_the_same(tmp_path):
+    processor = make_processor("idefics3", do_image_splitting=True)
+    processor.chat_template += "more"
+    with pytest.raises(ValueError, match=r"make different texts of a row.*It is row 0 of its batch, and begins with"):
+        distil(tmp_path, chats(), processor=processor, max_length=100)
+
+
+def test_the_length_of_a_teacher_is_that_of_its_own_view(tmp_path, monkeypatch):
+    found = {}
+    monkeypatch.setattr(pictures, "check_length", lambda model, name, length, *_: found.update({name: length}))
+    distil(tmp_path, chats())
+    sides = [texts_of("idefics3", chats(), **split)[0] for split in ({}, {"do_image_splitting": True})]
+    assert found == {"student": sides[0]["input_ids"].shape[1], "teacher": sides[1]["input_ids"].shape[1]}
+
+
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path):
     rows, found = chats(8), []
     for name, steps in (("whole", (4,)), ("parts", (2, 4))):
@@ -177,7 +217,8 @@ def test_lines_of_text_are_in_order_without_pictures_and_padding():
     word = tokenizer("red")["input_ids"][0]
     ids = torch.tensor([[5, word, word + 1, 5, word + 2, 0], [word, 5, 5, 5, 5, word + 3]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1] * 6])
-    lines = text_lines(ids, mask, PictureSpans({5}, tokenizer))
+    places = text_places({"input_ids": ids, "attention_mask": mask}, PictureSpans({5}, tokenizer))
+    lines = text_lines(ids, places)
     assert lines.tolist() == [[word, word + 1, word + 2], [word, word + 3, -1]]
 
 

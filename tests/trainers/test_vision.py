@@ -225,6 +225,22 @@ def test_adapters_go_to_the_language_part_alone(tmp_path, family, targets):
     assert any(not torch.equal(before[name], after[name]) for name in trained)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "modality_projection.proj"], r".*\.(q_proj|modality_projection\.proj)"])
+def test_adapters_go_where_they_are_named_but_to_the_tower(tmp_path, targets):
+    config = LoraConfig(r=2, target_modules=targets)
+    trainer = make_trainer(tmp_path, "idefics3", chats(), trainer_settings={"peft_config": config})
+    trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert any("connector.modality_projection.proj" in name for name in trained)
+    assert any("text_model" in name for name in trained)
+    assert not any("vision_model" in name for name in trained)
+
+
+def test_an_adapter_of_the_head_is_refused_as_that_of_a_text_model(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="lm_head"):
+        make_trainer(tmp_path, "idefics3", chats(), trainer_settings={"peft_config": config})
+
+
 def test_adapters_go_everywhere_if_the_tower_may_learn(tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj"])
     trainer = make_trainer(
