@@ -15,7 +15,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.initialization import no_init_weights
 
 from hf_distill.modeling import decoder_layers, head_layer, is_vision_language, trying
 
@@ -86,12 +93,13 @@ def make_model(spec: ModelSpec) -> PreTrainedModel:
     kwargs: dict[str, Any] = {"dtype": dtype_of(spec, config)}
     if spec.attention is not None:
         kwargs["attn_implementation"] = spec.attention
-    if is_vision_language(config):
-        raise ValueError(
-            f"{spec.source} reads pictures, and a plan does not count these: it is for models of text alone"
-        )
-    with trying(f"{spec.source} cannot be made from its configuration"):
-        model = AutoModelForCausalLM.from_config(config.get_text_config(), **kwargs)
+    # A run loads all of a model that sees, whatever its rows are.
+    sees = is_vision_language(config)
+    cls, config = (AutoModelForImageTextToText, config) if sees else (AutoModelForCausalLM, config.get_text_config())
+    # Some random weights are drawn by the values of others, which fake tensors have none of.
+    with trying(f"{spec.source} cannot be made from its configuration"), no_init_weights():
+        model = cls.from_config(config, **kwargs)
+        model.tie_weights()
     if spec.bits is not None:
         quantise_(model, spec.bits, double_quant=spec.double_quant)
     return model

@@ -190,7 +190,7 @@ class Planner:
             signals=tuple(_signal(teacher, forward, settings) for teacher, forward in pairs), lora=settings.lora,
             checkpointing=settings.checkpointing, autocast=settings.compute, accumulates=settings.accumulation > 1,
             optimizer=settings.optimizer, kv=self.kv(settings), hidden=self.hidden(settings),
-            device=settings.machine.kind,
+            device=settings.machine.kind, freezes_tower=settings.freezes_tower,
         )  # fmt: skip
 
     def teacher(self, settings: Settings, teacher: TeacherSetting) -> TeacherForward | None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, Trainer, training_args
 
 from hf_distill.losses.head import default_chunk_size
 from hf_distill.losses.objective import Objective
+from hf_distill.modeling import is_vision_language
 from hf_distill.planning.models import ModelSpec
 from hf_distill.planning.steps import Batch
 from hf_distill.speculative import RolloutConfig
@@ -84,6 +85,7 @@ class Settings:
     rollout: RolloutConfig | None = None
     rollout_batch_size: int | None = None
     prompts: tuple[int, int] = (0, 0)
+    freezes_tower: bool = True  # of a student that sees
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -162,12 +164,17 @@ def read_settings(
     quantised = [name for name, c in zip([model, *given], configs, strict=False) if _is_quantised(c)]
     if quantised:
         notes.append(f"the weights of {quantised[0]} are saved quantised: they are counted in their dtype, not in bits")
+    if seeing := [name for name, c in zip([model, *given], configs, strict=False) if is_vision_language(c)]:
+        notes.append(
+            f"{seeing[0]} reads pictures: all its weights are counted, and rows of text alone; pictures take more"
+        )
     return Settings(
         student=student, teachers=teachers, batch=batch, accumulation=args.gradient_accumulation_steps,
         objective=_objective(args, vocab_size, machine), machine=machine, lora=peft_config,
         checkpointing=_checkpointing(args), mixed=_mixed(args),
         optimizer=_optimizer(args), kv=_kv(args), hidden=_hidden(args), rollout=rollout,
-        rollout_batch_size=getattr(args, "rollout_batch_size", None), prompts=prompts, notes=tuple(notes),
+        rollout_batch_size=getattr(args, "rollout_batch_size", None), prompts=prompts,
+        freezes_tower=args.freeze_vision_tower, notes=tuple(notes),
     )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ from hf_distill.planning.models import (
     with_adapters,
 )
 from hf_distill.teachers.local import signal_of
+from hf_distill.trainers.pictures import freeze_tower, kept_to_language
 
 # Labels of what is alive, in the order of a report.
 WEIGHTS, BATCH, SIGNAL, KEPT, LOSS, BACKWARD, OPTIMIZER, CACHE = (
@@ -165,6 +166,7 @@ class StudentRun:
     kv: KVSpec | None = None
     hidden: HiddenSpec | None = None
     device: str = "cuda"
+    freezes_tower: bool = True  # of a student that sees
 
 
 @dataclass(frozen=True)
@@ -191,8 +193,10 @@ class StudentStep:
 def make_student(run: StudentRun) -> nn.Module:
     """The student with its adapters and projectors, in train mode, as a trainer has it."""
     model: Any = make_model(run.model)
+    if run.freezes_tower:
+        freeze_tower(model)
     if run.lora is not None:
-        model = with_adapters(model, run.lora)
+        model = with_adapters(model, kept_to_language(run.lora, model) if run.freezes_tower else run.lora)
         if run.model.bits is not None:  # as TRL does it
             for parameter in model.parameters():
                 if parameter.requires_grad:
