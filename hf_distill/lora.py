@@ -5,6 +5,7 @@ Shapes: a module from I to O features gets A (r, I) and B (O, r); its update is 
 
 import copy
 import difflib
+import logging
 import re
 import textwrap
 import warnings
@@ -23,11 +24,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_distill.losses.feature import effective_rank_of
-from hf_distill.modeling import causal_lm, without_values
+from hf_distill.model_files import auto_class
+from hf_distill.modeling import causal_lm, is_vision_language, without_values
+from hf_distill.named import load_processor
 from hf_distill.report import Part, Shown
 from hf_distill.saved_weights import ADAPTER_FILES, lacking
 from hf_distill.saving import (
@@ -39,6 +42,8 @@ from hf_distill.saving import (
     set_aside,
     try_saving,
 )
+
+logger = logging.getLogger(__name__)
 
 # Kinds of modules by patterns in their paths; the part nearest to the module's own name decides.
 KINDS = {"attention": r"attn|attention", "mlp": r"mlp|ffn|feed_forward|moe|expert|^fc\d"}
@@ -380,13 +385,13 @@ def merge_adapter(
     try:
         if getattr(AutoConfig.from_pretrained(base), "quantization_config", None) is not None:
             raise ValueError(f"base {base!r} is quantised: name the model that it was made from with base")
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto")
+        model = auto_class(base).from_pretrained(base, dtype=dtype or "auto")
     except OSError as error:
         raise ValueError(f"base {base!r} is no folder or hub id of a model: {_short(error)}") from error
     folders = [folder for folder in (adapter_folder, Path(base)) if any(folder.glob("tokenizer*"))]
     if not folders and Path(base).is_dir():  # transformers would make an empty tokenizer
         raise ValueError(f"neither {adapter_folder} nor base {base!r} has a tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(str((folders or [base])[0]))
+    tokenizer = _processing_class(model, [str(folder) for folder in folders or [base]])
 
     try_saving(model, tokenizer, output_folder)
     adapted = _with_adapter(model, config, adapter_folder, base)
@@ -411,6 +416,16 @@ def _with_adapter(model: PreTrainedModel, config: LoraConfig, folder: Path, base
             f"({differing[0]}, ...). Name the very model that it was trained on, with as many layers, with base"
         )
     return adapted
+
+
+def _processing_class(model: PreTrainedModel, names: Sequence[str]) -> Any:
+    """The first processor of a model that sees, of the folders or hub ids `names`; or else their first tokenizer."""
+    for name in names if is_vision_language(model) else ():
+        try:
+            return load_processor(name, None, False)
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            logger.warning("no processor of %s works here, and none is saved from there: %s", name, _short(error))
+    return AutoTokenizer.from_pretrained(names[0])
 
 
 def _short(error: Exception) -> str:

@@ -5,12 +5,16 @@ import io
 import json
 
 import pytest
+import torch
 from datasets import load_dataset
+from peft import LoraConfig
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
-from hf_distill import cli
+from hf_distill import KDConfig, KDTrainer, cli
 from hf_distill.row_files import load_rows
 from hf_distill.runs import rows_digest
+from tests.trainers.test_kd import settings
 from tests.vision import chats, make_processor, make_vlm, picture
 
 RUN = ["--use_cpu", "--bf16", "false", "--report_to", "none", "--max_steps", "2", "--save_strategy", "no"]
@@ -118,9 +122,35 @@ def test_an_evaluation_of_text_refuses_pictures(folder, tmp_path, capsys):
 
 def test_a_plan_says_that_it_does_not_count_pictures(folder, capsys):
     models = ["--model", str(folder / "student"), "--teacher_model", str(folder / "teacher")]
+    cli.main(["plan", "kd", *models, "--gpu", "24GB", "--output_dir", "out"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "reads pictures: all its weights are counted, and rows of text alone; pictures take more" in said
+
+
+def test_layers_of_a_model_that_sees_are_not_pruned(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["plan", "kd", *models, "--gpu", "24GB", "--output_dir", "out"])
-    assert "reads pictures, and a plan does not count these" in capsys.readouterr().err
+        cli.main(["prune", "--model", str(folder / "student"), "--layers", "0", "--output_dir", str(tmp_path / "out")])
+    assert "reads pictures, and prune is for models of text alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["idefics3", "gemma3"])
+def test_a_merged_student_sees_as_the_one_with_its_adapter(tmp_path, family):
+    make_vlm(family, 1).save_pretrained(tmp_path / "base")
+    make_processor(family).save_pretrained(tmp_path / "base")
+    trainer = KDTrainer(
+        str(tmp_path / "base"), make_vlm(family, 2), KDConfig(**settings(tmp_path / "adapter", learning_rate=1.0)),
+        chats(), peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    cli.main(["merge", "--adapter", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged")])
+    batch = {name: each for name, each in trainer.batch_collator()(list(chats())).items() if "teacher" not in name}
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        found, expected = merged(**batch).logits, trainer.student.eval()(**batch).logits
+        assert (found - make_vlm(family, 1)(**batch).logits).abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path / "merged"), ProcessorMixin)
 
 
 def test_other_pictures_are_other_rows(folder):

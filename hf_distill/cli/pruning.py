@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from hf_distill.cli.arguments import MergeArguments, PruneArguments
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.lora import merge_adapter
+from hf_distill.named import sees
 from hf_distill.page import page_of, write_page
 from hf_distill.pruning import drop_layers, original_layers, rank_layers, read_manifest, refuse_bundles
 from hf_distill.report import markdown, measured_on, result_rows, table
@@ -89,6 +90,8 @@ def _groups(text: str) -> dict[str, list[int]]:
 
 
 def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if sees(name, None, False):
+        raise ValueError(f"model {name!r} reads pictures, and prune is for models of text alone")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
