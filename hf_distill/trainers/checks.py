@@ -270,7 +270,7 @@ def refuse_frozen(student: nn.Module) -> None:
 
 
 def check_lengths(
-    readers: Sequence[tuple[str, PreTrainedModel, Any]],
+    readers: Sequence[tuple[Any, ...]],
     dataset: AnyDataset,
     args: Any,
     trying_out: Callable[[], AbstractContextManager[None]],
