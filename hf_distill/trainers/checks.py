@@ -199,7 +199,7 @@ def refuse_sharding(args: HardLabelConfig) -> None:
 
 def refuse_teacher_layouts(args: Any, *, has_base: bool) -> None:
     """Raises `ValueError` for teachers that would have to be split, or not, otherwise than the student."""
-    splits = _is_fsdp(args) or is_deepspeed_zero3_enabled()
+    splits = splits_weights(args)
     if "sharded" in (args.teacher_device or ""):
         if not splits:
             raise ValueError("teacher_device='sharded' needs FSDP2 or ZeRO-3, which split the student as well")
@@ -207,6 +207,11 @@ def refuse_teacher_layouts(args: Any, *, has_base: bool) -> None:
             raise ValueError("a sharded teacher has to be asked by all processes at once: take no 'route'")
     if has_base and splits:
         raise ValueError("teacher_model='base' needs a student that is not split: use DDP or ZeRO-2, or pass its name")
+
+
+def splits_weights(args: HardLabelConfig) -> bool:
+    """True if each process has a part of the weights, and gathers them layer by layer."""
+    return _is_fsdp(args) or is_deepspeed_zero3_enabled()
 
 
 def _is_fsdp(args: HardLabelConfig) -> bool:

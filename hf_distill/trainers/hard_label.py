@@ -64,8 +64,10 @@ from hf_distill.trainers.input_checks import check_inputs
 from hf_distill.trainers.packing import check_packing, joins
 from hf_distill.trainers.pictures import (
     freeze_tower,
+    keep_batches_whole,
     kept_to_language,
     picture_rows,
+    refuse_flat_places,
     refuse_for_pictures,
     refuse_student,
     spans_of,
@@ -249,6 +251,8 @@ class HardLabelTrainer(PreparingTrainer):
         self.picture_spans = spans_of(self.processing_class, self.student.config)
         if is_vision_language(self.student):
             is_own = given.data_collator is not None or not self.has_pictures
+            if self.has_pictures or given.data_collator is not None:
+                keep_batches_whole(self.accelerator)
             self.data_collator = student_collator(self.data_collator, self.picture_spans, args, is_own)
         keep_4bit_weights(self.student)
         with self.trying_out():
@@ -352,6 +356,7 @@ class HardLabelTrainer(PreparingTrainer):
         seen = inputs
         if is_vision_language(self.student):  # what stands for pictures need not be a token that can be predicted
             ids = inputs["input_ids"]
+            refuse_flat_places(self.student, inputs)
             seen = {**inputs, "input_ids": ids.masked_fill(self.picture_spans(ids), 0)}
         check_batch(seen, "", self.vocab_size, self.vocab_size, self.tokenizer.pad_token_id)
         positions, labels = label_positions(inputs.pop("labels"))

@@ -18,7 +18,7 @@ PLACE_TOLERANCE = 5e-2
 
 
 def check_packing(
-    readers: Sequence[tuple[str, PreTrainedModel, Callable[[dict[str, Any]], Tensor]]],
+    readers: Sequence[tuple[Any, ...]],
     collator: Any,
     is_packed: bool,
     vocab_size: int,

@@ -1,15 +1,19 @@
 """Vision-language students in a trainer: refused settings, the frozen tower, rows that are tried before training."""
 
 import copy
+import inspect
 import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from datasets import IterableDataset
 from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
@@ -32,8 +36,11 @@ from hf_distill.picture_rows import (
     columns_of,
     has_pictures,
     has_transform,
+    picture_column,
+    pictures_of,
     with_pictures,
 )
+from hf_distill.trainers.checks import splits_weights
 from hf_distill.trainers.data import tell_columns, used_format
 
 logger = logging.getLogger(__name__)
@@ -67,6 +74,21 @@ def picture_rows(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
     dataset = with_pictures(dataset, name)
     check_picture_rows(dataset, name, used, args.dataset_text_field)
     tell_columns(dataset, name, args)
+    return refuse_empty(dataset, name) if args.world_size > 1 and splits_weights(args) else dataset
+
+
+def refuse_empty(dataset: AnyDataset, name: str) -> AnyDataset:
+    """The same rows; `ValueError` for one without a picture, of a stream when it comes."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(with_a_picture, with_indices=True, fn_kwargs={"name": name}, features=dataset.features)
+    if has_transform(dataset):
+        rows: Any = iter(dataset)
+    else:
+        column = str(picture_column(dataset.column_names))
+        tables: Any = dataset.with_format("arrow").select_columns(column).iter(batch_size=100)
+        rows = chain.from_iterable(table.to_pylist() for table in tables)
+    for index, row in enumerate(rows):
+        with_a_picture(row, index, name)
     return dataset
 
 
@@ -141,7 +163,38 @@ def kept_to_language(peft_config: Any, model: str | PreTrainedModel, args: Any =
     return kept
 
 
+def with_a_picture(row: dict[str, Any], index: int, name: str) -> dict[str, Any]:
+    """The row; `ValueError` if it has no picture, where the tower is spread over processes."""
+    if not pictures_of(row):
+        raise ValueError(
+            f"row {index} of the {name} dataset has no picture: the tower is spread over processes, and one without a "
+            "picture in its batch would leave the others waiting for it. Drop such rows, or train with DDP or ZeRO-2"
+        )
+    return row
+
+
 # --------------------------------------------------------------------------------------------- the loaded student
+
+
+def keep_batches_whole(accelerator: Accelerator) -> None:
+    """Lets each process read the rows of a stream itself: pixels are not always divided by rows.
+
+    Raises:
+        `ValueError`: the settings want one process to hand out batches.
+    """
+    if accelerator.dataloader_config.dispatch_batches:
+        raise ValueError("dispatch_batches=True cuts the pixels of a batch: remove it from accelerator_config")
+    accelerator.dataloader_config.dispatch_batches = False
+
+
+def refuse_flat_places(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for pictures without the kinds of tokens that a model (Qwen-VL) gives places in rows by."""
+    missing = "image_grid_thw" in inputs and "mm_token_type_ids" not in inputs
+    if missing and "mm_token_type_ids" in inspect.signature(type(model).forward).parameters:
+        raise ValueError(
+            "a batch has image_grid_thw and no mm_token_type_ids, without which the model would read its pictures as "
+            "one line of text: let the data_collator return what the processor does (1 for tokens of pictures, else 0)"
+        )
 
 
 def freeze_tower(student: PreTrainedModel) -> str | None:

@@ -8,6 +8,7 @@ import logging
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from hf_distill.modeling import decoder_layers, hidden_widths, last_hidden_state
 from hf_distill.teachers.own_view import OwnViewTeacher
 from hf_distill.trainers.hard_label import HardLabelTrainer
 from hf_distill.trainers.hard_label_config import HardLabelConfig
+from hf_distill.trainers.pictures import picture_rows
 from tests.trainers.test_kd import settings
 from tests.vision import (
     FAMILIES,
@@ -239,6 +241,41 @@ def test_an_adapter_of_the_head_is_refused_as_that_of_a_text_model(tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="lm_head"):
         make_trainer(tmp_path, "idefics3", chats(), trainer_settings={"peft_config": config})
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_grid_without_the_kinds_of_tokens_is_refused(tmp_path, family):
+    collator = HandMade(family)
+
+    def without(rows):
+        return {name: each for name, each in collator(rows).items() if name != "mm_token_type_ids"}
+
+    trainer = make_trainer(tmp_path, family, tokenised())
+    trainer.data_collator = without
+    with pytest.raises(ValueError, match="image_grid_thw and no mm_token_type_ids"):
+        trainer.train()
+
+
+def test_one_process_does_not_hand_out_pixels(tmp_path):
+    """Streams of an evaluation beside rows that can be counted; of training rows that are a stream TRL sees to it."""
+    trainer = make_trainer(tmp_path, "idefics3", chats())
+    assert trainer.accelerator.dataloader_config.dispatch_batches is False
+    with pytest.raises(ValueError, match="dispatch_batches=True cuts the pixels of a batch"):
+        make_trainer(tmp_path, "idefics3", chats(), accelerator_config={"dispatch_batches": True})
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_rows_without_a_picture_are_refused_where_the_tower_is_spread(tmp_path, is_stream, monkeypatch):
+    rows = [*chats(3), {**chats(1)[0], "images": []}]
+    dataset = Dataset.from_list(rows, features=chats(1).features)
+    dataset = dataset.to_iterable_dataset() if is_stream else dataset
+    args = KDConfig(**settings(tmp_path))
+    list(picture_rows(dataset, "train", args))
+    monkeypatch.setattr(KDConfig, "world_size", 2)
+    list(picture_rows(dataset, "train", args))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="row 3 of the train dataset has no picture: the tower is spread"):
+        list(picture_rows(dataset, "train", args))
 
 
 def test_adapters_go_everywhere_if_the_tower_may_learn(tmp_path):
