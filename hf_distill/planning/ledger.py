@@ -92,6 +92,8 @@ class LiveBytes(TorchDispatchMode):
             out = args[0].clone()  # fake tensors have no values: every position counts
         elif func is aten.clone.default and _accumulates():
             out = aten.alias.default(args[0])  # a real gradient becomes the parameter's; a fake one would be copied
+        elif func is aten.addmm.dtype_out:
+            out = (kwargs or {})["out"]  # torch 2.9 has no such product of fake tensors
         else:
             out = func(*args, **(kwargs or {}))
         self.add(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
