@@ -1,4 +1,4 @@
-"""Which loss, weight, temperature and source of text help a real student? Equal budgets, held-out rows.
+"""Losses, weights, temperatures and sources of text for a real student, at equal budgets, on held-out rows.
 
     OMP_NUM_THREADS=1 python -m benchmarks.real_model --teacher SmolLM2-135M-Instruct --data_folder data \
         --data gsm8k --output out/real --arms "hard labels" KD --seeds 0 1 2 --learning_rate 1e-3

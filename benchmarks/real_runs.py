@@ -241,7 +241,7 @@ class Setup:
 
     @cached_property
     def stored(self) -> Any:
-        """What the teacher says about the held-out rows."""
+        """The teacher's outputs on the held-out rows."""
         return open_store(self.store("hidden", self.held_out.select([])), index=0, num_proc=None)
 
     def some_means(self, model: PreTrainedModel) -> dict[str, float]:
@@ -251,7 +251,7 @@ class Setup:
         return {name: round(found[name], 4) for name in ("nats", "kl")}
 
     def source(self, arm: Arm, rows: Dataset) -> Any:
-        """What a trainer takes as its teacher."""
+        """The `teacher_model` of a trainer."""
         if arm.source == "model":
             return self.teacher
         if arm.source == "two":

@@ -60,15 +60,14 @@ def more_is_better(logged: str) -> bool | None:
 
 def brief(logs: Mapping[str, Any]) -> dict[str, Any]:
     """The at most eight values of a log that say most about a run, in the order of `FIRST`."""
-
     names = sorted((name for name in logs if name != "total_flos"), key=_rank)[:SHOWN]
     return {name: logs[name] for name in names}
 
 
 def telling(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of them that say how well the student learns; the brief log if there are none."""
-    best = {name: value for name, value in brief(logs).items() if _rank(name) < FIRST.index("epoch")}
-    return best or brief(logs)
+    """The metrics that say how well the student learns; the brief log if there are none."""
+    shown = brief(logs)
+    return {name: value for name, value in shown.items() if _rank(name) < FIRST.index("epoch")} or shown
 
 
 def _rank(name: str) -> int:

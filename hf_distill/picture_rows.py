@@ -27,10 +27,9 @@ from torch import Tensor
 from trl.data_utils import get_dataset_column_names
 
 from hf_distill.modeling import PictureSpans
-from hf_distill.rows import ALIASES, ROLES, is_chat
+from hf_distill.rows import ALIASES, PICTURE, PICTURES, ROLES, is_chat
 from hf_distill.token_rows import PEEKED_ROWS
 
-PICTURES, PICTURE = "images", "image"  # several pictures of a row, or one
 FILLER = "is_filler"  # a column of rows that fill up a batch and count for nothing
 PARTS = ("text", "image")
 ROWS_AT_ONCE = 64

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 # Columns that may hold a conversation.
 CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion", "teacher_prompt")
+PICTURES, PICTURE = "images", "image"  # columns of several pictures of a row, or of one
 # Names of roles in messages with `from` and `value`, and the roles that chat templates know.
 ROLES = {
     "system": "system",
@@ -178,7 +179,7 @@ def tokenized_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name:
 
 def refuse_pictures(row: Mapping[str, Any], name: str) -> None:
     """Raises `ValueError` for a row with pictures, for a model that sees: its tokens are not all that it was asked."""
-    if any(row.get(column) not in (None, []) for column in ("images", "image")):
+    if any(row.get(column) not in (None, []) for column in (PICTURES, PICTURE)):
         raise ValueError(
             f"{name} has pictures, and rows of text alone are measured here: use trainer.evaluate(), or remove the "
             "column of pictures"

@@ -178,7 +178,7 @@ def verified_rollout(
     shape = len(prompt_ids), config.max_new_tokens
     texts = _Texts(shape, pad_token_id, device)
     noise = _noise(shape, generator, device)
-    # What decides about the next block is on the host, so that a block waits for the device once, when it is over.
+    # Lengths and rows of the next block are on the host: a block waits for the device once, when it is over.
     draft_length = torch.full_like(texts.lengths, config.draft_length)  # (B,)
     rows = torch.arange(shape[0])  # (R,), the unfinished ones
     blocks, student_forwards = [], 0

@@ -47,7 +47,7 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 def text_of(cell: NotebookNode) -> str:
-    """What a cell shows, as text; no pictures, progress bars and warnings."""
+    """The outputs of a cell as text, without pictures, progress bars and warnings."""
     shown = []
     for output in cell.outputs:
         data = output.get("data", {})

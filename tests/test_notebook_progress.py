@@ -15,7 +15,7 @@ notebook = pytest.importorskip("transformers.utils.notebook", reason="needs IPyt
 
 @pytest.fixture
 def displayed(monkeypatch):
-    """What a kernel would show, under the number of its output; an update replaces it."""
+    """The outputs of a kernel, by their number; an update replaces one."""
     outputs = []
 
     class Handle:

@@ -15,7 +15,7 @@ from hf_distill.modeling.caches import SlotCache
 from hf_distill.modeling.parts import backbone, causal_lm, num_layers
 from hf_distill.modeling.probes import PASSED, ensure
 
-# What the compilation of a step costs, in seconds of one core (torch 2.13, Llama).
+# Cost of compiling a step, in seconds of one core (torch 2.13, Llama).
 SECONDS_PER_LAYER = 10
 
 

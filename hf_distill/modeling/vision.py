@@ -18,7 +18,7 @@ _MODALITY = re.compile(r"image|img|video|vision|audio|boi|eoi|row_col|tile|patch
 _ENDS = ("_token", "_tag", "_token_id", "_token_ids", "_token_index", "_ids")
 _NUMBER = re.compile(r"\d+")
 _PROBE = (1600, 1200)  # of a picture that processors with tiles divide
-# What a token that is only white space is made of, in the alphabets of byte-level and SentencePiece vocabularies.
+# Characters of white space, in the alphabets of byte-level and SentencePiece vocabularies.
 _BLANK = set("ĠĊčĉ▁ \n\t\r")
 
 

@@ -350,7 +350,7 @@ def _whole(parts: httpx.Response, end: float) -> httpx.Response:
         content += part
         if time.monotonic() > end:
             raise httpx.ReadTimeout(f"the answer had not ended in time, after {len(content):,} bytes")
-    kept = {name: parts.headers[name] for name in ("retry-after",) if name in parts.headers}
+    kept = {name: parts.headers[name] for name in ("retry-after", "content-type") if name in parts.headers}
     return httpx.Response(parts.status_code, headers=kept, content=bytes(content))
 
 

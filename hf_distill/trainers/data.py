@@ -18,6 +18,8 @@ from trl.data_utils import get_dataset_column_names
 from hf_distill.rows import (
     ALIASES,
     CHAT_COLUMNS,
+    PICTURE,
+    PICTURES,
     is_chat,
     need_chat_template,
     refuse_other_form,
@@ -45,7 +47,7 @@ FORMAT_COLUMNS = {"prompt", "completion", "messages", "conversations", "chosen",
 # Columns that are read beside those of a format.
 READ_BESIDE = {
     "input_ids": {"labels", "completion_mask", "assistant_masks", "seq_lengths"},
-    "text": {"tools", "chat_template_kwargs", "images", "image"},
+    "text": {"tools", "chat_template_kwargs", PICTURES, PICTURE},
 }
 READ_BY_TEACHERS = {"teacher_prompt", "teacher_index", "teacher_input_ids", "teacher_labels"}
 # Columns whose owner expects that they change the training.
