@@ -142,7 +142,8 @@ def without_long_rows(
 ) -> Any:
     """The rows that have no more tokens than each of the `rooms` allows; a warning counts those that are dropped.
 
-    Of packed rows each document counts for itself. A stream drops rows as they come, and does not count them.
+    Of packed rows each document counts for itself. A stream drops rows as they come; its first `PEEKED_ROWS` alone are
+    counted.
 
     Args:
         dataset: tokenised rows.
@@ -168,10 +169,14 @@ def without_long_rows(
             logger.warning("%d of %d %s rows have %s and are dropped", count, len(dataset), name, longer)
     else:
         function = partial(_has_room, limits=limits)
-        kept, first = dataset.filter(function), dataset.take(PEEKED_ROWS).filter(function)
-        which, is_empty = f"the first {PEEKED_ROWS:,} rows of the {name} dataset", next(iter(first), None) is None
+        fits = np.array([function(row) for row in dataset.take(PEEKED_ROWS)], dtype=bool)
+        kept = dataset.filter(function)
+        which, is_empty = f"the first {PEEKED_ROWS:,} rows of the {name} dataset", not fits.any()
         longer = _longer(readers, readers)
-        logger.warning("%s rows that have %s are dropped as they come; a stream's are not counted", name, longer)
+        logger.warning(
+            "%s rows that have %s are dropped as they come; of the stream's first %d rows it is %d",
+            name, longer, len(fits), int((~fits).sum()),
+        )  # fmt: skip
     if is_empty:
         raise ValueError(
             f"{which} have {longer}, and drop_long_rows=True leaves none of them: lower max_length, or shorten the rows"

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -223,7 +223,8 @@ def with_label(dataset: AnyDataset, name: str, limits: Limits | None, args: SFTC
 def as_they_are(dataset: AnyDataset, name: str, limits: Limits, args: SFTConfig) -> AnyDataset:
     """Rows that are trained on unprepared; `ValueError` for what [`checked`] and [`refuse_no_label`] refuse."""
     first = dataset if isinstance(dataset, Dataset) else dataset.take(PEEKED_ROWS)
-    refuse_no_label(with_label(first, name, limits, args), name, args)
+    kept = with_label(first, name, limits, args)
+    refuse_no_label(kept, name, args, is_stream=not isinstance(dataset, Dataset))
     return dataset if isinstance(dataset, Dataset) else checked(dataset, name, limits, args)
 
 
@@ -235,10 +236,12 @@ def cut_labels(dataset: Dataset, name: str, args: SFTConfig) -> Cut | None:
     return count_cut(dataset, name, args.max_length, keep_end=keep_end, num_threads=args.dataset_num_proc)
 
 
-def refuse_no_label(kept: AnyDataset, name: str, args: SFTConfig, cut: Cut | None = None) -> None:
+def refuse_no_label(
+    kept: AnyDataset, name: str, args: SFTConfig, cut: Cut | None = None, *, is_stream: bool = False
+) -> None:
     """Raises `ValueError` if no row has been kept, of a stream none of the first `PEEKED_ROWS`."""
     if next(iter(kept), None) is None:
-        which = "no row" if isinstance(kept, Dataset) else f"none of the first {PEEKED_ROWS:,} rows"
+        which = f"none of the first {PEEKED_ROWS:,} rows" if is_stream else "no row"
         filled = "" if cut is None or not cut.filled else f" ({_filled(cut.filled, args)})"
         raise ValueError(
             f"{which} of the {name} dataset has a label left to train on{filled}; check max_length "
@@ -268,13 +271,20 @@ def tell_lost_labels(num_rows: int, num_dropped: int, name: str, cut: Cut | None
         )  # fmt: skip
 
 
-def tell_uncounted(name: str, args: SFTConfig) -> None:
-    """Says of a stream what nobody counts: its rows are dropped and cut as they come, maybe in other processes."""
+def tell_uncounted(name: str, num_rows: int, args: SFTConfig) -> None:
+    """Says of a stream that its rows are dropped and cut as they come, and that the first ones alone are counted."""
     cut = "" if args.max_length is None else f", and rows longer than max_length={args.max_length} are cut"
     logger.warning(
-        "the %s dataset is a stream: rows without a label are dropped%s, as they come and uncounted. To have them "
-        "counted, pass a Dataset of some of its rows once", name, cut,
+        "the %s dataset is a stream: rows without a label are dropped%s, as they come; its first %d rows alone are "
+        "counted", name, cut, num_rows,
     )  # fmt: skip
+
+
+def tell_cut_completions(cut: Iterable[bool], name: str, limit: int) -> None:
+    """Warns of completions, one value each, that are cut at `max_new_tokens`."""
+    found = [*cut]
+    if any(found):
+        logger.warning("%d of %d %s end at max_new_tokens=%d", sum(found), len(found), name, limit)
 
 
 def filled_up(dataset: AnyDataset, size: int, filler: Callable[[dict[str, Any]], dict[str, Any] | None]) -> AnyDataset:

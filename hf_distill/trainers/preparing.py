@@ -14,7 +14,7 @@ from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
 from hf_distill.picture_rows import FILLER, with_fillers
-from hf_distill.token_rows import PEEKED_ROWS, Limits, Room, without_long_rows
+from hf_distill.token_rows import COLUMNS, PEEKED_ROWS, Limits, Room, without_long_rows
 from hf_distill.trainers.checks import AnyDataset
 from hf_distill.trainers.data import (
     brought,
@@ -152,11 +152,26 @@ class PreparingTrainer(SurvivingTrainer):
             if not packing:
                 tell_lost_labels(dataset.num_rows, dataset.num_rows - kept.num_rows, dataset_name, cut, args)
         elif not packing:
-            first = dataset.take(PEEKED_ROWS)
-            first = super()._prepare_dataset(first, processing_class, args, False, formatting_func, dataset_name)
-            refuse_no_label(with_label(first, dataset_name, limits, args), dataset_name, args)
-            tell_uncounted(dataset_name, args)
+            self._count_first_rows(dataset, processing_class, args, formatting_func, dataset_name)
         return kept if packing else self._without_long_rows(kept, dataset_name, args)
+
+    def _count_first_rows(self, dataset, processing_class, args, formatting_func, dataset_name):
+        """Says what the first rows of a stream lose, for nobody counts the others; `ValueError` if none is left."""
+        uncut = copy.copy(args)
+        uncut.max_length = None
+        first = dataset.take(PEEKED_ROWS)
+        rows: Any = super()._prepare_dataset(first, processing_class, uncut, False, formatting_func, dataset_name)
+        if next(iter(rows)).get("input_ids") is None:
+            return  # a collator of its own prepares them
+        whole = Dataset.from_list([{name: row[name] for name in COLUMNS if name in row} for row in rows])
+        name = f"first {dataset_name}"
+        cut = cut_labels(whole, name, args)
+        kept = super()._prepare_dataset(whole, processing_class, args, False, None, name)
+        kept = with_label(kept, dataset_name, self.limits(args, None), args)
+        assert isinstance(kept, Dataset)
+        refuse_no_label(kept, dataset_name, args, cut, is_stream=True)
+        tell_uncounted(dataset_name, len(whole), args)
+        tell_lost_labels(len(whole), len(whole) - len(kept), name, cut, args)
 
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training: bool = False, **kwargs):
         if not is_training:

@@ -22,9 +22,9 @@ from hf_distill.speculative import Block, verified_rollout
 from hf_distill.teachers import Signal, Teacher, TeacherAway, WritingTeacher, require_writer
 from hf_distill.teachers.columns import PREFIX, AnyDataset, take_columns
 from hf_distill.teachers.opening import is_base
-from hf_distill.token_rows import Room, pad, without_long_rows
+from hf_distill.token_rows import PEEKED_ROWS, Room, pad, without_long_rows
 from hf_distill.trainers.checks import named_datasets
-from hf_distill.trainers.data import refuse_unread
+from hf_distill.trainers.data import refuse_unread, tell_cut_completions
 from hf_distill.trainers.given import Given
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.speculative_kd_config import HARD_SOURCES, ROLLOUT_SOURCES, SpeculativeKDConfig
@@ -237,22 +237,19 @@ class SpeculativeKDTrainer(KDTrainer):
         )  # fmt: skip
         reads_completions = bool(self._mixes["train"].get("dataset"))
         if not isinstance(dataset, Dataset):
+            encoded = dataset.map(function, with_indices=True)
             if reads_completions:
-                logger.warning(
-                    "the %s dataset is a stream: completions longer than max_new_tokens=%d are cut, uncounted",
-                    dataset_name, new,
-                )  # fmt: skip
-            return without_long_rows(dataset.map(function, with_indices=True), dataset_name, rooms)
+                first = [row["completion_truncated"] for row in encoded.take(PEEKED_ROWS)]
+                tell_cut_completions(first, f"first completions of the {dataset_name} stream", new)
+            return without_long_rows(encoded, dataset_name, rooms)
         with args.main_process_first(desc=f"checking the {dataset_name} dataset"):
             dataset = dataset.map(
                 function, with_indices=True, num_proc=args.dataset_num_proc, desc=f"Checking {dataset_name} dataset"
             )
         dataset = without_long_rows(dataset, dataset_name, rooms, args.dataset_num_proc)
         warn_of_truncation(sum(dataset["knowledge_truncated"]), len(dataset), f"{dataset_name} dataset")
-        if reads_completions and (cut := sum(dataset["completion_truncated"])):
-            logger.warning(
-                "%d of %d completions of the %s dataset end at max_new_tokens=%d", cut, len(dataset), dataset_name, new
-            )
+        if reads_completions:
+            tell_cut_completions(dataset["completion_truncated"], f"completions of the {dataset_name} dataset", new)
         dataset = dataset.remove_columns(["knowledge_truncated", "completion_truncated"])
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 

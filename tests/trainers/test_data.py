@@ -20,6 +20,7 @@ from hf_distill.pruning import rank_layers
 from hf_distill.rows import tokenized_row
 from hf_distill.speculative import RolloutConfig, rollout
 from hf_distill.token_alignment import SharedTokens
+from hf_distill.token_rows import PEEKED_ROWS
 from hf_distill.trainers.data import check_columns, one_format, tell_columns
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.trainers.test_kd import make_trainer, settings
@@ -503,17 +504,32 @@ def answers(long_prompts: int, long_answers: int, short: int) -> Dataset:
 
 
 @pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("is_stream", [False, True])
 def test_prompts_that_fill_max_length_and_answers_that_are_cut_are_counted(
-    tmp_path, tokenizer, student, teacher, caplog, packing
+    tmp_path, tokenizer, student, teacher, caplog, packing, is_stream
 ):
+    rows = answers(5, 3, 4)
     trainer = make_trainer(
-        tmp_path, student, teacher, answers(5, 3, 4), tokenizer, max_length=24, packing=packing,
+        tmp_path, student, teacher, rows.to_iterable_dataset() if is_stream else rows, tokenizer, max_length=24,
+        packing=packing,
     )  # fmt: skip
     filled = "the prompts of 5 fill max_length=24: raise it, or shorten the prompts"
-    assert f"5 of 12 train rows have no label and are dropped: {filled}" in caplog.text
-    assert "3 of 12 train rows are longer than max_length=24 and cut: they lose " in caplog.text
+    which = "first train" if is_stream else "train"
+    assert f"5 of 12 {which} rows have no label and are dropped: {filled}" in caplog.text
+    assert f"3 of 12 {which} rows are longer than max_length=24 and cut: they lose " in caplog.text
     assert "of all label-bearing tokens, the ends of their answers among them. Raise max_length" in caplog.text
     trainer.train()
+
+
+def test_the_first_rows_of_a_long_stream_alone_are_counted(tmp_path, tokenizer, student, teacher, caplog):
+    rows = answers(1, 0, 0).to_iterable_dataset().repeat(PEEKED_ROWS - 1)
+    more = answers(9, 0, 4).to_iterable_dataset()
+    make_trainer(
+        tmp_path, student, teacher, concatenate_datasets([answers(0, 0, 1).to_iterable_dataset(), rows, more]),
+        tokenizer, max_length=24,
+    )  # fmt: skip
+    assert "999 of 1000 first train rows have no label and are dropped: the prompts of 999 fill" in caplog.text
+    assert "as they come; its first 1000 rows alone are counted" in caplog.text
 
 
 def test_rows_that_fit_or_have_no_label_at_any_length_are_told_as_such(tmp_path, tokenizer, student, teacher, caplog):

@@ -87,12 +87,14 @@ def test_packed_rows_count_by_their_longest_document(tmp_path, tokenizer):
     assert trainer.train_dataset["seq_lengths"] == [[16, 14], [10, 10, 10]]
 
 
-def test_streams_drop_rows_as_they_come_and_say_that_nobody_counts_them(tmp_path, tokenizer, caplog):
+def test_streams_drop_rows_as_they_come_and_count_the_first_ones(tmp_path, tokenizer, caplog):
     trainer = make(tmp_path, TOKENS.to_iterable_dataset(), tokenizer, short())
     assert ids(trainer.train_dataset) == KEPT
-    assert "train rows that have more than 16 tokens for the student are dropped as they come; a stream's are not" in (
-        caplog.text
+    assert (
+        "train rows that have more than 16 tokens for the student are dropped as they come; of the stream's first 8"
+        in (caplog.text)
     )
+    assert "stream's first 8 rows it is 3" in caplog.text
     assert "the train dataset is a stream: rows without a label are dropped, and rows longer than max_length" in (
         caplog.text
     )

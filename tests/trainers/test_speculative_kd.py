@@ -391,6 +391,9 @@ def test_what_is_measured_is_what_is_written(tmp_path, tokenizer, rows, student,
 def test_completions_that_are_cut_are_counted(tmp_path, tokenizer, rows, student, teacher, caplog):
     make_trainer(tmp_path, student, teacher, rows, tokenizer, rollout_mix={"dataset": 1.0}, max_new_tokens=5)
     assert "8 of 8 completions of the train dataset end at max_new_tokens=5" in caplog.text
+    stream = rows.to_iterable_dataset()
+    make_trainer(tmp_path, student, teacher, stream, tokenizer, rollout_mix={"dataset": 1.0}, max_new_tokens=5)
+    assert "8 of 8 first completions of the train stream end at max_new_tokens=5" in caplog.text
 
 
 def test_streams_and_messages_and_token_ids(tmp_path, tokenizer, student, teacher, messages_dataset):
