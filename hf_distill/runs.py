@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 RUN_FILES = ("settings.json", "trainer_state.json", "report.json")
 TOKENS_FILE = "tokens.json"
 EVALUATION_FILE = "evaluation.json"  # of `hf-distill evaluate`, which may come later
+ANSWERS_FILE = "answers.jsonl"  # of the same: a generated answer of each model to each question
 BASELINE = "baseline"  # the folder of a run's baseline, a run of its own
 # What a run records of itself beside its options.
 RECORDED = ("run_files", "command", "held_out", "versions", "warnings", "num_rows")
@@ -55,6 +56,7 @@ class Run(NamedTuple):
     recorded: dict[str, Any]  # RECORDED: what the run says of itself
     tokens: dict[str, Any] | None = None  # of `hf_distill.token_comparison.comparison_data`
     evaluation: dict[str, Any] | None = None  # of `hf-distill evaluate`
+    answers: list[dict[str, Any]] | None = None  # of the same: questions, right answers, and those of the models
 
     @property
     def measures(self) -> dict[str, float]:
@@ -116,7 +118,9 @@ def read_run(folder: str | PathLike[str]) -> Run:
     # A run without held-out rows may have the results of another one beside it.
     results = read("report.json", {}) if not written or "report.json" in written else {}
     tokens = read(TOKENS_FILE, None) if TOKENS_FILE in written else None
-    return Run(settings, read_history(folder), results, recorded, tokens, read(EVALUATION_FILE, None))
+    answers = Path(folder, ANSWERS_FILE)
+    generated = [*map(json.loads, answers.read_text("utf-8").strip().split("\n"))] if answers.is_file() else None
+    return Run(settings, read_history(folder), results, recorded, tokens, read(EVALUATION_FILE, None), generated)
 
 
 def read_history(folder: str | PathLike[str]) -> list[dict[str, float]]:

@@ -60,6 +60,8 @@ def test_the_demo_runs_end_to_end(tmp_path, monkeypatch, capsys):
     AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert (tmp_path / "report.png").exists()
     data, _ = read_page(tmp_path / "report.html")
+    (texts,) = data["texts"]
+    assert [row[""] for row in texts["rows"]] == ["teacher", "hard labels only", "distilled"]
     hard, distilled = (dict(run["about"]) for run in data["runs"])
     assert hard["student"] == distilled["student"] == "a random Llama of 2 layers"
     assert (hard.get("teacher"), distilled["teacher"]) == (None, "the packaged Llama of 4 layers")

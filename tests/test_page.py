@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hf_distill import cli
-from hf_distill.page import MAX_BYTES, page_of, save_page, write_page
+from hf_distill.page import MAX_ANSWERS, MAX_BYTES, MAX_CHARACTERS, page_of, save_page, write_page
 from hf_distill.page.charts import MAX_POINTS, chart_data
 from hf_distill.runs import Run, read_run
 from tests.test_cli import WRITTEN, options
@@ -82,6 +82,44 @@ def test_the_table_of_evaluate_stands_below_the_results(tasks, source):
     assert tables[1]["note"].endswith("A note.")
     if tasks:
         assert tables[1]["rows"][1]["gap recovered"] == ""
+
+
+def answers_of(scores):
+    """Lines of `answers.jsonl`: a question for each pair of scores, of student and teacher."""
+    return [
+        {
+            "prompt": f"Question {i}?", "answers": [str(i), "more"],
+            "student": {"text": "s" * (i + 1), "f1": own, "exact_match": 0.0},
+            "teacher": {"text": "t\u2028t", "f1": other, "exact_match": 1.0},
+        }
+        for i, (own, other) in enumerate(scores)
+    ]  # fmt: skip
+
+
+def test_generated_answers_begin_where_the_student_is_furthest_behind():
+    (texts,) = page_of({"run": run_of(answers=answers_of([(1, 1), (0, 1), (1, 0), (0.25, 0.5)]))})["texts"]
+    assert [row[""] for row in texts["rows"]] == ["1", "3", "0", "2"]
+    assert texts["rows"][0] == {
+        "": "1", "question": "Question 1?", "right answer": "1", "student": "[0] ss", "teacher": "[1] t\u2028t"
+    }  # fmt: skip
+    assert texts["note"].startswith("run: 4 answers of hf-distill evaluate, each with its f1 in brackets.")
+
+
+def test_answers_are_read_line_by_line_whatever_their_texts_hold(tmp_path):
+    folder = make_run(tmp_path / "run", {})
+    answers = answers_of([(0, 1), (1, 1)])
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
+    (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert read_run(folder).answers == answers
+
+
+def test_of_many_and_long_generated_answers_some_are_shown():
+    answers = answers_of([(0, 0)] * MAX_ANSWERS + [(0, 1)])
+    answers[-1]["student"]["text"] = "s" * (MAX_CHARACTERS + 1)
+    (texts,) = page_of({"run": run_of(answers=answers)})["texts"]
+    assert len(texts["rows"]) == MAX_ANSWERS
+    assert texts["rows"][0]["student"] == f"[0] {'s' * MAX_CHARACTERS} ..."
+    assert f"run: {MAX_ANSWERS} of {MAX_ANSWERS + 1} answers" in texts["note"]
 
 
 def test_what_is_embedded_is_what_the_run_measured(folder, tmp_path):

@@ -13,7 +13,7 @@ import shutil
 import pytest
 
 from hf_distill.page import page_of, write_page
-from tests.test_page import EVIL, HISTORY, MEASURES, run_of, tokens_of
+from tests.test_page import EVIL, HISTORY, MEASURES, answers_of, run_of, tokens_of
 
 pytestmark = pytest.mark.browser
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -196,6 +196,17 @@ def test_text_of_rows_is_text_and_runs_from_right_to_left_where_it_does(opened):
     assert lines.nth(1).evaluate("line => getComputedStyle(line).direction") == "rtl"
     first, second = (lines.nth(1).locator("span").nth(i).bounding_box() for i in (0, 1))
     assert second["x"] < first["x"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_generated_answers_stand_side_by_side(opened, size):
+    answers = answers_of([(1, 1), (0, 1)])
+    answers[1]["student"]["text"] = EVIL
+    page = opened({"run": one_run()._replace(answers=answers)}, size)
+    cells = page.locator("#texts + .scroll tbody tr").first.locator("td").all_inner_texts()
+    assert cells[:2] == ["Question 1?", "1"]
+    assert cells[2].startswith("[0] </script><script>")
+    assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size][0]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

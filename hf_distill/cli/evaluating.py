@@ -31,12 +31,11 @@ from hf_distill.page import save_page
 from hf_distill.report import evaluation_rows, table
 from hf_distill.row_files import first_rows, load_splits, take_split
 from hf_distill.rows import fill_templates
-from hf_distill.runs import EVALUATION_FILE
+from hf_distill.runs import ANSWERS_FILE, EVALUATION_FILE
 from hf_distill.saving import base_and_adapter, is_adapter_folder, refuse_folder
 from hf_distill.teachers.loading import check_quantization, load_teacher
 from hf_distill.teachers.remote import is_address
 
-ANSWERS_FILE = "answers.jsonl"
 PARTIAL = "evaluation-unfinished"  # the folder of what was measured before the rest
 AUTO = "auto"
 OPTIONS = {BASE: "--base", STUDENT: "--model", TEACHER: "--teacher_model"}

@@ -113,7 +113,11 @@ def run_demo(output_dir: str, num_seeds: int = 1, num_steps: int = STEPS) -> dic
     histories = {name: run.history for name, run in runs.items()}
     save_report(output_dir, means, histories, f"held-out stories{over}", num_rows=NUM_HELD_OUT)
     note = f"Measured on {measured_on(means)}{over}. Curves and rows are those of the first seed."
-    page = {**page_of(runs), "title": "hf-distill demo", "tables": [{"rows": result_rows(means), "note": note}]}
+    texts = [{"": name, f"{beginning} ...": f"... {text}"} for name, text in written.items()]
+    page = {
+        **page_of(runs), "title": "hf-distill demo", "tables": [{"rows": result_rows(means), "note": note}],
+        "texts": [{"rows": texts, "note": "The most likely tokens after the beginning of a held-out story."}],
+    }  # fmt: skip
     write_page(Path(output_dir, "report.html"), page)
 
     _show_end(console, results, beginning, written, output_dir)

@@ -76,7 +76,7 @@ class Evaluated(Shown):
     """Numbers of models side by side, which show themselves as a table."""
 
     measures: list[Measure]
-    generated: list[dict[str, Any]]  # for each question its right answers, and of each model the text and its scores
+    generated: list[dict[str, Any]]  # each question, its right answers, and of each model the text and its scores
     notes: list[str]  # what is left out, in sentences
 
     def shown(self) -> list[Part]:
@@ -178,7 +178,10 @@ def answer_measures(
 ) -> tuple[list[Measure], list[dict[str, Any]]]:
     """The scores of the answers that models generate, and these answers."""
     scores: dict[str, dict[str, list[float]]] = {}  # by measure and model, of each row
-    generated: list[dict[str, Any]] = [{"answers": answers} for answers in questions.answers]
+    texts = [tokenizers[STUDENT].decode(prompt, skip_special_tokens=True) for prompt in questions.prompts]
+    generated: list[dict[str, Any]] = [
+        {"prompt": text, "answers": answers} for text, answers in zip(texts, questions.answers, strict=True)
+    ]
     for name, model in models.items():
         prompts = questions.teacher_prompts if name == TEACHER else questions.prompts
         texts = generate_answers(

@@ -64,6 +64,7 @@ COLUMNS = {
     "acceptance": "share of the student's drafted tokens that the teacher would keep in speculative decoding, expected",
     "accepted": "share of the student's drafted tokens that the teacher kept",
 }
+MAX_ANSWERS, MAX_CHARACTERS = 30, 600  # generated answers that are shown, and how much of a text
 
 
 def save_page(path: str | PathLike[str], folders: Sequence[str | PathLike[str]]) -> None:
@@ -102,7 +103,8 @@ def page_of(runs: Mapping[str, Run]) -> dict[str, Any]:
     """The JSON of a page.
 
     Returns:
-        A dict with `title`; `tables` and `settings`, lists of dicts with `rows`, whose cells are text, and `note`;
+        A dict with `title`; `tables`, `texts` and `settings`, lists of dicts with `rows`, whose cells are text, and
+        `note`;
         `charts` ([`~hf_distill.page.charts.chart_data`]); and `runs`, dicts with `name`, `about`, pairs of text,
         `warnings`, `options`, pairs of text, and `tokens`, what `comparison_data` returned, or None.
     """
@@ -124,6 +126,7 @@ def page_of(runs: Mapping[str, Run]) -> dict[str, Any]:
     return {
         "title": " and ".join(runs) if len(runs) <= 3 else f"{len(runs)} runs",
         "tables": tables,
+        "texts": [_answers(name, run.answers) for name, run in runs.items() if run.answers],
         "settings": [{"rows": rows, "note": ""} for rows in setting_tables(runs)],
         "charts": chart_data(runs),
         "runs": [_run(name, run) for name, run in runs.items()],
@@ -183,6 +186,35 @@ def _evaluation(name: str, run: Run) -> dict[str, Any]:
     if any(each["gap_recovered"] for each in measures.values()):
         note += "; gap recovered is (student - base) / (teacher - base), with its 95% interval over rows"
     return {"rows": evaluation_rows(measures), "note": " ".join([f"{note}.", *found["notes"]])}
+
+
+def _answers(name: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Generated answers side by side: first those that the student gets wrong and its teacher or base right."""
+    models = [key for key, value in answers[0].items() if isinstance(value, Mapping)]
+    measure = next(key for key in answers[0][models[0]] if key != "text")
+
+    def lost(row: Mapping[str, Any]) -> float:
+        """How much better the best of the other models is than the student."""
+        return max((row[model][measure] for model in models), default=0.0) - row["student"][measure]
+
+    chosen = sorted(range(len(answers)), key=lambda i: -lost(answers[i]))[:MAX_ANSWERS]
+    rows = []
+    for i in chosen:
+        texts = {
+            model: f"[{answers[i][model][measure]:.3g}] {_shortened(answers[i][model]['text'])}" for model in models
+        }
+        question, right = _shortened(answers[i].get("prompt", "")), _shortened(answers[i]["answers"][0])
+        rows.append({"": str(i), "question": question, "right answer": right, **texts})
+    shown = f"{len(rows):,} of {len(answers):,} answers" if len(rows) < len(answers) else f"{len(rows):,} answers"
+    return {
+        "rows": rows,
+        "note": f"{name}: {shown} of hf-distill evaluate, each with its {measure} in brackets. Those where the student "
+        "is furthest behind another model come first.",
+    }
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ..."
 
 
 def _measured(results: Mapping[str, Mapping[str, float]], run: Run) -> str:

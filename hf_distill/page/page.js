@@ -19,7 +19,7 @@ function tableOf(rows, className = null) {
   const head = element("tr", {}, ...titles.map((title) => element("th", { scope: "col" }, title)));
   const body = rows.map((row) => {
     const name = row[""];
-    const cells = titles.map((title, i) => (i ? element("td", { class: isNumber(row[title]) ? "number" : null }, row[title]) : element("th", { scope: "row" }, row[title])));
+    const cells = titles.map((title, i) => (i ? element("td", { class: isNumber(row[title]) ? "number" : null, dir: "auto" }, row[title]) : element("th", { scope: "row" }, row[title])));
     return element("tr", { class: name === "after" ? "is-after" : null }, ...cells);
   });
   return element("div", { class: "scroll" }, element("table", { class: className }, element("thead", {}, head), element("tbody", {}, ...body)));
@@ -188,6 +188,7 @@ section("results", "Results", ...data.tables.flatMap(({ rows, note }) => [tableO
 if (data.columns.length)
   main.append(element("details", {}, element("summary", {}, "What the columns mean"), pairs(data.columns)));
 if (!data.tables.length) main.append(element("p", {}, "There were no held-out rows (--eval_dataset) to measure the student on."));
+if (data.texts.length) section("texts", "Generated texts", ...data.texts.flatMap(({ rows, note }) => [tableOf(rows, "text"), element("p", { class: "soft" }, note)]));
 if (data.settings.length) section("settings", "Settings that differ", ...data.settings.map(({ rows }) => tableOf(rows)));
 if (data.charts.length) section("curves", "Curves", element("div", { class: "charts" }, ...data.charts.map((chart) => chartFigure(chart, data.runs.map((run) => run.name)))));
 const withRows = data.runs.filter((run) => run.tokens && run.tokens.rows.length);

@@ -97,6 +97,8 @@ def test_scores_are_means_over_the_answers_that_were_generated(tokenizer, models
     assert [row["teacher"]["text"] for row in found.generated] == texts
     assert found.generated[1]["teacher"]["exact_match"] == 1
     assert found.generated[1]["answers"] == answers[1]
+    decoded = tokenizer.batch_decode(questions.prompts, skip_special_tokens=True)
+    assert [row["prompt"] for row in found.generated] == decoded
     assert list(by_name(found)) == ["exact_match", "squad_exact_match", "squad_f1"]
 
 
