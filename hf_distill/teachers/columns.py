@@ -57,6 +57,11 @@ class TeacherColumnsCollator:
         return {**batch, AWAY: self._away[1]}
 
 
+def no_columns(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """The tensors of teachers that are not asked."""
+    return {}
+
+
 def reason_away(batch: Mapping[str, Any]) -> str | None:
     """The reason of a teacher that is away from a batch; None if it is there."""
     return bytes(batch[AWAY].tolist()).decode() if AWAY in batch else None

@@ -26,7 +26,14 @@ from hf_distill.modeling import select_positions, tokenizer_of, trying
 from hf_distill.picture_rows import has_pictures
 from hf_distill.store.manifest import Manifest
 from hf_distill.teachers import Counting, ModelTeacher, Signal, Teacher, TeacherAway, model_teachers, require_model
-from hf_distill.teachers.columns import PREFIX, AnyDataset, TeacherColumnsCollator, reason_away, take_columns
+from hf_distill.teachers.columns import (
+    PREFIX,
+    AnyDataset,
+    TeacherColumnsCollator,
+    no_columns,
+    reason_away,
+    take_columns,
+)
 from hf_distill.teachers.local import refuse_student_as_teacher
 from hf_distill.teachers.opening import (
     NamedTeachers,
@@ -226,6 +233,11 @@ class KDTrainer(HardLabelTrainer):
 
     def batch_collator(self) -> Any:
         return TeacherColumnsCollator(self.data_collator, self._collate)
+
+    def loader_collator(self) -> Any:
+        if self._has_signal(self.args):
+            return self.batch_collator()
+        return TeacherColumnsCollator(self.data_collator, no_columns)  # so that no server is asked in vain
 
     def readers(self) -> list[Reader]:
         readers = super().readers()

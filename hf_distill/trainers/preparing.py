@@ -58,6 +58,10 @@ class PreparingTrainer(SurvivingTrainer):
         """The collator of whole batches; `data_collator` makes the student's side of them."""
         return self.data_collator
 
+    def loader_collator(self) -> Any:
+        """The collator of training and evaluation, which may leave out of a batch what the loss does not need."""
+        return self.batch_collator()
+
     def first_rows(self, dataset: Any, number: int) -> list[dict[str, Any]]:
         """The first rows of a data set, with the columns that the collator is given in training."""
         self._set_signature_columns_if_needed()
@@ -181,7 +185,7 @@ class PreparingTrainer(SurvivingTrainer):
             processes = self.accelerator.num_processes
             if processes > 1:
                 dataset = self._filled_up(dataset, batch_size * processes)
-        own, self.data_collator = self.data_collator, self.batch_collator()
+        own, self.data_collator = self.data_collator, self.loader_collator()
         try:
             return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
         finally:

@@ -169,6 +169,30 @@ def test_what_was_asked_is_logged(tmp_path, stub, tiny):
     assert all(entry["teacher/megabytes"] > 0 < entry["teacher/seconds"] for entry in logs)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_is_asked_where_the_divergence_has_no_weight(tmp_path, teacher, stub, tiny, workers):
+    settings = {"kd_weight": 0.0, "dataloader_num_workers": workers}
+    trainer = make_trainer(tmp_path / "eval", stub.url, tiny.tokenizer, ROWS.select(range(8)), **settings)
+    asked = dict(stub.counts)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert stub.counts == asked
+    local = make_trainer(
+        tmp_path / "eval", copy.deepcopy(teacher), tiny.tokenizer, ROWS.select(range(8)), **settings
+    )  # fmt: skip
+    local.train()
+    assert torch.equal(weights(trainer), weights(local))
+    assert metrics["eval_loss"] == local.evaluate()["eval_loss"]
+
+
+def test_a_schedule_that_begins_at_zero_asks_about_all_rows(tmp_path, stub, tiny):
+    """Workers ask ahead of the updates, and do not know for which one."""
+    trainer = make_trainer(tmp_path, stub.url, tiny.tokenizer, schedule={"kd_weight": [0, 1]}, max_steps=8)
+    asked = stub.counts["requests"]
+    trainer.train()
+    assert stub.counts["requests"] - asked == 8  # an epoch of batches of two
+
+
 def test_an_evaluation_asks_and_its_numbers_are_the_local_ones(tmp_path, teacher, stub, tiny):
     local = make_trainer(tmp_path / "eval_a", copy.deepcopy(teacher), tiny.tokenizer, ROWS.select(range(8))).evaluate()
     remote = make_trainer(tmp_path / "eval_b", stub.url, tiny.tokenizer, ROWS.select(range(8)), teacher_logprobs=-1)
