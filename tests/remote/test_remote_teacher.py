@@ -208,12 +208,15 @@ class Restarting(TrainerCallback):
     """Ends the server before some updates, and starts it again a little later."""
 
     def __init__(self, stub, steps):
-        self.stub, self.steps = stub, steps
+        self.stub, self.steps, self.timer = stub, steps, None
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step in self.steps:
+            if self.timer is not None:
+                self.timer.join()
             self.stub.kill()
-            threading.Timer(0.3, self.stub.restart).start()
+            self.timer = threading.Timer(0.3, self.stub.restart)
+            self.timer.start()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -222,7 +225,7 @@ def test_a_server_that_restarts_changes_no_bit(tmp_path, stub, tiny, workers):
     whole = trained(tmp_path / "a", stub.url, tiny.tokenizer, **settings)
     restarting = Restarting(stub, range(1, 21))
     broken = trained(tmp_path / "b", stub.url, tiny.tokenizer, callbacks=[restarting], **settings)
-    time.sleep(0.5)
+    restarting.timer.join()
     assert torch.equal(weights(broken), weights(whole))
 
 
