@@ -87,6 +87,7 @@ from hf_distill.modeling.vision import (
     is_vision_language,
     language_part,
     picture_tokens,
+    spare_frozen_tower,
     tokenizer_of,
     vision_tower,
 )
@@ -147,6 +148,7 @@ __all__ = [
     "shared_parameters",
     "shared_vocabulary",
     "slots_for",
+    "spare_frozen_tower",
     "tokenizer_of",
     "trying",
     "vision_tower",

@@ -39,6 +39,27 @@ def vision_tower(model: PreTrainedModel) -> tuple[str, nn.Module] | None:
     return next(((name, part) for name, part in model.named_modules() if part is tower and name), None)
 
 
+def spare_frozen_tower(model: PreTrainedModel) -> None:
+    """Runs the part of a model that sees without gradients, as long as none of its parameters is trained.
+
+    Gradient checkpointing asks for the gradient of its input (`enable_input_require_grads`), which nothing needs: the
+    backward would go through a frozen tower, and its layers would be computed again for it.
+    """
+    if (found := vision_tower(model)) is None:
+        return
+    tower, before = found[1], []
+
+    def begin(module: nn.Module, _: Any) -> None:
+        before.append(torch.is_grad_enabled())
+        torch.set_grad_enabled(before[-1] and any(parameter.requires_grad for parameter in module.parameters()))
+
+    def end(*_: Any) -> None:
+        torch.set_grad_enabled(before.pop())
+
+    tower.register_forward_pre_hook(begin)
+    tower.register_forward_hook(end, always_call=True)
+
+
 def language_part(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """The part of a model that reads tokens, and its name: empty for a language model, which is that part."""
     decoder = model.get_decoder() if is_vision_language(model) else model

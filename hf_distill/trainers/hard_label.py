@@ -33,6 +33,7 @@ from hf_distill.modeling import (
     last_hidden_states,
     load_balancing_loss,
     select_positions,
+    spare_frozen_tower,
     trying,
 )
 from hf_distill.named import student_positions, student_rows
@@ -247,6 +248,7 @@ class HardLabelTrainer(PreparingTrainer):
         self.tried_packings: set[bool] = set()  # which ways of joining rows the models have been tried with
         if args.freeze_vision_tower and not given.has_adapters and (told := freeze_tower(self.student)):
             self._tell(told)
+        spare_frozen_tower(self.student)
         refuse_frozen(self.model)
         self.picture_spans = spans_of(self.processing_class, self.student.config)
         if is_vision_language(self.student):

@@ -118,6 +118,25 @@ def test_an_update_is_that_of_dense_losses_of_the_models_own_logits(tmp_path, fa
         assert torch.equal(before[name], after[name]), name
 
 
+@pytest.mark.parametrize("freezes", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl"])
+def test_no_backward_goes_through_a_frozen_tower(tmp_path, family, freezes):
+    found = {}
+    for checkpoints in (False, True):
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            tmp_path, family, rows_of(family), gradient_checkpointing=checkpoints, freeze_vision_tower=freezes
+        )
+        seen = []
+        tower = vision_tower(trainer.student)[1]
+        tower.register_forward_hook(lambda *found, seen=seen: seen.append(found[-1].last_hidden_state.requires_grad))
+        trainer.train()
+        assert seen == [not freezes]
+        found[checkpoints] = dict(trainer.student.named_parameters())
+    assert_same(found[True], found[False], dict(make_vlm(family, 1).named_parameters()))
+    assert torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize("family", ["idefics3", "gemma3", "qwen2_5_vl", "llama4"])
 def test_a_tower_that_is_not_frozen_learns_as_in_dense_losses(tmp_path, family):
     rows, student, teacher = rows_of(family), make_vlm(family, 1), make_vlm(family, 2)
