@@ -26,7 +26,13 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from hf_distill import (
     KDConfig,
@@ -67,6 +73,21 @@ STUDENTS: dict[str, dict[str, Any]] = {
         "n_positions": 2048, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
     },
 }  # fmt: skip
+# Students that see, and their larger teachers. A picture of 224 x 224 takes 64 tokens of both.
+IMAGE, SEEN = 3, 64
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}
+SEEING: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        "text": {"rope_parameters": ROPE, "tie_word_embeddings": True},
+        "vision": {"hidden_size": 384, "intermediate_size": 1024, "depth": 8, "num_heads": 6, "window_size": 112,
+                   "fullatt_block_indexes": [3, 7]},
+    },
+    "idefics3": {
+        "text": {"model_type": "llama"}, "scale_factor": 2,
+        "vision": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6,
+                   "image_size": 224, "patch_size": 14},
+    },
+}  # fmt: skip
 LORA = {"r": 16, "target_modules": "all-linear", "lora_dropout": 0.0}
 # Trainer, family of the student, settings. The teacher is a larger Llama, saved in bfloat16 where the case says so.
 CASES: dict[str, dict[str, Any]] = {
@@ -96,6 +117,14 @@ FORETOLD: dict[str, dict[str, Any]] = {
     "hard labels, Llama in bf16, 2 micro-batches": {
         "family": "llama", "trainer": "hard", "dtype": "bfloat16", "gradient_accumulation_steps": 2
     },
+    "pictures, Qwen2.5-VL": {"family": "qwen2_5_vl"},
+    "pictures, Qwen2.5-VL, tower trained, checkpointing": {
+        "family": "qwen2_5_vl", "freeze_vision_tower": False, "gradient_checkpointing": True
+    },
+    "pictures, Idefics3, LoRA, mixed bf16, checkpointing": {
+        "family": "idefics3", "lora": LORA, "bf16": True, "gradient_checkpointing": True
+    },
+    "pictures, Idefics3, 8 rows": {"family": "idefics3", "per_device_train_batch_size": 8},
 }  # fmt: skip
 TRAINERS: dict[str, tuple[Any, Any]] = {
     "hard": (HardLabelTrainer, HardLabelConfig), "kd": (KDTrainer, KDConfig),
@@ -109,10 +138,13 @@ DEFAULTS = {
 
 def make_folders(case: dict[str, Any], folder: Path, *, weights: bool) -> dict[str, str]:
     """Configurations of student and teacher, with random weights and a tokenizer if asked."""
-    settings = {
-        "student": {**SIZES, **STUDENTS[case["family"]]},
-        "teacher": {**SIZES, **LARGER, **STUDENTS["llama"], "dtype": case.get("teacher_dtype", "float32")},
-    }
+    if case["family"] in SEEING:
+        settings = {"student": seeing(case["family"], SIZES), "teacher": seeing(case["family"], SIZES | LARGER)}
+    else:
+        settings = {
+            "student": {**SIZES, **STUDENTS[case["family"]]},
+            "teacher": {**SIZES, **LARGER, **STUDENTS["llama"], "dtype": case.get("teacher_dtype", "float32")},
+        }
     paths = {}
     for name, values in settings.items():
         place = folder / name
@@ -122,12 +154,41 @@ def make_folders(case: dict[str, Any], folder: Path, *, weights: bool) -> dict[s
             config.save_pretrained(place)
             continue
         dtype = getattr(torch, values.get("dtype", "float32"))
-        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(place)
+        cls = AutoModelForImageTextToText if case["family"] in SEEING else AutoModelForCausalLM
+        cls.from_config(config, dtype=dtype).save_pretrained(place)
         words = {f"w{i}": i for i in range(VOCAB)}
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w1").save_pretrained(place)
     return paths
+
+
+def seeing(family: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a model that sees."""
+    settings = dict(SEEING[family])
+    text, vision = sizes | settings.pop("text"), dict(settings.pop("vision"))
+    if family == "qwen2_5_vl":
+        vision["out_hidden_size"] = text["hidden_size"]
+    return {
+        "model_type": family, "text_config": text, "vision_config": vision, "image_token_id": IMAGE,
+        "tie_word_embeddings": text.get("tie_word_embeddings", False), "pad_token_id": 0, **settings,
+    }  # fmt: skip
+
+
+class Pictures:
+    """A collator of token ids, with random pixels in the form that the processor of a family gives them."""
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+        if self.family == "idefics3":
+            return {**batch, "pixel_values": torch.randn(len(rows), 1, 3, 224, 224)}
+        patches = torch.randn(len(rows) * 16 * 16, 3 * 2 * 14 * 14)
+        grid = torch.tensor([[1, 16, 16]] * len(rows))
+        return {**batch, "pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": (ids == IMAGE).long()}
 
 
 def arguments_of(case: dict[str, Any], folder: Path) -> tuple[Any, Any, dict[str, Any]]:
@@ -137,6 +198,8 @@ def arguments_of(case: dict[str, Any], folder: Path) -> tuple[Any, Any, dict[str
         name: value for name, value in (DEFAULTS | case).items()
         if name not in ("family", "trainer", "lora", "dtype", "teacher_dtype")
     }  # fmt: skip
+    if case["family"] in SEEING:
+        known |= {"remove_unused_columns": False}
     if config is SpeculativeKDConfig:
         known |= {"max_length": None, "max_new_tokens": LENGTH - PROMPT, "draft_length": 5, "top_k": VOCAB}
     args = config(
@@ -155,7 +218,8 @@ def predict(case: dict[str, Any]) -> dict[str, int]:
         _, args, more = arguments_of(case, folder)
         teacher = None if case.get("trainer") == "hard" else paths["teacher"]
         plan = plan_run(
-            paths["student"], teacher, args, machine=Machine(kind="cpu"), prompt_tokens=PROMPT, **more
+            paths["student"], teacher, args, machine=Machine(kind="cpu"), prompt_tokens=PROMPT,
+            picture_tokens=SEEN if case["family"] in SEEING else None, **more,
         )  # fmt: skip
     always = dict(plan.always)
     return {**always, "beside": plan.peak - sum(always.values()), "peak": plan.peak}
@@ -164,7 +228,10 @@ def predict(case: dict[str, Any]) -> dict[str, int]:
 def rows_of(case: dict[str, Any]) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     length = PROMPT if case.get("trainer") == "skd" else LENGTH
-    ids = torch.randint(2, VOCAB, (32, length), generator=generator).tolist()
+    ids = torch.randint(4, VOCAB, (32, length), generator=generator)
+    if case["family"] in SEEING:
+        ids[:, :SEEN] = IMAGE
+    ids = ids.tolist()
     if case.get("trainer") == "skd":
         return Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in ids]})
     return Dataset.from_dict({"input_ids": ids})
@@ -225,6 +292,8 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
         paths = make_folders(case, folder, weights=True)
         trainer_class, args, more = arguments_of(case, folder)
         teacher = {} if case.get("trainer") == "hard" else {"teacher_model": paths["teacher"]}
+        if case["family"] in SEEING:
+            more["data_collator"] = Pictures(case["family"])
         watch = Watch()
         trainer = trainer_class(
             paths["student"], args=args, train_dataset=rows_of(case), callbacks=[watch], **teacher, **more

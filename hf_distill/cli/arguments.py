@@ -339,6 +339,17 @@ class PlanArguments:
     label_share: float = field(
         default=1.0, metadata={"help": "Share of the tokens that bear a label, in (0, 1]; prompts do not."}
     )
+    picture_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of the longest row that stand for its pictures, as the language model reads them; they are "
+            "tokens of the row. Default: rows of text alone."
+        },
+    )
+    teacher_picture_tokens: int | None = field(
+        default=None,
+        metadata={"help": "The same, if the teacher's processor makes another number. Default: picture_tokens."},
+    )
     json: bool = field(default=False, metadata={"help": "Whether to print the numbers as JSON, in bytes."})
 
 

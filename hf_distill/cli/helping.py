@@ -40,7 +40,9 @@ GROUPS = {
     "store": "store store_dtype entries sampler store_seed write_batch_size dry_run",
     "loss": "loss_chunk_size logging_nan_inf_filter",
     "LoRA": "use_peft lora_r lora_alpha lora_dropout lora_target_modules",
-    "plan and doctor": "gpu gpus engine reserve row_tokens prompt_tokens label_share rows json",
+    "plan and doctor": (
+        "gpu gpus engine reserve row_tokens prompt_tokens label_share picture_tokens teacher_picture_tokens rows json"
+    ),
     "training": (
         "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
         "eval_steps save_steps logging_steps report_to seed resume_from_checkpoint use_cpu bf16"

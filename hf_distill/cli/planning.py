@@ -55,6 +55,7 @@ def _planned(
         ),
         row_tokens=options.row_tokens, prompt_tokens=options.prompt_tokens,
         teacher_prompt_tokens=teacher_prompt_tokens, label_share=options.label_share,
+        picture_tokens=options.picture_tokens, teacher_picture_tokens=options.teacher_picture_tokens,
     )  # fmt: skip
 
 

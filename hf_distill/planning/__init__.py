@@ -24,6 +24,8 @@ def plan_run(
     prompt_tokens: int | None = None,
     teacher_prompt_tokens: int | None = None,
     label_share: float = 1.0,
+    picture_tokens: int | None = None,
+    teacher_picture_tokens: int | None = None,
 ) -> Plan:
     """The memory of a run, whether it fits, and what would make it fit; no weights, data or tokenizers are read.
 
@@ -42,7 +44,10 @@ def plan_run(
         row_tokens (`int`, *optional*): tokens of the longest row; `max_length` by default.
         prompt_tokens (`int`, *optional*): tokens of the longest prompt of rollouts; 512 by default.
         teacher_prompt_tokens (`int`, *optional*): the same of the teacher's prompt, which may be longer (LUPI).
-        label_share (`float`): the share of tokens that bear a label; prompt tokens do not.
+        label_share (`float`): the share of the tokens of text that bear a label; prompt tokens do not.
+        picture_tokens (`int`, *optional*): tokens of the longest row that stand for pictures; None for rows of text
+            alone. They count as tokens of the row.
+        teacher_picture_tokens (`int`, *optional*): the same, for teachers whose processor makes another number.
 
     Returns:
         [`Plan`]. Where the run does not fit, it has remedies.
@@ -55,6 +60,6 @@ def plan_run(
     settings = read_settings(
         model, teacher_model, args, peft_config=peft_config, quantization_config=quantization_config, machine=machine,
         row_tokens=row_tokens, prompt_tokens=prompt_tokens, teacher_prompt_tokens=teacher_prompt_tokens,
-        label_share=label_share,
+        label_share=label_share, picture_tokens=picture_tokens, teacher_picture_tokens=teacher_picture_tokens,
     )  # fmt: skip
     return with_remedies(Planner(), settings)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -88,7 +89,7 @@ class LiveBytes(TorchDispatchMode):
         self.begin()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        if func is aten.index.Tensor and any(isinstance(i, FakeTensor) and i.dtype == torch.bool for i in args[1]):
             out = args[0].clone()  # fake tensors have no values: every position counts
         elif func is aten.clone.default and _accumulates():
             out = aten.alias.default(args[0])  # a real gradient becomes the parameter's; a fake one would be copied

@@ -201,6 +201,8 @@ class Planner:
         hidden, kv = self.hidden(settings), self.kv(settings)
         layers = () if hidden is None else tuple(teacher_layers(hidden.mapping))
         batch = settings.batch
+        if teacher.layout != "base" and batch.pictures:
+            batch = batch.with_pictures(settings.teacher_pictures)
         return self._once(teacher_forward, model, batch, layers=layers, kv=kv, device=settings.machine.kind)
 
     def rollout(self, settings: Settings) -> Writing:

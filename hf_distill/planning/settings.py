@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig, Trainer, training_args
 from hf_distill.losses.head import default_chunk_size
 from hf_distill.losses.objective import Objective
 from hf_distill.modeling import is_vision_language
+from hf_distill.planning.batches import Batch
 from hf_distill.planning.models import ModelSpec
-from hf_distill.planning.steps import Batch
 from hf_distill.speculative import RolloutConfig
 from hf_distill.store.hub import CACHE
 from hf_distill.store.manifest import Manifest, read_manifest
@@ -86,6 +86,7 @@ class Settings:
     rollout_batch_size: int | None = None
     prompts: tuple[int, int] = (0, 0)
     freezes_tower: bool = True  # of a student that sees
+    teacher_pictures: int = 0  # tokens of a row's picture, as teachers read it
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -130,6 +131,8 @@ def read_settings(
     prompt_tokens: int | None,
     teacher_prompt_tokens: int | None,
     label_share: float,
+    picture_tokens: int | None = None,
+    teacher_picture_tokens: int | None = None,
 ) -> Settings:
     """The settings of a run, from what its trainer would get.
 
@@ -160,21 +163,27 @@ def read_settings(
     rollout = args.rollout_config() if isinstance(args, SpeculativeKDConfig) else None
     prompt = prompt_tokens or PROMPT_TOKENS
     prompts = prompt, teacher_prompt_tokens or prompt
-    batch = _batch(args, row_tokens, prompts[0], label_share, configs[0], rollout)
+    models = dict(zip([model, *given], [student, *(t.model for t in teachers)], strict=True))
+    pictures = _pictures(args, models, picture_tokens, teacher_picture_tokens)
+    batch = _batch(args, row_tokens, prompts[0], label_share, pictures[0], rollout)
     quantised = [name for name, c in zip([model, *given], configs, strict=False) if _is_quantised(c)]
     if quantised:
         notes.append(f"the weights of {quantised[0]} are saved quantised: they are counted in their dtype, not in bits")
     if seeing := [name for name, c in zip([model, *given], configs, strict=False) if is_vision_language(c)]:
-        notes.append(
-            f"{seeing[0]} reads pictures: all its weights are counted, and rows of text alone; pictures take more"
-        )
+        if picture_tokens:
+            notes.append("each row is taken to have one picture, and no token of it bears a label")
+        else:
+            notes.append(
+                f"{seeing[0]} reads pictures, and rows of text alone are counted: --picture_tokens, the tokens of the "
+                "pictures of the longest row, counts rows with pictures"
+            )
     return Settings(
         student=student, teachers=teachers, batch=batch, accumulation=args.gradient_accumulation_steps,
         objective=_objective(args, vocab_size, machine), machine=machine, lora=peft_config,
         checkpointing=_checkpointing(args), mixed=_mixed(args),
         optimizer=_optimizer(args), kv=_kv(args), hidden=_hidden(args), rollout=rollout,
         rollout_batch_size=getattr(args, "rollout_batch_size", None), prompts=prompts,
-        freezes_tower=args.freeze_vision_tower, notes=tuple(notes),
+        freezes_tower=args.freeze_vision_tower, teacher_pictures=pictures[1], notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -226,10 +235,38 @@ def _options(args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return found | ({"revision": kwargs["revision"]} if kwargs.get("revision") else {})
 
 
+def _pictures(
+    args: Any, models: Mapping[str, ModelSpec | None], tokens: int | None, teacher_tokens: int | None
+) -> tuple[int, int]:
+    """The tokens of a row's picture, as the student and as teachers read it.
+
+    Raises:
+        `ValueError`: rows with pictures that the trainer of these `models` (None for what is none) would refuse.
+    """
+    for name, number in {"picture_tokens": tokens, "teacher_picture_tokens": teacher_tokens}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} has to be at least 1, got {number}; leave it out for rows of text alone")
+    if tokens is None:
+        if teacher_tokens is not None:
+            raise ValueError("teacher_picture_tokens needs picture_tokens, those of the student")
+        return 0, 0
+    if isinstance(args, SpeculativeKDConfig | KVProjectionConfig):
+        raise ValueError("rollouts, and keys and values, work on text alone: leave picture_tokens out, or plan kd")
+    if args.joins_rows:
+        raise ValueError(
+            "packing and padding_free join rows of text alone: leave picture_tokens out, or set them to False"
+        )
+    for name, model in models.items():
+        if name != "base" and (model is None or not is_vision_language(model.config())):
+            raise ValueError(
+                f"{name} does not read pictures: leave picture_tokens out, or take a vision-language model"
+            )
+    return tokens, teacher_tokens or tokens
+
+
 def _batch(
-    args: Any, row_tokens: int | None, prompt: int, label_share: float, config: PreTrainedConfig,
-    rollout: RolloutConfig | None,
-) -> Batch:  # fmt: skip
+    args: Any, row_tokens: int | None, prompt: int, label_share: float, pictures: int, rollout: RolloutConfig | None
+) -> Batch:
     rows = args.per_device_train_batch_size
     if rollout is not None:
         return Batch(rows, prompt + rollout.max_new_tokens, rows * rollout.max_new_tokens, padded=rows > 1)
@@ -238,9 +275,13 @@ def _batch(
         raise ValueError(
             "max_length is not set, so rows may have any length: set --row_tokens, the tokens of the longest row"
         )
+    if length <= pictures:
+        raise ValueError(
+            f"pictures of {pictures} tokens leave no text in a row of {length}: raise max_length or row_tokens"
+        )
     joined = bool(args.padding_free or args.packing)
-    labels = max(1, round(rows * (length - 1) * label_share))
-    return Batch(rows, length, labels, padded=rows > 1 and not joined, packed=joined)
+    labels = max(1, round(rows * (length - 1 - pictures) * label_share))
+    return Batch(rows, length, labels, padded=rows > 1 and not joined, packed=joined, pictures=pictures)
 
 
 def _objective(args: Any, vocab_size: int, machine: Machine) -> Objective:

@@ -27,11 +27,14 @@ from hf_distill.losses.sparse import SparseSignal, TopKSignal
 from hf_distill.modeling import (
     KVCapture,
     causal_lm,
+    embedding_weight,
     expose_hidden_states,
     head_of,
     kv_widths,
     select_positions,
+    spare_frozen_tower,
 )
+from hf_distill.planning.batches import Batch
 from hf_distill.planning.devices import as_on
 from hf_distill.planning.ledger import CUDA_GRAIN, GRADIENTS, LiveBytes, Peak
 from hf_distill.planning.models import (
@@ -53,38 +56,6 @@ WEIGHTS, BATCH, SIGNAL, KEPT, LOSS, BACKWARD, OPTIMIZER, CACHE = (
     "weights", "the batch", "the teacher's outputs", "activations", "the loss", "the backward", "optimizer",
     "keys and values of the rollout",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The largest micro-batch of a process.
-
-    Args:
-        rows, length (`int`): B and T.
-        labels (`int`): N, label-bearing positions.
-        padded (`bool`): whether some rows are shorter, so that the attention needs a mask.
-        packed (`bool`): whether rows are joined into one, so that the attention needs a mask.
-    """
-
-    rows: int
-    length: int
-    labels: int
-    padded: bool = False
-    packed: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
-
-    def inputs(self) -> dict[str, Tensor]:
-        """The inputs of a model."""
-        shape = (1, self.tokens) if self.packed else (self.rows, self.length)
-        inputs = {"input_ids": torch.zeros(shape, dtype=torch.long)}
-        if self.packed:
-            inputs["position_ids"] = torch.zeros(shape, dtype=torch.long)
-        elif self.padded:
-            inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
-        return inputs
 
 
 @dataclass(frozen=True)
@@ -206,6 +177,7 @@ def make_student(run: StudentRun) -> nn.Module:
         causal_lm(model).gradient_checkpointing_enable({**run.checkpointing, "preserve_rng_state": False})
         if run.lora is not None:
             model.enable_input_require_grads()
+    spare_frozen_tower(causal_lm(model))
     expose_hidden_states(causal_lm(model))
     return model
 
@@ -216,9 +188,10 @@ def student_step(run: StudentRun) -> StudentStep:
     Raises:
         `ValueError`: a model whose forward depends on values.
     """
-    with no_memory():
+    with no_memory(), run.batch.numbers():
         model = make_student(run)
         ledger = LiveBytes(CUDA_GRAIN if run.device == "cuda" else 1)
+        inputs = run.batch.inputs(causal_lm(model))
         terms = _Terms(run, causal_lm(model))
         if terms.projectors:
             model.projectors = terms.projectors
@@ -231,7 +204,8 @@ def student_step(run: StudentRun) -> StudentStep:
                 with ledger.labelled(GRADIENTS):
                     for parameter in trained:
                         parameter.grad = torch.empty_like(parameter)
-            kept = _micro_batch(run, model, terms, ledger)
+            ledger.add(inputs.values(), BATCH)
+            kept = _micro_batch(run, model, inputs, terms, ledger)
             peaks = ledger.peak, ledger.peak_but_gradients
             gradients = ledger.live[GRADIENTS]
             ledger.begin()
@@ -253,13 +227,13 @@ def student_step(run: StudentRun) -> StudentStep:
 
 def kept_activations(run: StudentRun) -> int:
     """The bytes that a student keeps between forward and backward; the loss is left out."""
-    with no_memory():
+    with no_memory(), run.batch.numbers():
         model = make_student(run)
         ledger = LiveBytes(CUDA_GRAIN if run.device == "cuda" else 1)
+        inputs = run.batch.inputs(causal_lm(model))
         with ledger:
             ledger.add([*model.parameters(), *model.buffers()], WEIGHTS)
-            with ledger.labelled(BATCH):
-                inputs = run.batch.inputs()
+            ledger.add(inputs.values(), BATCH)
             with ledger.labelled(KEPT), as_on(run.device), _mixed(run):
                 outputs = model(**inputs, with_hidden=lambda outputs, head: outputs.last_hidden_state)
                 kept = ledger.live[KEPT]
@@ -267,10 +241,11 @@ def kept_activations(run: StudentRun) -> int:
         return kept
 
 
-def _micro_batch(run: StudentRun, model: nn.Module, terms: "_Terms", ledger: LiveBytes) -> int:
+def _micro_batch(
+    run: StudentRun, model: nn.Module, inputs: Mapping[str, Tensor], terms: "_Terms", ledger: LiveBytes
+) -> int:
     """Forward, loss and backward; returns the bytes that are kept between forward and backward."""
     with ledger.labelled(BATCH):
-        inputs = run.batch.inputs()
         positions, labels = (torch.zeros(run.batch.labels, dtype=torch.long) for _ in range(2))
     with ledger.labelled(SIGNAL):
         signals = [spec.make(run.batch.labels) for spec in run.signals]
@@ -423,17 +398,21 @@ def teacher_forward(
     spec: ModelSpec, batch: Batch, *, layers: tuple[int, ...] = (), kv: KVSpec | None = None, device: str = "cuda"
 ) -> TeacherForward:
     """Runs a teacher on a batch of fake tensors; inner layers are kept where the loss needs them."""
-    with no_memory():
+    with no_memory(), batch.numbers():
         model = make_model(spec).eval().requires_grad_(False)
         head = head_of(model)
         ledger = LiveBytes(CUDA_GRAIN if device == "cuda" else 1)
+        inputs = batch.inputs(model)
         with ledger, ExitStack() as stack:
             ledger.add([*model.parameters(), *model.buffers()], WEIGHTS)
-            inputs, positions = batch.inputs(), torch.zeros(batch.labels, dtype=torch.long)
+            ledger.add(inputs.values(), BATCH)
+            positions = torch.zeros(batch.labels, dtype=torch.long)
             if kv is not None:
                 stack.enter_context(KVCapture(model, teacher_layers(kv.mapping), kv.positions)(positions))
             ledger.begin()
             with torch.no_grad(), ledger.labelled(KEPT), as_on(device):
+                dtype = embedding_weight(model).dtype  # of pixels, as `LocalTeacher` reads them
+                inputs = {name: each.to(dtype) if each.is_floating_point() else each for name, each in inputs.items()}
                 signal = signal_of(model, head, inputs, positions, layers)
         peak = _beside(ledger.peak, WEIGHTS).total
         return TeacherForward(

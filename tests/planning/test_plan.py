@@ -22,7 +22,7 @@ GPUS = {
     "kd_lora": "24GB", "kava": "8GB", "on_policy_gkd": "24GB", "lupi_skd_two_gpus": "24GB",
     "remote_qwen2.5_7b": "80GB",
     "cache_qwen2.5_0.5b": "24GB", "dolly_phi2_mistral": "24GB", "kava_8gb": "8GB", "kava_8gb_low_memory": "8GB",
-    "kd_lora_24gb": "24GB", "kd_qwen2.5_0.5b": "80GB", "lupi_skd": "80GB", "skd_gsm8k": "80GB",
+    "kd_lora_24gb": "24GB", "kd_vl_24gb": "24GB", "kd_qwen2.5_0.5b": "80GB", "lupi_skd": "80GB", "skd_gsm8k": "80GB",
 }  # fmt: skip
 
 
@@ -216,6 +216,8 @@ def planned(path, capsys, store, *more):
     if path.stem.startswith("cache"):
         Manifest("sampled", {"entries": 12, "sampler": "threshold"}, {}, {}, 151_665, 1.0, 0).write(store)
         paths[1] = f"cache:{store}"
+    if path.stem == "kd_vl_24gb":
+        more = (*more, "--picture_tokens", "1024")
     argv = ["plan", trainer, "--config", str(path), "--model", paths[0], "--teacher_model", paths[1], *more]
     try:
         cli.main([*argv, "--gpu", gpu, "--json"])
