@@ -20,7 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 from benchmarks.stories import make_trainer
 from hf_distill import KDConfig, KDTrainer, drop_layers
-from hf_distill.evaluation import documents_of, log_prob_chunks, measuring, tokenized_rows
+from hf_distill.evaluation import (
+    documents_of,
+    log_prob_chunks,
+    measuring,
+    text_batches,
+    tokenized_rows,
+    true_vocabulary,
+)
 from hf_distill.losses.divergence import DIVERGENCES
 from hf_distill.rows import tokenized_row
 from hf_distill.store.documents import keys_of_dataset
@@ -138,8 +145,9 @@ def measure(model: PreTrainedModel, teacher: Any, rows: Dataset, tokenizer: Any,
         document for _, tokens in tokenized_rows(rows, tokenizer, (model,), None) for document in documents_of(tokens)
     )
     numbers, values = [], []
+    size, batches = true_vocabulary(tokenizer, (model,), None), text_batches(documents, batch_size, teacher)
     with measuring(student=model):
-        for number, labels, (own, other) in log_prob_chunks((model,), documents, tokenizer, batch_size, None, teacher):
+        for number, labels, (own, other) in log_prob_chunks((model,), batches, size, teacher):
             sides = [-each.gather(-1, labels[:, None])[:, 0] for each in (own, other)]  # (n,) each
             confidence, token = own.max(-1)
             same = (token == other.argmax(-1)).float()

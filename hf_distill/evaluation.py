@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, N label-bearing positions, n positions of a chunk, V 
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate, islice
 from typing import Any, NamedTuple
@@ -15,15 +15,17 @@ import torch
 from datasets import Dataset, IterableDataset
 from datasets.utils import tqdm
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_distill.losses.divergence import DIVERGENCES
 from hf_distill.losses.head import default_chunk_size
+from hf_distill.measured_pictures import batches_with_pictures, sees_pictures
 from hf_distill.metrics import TokenMeans, sum_dtype
 from hf_distill.modeling import (
     causal_lm,
     check_head,
     check_length,
+    embedding_weight,
     ensure,
     evaluating,
     head_of,
@@ -35,8 +37,11 @@ from hf_distill.modeling import (
     num_positions,
     num_token_ids,
     select_positions,
+    tokenizer_of,
 )
 from hf_distill.rows import refuse_pictures, tokenized_row
+from hf_distill.teachers.columns import PREFIX
+from hf_distill.teachers.own_view import OwnView
 from hf_distill.teachers.stored import StoredHiddenTeacher
 from hf_distill.token_rows import Limits, check_row, has_label, pad
 
@@ -45,11 +50,12 @@ def evaluate_fidelity(
     student: PreTrainedModel,
     teacher: PreTrainedModel | StoredHiddenTeacher,
     dataset: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     batch_size: int = 8,
     max_length: int | None = None,
     vocab_size: int | None = None,
+    teacher_processing_class: ProcessorMixin | None = None,
 ) -> dict[str, float]:
     """Perplexities of both models, and the distance between the student's and the teacher's distributions.
 
@@ -58,17 +64,20 @@ def evaluate_fidelity(
     `trainer.eval_dataset` has the very rows that a trainer evaluates on; packed rows are measured document by document.
     Every value is a mean over label-bearing tokens and does not depend on the batch size.
 
+    Rows may have pictures, for models that read them and with a processor; they are read as a trainer reads them.
+
     Args:
         student (`PreTrainedModel`): may be a PEFT model.
         teacher (`PreTrainedModel` or [`~hf_distill.teachers.stored.StoredHiddenTeacher`]):
             A model of the same vocabulary, on a device of its own, or what it has said about these very rows, in a
             store of hidden states.
         dataset: the rows; a progress bar counts them.
-        tokenizer: the tokenizer of both.
+        tokenizer: the tokenizer of both, or the student's processor.
         batch_size (`int`): rows per forward.
         max_length (`int`, *optional*): the number of tokens at which rows are cut.
         vocab_size (`int`, *optional*):
             The true vocabulary, `trainer.vocab_size`; by default the tokenizer's. Ids past it get no probability.
+        teacher_processing_class (`ProcessorMixin`, *optional*): of a teacher that reads pictures through its own.
 
     Returns:
         A dict with `student_perplexity`, `teacher_perplexity`, `kl` (KL(teacher || student), nats per token),
@@ -82,8 +91,9 @@ def evaluate_fidelity(
             not know; a model computes its logits in a way that `head_of` does not know; a row is not in the store.
     """
     sums = row_sums(
-        (student,), teacher, dataset, tokenizer, batch_size=batch_size, max_length=max_length, vocab_size=vocab_size
-    )
+        (student,), teacher, dataset, tokenizer, batch_size=batch_size, max_length=max_length, vocab_size=vocab_size,
+        teacher_processing_class=teacher_processing_class,
+    )  # fmt: skip
     num_tokens = int(sums.num_tokens.sum())
     assert sums.teacher_ce is not None
     means = {name: float(values.sum()) / num_tokens for name, values in sums.students[0].items()}
@@ -111,31 +121,42 @@ def row_sums(
     students: Sequence[PreTrainedModel],
     teacher: PreTrainedModel | StoredHiddenTeacher | None,
     dataset: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     batch_size: int = 8,
     max_length: int | None = None,
     vocab_size: int | None = None,
+    teacher_processing_class: ProcessorMixin | None = None,
 ) -> RowSums:
     """The sums behind `evaluate_fidelity`, row by row, for several students of one teacher or for models without one.
 
     Arguments and errors are those of `evaluate_fidelity`. The teacher reads every row once.
     """
-    models, stored = tuple(students), None
+    models, stored, texts = tuple(students), None, tokenizer_of(tokenizer)
     if isinstance(teacher, StoredHiddenTeacher):
-        stored, vocab_size = teacher, min(true_vocabulary(tokenizer, models, vocab_size), len(teacher.head.weight))
+        stored, vocab_size = teacher, min(true_vocabulary(texts, models, vocab_size), len(teacher.head.weight))
     elif teacher is not None:
         models = (*models, teacher)
     names = ["student", *(f"student {i}" for i in range(2, len(students) + 1)), "teacher"]
+    size = true_vocabulary(texts, models, vocab_size)
 
     def documents() -> Iterator[dict[str, list[int]]]:
-        for _, tokens in tokenized_rows(dataset, tokenizer, models, vocab_size):
+        for _, tokens in tokenized_rows(dataset, texts, models, vocab_size):
             for document in documents_of(tokens):
                 yield {name: ids[:max_length] for name, ids in document.items()}
 
+    if sees_pictures(models, dataset):
+        if stored is not None:
+            raise ValueError("a store knows texts by their tokens, and the rows have pictures: pass the teacher itself")
+        batches, view = batches_with_pictures(
+            models, dataset, tokenizer, None if teacher is None else teacher_processing_class,
+            batch_size=batch_size, max_length=max_length,
+        )  # fmt: skip
+    else:
+        batches, view = text_batches(documents(), batch_size, stored), None
     parts: list[tuple[int, Tensor]] = []  # of a chunk: its first row, and the sums (r, F) of its r rows
     with measuring(**dict(zip(names, models, strict=False))):
-        for rows, labels, sides in log_prob_chunks(models, documents(), tokenizer, batch_size, vocab_size, stored):
+        for rows, labels, sides in log_prob_chunks(models, batches, size, stored, view):
             first, last = int(rows[0]), int(rows[-1])
             tokens = _token_values(sides, labels, teacher is not None)  # (n, F)
             sums = tokens.new_zeros(last - first + 1, tokens.shape[1])
@@ -145,7 +166,7 @@ def row_sums(
     totals = np.zeros((parts[-1][0] + len(parts[-1][1]), parts[0][1].shape[1]))  # (R, F)
     for first, sums in parts:
         totals[first : first + len(sums)] += sums.cpu().numpy()
-    count, *columns = totals.T
+    count, *columns = totals[totals[:, 0] > 0].T  # of rows with pictures, some may have no label
     measures: list[str] = ["ce", "kl", "agreement", "acceptance"] if teacher is not None else ["ce"]
     found = [
         dict(zip(measures, columns[i * len(measures) : (i + 1) * len(measures)], strict=True))
@@ -219,7 +240,8 @@ def perplexity(
                 yield from _windows(document, length, stride)
 
     with measuring(model=model):
-        for _, labels, (log_probs,) in log_prob_chunks((model,), windows(), tokenizer, batch_size, vocab_size):
+        size = true_vocabulary(tokenizer, (model,), vocab_size)
+        for _, labels, (log_probs,) in log_prob_chunks((model,), text_batches(windows(), batch_size), size):
             num_tokens += len(labels)
             means.add(len(labels), ce=_cross_entropies(log_probs, labels).sum())
     nats = _totals(means)["ce"]
@@ -283,36 +305,45 @@ def _totals(means: TokenMeans) -> dict[str, float]:
     raise ValueError("the dataset has no label-bearing token to measure; check its labels and max_length")
 
 
+def text_batches(
+    documents: Iterable[dict[str, list[int]]], batch_size: int, stored: StoredHiddenTeacher | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of the documents that have a label, with what a store has of them."""
+    for rows in groups_of(documents, batch_size):
+        yield {**batch_of(rows), **({} if stored is None else stored.collate(rows))}
+
+
 def log_prob_chunks(
     models: tuple[PreTrainedModel, ...],
-    documents: Iterable[dict[str, list[int]]],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    vocab_size: int | None,
+    batches: Iterable[dict[str, Tensor]],
+    size: int,
     stored: StoredHiddenTeacher | None = None,
+    view: OwnView | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
     """Rows (n,), labels (n,) and the log-probabilities (n, V) of each model, on the device of the first, by chunks.
 
-    Rows are the numbers of the documents that have a label, on the CPU. A teacher in a store comes last.
+    Rows are numbers, in the order of the batches, on the CPU. `size` is V, the true vocabulary. A teacher in a store
+    comes last. The last model is the one that has a `view` of its own of rows with pictures.
     """
-    size = true_vocabulary(tokenizer, models, vocab_size)
     num_rows = 0
-    for rows in groups_of(documents, batch_size):
-        batch = batch_of(rows)
+    for whole in batches:
+        batch = {name: tensor for name, tensor in whole.items() if not name.startswith(PREFIX)}
         positions, labels = label_positions(batch.pop("labels"))  # (N,)
-        length = batch["input_ids"].shape[1]
-        numbers, num_rows = num_rows + positions // length, num_rows + len(rows)
+        num_batch, length = batch["input_ids"].shape
+        numbers, num_rows = num_rows + positions // length, num_rows + num_batch
         sides = []
-        for model in map(causal_lm, models):
-            inputs = {name: tensor.to(input_device(model)) for name, tensor in batch.items()}
+        for place, model in enumerate(map(causal_lm, models)):
+            is_own = view is not None and place == len(models) - 1
+            inputs, places = view.view(whole, positions) if is_own else (batch, positions)
+            inputs = _on_device_of(model, inputs)
             try:
-                hidden = select_positions(last_hidden_states(model, **inputs), positions)  # (N, D)
+                hidden = select_positions(last_hidden_states(model, **inputs), places)  # (N, D)
             except IndexError:
                 check_length(model, "model", length)
                 raise
             sides.append((head_of(model), hidden))
         if stored is not None:
-            signal = stored(stored.collate(rows), positions.to(input_device(causal_lm(models[0]))))
+            signal = stored(whole, positions.to(input_device(causal_lm(models[0]))))
             sides.append((signal.head, signal.hidden))
         device = sides[0][1].device
         chunk_size = default_chunk_size(device, size)
@@ -320,6 +351,15 @@ def log_prob_chunks(
             chunk = slice(start, start + chunk_size)
             logits = (head.truncated(size).logits(hidden[chunk]) for head, hidden in sides)  # (n, V) each
             yield numbers[chunk], labels[chunk], [tensor.log_softmax(-1).to(device) for tensor in logits]
+
+
+def _on_device_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs where the model reads them, pixels in the precision of its weights."""
+    device, dtype = input_device(model), embedding_weight(model).dtype
+    return {
+        name: each.to(device, dtype if each.is_floating_point() else None) if isinstance(each, Tensor) else each
+        for name, each in inputs.items()
+    }
 
 
 def true_vocabulary(

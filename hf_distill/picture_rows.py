@@ -1,9 +1,7 @@
-"""Rows with pictures: one form of them, checks of every row before the training, and batches with pixels.
+"""Rows with pictures: one form of them, and checks of every row before the training.
 
-A picture becomes pixels and tokens in the workers of the data loader, by a processor, through TRL's collator. So rows
-have no token ids before, and what can be known of them without a processor is checked here.
-
-Shapes: B rows of a batch, T tokens of its longest row.
+A picture becomes pixels and tokens in the workers of the data loader (`picture_batches.py`). So rows have no token ids
+before, and what can be known of them without a processor is checked here.
 """
 
 import base64
@@ -12,25 +10,19 @@ import io
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import torch
-from datasets import Dataset, IterableDataset, List, Value, concatenate_datasets
+from datasets import Dataset, IterableDataset, List, Value
 from datasets import Image as ImageFeature
 from datasets.utils import tqdm
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 from trl.data_utils import get_dataset_column_names
 
-from hf_distill.modeling import PictureSpans
-from hf_distill.rows import ALIASES, PICTURE, PICTURES, ROLES, is_chat
+from hf_distill.rows import PICTURE, PICTURES, ROLES, is_chat
 from hf_distill.token_rows import PEEKED_ROWS
 
-FILLER = "is_filler"  # a column of rows that fill up a batch and count for nothing
 PARTS = ("text", "image")
 ROWS_AT_ONCE = 64
 # Marks of processors for a picture, which other processors would read as words.
@@ -251,7 +243,7 @@ def check_places(row: Row, number: int, used: Sequence[str], text_field: str, na
                 raise ValueError(f"{name} has a picture in an answer (role {role!r}): models here answer in text alone")
             if found and role == "tool":
                 raise ValueError(f"{name} has a picture in a message of a tool: put it into one of a user")
-            has_user_text |= role == "user" and isinstance(_content(message), str)
+            has_user_text |= role == "user" and isinstance(content_of(message), str)
             places += found
     if number and not places and has_user_text:
         return  # TRL puts them before the first text of a user.
@@ -263,7 +255,7 @@ def check_places(row: Row, number: int, used: Sequence[str], text_field: str, na
         )
 
 
-def _content(message: Mapping[str, Any]) -> Any:
+def content_of(message: Mapping[str, Any]) -> Any:
     return message.get("content") if message.get("content") is not None else message.get("value")
 
 
@@ -271,7 +263,7 @@ def _places(message: Mapping[str, Any], role: Any, name: str) -> int:
     """The places for pictures in a message."""
     if role not in ("system", "user", "assistant", "tool"):
         raise ValueError(f"a message of {name} has the role {role!r}; there are system, user, assistant and tool")
-    content = _content(message)
+    content = content_of(message)
     if content is None and role == "assistant" and message.get("tool_calls"):
         return 0
     if isinstance(content, str):
@@ -306,7 +298,7 @@ def _refuse_marks(text: str, name: str) -> None:
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------------------------- pictures
 
 
 def pictures_of(row: Mapping[str, Any]) -> list[Any]:
@@ -349,145 +341,3 @@ def small(picture: Any, side: int = 128, num_bytes: int = 6_000) -> str:
         if file.tell() <= num_bytes:
             break
     return f"data:image/{form};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def as_trl_reads(row: Mapping[str, Any]) -> Row:
-    """A row with `images` in RGB, and messages with `role` and `content`. It is new, because TRL's collator changes it.
-
-    Arrow gives all parts of messages the same keys: those without a value are left out. Where a row marks its places
-    for pictures, all its content is in parts: TRL would put them before the first content that is text once more.
-    """
-    found = {name: cell for name, cell in row.items() if name not in (PICTURE, FILLER)}
-    found[PICTURES] = [rgb(picture) for picture in pictures_of(row)]
-    if is_chat(found.get("conversations")):
-        found["messages"] = found.pop("conversations")
-    sides = [column for column in ("messages", "prompt", "completion") if is_chat(found.get(column))]
-    contents = [_content(message) for column in sides for message in found[column]]
-    in_parts = any(isinstance(each, list | tuple) for each in contents)
-    for column in sides:
-        found[column] = [_message(message, in_parts) for message in found[column]]
-    return found
-
-
-def _message(message: Mapping[str, Any], in_parts: bool) -> Row:
-    role, content = message.get("role") or message.get("from"), _content(message)
-    if isinstance(content, str) and in_parts:
-        content = [{"type": "text", "text": content}]
-    if isinstance(content, list | tuple):
-        content = [{key: value for key, value in part.items() if value is not None} for part in content]
-    kept = {key: value for key, value in message.items() if key not in ("role", "from", "value", "content")}
-    return {"role": ROLES[role] if role in ALIASES else role, "content": content, **kept}
-
-
-def with_ends(row: Row, text_field: str, tokenizer: Any) -> Row:
-    """A row whose plain text has the tokens at its ends that it would have without pictures; TRL gives it none."""
-    begin, end = tokenizer.bos_token, tokenizer.eos_token
-    first, last = ("prompt", "completion") if "completion" in row else (text_field, text_field)
-    if isinstance(row.get(last), str) and end and not row[last].endswith(end):
-        row[last] += end
-    has_begin = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    if isinstance(row.get(first), str) and has_begin and not row[first].startswith(begin):
-        row[first] = begin + row[first]
-    return row
-
-
-def with_fillers(dataset: AnyDataset, size: int) -> AnyDataset:
-    """Rows of a multiple of `size`: at their end copies of the first one that count for nothing."""
-    if not isinstance(dataset, Dataset) or (missing := -len(dataset) % size) == 0:
-        return dataset
-    how, rows = dataset.format, dataset.with_format(None)
-    copies = rows.select([0] * missing).add_column(FILLER, [True] * missing)  # pyright: ignore[reportCallIssue]
-    filled = concatenate_datasets([rows, copies])  # the others have None there
-    if has_transform(dataset):
-        how["format_kwargs"] = {"transform": partial(_beside_fillers, transform=how["format_kwargs"]["transform"])}
-    columns = [*how["columns"], FILLER]
-    return filled.with_format(how["type"], columns, how["output_all_columns"], **how["format_kwargs"])
-
-
-def _beside_fillers(batch: Row, transform: Callable[[Row], Row]) -> Row:
-    fillers = batch.pop(FILLER)
-    return {**transform(batch), FILLER: fillers}
-
-
-class MaskedPictures:
-    """Batches of a collator, without labels on tokens that stand for pictures, and in rows that fill up a batch.
-
-    Args:
-        collator (`Callable`): makes batches (B, T).
-        spans: tells which tokens stand for pictures.
-    """
-
-    def __init__(self, collator: Any, spans: PictureSpans) -> None:
-        self.collator = collator
-        self.spans = spans
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        batch = dict(self.collated([{name: cell for name, cell in row.items() if name != FILLER} for row in rows]))
-        labels, ids = batch.get("labels"), batch.get("input_ids")
-        if not (isinstance(labels, Tensor) and isinstance(ids, Tensor)):
-            return batch
-        labels = labels.masked_fill(self.pictures(batch), -100)
-        fillers = torch.tensor([bool(row.get(FILLER)) for row in rows])
-        if fillers.any():
-            if len(labels) != len(rows):
-                raise ValueError(
-                    f"data_collator makes {len(labels)} rows of {len(rows)}, of which some fill up the last batch of "
-                    "several processes and must not count: make one row of each"
-                )
-            labels[fillers] = -100
-        return {"input_ids": ids, **batch, "labels": labels}  # accelerate counts the rows of what comes first
-
-    def collated(self, rows: list[Row]) -> Mapping[str, Any]:
-        """The collator's batch of rows."""
-        return self.collator(rows)
-
-    def pictures(self, batch: Mapping[str, Any]) -> Tensor:
-        """True for tokens (B, T) of a batch that stand for a picture; padding never does, whatever its token."""
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        is_row = isinstance(mask, Tensor) and mask.shape == ids.shape
-        return self.spans(ids.masked_fill(mask == 0, -1) if is_row else ids)
-
-
-class PictureCollator(MaskedPictures):
-    """Batches of rows with pictures, through a collator of TRL's; only text is cut at `max_length`.
-
-    Args:
-        collator: `trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling`, without a `max_length`. What it says
-            of completions and of answers counts for rows that are of this format.
-        spans: as in [`MaskedPictures`].
-        max_length (`int`, *optional*): the tokens that are kept of a row.
-    """
-
-    def __init__(self, collator: Any, spans: PictureSpans, max_length: int | None = None) -> None:
-        super().__init__(collator, spans)
-        self.max_length = max_length
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        batch = super().__call__(rows)
-        if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
-            batch = self._cut(batch, self.max_length)
-        return batch
-
-    def collated(self, rows: list[Row]) -> Mapping[str, Any]:
-        """TRL's batch of rows, which are of one format."""
-        collator = self.collator
-        has_answers = {"prompt", "completion"} <= set(rows[0])
-        others = ("messages", "conversations", collator.dataset_text_field) if has_answers else ("completion",)
-        texts = [as_trl_reads({name: cell for name, cell in row.items() if name not in others}) for row in rows]
-        texts = [with_ends(row, collator.dataset_text_field, collator.processor.tokenizer) for row in texts]
-        if not has_answers:
-            collator = replace(collator, completion_only_loss=False)
-        elif collator.assistant_only_loss:
-            collator = replace(collator, assistant_only_loss=False)
-        return collator(texts)
-
-    def _cut(self, batch: dict[str, Any], length: int) -> dict[str, Any]:
-        is_picture = self.pictures(batch)
-        if is_picture[:, length:].any():
-            last = int(is_picture.any(0).nonzero().max()) + 1
-            raise ValueError(
-                f"the pictures of a row end at token {last}, and max_length={length} would cut them: raise max_length, "
-                "take fewer or smaller pictures, or set max_length to None"
-            )
-        shape = batch["input_ids"].shape
-        return {n: v[:, :length] if isinstance(v, Tensor) and v.shape == shape else v for n, v in batch.items()}

@@ -177,12 +177,18 @@ def tokenized_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, name:
     return {"input_ids": ids, "labels": ids}
 
 
+def used_format(columns: set[str], text_field: str) -> tuple[str, ...]:
+    """The columns that are the text of a data set's rows: the first of the formats that it has; empty for none."""
+    formats = [("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",), (text_field,)]
+    return next((wanted for wanted in formats if columns.issuperset(wanted)), ())
+
+
 def refuse_pictures(row: Mapping[str, Any], name: str) -> None:
     """Raises `ValueError` for a row with pictures, for a model that sees: its tokens are not all that it was asked."""
     if any(row.get(column) not in (None, []) for column in (PICTURES, PICTURE)):
         raise ValueError(
-            f"{name} has pictures, and rows of text alone are measured here: use trainer.evaluate(), or remove the "
-            "column of pictures"
+            f"{name} has pictures, and rows of text alone are measured here: take evaluate_fidelity and a processor, "
+            "or remove the column of pictures"
         )
 
 

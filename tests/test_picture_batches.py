@@ -11,7 +11,8 @@ from PIL import ExifTags, Image
 from tokenizers.processors import TemplateProcessing
 
 from hf_distill.modeling import PictureSpans, picture_tokens
-from hf_distill.picture_rows import FILLER, MaskedPictures, as_trl_reads, relative_to, with_fillers, with_pictures
+from hf_distill.picture_batches import FILLER, MaskedPictures, as_trl_reads, with_fillers
+from hf_distill.picture_rows import relative_to, with_pictures
 from tests.test_picture_rows import ANSWER, ASK, PLACE, TEXT, distil, files, png, table
 from tests.vision import (
     IMAGE_ID,

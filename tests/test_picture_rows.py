@@ -18,7 +18,8 @@ from hf_distill import (
     SpeculativeKDConfig,
     SpeculativeKDTrainer,
 )
-from hf_distill.picture_rows import as_trl_reads, rgb, small, with_pictures
+from hf_distill.picture_batches import as_trl_reads
+from hf_distill.picture_rows import rgb, small, with_pictures
 from tests.conftest import make_model
 from tests.conftest import make_tokenizer as make_text_tokenizer
 from tests.trainers.test_kd import settings

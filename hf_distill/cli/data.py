@@ -14,8 +14,7 @@ from hf_distill.cli.mixing import Source, mixed, read_sources
 from hf_distill.collators import LUPICollator
 from hf_distill.picture_rows import picture_column, relative_to
 from hf_distill.row_files import first_rows, load_rows, load_splits, take_split
-from hf_distill.rows import fill_templates
-from hf_distill.trainers.data import used_format
+from hf_distill.rows import fill_templates, used_format
 from hf_distill.trainers.hard_label_config import HardLabelConfig
 
 
@@ -37,7 +36,7 @@ def load_datasets(arguments: SFTArguments, args: HardLabelConfig) -> tuple[Datas
         _refuse_for_several(arguments)
     splits = {source: load_splits(source.name, arguments.dataset_config) for source in sources}
     parts = {
-        source: _filled(_placed(take_split(found, source.name, arguments.train_split), source.name), arguments)
+        source: filled(placed(take_split(found, source.name, arguments.train_split), source.name), arguments)
         for source, found in splits.items()
     }
     if len(sources) == 1:
@@ -52,15 +51,16 @@ def _held_out_rows(arguments: SFTArguments, name: str = "", splits: DatasetDict 
     """Rows of `eval_dataset`; without it the `eval_split` or the split `test` of the one dataset to train on."""
     if arguments.eval_dataset is not None:
         only_split = "train" if os.path.isfile(os.path.expanduser(arguments.eval_dataset)) else "test"
-        rows = _placed(load_rows(arguments.eval_dataset, arguments.eval_split or only_split), arguments.eval_dataset)
+        rows = placed(load_rows(arguments.eval_dataset, arguments.eval_split or only_split), arguments.eval_dataset)
     elif splits is not None and (arguments.eval_split is not None or "test" in splits):
-        rows = _placed(take_split(splits, name, arguments.eval_split or "test"), name)
+        rows = placed(take_split(splits, name, arguments.eval_split or "test"), name)
     else:
         return None
-    return _filled(first_rows(rows, arguments.max_eval_rows), arguments)
+    return filled(first_rows(rows, arguments.max_eval_rows), arguments)
 
 
-def _filled(rows: Dataset, arguments: SFTArguments) -> Dataset:
+def filled(rows: Dataset, arguments: SFTArguments | EvaluateArguments) -> Dataset:
+    """Rows with the templates of the command filled in, beside their pictures."""
     if arguments.prompt_template is None or arguments.completion_template is None:
         return rows
     pictures = picture_column(rows.column_names)
@@ -76,7 +76,7 @@ def _filled(rows: Dataset, arguments: SFTArguments) -> Dataset:
     return rows.map(as_messages, input_columns=["prompt", "completion"])
 
 
-def _placed(rows: Dataset, name: str) -> Dataset:
+def placed(rows: Dataset, name: str) -> Dataset:
     """Rows whose pictures are found beside the file that names them."""
     place = os.path.expanduser(name)
     return relative_to(rows, os.path.dirname(os.path.abspath(place))) if os.path.isfile(place) else rows

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_distill import __version__
 from hf_distill.cli.arguments import EvaluateArguments
-from hf_distill.cli.data import lupi_collator, refuse_ignored, refuse_one_template, with_prompts
+from hf_distill.cli.data import filled, lupi_collator, placed, refuse_ignored, refuse_one_template, with_prompts
 from hf_distill.cli.reporting import PAGE, optional
 from hf_distill.collators import PromptCollator
 from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, measures_data
@@ -26,8 +26,10 @@ from hf_distill.evaluating.harness import HarnessTasks, check_tasks
 from hf_distill.evaluating.models import Evaluated, Scoring, evaluate_models, is_vocabulary_shared
 from hf_distill.evaluating.questions import Questions, questions_of
 from hf_distill.model_files import name_problem
-from hf_distill.named import load_tokenizer
+from hf_distill.modeling import tokenizer_of
+from hf_distill.named import load_processor, load_tokenizer, sees
 from hf_distill.page import save_page
+from hf_distill.picture_rows import has_pictures
 from hf_distill.report import evaluation_rows, table
 from hf_distill.row_files import first_rows, load_splits, take_split
 from hf_distill.rows import fill_templates
@@ -58,13 +60,12 @@ def evaluate(arguments: EvaluateArguments) -> None:
     folder = _output_folder(arguments)
     refuse_folder(folder)
     names, notes = _names(arguments)
-    tokenizers, found_notes = _tokenizers(names, arguments)
-    notes += found_notes
     rows, split = (None, None) if arguments.dataset is None else _rows(arguments)
-    notes += _notes_on_rows(rows, split, arguments)
+    tokenizers, found_notes = _tokenizers(names, arguments, pictures=_sees_pictures(names, rows, arguments))
+    notes += [*found_notes, *_notes_on_rows(rows, split, arguments)]
     tasks = _tasks(arguments)
     if tasks is not None:
-        check_tasks(tasks, tokenizers)
+        check_tasks(tasks, {role: tokenizer_of(each) for role, each in tokenizers.items()})
     if rows is not None and not (arguments.generate or _has_texts(rows, arguments)):
         raise ValueError(
             f"the rows of {arguments.dataset!r} have prompts without completions, so there is nothing to measure on "
@@ -203,38 +204,61 @@ def _base_of(model: str) -> str | None:
     return base if adapter is not None and not continued else began
 
 
+def _sees_pictures(names: dict[str, str], rows: Dataset | None, arguments: EvaluateArguments) -> bool:
+    """True for rows with pictures, and a student that reads them.
+
+    Raises:
+        `ValueError`: options that do not go together with pictures.
+    """
+    name = base_and_adapter(names[STUDENT])[0]
+    if not (has_pictures(rows) and sees(name, None, arguments.trust_remote_code)):
+        return False
+    if arguments.generate:
+        raise ValueError(
+            "the rows have pictures, about which no answers are generated: leave --generate out, or remove the column"
+        )
+    return True
+
+
 def _tokenizers(
-    names: dict[str, str], arguments: EvaluateArguments
-) -> tuple[dict[str, PreTrainedTokenizerBase], list[str]]:
+    names: dict[str, str], arguments: EvaluateArguments, *, pictures: bool
+) -> tuple[dict[str, Any], list[str]]:
     """The student's tokenizer, and the teacher's, unless it is the student's without a chat template; and notes.
 
-    A base that was found by itself and has another vocabulary is taken out of `names`; one that was given is refused.
+    For rows with pictures they are processors, and the teacher's is always there. A base that was found by itself and
+    has another vocabulary is taken out of `names`; one that was given is refused.
     """
-    own = {role: _own_tokenizer(name, arguments) for role, name in names.items()}
+    what, load = ("processor", load_processor) if pictures else ("tokenizer", load_tokenizer)
+    own = {role: _saved_with(name, load, arguments) for role, name in names.items()}
     student, teacher, base = own[STUDENT], own.get(TEACHER), own.get(BASE)
-    if student is None:
-        raise ValueError(f"--model {names[STUDENT]!r} has no tokenizer: save it with the model")
-    notes = [f"The {role} has no tokenizer: it reads with the student's." for role in own if own[role] is None]
-    if base is not None and not is_vocabulary_shared(student, base):
+    if isinstance(student, str):
+        raise ValueError(
+            f"--model {names[STUDENT]!r} has no {what} that works here ({student}): save it with the model"
+        )
+    notes = [f"The {role} has no {what}: it reads with the student's." for role in own if isinstance(own[role], str)]
+    if not isinstance(base, str | None) and not is_vocabulary_shared(student, base):
         if arguments.base != AUTO:
             raise ValueError(
                 f"--base {names[BASE]!r} has another vocabulary than the student, so it was not the student before its "
                 "training: name another one, or give --base None"
             )
         notes.append(f"The student began as {names.pop(BASE)}, which is left out: its vocabulary is another one.")
-    if teacher is None or (teacher.chat_template is None and is_vocabulary_shared(student, teacher)):
+    if isinstance(teacher, str | None):
+        return {STUDENT: student}, notes
+    if not pictures and teacher.chat_template is None and is_vocabulary_shared(student, teacher):
         return {STUDENT: student}, notes
     return {STUDENT: student, TEACHER: teacher}, notes
 
 
-def _own_tokenizer(name: str, arguments: EvaluateArguments) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was saved with a model, or with the base of adapters."""
+def _saved_with(name: str, load: Callable[..., Any], arguments: EvaluateArguments) -> Any:
+    """The tokenizer or processor that was saved with a model, or with the base of adapters; a text says why not."""
+    reason = ""
     for place in dict.fromkeys((name, base_and_adapter(name)[0])):
         try:
-            return load_tokenizer(place, None, arguments.trust_remote_code)
-        except (OSError, ValueError):
-            continue
-    return None
+            return load(place, None, arguments.trust_remote_code)
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+    return reason
 
 
 def _load(names: dict[str, str], arguments: EvaluateArguments) -> dict[str, Any]:
@@ -257,8 +281,10 @@ def _rows(arguments: EvaluateArguments) -> tuple[Dataset, str]:
     name = str(arguments.dataset)
     splits = load_splits(name, arguments.dataset_config)
     split = arguments.split or next((each for each in HELD_OUT if each in splits), "train")
-    rows = first_rows(take_split(splits, name, split), arguments.max_rows)
-    if arguments.prompt_template is not None and arguments.completion_template is not None:
+    rows = placed(first_rows(take_split(splits, name, split), arguments.max_rows), name)
+    if has_pictures(rows):
+        rows = filled(rows, arguments)
+    elif arguments.prompt_template is not None and arguments.completion_template is not None:
         templates = arguments.prompt_template, arguments.completion_template
         rows = fill_templates(rows, *templates, keep=(arguments.answer_column,))
     return with_prompts(rows, arguments) if arguments.knowledge_column is None else rows, split

@@ -11,7 +11,7 @@ import numpy as np
 from hf_distill.collators import LUPICollator
 from hf_distill.diagnosis.findings import Finding, LeftOut, failure, ok, warning
 from hf_distill.diagnosis.probe import Probe, columns_of
-from hf_distill.trainers.data import used_format
+from hf_distill.rows import used_format
 
 MOST_ROWS = 200_000  # that are compared, of each data set
 # Shares of training rows that are copies, and of held-out rows that are training rows.

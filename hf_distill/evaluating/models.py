@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_distill.evaluating.answers import METRICS, extracted, without_thoughts
 from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, Measure, mean_measure, measures_data, perplexity_measure
@@ -15,7 +15,7 @@ from hf_distill.evaluating.generation import generate_answers
 from hf_distill.evaluating.harness import HarnessTasks, task_measures
 from hf_distill.evaluating.questions import Questions
 from hf_distill.evaluation import row_sums
-from hf_distill.modeling import shared_vocabulary
+from hf_distill.modeling import shared_vocabulary, tokenizer_of
 from hf_distill.report import Part, Shown, evaluation_rows
 
 PERCENT = "{:.1%}"
@@ -87,7 +87,7 @@ class Evaluated(Shown):
 
 def evaluate_models(
     models: Mapping[str, PreTrainedModel],
-    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase | ProcessorMixin],
     *,
     rows: Dataset | None = None,
     questions: Questions | None = None,
@@ -104,7 +104,8 @@ def evaluate_models(
 
     Args:
         models: by the names `student` and, optionally, `base` and `teacher`; in eval mode while they are measured.
-        tokenizers: by the same names, as far as they have their own; otherwise the student's.
+        tokenizers: by the same names, as far as they have their own; otherwise the student's. Rows with pictures need
+            processors, of which the base reads with the student's.
         rows: as in `evaluate_fidelity`; perplexity, and with a teacher KL, agreement and expected acceptance.
         questions ([`~hf_distill.evaluating.questions.Questions`]): answers to them are generated and scored.
         scoring ([`Scoring`], *optional*): how.
@@ -119,6 +120,7 @@ def evaluate_models(
     if STUDENT not in models or set(models) - {BASE, STUDENT, TEACHER}:
         raise ValueError(f"models are a student and, with it, base and teacher; got {', '.join(models) or 'none'}")
     whole = {name: tokenizers.get(name, tokenizers[STUDENT]) for name in models}
+    texts = {name: tokenizer_of(each) for name, each in whole.items()}
     found = Evaluated([], [], [])
     if rows is not None:
         measures, notes = fidelity_measures(
@@ -127,17 +129,17 @@ def evaluate_models(
         found.measures.extend(measures)
         found.notes.extend(notes)
     if questions is not None:
-        measures, generated = answer_measures(models, whole, questions, scoring or Scoring(), batch_size=batch_size)
+        measures, generated = answer_measures(models, texts, questions, scoring or Scoring(), batch_size=batch_size)
         found.measures.extend(measures)
         found.generated.extend(generated)
     if tasks is not None:
-        found.measures.extend(task_measures(models, whole, tasks, batch_size=batch_size))
+        found.measures.extend(task_measures(models, texts, tasks, batch_size=batch_size))
     return found
 
 
 def fidelity_measures(
     models: Mapping[str, PreTrainedModel],
-    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase | ProcessorMixin],
     rows: Dataset,
     *,
     batch_size: int = 8,
@@ -151,9 +153,11 @@ def fidelity_measures(
     names = [name for name in (BASE, STUDENT) if name in models]
     if BASE in models and not is_vocabulary_shared(tokenizers[STUDENT], tokenizers.get(BASE, tokenizers[STUDENT])):
         names, notes = [STUDENT], [*notes, OTHER_BASE]
+    own = tokenizers.get(TEACHER)
     sums = row_sums(
         [models[name] for name in names], teacher, rows, tokenizers[STUDENT],
         batch_size=batch_size, max_length=max_length, vocab_size=vocab_size,
+        teacher_processing_class=own if isinstance(own, ProcessorMixin) else None,
     )  # fmt: skip
     of_students = dict(zip(names, sums.students, strict=True))
     nats = {name: each["ce"] for name, each in of_students.items()}
@@ -199,10 +203,10 @@ def answer_measures(
     ], generated
 
 
-def is_vocabulary_shared(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """True if token ids mean the same to both tokenizers, as far as both have them."""
+def is_vocabulary_shared(tokenizer: Any, other: Any) -> bool:
+    """True if token ids mean the same to both tokenizers, or those of processors, as far as both have them."""
     try:
-        shared_vocabulary(tokenizer, other)
+        shared_vocabulary(tokenizer_of(tokenizer), tokenizer_of(other))
     except ValueError:
         return False
     return True

@@ -7,7 +7,6 @@ Where the student's row was cut at `max_length`, the teacher's ends at the same 
 Shapes: B rows of a batch, T and Tt tokens of student and teacher, N label-bearing positions.
 """
 
-import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
-from hf_distill.modeling import PictureSpans, label_positions, num_token_ids, picture_tokens, public_name
+from hf_distill.modeling import PictureSpans, causal_lm, label_positions, num_token_ids, public_name
 from hf_distill.named import load_processor, name_of, sees
-from hf_distill.picture_rows import MaskedPictures
+from hf_distill.picture_batches import MaskedPictures, spans_of, with_padding
 from hf_distill.teachers.columns import PREFIX, AnyDataset
 from hf_distill.teachers.local import LocalTeacher
 from hf_distill.token_rows import check_batch
@@ -31,20 +30,19 @@ logger = logging.getLogger(__name__)
 _ORIGINS = {"name_or_path", "_name_or_path", "processor_class", "chat_template", "image_processor_type"}
 
 
-class OwnViewTeacher(LocalTeacher):
-    """A vision-language model that reads the rows through a processor of its own.
+class OwnView:
+    """Rows as one model reads them, through a processor of its own, beside the student's batch of them.
 
     Args:
-        processor (`ProcessorMixin`): the teacher's.
+        model (`PreTrainedModel`): the model.
+        processor (`ProcessorMixin`): its own.
         index (`int`): its number among the teachers, in the names of its tensors.
-        all else: as in [`LocalTeacher`].
     """
 
-    def __init__(self, *args: Any, processor: ProcessorMixin, index: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.processor = _with_padding(processor)
-        tokenizer: Any = self.processor.tokenizer
-        self.spans = PictureSpans(picture_tokens(self.processor, self.model.config, tokenizer=tokenizer), tokenizer)
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, index: int = 0) -> None:
+        self.name, self._num_ids = public_name(model), num_token_ids(causal_lm(model))
+        self.processor = with_padding(processor)
+        self.spans = spans_of(self.processor, causal_lm(model).config)
         self.prefix = f"{PREFIX}{index}_"
         self._collator: Any = None
         self._student_spans: PictureSpans | None = None
@@ -54,30 +52,25 @@ class OwnViewTeacher(LocalTeacher):
         """Called once, before rows are collated.
 
         Args:
-            collator: makes batches with this teacher's processor, as the student's are made with its own, but uncut.
+            collator: makes batches with this processor, as the student's are made with its own, but uncut.
             student_spans: tells what stands for pictures in the student's tokens.
             max_length (`int`, *optional*): the tokens that the student's rows are cut at.
         """
         self._collator, self._student_spans, self._max_length = collator, student_spans, max_length
 
-    def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
-        """The same rows: what is read of them is made in [`collate`]."""
-        return dataset
-
     @property
     def collate(self) -> Any:
-        """The teacher's tokens, labels and pixels of a batch of rows, under names that begin with its prefix."""
+        """Its tokens, labels and pixels of a batch of rows, under names that begin with its prefix."""
         return partial(_collate, collator=self._collator, prefix=self.prefix)
 
     def view(self, inputs: Mapping[str, Any], positions: Tensor) -> tuple[dict[str, Any], Tensor]:
-        """As in [`LocalTeacher`], of its own tensors.
+        """As in [`LocalTeacher`], of its own tensors among the student's.
 
         Raises:
             `ValueError`: the two processors make different texts of a row.
         """
         own = {n.removeprefix(self.prefix): each for n, each in inputs.items() if n.startswith(self.prefix)}
-        num_ids = num_token_ids(self._causal_lm)
-        check_batch(own, "", num_ids, num_ids, self.processor.tokenizer.pad_token_id)
+        check_batch(own, "", self._num_ids, self._num_ids, self.processor.tokenizer.pad_token_id)
         assert self._student_spans is not None
         mine, theirs = text_places(inputs, self._student_spans), text_places(own, self.spans)
         if self._max_length is not None:
@@ -107,6 +100,29 @@ class OwnViewTeacher(LocalTeacher):
             f"the processors of student and teacher ({self.name}) make the same text of a row, but other tokens of it "
             f"bear labels; {remedy}"
         )
+
+
+class OwnViewTeacher(LocalTeacher):
+    """A vision-language model that reads the rows through a processor of its own.
+
+    Args:
+        processor, index: as in [`OwnView`].
+        all else: as in [`LocalTeacher`].
+    """
+
+    def __init__(self, *args: Any, processor: ProcessorMixin, index: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.own = OwnView(self.model, processor, index)
+        self.prefix, self.view = self.own.prefix, self.own.view
+
+    def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
+        """The same rows: what is read of them is made in [`collate`]."""
+        return dataset
+
+    @property
+    def collate(self) -> Any:
+        """As in [`OwnView`]."""
+        return self.own.collate
 
 
 def text_places(inputs: Mapping[str, Any], spans: PictureSpans) -> Tensor:
@@ -152,14 +168,6 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 def _collate(rows: Sequence[dict[str, Any]], collator: MaskedPictures, prefix: str) -> dict[str, Tensor]:
     kept = [{name: cell for name, cell in row.items() if not name.startswith(PREFIX)} for row in rows]
     return {prefix + name: each for name, each in collator(kept).items() if isinstance(each, Tensor)}
-
-
-def _with_padding(processor: ProcessorMixin) -> ProcessorMixin:
-    """The processor, or a copy of it whose tokenizer pads with the end of text if it has no token for that."""
-    if processor.tokenizer.pad_token is None:
-        processor = copy.deepcopy(processor)
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return processor
 
 
 # ------------------------------------------------------------------------------------------------- which processor

@@ -24,6 +24,7 @@ from hf_distill.rows import (
     need_chat_template,
     refuse_other_form,
     refuse_other_tools,
+    used_format,
     with_messages,
 )
 from hf_distill.teachers.columns import OWN_COLUMNS
@@ -69,12 +70,6 @@ def over_datasets(function: Callable[[AnyDataset, str], AnyDataset], train: Any,
     if isinstance(evaluation, dict):
         return function(train, "train"), {name: function(rows, name) for name, rows in evaluation.items()}
     return function(train, "train"), evaluation if evaluation is None else function(evaluation, "eval")
-
-
-def used_format(columns: set[str], text_field: str) -> tuple[str, ...]:
-    """The columns that are the text of a data set's rows: the first of the formats that it has; empty for none."""
-    formats = [("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",), (text_field,)]
-    return next((wanted for wanted in formats if columns.issuperset(wanted)), ())
 
 
 def check_columns(dataset: AnyDataset, name: str, args: Any, has_formatting: bool) -> None:

@@ -12,9 +12,9 @@ from hf_distill.model_files import is_adapter_folder
 from hf_distill.modeling import tokenizer_of
 from hf_distill.named import has_tokenizer, sees, student_processing_class, student_processor
 from hf_distill.picture_rows import has_pictures
-from hf_distill.rows import is_chat
+from hf_distill.rows import is_chat, used_format
 from hf_distill.trainers.checks import named_datasets
-from hf_distill.trainers.data import check_chat_template, over_datasets, used_format
+from hf_distill.trainers.data import check_chat_template, over_datasets
 from hf_distill.trainers.input_checks import load_adapters
 
 

@@ -37,6 +37,7 @@ from hf_distill.modeling import (
     trying,
 )
 from hf_distill.named import student_positions, student_rows
+from hf_distill.picture_batches import spans_of
 from hf_distill.picture_rows import columns_of
 from hf_distill.teachers.columns import PREFIX
 from hf_distill.token_rows import check_batch
@@ -71,7 +72,6 @@ from hf_distill.trainers.pictures import (
     refuse_flat_places,
     refuse_for_pictures,
     refuse_student,
-    spans_of,
     student_collator,
     try_rows,
 )

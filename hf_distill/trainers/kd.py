@@ -210,8 +210,8 @@ class KDTrainer(HardLabelTrainer):
         bind_teachers(self._opened, self.model, self.accelerator)
         for teacher in self.teachers.values():
             if isinstance(teacher, OwnViewTeacher):
-                own = own_collator(self.data_collator, teacher.processor, teacher.spans)
-                teacher.read_with(own, self.picture_spans, self.args.max_length)
+                own = own_collator(self.data_collator, teacher.own.processor, teacher.own.spans)
+                teacher.own.read_with(own, self.picture_spans, self.args.max_length)
         self._collate, self._teacher_columns = self.teacher.collate, set[str]()
         for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
             self._keep_columns(dataset)

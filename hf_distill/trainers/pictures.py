@@ -6,7 +6,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -23,15 +22,12 @@ from hf_distill.modeling import (
     PictureSpans,
     check_length,
     language_part,
-    picture_tokens,
-    tokenizer_of,
     vision_tower,
 )
 from hf_distill.named import sees, student_without_weights
+from hf_distill.picture_batches import MaskedPictures, PictureCollator, naming_row
 from hf_distill.picture_rows import (
     AnyDataset,
-    MaskedPictures,
-    PictureCollator,
     check_picture_rows,
     columns_of,
     has_pictures,
@@ -40,8 +36,9 @@ from hf_distill.picture_rows import (
     pictures_of,
     with_pictures,
 )
+from hf_distill.rows import used_format
 from hf_distill.trainers.checks import splits_weights
-from hf_distill.trainers.data import tell_columns, used_format
+from hf_distill.trainers.data import tell_columns
 
 logger = logging.getLogger(__name__)
 
@@ -210,13 +207,6 @@ def freeze_tower(student: PreTrainedModel) -> str | None:
     return f"{name} ({size:,} parameters) is frozen; freeze_vision_tower=False trains it"
 
 
-def spans_of(processing_class: Any, *configs: Any) -> PictureSpans:
-    """The tokens that stand for pictures, as a processor and configurations name them."""
-    tokenizer = tokenizer_of(processing_class)
-    processor = processing_class if processing_class is not tokenizer else None
-    return PictureSpans(picture_tokens(processor, *configs, tokenizer=tokenizer), tokenizer)
-
-
 def student_collator(collator: Any, spans: PictureSpans, args: Any, is_own: bool) -> MaskedPictures:
     """TRL's collator of pictures, whose batches are cut and masked here, or another one, whose labels are masked."""
     if is_own:
@@ -245,27 +235,6 @@ def own_collator(student: Any, processor: Any, spans: PictureSpans) -> PictureCo
 
 
 # ------------------------------------------------------------------------------------------------------- tried rows
-
-
-@contextmanager
-def naming_row(name: str):
-    """Turns errors of a processor into a `ValueError` that names the row."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        AssertionError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"{name} cannot be made a batch of: {text} ({type(error).__name__})") from error
 
 
 def try_rows(trainer: Any, dataset: AnyDataset, name: str) -> None:

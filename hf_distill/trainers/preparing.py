@@ -13,7 +13,7 @@ from datasets import Dataset
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
-from hf_distill.picture_rows import FILLER, with_fillers
+from hf_distill.picture_batches import FILLER, with_fillers
 from hf_distill.token_rows import COLUMNS, PEEKED_ROWS, Limits, Room, without_long_rows
 from hf_distill.trainers.checks import AnyDataset
 from hf_distill.trainers.data import (
