@@ -755,6 +755,17 @@ def test_the_last_position_can_be_written(pair):
     assert texts(run(pair, GREEDY, [[3] * (256 - NEW)], eos=NO_EOS))[0]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_row_at_its_last_position_waits_while_others_draft_on(family):
+    """A table of positions ends there, and the row is read with the others all the same."""
+    pair = make_pair(family, noise=0.08)
+    prompts = [prompt + [5] * (256 - NEW - len(prompt)) for prompt in PROMPTS]
+    config = make_config(**GREEDY)
+    expected = expect(Oracle(*pair, VOCAB), config, prompts, eos=[NO_EOS])
+    assert len({len(row.blocks) for row in expected}) > 1
+    assert assert_equal_to_oracle(run(pair, config, prompts, eos=NO_EOS), expected) == len(prompts)
+
+
 def test_stretched_positions_can_be_written_and_no_more(pair):
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256, "rope_theta": 1e4}
     stretched = make_model("llama", vocab_size=VOCAB, rope_parameters=yarn)

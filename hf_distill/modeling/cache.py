@@ -18,6 +18,7 @@ from hf_distill.modeling.parts import (
     head_of,
     input_device,
     last_hidden_states,
+    num_positions,
     num_token_ids,
     readable,
     trying,
@@ -62,6 +63,8 @@ class CachedReader:
         elif in_slots:
             self._cache = SlotCache(self._model.config.get_text_config(), self._model.dtype)
         self._cache_keyword = cache_keyword(backbone(self._model))
+        limit = num_positions(self._model)
+        self._last_position = None if limit is None else limit - 1
 
     def read(self, ids: Tensor | None = None) -> Tensor:
         """Reads the unread tokens, then `ids` (R, q); returns the last hidden states (R, n, D) of all of them."""
@@ -70,12 +73,14 @@ class CachedReader:
         self.lengths, self._longest = self.lengths + added, self._longest + added
         self._unread = tokens[:, :0]
         lengths = self.lengths.to(self.device, non_blocking=True)
+        positions = lengths[:, None] - number + torch.arange(number, device=self.device)
         is_step = self._step is not None and number == 1 and len(self._cache.layers) > 0
         forward: Any = self._step if is_step else backbone(self._model)
         outputs = forward(
             input_ids=readable(tokens, num_token_ids(self._model)),
             attention_mask=self._cache.place(lengths, number, self._longest),
-            position_ids=(lengths[:, None] - number + torch.arange(number, device=self.device)).clamp(min=0),
+            # Padding, and a row at its end that is read with others which go on: what comes of it is not used.
+            position_ids=positions.clamp(0, self._last_position),
             use_cache=True,
             **{self._cache_keyword: self._cache},
         )

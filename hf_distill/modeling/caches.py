@@ -74,7 +74,8 @@ class SlotCache(Cache):
         """As in [`MovingCache`], a mask (R, 1, q, S)."""
         self.visible, self.capacity = self._held or longest, self._held or slots_for(longest)
         order = lengths[:, None] - num_tokens + torch.arange(num_tokens, device=lengths.device)  # (R, q)
-        self.slots = order.where(order >= 0, self.capacity - 1)  # of padding: one that nobody sees
+        # Of padding, and of a row at its end that is read with others: a slot that nobody sees.
+        self.slots = order.where((order >= 0) & (order < self.capacity), self.capacity - 1)
         visible = torch.arange(self.visible, device=lengths.device) <= order.clamp(min=0).unsqueeze(-1)  # (R, q, S)
         if self._adds_mask:
             visible = torch.zeros_like(visible, dtype=self._dtype).masked_fill(~visible, torch.finfo(self._dtype).min)

@@ -76,6 +76,15 @@ def test_a_longer_prompt_makes_the_cache_longer_once(not_compiled):
     assert list(dict.fromkeys(not_compiled)) == [((2, 1), (2, 1, 1, 128)), ((2, 1), (2, 1, 1, 256))]
 
 
+def test_the_last_slots_are_enough_while_other_rows_draft_on(not_compiled):
+    student, teacher = make_model(seed=2), make_model(seed=1)
+    step = CompiledStep(student, rows=3, room=12, longest=115)  # 127 tokens and one slot for padding
+    settings = {"student_temperature": 0.0, "teacher_temperature": 0.0, "top_k": 120}
+    expected, found = (written(student, teacher, (115, 115, 115), each, **settings) for each in (None, step))
+    assert found.completion_ids.tolist() == expected.completion_ids.tolist()
+    assert set(not_compiled) == {((3, 1), (3, 1, 1, 128))}
+
+
 def test_rows_that_have_ended_change_nothing_for_the_others(not_compiled):
     model = make_model()
     ids, mask = prompts((6, 2, 4))
