@@ -66,6 +66,8 @@ class TokenRow(NamedTuple):
     student: Side
     teacher: Side
     pictures: tuple[str, ...] = ()  # of the row, the first 4, small: addresses that hold them ("data:image/png;...")
+    num_pictures: int = 0  # of the row
+    picture_places: tuple[int, ...] = ()  # of the tokens in `input_ids` that stand for pictures
 
 
 class TokenComparison(NamedTuple):
@@ -222,7 +224,10 @@ def _compared(
     width = batch["input_ids"].shape[1]
     hidden = select_positions(last_hidden_states(model, **batch), positions)  # (N, D)
     signal = teacher(whole, positions)
-    is_shown = _is_shown(batch["input_ids"], spans) & batch["attention_mask"].bool()  # (B, T)
+    is_picture = _is_picture(batch["input_ids"], spans)  # (B, T)
+    # Of each picture the first token.
+    is_shown = ~is_picture | ~torch.nn.functional.pad(is_picture, (1, 0))[:, :-1]
+    is_shown &= batch["attention_mask"].bool()
     places = (is_shown.cumsum(1) - 1).flatten()[positions + 1]
     kept = (places < max_tokens).nonzero().squeeze(1)
     head, parts = head_of(model).truncated(size), []
@@ -240,18 +245,21 @@ def _compared(
         at = np.flatnonzero(row_of == i)
         sides = (Side(*(array[at] for array in side)) for side in (student, mine))
         ids = batch["input_ids"][i][is_shown[i]].tolist()
-        pictures = tuple(map(small, pictures_of(row["row"])[:MAX_PICTURES])) if "row" in row else ()
-        known = kept_places[at], kl[at], *sides
-        found.append(TokenRow(row["number"], ids[:max_tokens], len(ids), *known, pictures=pictures))
+        pictures = pictures_of(row["row"]) if "row" in row else []
+        standing = is_picture[i][is_shown[i]][:max_tokens].nonzero().flatten().tolist()
+        found.append(
+            TokenRow(
+                row["number"], ids[:max_tokens], len(ids), kept_places[at], kl[at], *sides,
+                pictures=tuple(map(small, pictures[:MAX_PICTURES])), num_pictures=len(pictures),
+                picture_places=tuple(standing),
+            )
+        )  # fmt: skip
     return found, signal
 
 
-def _is_shown(input_ids: Tensor, spans: PictureSpans | None) -> Tensor:
-    """True for tokens (B, T) of text, and for the first of each picture."""
-    if spans is None:
-        return torch.ones_like(input_ids, dtype=torch.bool)
-    is_picture = spans(input_ids)
-    return ~is_picture | ~torch.nn.functional.pad(is_picture, (1, 0))[:, :-1]
+def _is_picture(input_ids: Tensor, spans: PictureSpans | None) -> Tensor:
+    """True for tokens (B, T) that stand for pictures."""
+    return torch.zeros_like(input_ids, dtype=torch.bool) if spans is None else spans(input_ids)
 
 
 def _side(said: Sequence[Said]) -> Side:

@@ -9,6 +9,8 @@ import numpy as np
 
 from hf_distill.token_texts import shown, texts_of_row
 
+PICTURE = "[picture]"  # in the place of its tokens
+
 
 def comparison_data(comparison: Any, *, marks: Mapping[int, str] | None = None) -> dict[str, Any]:
     """A [`~hf_distill.token_comparison.TokenComparison`] as JSON values.
@@ -29,8 +31,8 @@ def comparison_data(comparison: Any, *, marks: Mapping[int, str] | None = None) 
               (by index of a token, the text that it adds, where that is not its own), `places` (indices of the n tokens
               that were predicted), `kl` (n nats to 4 digits; `surprise`, -log p of the token, where nothing has a KL),
               `student` and `teacher`: `ids` (5n indices into `texts`, -1 for none, the most likely first), `probs` (5n,
-              in thousandths) and `own` (n, those of the token itself); `marks` and `pictures` (addresses that hold
-              them), if there are some.
+              in thousandths) and `own` (n, those of the token itself); `marks`, and `pictures` (addresses that hold the
+              first ones) with `num_pictures`, if there are some.
               None stands for a number that is not known.
     """
     table = _Table(comparison)
@@ -38,7 +40,7 @@ def comparison_data(comparison: Any, *, marks: Mapping[int, str] | None = None) 
     for row in comparison.rows:
         found = _row(row, table, comparison)
         if row.pictures:
-            found["pictures"] = list(row.pictures)
+            found |= {"pictures": list(row.pictures), "num_pictures": row.num_pictures}
         if marks is not None and row.number in marks:
             found["marks"] = marks[row.number][: len(row.places)]
         rows.append(found)
@@ -82,7 +84,9 @@ class _Table:
 
 def _row(row: Any, table: _Table, comparison: Any) -> dict[str, Any]:
     tokens = [table.place("student", index) for index in row.input_ids]
-    pieces = texts_of_row(row.input_ids, comparison.student_texts)
+    pieces = list(texts_of_row(row.input_ids, comparison.student_texts))
+    for place in row.picture_places:
+        pieces[place] = PICTURE  # whatever the family's own mark is
     found: dict[str, Any] = {
         "number": row.number,
         "length": row.length,

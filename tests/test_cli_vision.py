@@ -62,10 +62,10 @@ def test_a_run_with_pictures_leaves_a_student_and_a_page(folder, tmp_path):
     assert [len(row["pictures"]) for row in tokens["rows"]] == [1, 1, 1]
     shown = base64.b64decode(tokens["rows"][0]["pictures"][0].partition(",")[2])
     assert Image.open(io.BytesIO(shown)).convert("RGB").tobytes() == picture(0).tobytes()
-    texts = [tokens["texts"][index] for index in tokens["rows"][0]["tokens"]]
-    assert (
-        sum(text == "<fake_token_around_image>" for text in texts) == 1
-    )  # the first token stands for all of a picture
+    row = tokens["rows"][0]
+    texts = [row["pieces"].get(str(i), tokens["texts"][index]) for i, index in enumerate(row["tokens"])]
+    assert texts[:3] == ["<|user|>", "[picture]", "what"]  # one for all tokens of a picture
+    assert row["num_pictures"] == 1
     assert "<image>" not in texts
     assert "data:image/png;base64," in (out / "report.html").read_text()
     results = json.loads((out / "report.json").read_text())
@@ -111,20 +111,11 @@ def test_commands_for_text_say_so(folder, tmp_path, command, capsys):
     assert "pictures" in capsys.readouterr().err
 
 
-def test_an_evaluation_of_text_refuses_pictures(folder, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        cli.main([
-            "evaluate", "--model", str(folder / "student"), "--dataset", str(folder / "rows.jsonl"),
-            "--output_dir", str(tmp_path),
-        ])  # fmt: skip
-    assert "pictures" in capsys.readouterr().err
-
-
 def test_a_plan_says_that_it_does_not_count_pictures(folder, capsys):
     models = ["--model", str(folder / "student"), "--teacher_model", str(folder / "teacher")]
     cli.main(["plan", "kd", *models, "--gpu", "24GB", "--output_dir", "out"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "reads pictures: all its weights are counted, and rows of text alone; pictures take more" in said
+    assert "reads pictures, and rows of text alone are counted: --picture_tokens" in said
 
 
 def test_layers_of_a_model_that_sees_are_not_pruned(folder, tmp_path, capsys):

@@ -11,9 +11,15 @@ import os
 import shutil
 
 import pytest
+from datasets import concatenate_datasets
 
+from hf_distill import KDConfig, KDTrainer
 from hf_distill.page import page_of, write_page
+from hf_distill.token_comparison import compare_tokens
+from hf_distill.token_data import comparison_data
 from tests.test_page import EVIL, HISTORY, MEASURES, answers_of, run_of, tokens_of
+from tests.trainers.test_kd import settings
+from tests.vision import chats, make_processor, make_vlm
 
 pytestmark = pytest.mark.browser
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -226,6 +232,45 @@ def test_it_fits_the_screen_in_both_themes(opened, size, theme):
     one_line = page.locator("#detail").evaluate("detail => parseFloat(getComputedStyle(detail).lineHeight)")
     for number in [*page.locator(".number:visible").all(), *page.locator("td button").all()]:
         assert number.evaluate(HEIGHT) < 1.5 * one_line, number.inner_text()
+
+
+@pytest.fixture(scope="module")
+def with_pictures(tmp_path_factory):
+    """A run on rows with one, two and six pictures, of which the tokens are those of real models."""
+    folder = tmp_path_factory.mktemp("run")
+    rows = concatenate_datasets([chats(1, seed=20 * n, pictures=n) for n in (1, 2, 6)])
+    trainer = KDTrainer(
+        make_vlm("idefics3", 1), make_vlm("idefics3", 2), KDConfig(**settings(folder)), train_dataset=chats(2),
+        eval_dataset=rows, processing_class=make_processor("idefics3"),
+    )  # fmt: skip
+    own = {"collator": trainer.collated, "spans": trainer.picture_spans}
+    found = compare_tokens(trainer.student, trainer.teacher, rows, trainer.tokenizer, **own)
+    return run_of(tokens=json.loads(json.dumps(comparison_data(found))))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_pictures_stand_above_their_tokens(opened, with_pictures, size, theme):
+    page = opened({"run": with_pictures}, size, theme)
+    page.get_by_label("Order", exact=True).select_option(label="order of the data")
+    rows = page.locator(".row").all()
+    assert [row.locator("img").count() for row in rows] == [1, 2, 4]
+    assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size][0]
+    for number, row in enumerate(rows):
+        line = row.locator(".line").bounding_box()
+        for place, image in enumerate(row.locator("img").all()):
+            assert image.evaluate("image => image.complete && image.naturalWidth") == 32
+            assert image.get_attribute("alt") == f"picture {place + 1} of row {number}"
+            box = image.bounding_box()
+            assert box["width"] == box["height"] >= 64
+            assert box["y"] + box["height"] <= line["y"]
+            assert box["x"] + box["width"] <= SIZES[size][0]
+        assert row.locator(".line").inner_text().startswith("<|user|>[picture]what")
+        assert "[picture]" not in row.locator(".t").all_inner_texts()  # it bears no label
+    assert [row.locator(".pictures").inner_text() for row in rows] == ["", "", "and 2 more"]
+    rows[0].locator(".t").nth(2).click()
+    assert "KL to the teacher" in page.locator("#detail").inner_text()
+    rows[2].scroll_into_view_if_needed()
 
 
 def test_runs_stand_side_by_side(opened):

@@ -10,7 +10,7 @@ function collectRows(runs) {
     for (const row of run.tokens.rows) {
       const pieces = piecesOf(run.tokens, row), text = pieces.join("");
       const key = `${row.number}\n${text}`;
-      if (!found.has(key)) found.set(key, { number: row.number, length: row.length, numTokens: row.tokens.length, text, pictures: row.pictures ?? [], lines: [] });
+      if (!found.has(key)) found.set(key, { number: row.number, length: row.length, numTokens: row.tokens.length, text, pictures: row.pictures ?? [], numPictures: row.num_pictures ?? 0, lines: [] });
       const tokens = predicted(run.tokens, row);
       for (const token of tokens) token.text = pieces[token.place];
       const values = tokens.map((token) => token.value).filter((value) => value !== null);
@@ -156,7 +156,8 @@ class RowsView {
     const article = element("article", { class: "row" }, element("p", { class: "soft" }, isAlone ? `${head}, ${values(row.lines[0])}` : head));
     if (row.pictures.length) {
       const pictures = row.pictures.map((src, i) => element("img", { src, alt: `picture ${i + 1} of row ${row.number}` }));
-      article.append(element("p", { class: "pictures" }, ...pictures));
+      const more = row.numPictures - pictures.length;
+      article.append(element("p", { class: "pictures" }, ...pictures, ...(more > 0 ? [`and ${more} more`] : [])));
     }
     for (const each of row.lines) {
       if (!isAlone) article.append(element("p", { class: "name" }, `${each.run.name}, ${values(each)}`));
