@@ -45,8 +45,8 @@ from hf_distill.runs import BASELINE, TOKENS_FILE, as_list, read_history
 from hf_distill.saved_weights import other_adapters
 from hf_distill.saving import adapters_on, save_tokenizer
 from hf_distill.servers.client import public_address
+from hf_distill.teachers.kinds import brought_from
 from hf_distill.teachers.local import LocalTeacher
-from hf_distill.teachers.opening import brought_from
 from hf_distill.teachers.remote import RemoteTeacher, is_address
 from hf_distill.teachers.stored import StoredHiddenTeacher, StoredTeacher
 from hf_distill.trainers.checkpoints import find_checkpoint, problem_of

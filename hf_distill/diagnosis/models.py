@@ -13,9 +13,10 @@ from hf_distill.diagnosis.probe import Probe
 from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.modeling import weights_kind
 from hf_distill.servers import TeacherAway
+from hf_distill.teachers.kinds import brought_from, describe_teachers, own_models
 from hf_distill.teachers.loading import load_teacher
 from hf_distill.teachers.local import LocalTeacher
-from hf_distill.teachers.opening import brought_from, describe_teachers, name_teachers, own_models
+from hf_distill.teachers.opening import name_teachers
 
 # A teacher that has lost so many nats per token against the student is worse; 4 bits cost a copy of it less.
 WORSE = 0.05

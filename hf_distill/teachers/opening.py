@@ -9,22 +9,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from hf_distill.modeling import (
-    causal_lm,
-    is_split,
-    num_positions,
-    num_token_ids,
-    public_name,
-    shared_vocabulary,
-    tokenizer_of,
-    weights_kind,
-)
+from hf_distill.modeling import is_split, public_name, shared_vocabulary, tokenizer_of
 from hf_distill.named import load_tokenizer, name_of, student_positions, student_rows, text_config
-from hf_distill.teachers import DenseTeacher, Introduced, ModelTeacher, Teacher, require_model
+from hf_distill.teachers import DenseTeacher, Introduced, ModelTeacher, Teacher, require_model, require_writer
 from hf_distill.teachers.across import AcrossTeacher
 from hf_distill.teachers.brought import BroughtTeacher
 from hf_distill.teachers.ensemble import EnsembleTeacher
@@ -33,7 +23,6 @@ from hf_distill.teachers.local import BaseTeacher, LocalTeacher, refuse_shared_m
 from hf_distill.teachers.own_view import OwnViewTeacher, own_processor, refuse_blind
 from hf_distill.teachers.remote import RemoteTeacher, is_address
 from hf_distill.teachers.stored import StoredHiddenTeacher, StoredTeacher, is_stored, open_store
-from hf_distill.token_rows import Room
 
 logger = logging.getLogger(__name__)
 
@@ -239,10 +228,23 @@ def require_models(teachers: Mapping[str, Any], what_for: str) -> None:
             require_model(teacher, what_for)
 
 
-def teacher_weights(teacher: Teacher, teachers: Mapping[str, Teacher]) -> dict[str, float]:
-    """The weight of each teacher in the one that all of them make."""
-    weights = teacher.weights if isinstance(teacher, EnsembleTeacher) else [1.0]
-    return dict(zip(teachers, weights, strict=True))
+def require_writers(teachers: Mapping[str, Any], what_for: str) -> None:
+    """Raises `ValueError` for a teacher, not yet loaded, that will not be able to check drafts."""
+    for teacher in teachers.values():
+        if isinstance(teacher, Teacher):
+            require_writer(teacher, what_for)
+
+
+def refuse_as_writer(teachers: Any, args: Any) -> None:
+    """Raises `ValueError` for what the user gave as teachers, if it could not take part in rollouts."""
+    if is_base(teachers) or isinstance(teachers, list | tuple | Mapping):
+        raise ValueError("text is written with one teacher, which is a model of its own: pass its name or path")
+    if args.teacher_device in ("offload", "sharded") or (isinstance(teachers, PreTrainedModel) and is_split(teachers)):
+        raise ValueError(
+            "the teacher has to be whole on its devices: texts are written in hundreds of small forwards, and each "
+            "would move all of its weights. Remove teacher_device='offload' or 'sharded'; under ZeRO-3 pass the "
+            "teacher by name, or load it before the arguments"
+        )
 
 
 def bind_teachers(opened: OpenTeachers, student: PreTrainedModel, accelerator: Accelerator) -> None:
@@ -250,102 +252,6 @@ def bind_teachers(opened: OpenTeachers, student: PreTrainedModel, accelerator: A
     for name, teacher in opened.by_name.items():
         if isinstance(teacher, LocalTeacher | AcrossTeacher | BaseTeacher | BroughtTeacher):
             teacher.bind(student, accelerator, sharded=name in opened.sharded)
-
-
-def rooms(teachers: Mapping[str, Teacher], columns: set[str]) -> list[Room]:
-    """The tokens that the teachers which read the student's own rows can read; `columns` are those of the rows."""
-    if columns & {"teacher_prompt", "teacher_input_ids"}:
-        return []
-    called = {name: "the teacher" if len(teachers) == 1 else f"the teacher {name}" for name in teachers}
-    return [
-        Room(called[name], num_positions(teacher.model) if isinstance(teacher, ModelTeacher) else teacher.num_positions)
-        for name, teacher in teachers.items()
-        # The base is the student.
-        if isinstance(teacher, ModelTeacher | BroughtTeacher) and not isinstance(teacher, BaseTeacher)
-    ]
-
-
-def own_models(teachers: Mapping[str, Teacher]) -> dict[str, LocalTeacher]:
-    """Those that are models with weights of their own in this process."""
-    return {name: each for name in teachers if isinstance(each := _source(teachers[name]), LocalTeacher)}
-
-
-def describe_teachers(teachers: Mapping[str, Teacher]) -> dict[str, str]:
-    """Dtype, or bits, and layout of each teacher's weights, for people."""
-    own = own_models(teachers)
-    return {
-        name: f"{weights_kind(own[name].model)}, {own[name].layout}"
-        if name in own
-        else getattr(teacher, "layout", teacher.name)
-        for name, teacher in teachers.items()
-    }
-
-
-def describe_sources(teachers: Mapping[str, Teacher]) -> dict[str, str]:
-    """Stores, servers, quantised weights and other tokenizers of teachers, for model cards; those that there are."""
-    found: dict[str, str] = {}
-    if sources := brought_from(teachers):
-        found["the teacher's outputs"] = f"from {'; '.join(sources.values())}"
-    stores = [each for teacher in teachers.values() if isinstance(each := _source(teacher), StoredTeacher)]
-    if stores:
-        found["fingerprint of the store"] = ", ".join(f"`{store.manifest.fingerprint}`" for store in stores)
-    if kinds := quantised_weights(teachers):
-        is_one = len(teachers) == 1
-        found["weights of the teacher"] = ", ".join(k if is_one else f"{name}: {k}" for name, k in kinds.items())
-    if methods := alignment_methods(teachers):
-        found["other tokenizers"] = ", ".join(f"{name}: {method}" for name, method in methods.items())
-    return found
-
-
-def brought_from(teachers: Mapping[str, Teacher]) -> dict[str, str]:
-    """The source of the outputs of each teacher that is no model in this process, for people."""
-    sources = {name: _source(teacher) for name, teacher in teachers.items()}
-    return {name: each.source for name, each in sources.items() if isinstance(each, BroughtTeacher)}
-
-
-def quantised_weights(teachers: Mapping[str, Teacher]) -> dict[str, str]:
-    """Bits of those teachers whose weights are quantised, however they came to be or were in a store, for people."""
-    found = {}
-    for name, teacher in ((name, _source(teacher)) for name, teacher in teachers.items()):
-        if isinstance(teacher, StoredTeacher):
-            found[name] = teacher.manifest.teacher.get("quantization")
-        elif isinstance(model := getattr(teacher, "model", None), PreTrainedModel | PeftModel):
-            kind = weights_kind(model)
-            found[name] = None if kind.startswith("torch.") else kind
-    return {name: kind for name, kind in found.items() if kind}
-
-
-def teacher_to_ask(teacher: Teacher) -> tuple[ModelTeacher | RemoteTeacher, tuple[str, str] | None]:
-    """The model or server to ask, and the columns that it reads if they are not the student's.
-
-    Raises:
-        `ValueError`: it is neither.
-    """
-    inner = _source(teacher)
-    if isinstance(inner, RemoteTeacher):
-        return inner, None
-    if not isinstance(inner, ModelTeacher):
-        raise ValueError(
-            f"a store is written of one teacher that is a model, here or behind an address; {teacher.name} "
-            f"({type(inner).__name__}) is none. Of several teachers write a store each"
-        )
-    if isinstance(inner, BaseTeacher) and is_split(inner.model):
-        raise ValueError(
-            "teacher_model='base' is split by ZeRO-3 with its student, and cannot be asked before the training: give "
-            "the base model by name as teacher_model, or write without DeepSpeed"
-        )
-    return inner, teacher.columns if isinstance(teacher, AcrossTeacher) else None
-
-
-def alignment_methods(teachers: Mapping[str, Teacher]) -> dict[str, str]:
-    """The method of comparison for each teacher with another tokenizer."""
-    return {name: teacher.method for name, teacher in teachers.items() if isinstance(teacher, AcrossTeacher)}
-
-
-def readable_ids(teachers: Mapping[str, Teacher], default: int) -> int:
-    """The number of token ids that all teachers can read, each in its own text."""
-    models = [causal_lm(teacher.model) for teacher in own_models(teachers).values()]
-    return min((num_token_ids(model) for model in models), default=default)
 
 
 def teacher_config(model: Any, args: Any) -> PreTrainedConfig:
@@ -366,11 +272,6 @@ def _with_servers(given: Sequence[Any], args: Any, index: int = 0) -> list[Any]:
     first = given.index(addresses[0])
     remote = RemoteTeacher(addresses, args, index=index + first)
     return [remote if i == first else each for i, each in enumerate(given) if i == first or not is_address(each)]
-
-
-def _source(teacher: Teacher) -> Teacher:
-    """The teacher itself, or the one inside of it that has the weights or the store."""
-    return teacher.teacher if isinstance(teacher, AcrossTeacher) else teacher
 
 
 def _loaded(

@@ -1,12 +1,11 @@
-"""The arguments of a trainer, and the models that read its rows."""
+"""The arguments of a trainer, and checks of them alone."""
 
 import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from peft import PeftModel
-from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 from hf_distill.model_files import is_adapter_folder
 from hf_distill.modeling import tokenizer_of
@@ -125,12 +124,3 @@ class Given(NamedTuple):
         """Raises `ValueError` for conversations that a tokenizer cannot turn into text; `setting` gives a template."""
         for name, dataset in self.unprepared().items():
             check_chat_template(dataset, name, self.args, tokenizer, whose, setting)
-
-
-class Reader(NamedTuple):
-    """A model that reads the student's rows, or its own view of them."""
-
-    name: str
-    model: PreTrainedModel
-    read: Callable[[dict[str, Any]], Tensor]  # hidden states (n, D) of the n tokens of a batch
-    prefix: str = ""  # of the names of its own tensors, if it has a view of its own

@@ -40,6 +40,7 @@ from hf_distill.named import student_positions, student_rows
 from hf_distill.picture_batches import spans_of
 from hf_distill.picture_rows import columns_of
 from hf_distill.teachers.columns import PREFIX
+from hf_distill.teachers.rows import Reader, TeacherRows
 from hf_distill.token_rows import check_batch
 from hf_distill.trainers.checks import (
     AnyDataset,
@@ -60,7 +61,7 @@ from hf_distill.trainers.checks import (
     refuse_split,
 )
 from hf_distill.trainers.data import as_they_are
-from hf_distill.trainers.given import Given, Reader
+from hf_distill.trainers.given import Given
 from hf_distill.trainers.hard_label_config import HardLabelConfig, keywords
 from hf_distill.trainers.input_checks import check_inputs
 from hf_distill.trainers.packing import check_packing, joins
@@ -91,9 +92,9 @@ class HardLabelTrainer(PreparingTrainer):
     baseline of a distillation: the same rows, loss and updates as [`KDTrainer`] without its teacher. Arguments that are
     not listed here are those of `trl.SFTTrainer`.
 
-    Construction has four steps: the checks of all that can be checked before anything is loaded (`check`), what has to
-    be loaded before the student, SFTTrainer's own construction, and the probes of the loaded student (`start` has the
-    last two).
+    Construction has four steps: the checks of all that can be checked before anything is loaded (`check`); what has to
+    be loaded before the student, here nothing; SFTTrainer's own construction and the probes of the student (`start`);
+    what a trainer adds to the loaded student (`attach`), and the tried rows (`try_run`).
 
     Attributes:
         student (`PreTrainedModel`): the causal language model inside `model`, which adapters and engines are around.
@@ -148,6 +149,8 @@ class HardLabelTrainer(PreparingTrainer):
         )  # fmt: skip
         given = self.check(given)
         self.start(given, vocab_size=student_rows(given.model, given.args))
+        self.attach()
+        self.try_run()
 
     # ------------------------------------------------------------------------------------------- steps of construction
 
@@ -219,16 +222,18 @@ class HardLabelTrainer(PreparingTrainer):
         """The beginnings of the names of an evaluation's metrics."""
         return (*EVALUATED, *cls._evaluated)
 
-    def start(self, given: Given, *, vocab_size: int) -> None:
-        """The last two steps: SFTTrainer's own construction, and the probes of the loaded student.
+    def start(self, given: Given, *, vocab_size: int, teacher_rows: TeacherRows | None = None) -> None:
+        """The third step: SFTTrainer's own construction, and the probes of the loaded student.
 
         Args:
             given ([`Given`]): from `check`.
             vocab_size (`int`): token ids below this may be labels.
+            teacher_rows ([`TeacherRows`], *optional*): what teachers need of the rows.
         """
         args = given.args
         # Before SFTTrainer's construction, which prepares the rows.
         self.vocab_size, self._positions = vocab_size, student_positions(given.model, args)
+        self.teacher_rows = TeacherRows() if teacher_rows is None else teacher_rows
         as_given = as_it_came(given.model, given.processing_class, args)
         self.has_pictures = given.has_pictures
         if args.skips_preparation or self.has_pictures:
@@ -261,14 +266,16 @@ class HardLabelTrainer(PreparingTrainer):
             check_head(self.student, "student")
             self.aux_loss_enabled = self.aux_loss_enabled and has_load_balancing(self.student, args)
         expose_hidden_states(self.student)
-        self.attach()
+
+    def attach(self) -> None:
+        """The last step begins: what a trainer adds to the loaded student, before rows are tried out on it."""
+
+    def try_run(self) -> None:
+        """The last step ends: all models read some rows, and everything but the weights is saved once."""
         refuse_split(self.student)
         for dataset in self._named_datasets().values():
             self.check_readers(dataset)
         self._try_saving()
-
-    def attach(self) -> None:
-        """Part of the last step: what a trainer adds to the loaded student, before rows are tried out on it."""
 
     @contextmanager
     def trying_out(self) -> Iterator[None]:
@@ -284,10 +291,11 @@ class HardLabelTrainer(PreparingTrainer):
             with self.trying_out(), evaluating(self.student):
                 return last_hidden_states(self.student, **batch).flatten(0, 1)
 
-        return [Reader("student", self.student, read)]
+        return [Reader("student", self.student, read), *self.teacher_rows.readers(self.args.device)]
 
     def check_readers(self, dataset: Any) -> None:
         """Raises `ValueError` for prepared rows that one of the models would not read as they are meant."""
+        self.teacher_rows.keep_columns(dataset)
         if self.has_pictures:
             name = next((n for n, each in self._named_datasets().items() if each is dataset), "held-out")
             if name not in self._tried_pictures:
@@ -305,11 +313,8 @@ class HardLabelTrainer(PreparingTrainer):
     def _named_datasets(self) -> Mapping[str, Any]:
         return named_datasets(self.train_dataset, self.eval_dataset)
 
-    def try_views(self, inputs: dict[str, Any], positions: Tensor) -> None:
-        """Raises `ValueError` for a batch that a teacher would read otherwise than the student."""
-
-    def try_reading(self, inputs: dict[str, Any], positions: Tensor) -> None:
-        """Raises `ValueError` for a batch with pictures that one of the models cannot read."""
+    def try_reading(self, inputs: dict[str, Any]) -> None:
+        """Raises `ValueError` for a batch with pictures that the student cannot read."""
         names = [name for name in inputs if name.startswith(PREFIX)]
         own = {name: each for name, each in inputs.items() if name not in names}
         with (
@@ -340,7 +345,8 @@ class HardLabelTrainer(PreparingTrainer):
         def with_hidden(outputs: Any, head: Head) -> dict[str, Any]:
             hidden = select_positions(outputs.last_hidden_state, positions)  # (N, Ds)
             found = hard_label_loss(hidden, head, labels, objective)
-            return {"loss": found.loss, "ce": found.ce, "student_entropy": found.student_entropy}
+            terms = {"loss": found.loss, "ce": found.ce, "student_entropy": found.student_entropy}
+            return self.with_aux_loss(terms, outputs, inputs)
 
         return self.finish(model, inputs, with_hidden, labels, num_items_in_batch, return_outputs)
 
@@ -378,20 +384,14 @@ class HardLabelTrainer(PreparingTrainer):
 
         Args:
             inputs: the batch for the student.
-            with_hidden: makes the terms, `loss` among them, of the backbone's outputs and the head.
+            with_hidden: makes the terms, `loss` among them, of the backbone's outputs and the head, and ends with
+                `with_aux_loss`.
             hard_labels (`torch.Tensor` of shape `(N,)`): -100 for none.
             forward: further keyword arguments of the forward.
         """
         if self.aux_loss_enabled:
             forward["output_router_logits"] = True
-
-        def terms_of(outputs: Any, head: Head) -> dict[str, Any]:
-            terms = with_hidden(outputs, head)
-            if self.aux_loss_enabled:
-                terms["aux_loss"] = load_balancing_loss(self.student, outputs, inputs.get("attention_mask"))
-            return terms
-
-        terms = model(**inputs, **forward, with_hidden=terms_of)
+        terms = model(**inputs, **forward, with_hidden=with_hidden)
         loss = terms.pop("loss")
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The divisor counts the tokens of all processes, and the engine averages gradients over processes.
@@ -406,6 +406,12 @@ class HardLabelTrainer(PreparingTrainer):
             with torch.no_grad():
                 return loss, model(**inputs, use_cache=False)
         return loss
+
+    def with_aux_loss(self, terms: dict[str, Any], outputs: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The terms with the load-balancing loss of a mixture of experts, if the student is trained with one."""
+        if self.aux_loss_enabled:
+            terms["aux_loss"] = load_balancing_loss(self.student, outputs, inputs.get("attention_mask"))
+        return terms
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         # The divisor counts what `label_positions` finds. transformers also counts first tokens, which nothing

@@ -4,7 +4,6 @@ What makes rows, hard labels and means exact is in `hard_label.py`, what makes r
 Shapes: B batch, T tokens, N label-bearing positions, Ds and Dt hidden widths of student and teacher.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 from transformers import DataCollator, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTConfig
 
 from hf_distill.layer_mapping import describe_mapping, load_mappings, save_mappings
 from hf_distill.losses.divergence import check_divergence
@@ -22,45 +20,35 @@ from hf_distill.losses.hard import hard_label_loss
 from hf_distill.losses.head import Head
 from hf_distill.losses.objective import Objective
 from hf_distill.metrics import sum_dtype
-from hf_distill.modeling import select_positions, tokenizer_of, trying
+from hf_distill.modeling import select_positions, tokenizer_of
 from hf_distill.picture_rows import has_pictures
 from hf_distill.store.manifest import Manifest
-from hf_distill.teachers import Counting, ModelTeacher, Signal, Teacher, TeacherAway, model_teachers, require_model
-from hf_distill.teachers.columns import (
-    PREFIX,
-    AnyDataset,
-    TeacherColumnsCollator,
-    no_columns,
-    reason_away,
-    take_columns,
-)
+from hf_distill.teachers import Signal, Teacher, TeacherAway, require_model
+from hf_distill.teachers.columns import AnyDataset, reason_away, take_columns
+from hf_distill.teachers.kinds import describe_sources, describe_teachers, own_views, take_counts
 from hf_distill.teachers.local import refuse_student_as_teacher
 from hf_distill.teachers.opening import (
     NamedTeachers,
     bind_teachers,
-    describe_sources,
-    describe_teachers,
     find_tokenizers,
     is_base,
     name_teachers,
     open_teachers,
-    readable_ids,
     refuse_tokens_alone,
     refuse_without_sight,
     require_models,
-    rooms,
 )
-from hf_distill.teachers.own_view import OwnViewTeacher
+from hf_distill.teachers.rows import TeacherRows
 from hf_distill.teachers.writing import Method
-from hf_distill.token_rows import Limits, Room
 from hf_distill.trainers.caching import store_writer
-from hf_distill.trainers.checks import named_datasets, refuse_layers, refuse_row_columns, refuse_teacher_layouts
+from hf_distill.trainers.checks import refuse_layers, refuse_teacher_layouts
 from hf_distill.trainers.config import KDConfig
-from hf_distill.trainers.given import Given, Reader
+from hf_distill.trainers.given import Given
 from hf_distill.trainers.hard_label import HardLabelTrainer
 from hf_distill.trainers.hard_label_config import keywords
 from hf_distill.trainers.hidden_layers import HiddenLayers
 from hf_distill.trainers.input_checks import check_teachers
+from hf_distill.trainers.papers import KNOWLEDGE_DISTILLATION
 from hf_distill.trainers.pictures import own_collator
 from hf_distill.trainers.terms import Term
 
@@ -108,19 +96,11 @@ class KDTrainer(HardLabelTrainer):
     _config = KDConfig
     _output_dir = "kd_output"
     _signal_metrics = ("kd", "agreement", "alignment/")
-    _crosses_tokenizers = True
+    _has_teachers = _crosses_tokenizers = True
     _tag_names = ["hf_distill", "knowledge-distillation"]
     _name = "KD"
     _card_title = "Distillation"
-    _paper = {
-        "title": "Distilling the Knowledge in a Neural Network",
-        "id": "1503.02531",
-        "citation": "@article{hinton2015distilling,\n"
-        "    title   = {{Distilling the Knowledge in a Neural Network}},\n"
-        "    author  = {Geoffrey Hinton and Oriol Vinyals and Jeff Dean},\n"
-        "    year    = 2015,\n"
-        "    journal = {arXiv preprint arXiv:1503.02531}\n}",
-    }
+    _paper = KNOWLEDGE_DISTILLATION
 
     def __init__(
         self,
@@ -153,7 +133,10 @@ class KDTrainer(HardLabelTrainer):
         named = name_teachers(teacher_model, teacher_processing_class, given.args)
         given = self.check(given, named.models)
         self.open(given, named)
-        self.start(given, vocab_size=self._opened.vocab_size)
+        teacher_rows = TeacherRows(self.teachers, self.teacher, are_asked=self._has_signal(given.args))
+        self.start(given, vocab_size=self._opened.vocab_size, teacher_rows=teacher_rows)
+        self.attach()
+        self.try_run()
         self.terms: list[Term] = []
         self.add_terms()
 
@@ -185,10 +168,6 @@ class KDTrainer(HardLabelTrainer):
         """True if the teachers are asked at some time of the training, and so in its evaluations."""
         return max(keywords(args.schedule).get("kd_weight", [args.kd_weight])) > 0 or bool(args.terms)
 
-    def check_rows(self, dataset: AnyDataset, name: str, args: Any, has_formatting: bool) -> None:
-        super().check_rows(dataset, name, args, has_formatting)
-        refuse_row_columns(dataset, name, args)
-
     def open(self, given: Given, named: NamedTeachers) -> None:
         """The second step: the teachers, which are loaded before the student."""
         args = given.args
@@ -208,13 +187,9 @@ class KDTrainer(HardLabelTrainer):
 
     def attach(self) -> None:
         bind_teachers(self._opened, self.model, self.accelerator)
-        for teacher in self.teachers.values():
-            if isinstance(teacher, OwnViewTeacher):
-                own = own_collator(self.data_collator, teacher.own.processor, teacher.own.spans)
-                teacher.own.read_with(own, self.picture_spans, self.args.max_length)
-        self._collate, self._teacher_columns = self.teacher.collate, set[str]()
-        for dataset in named_datasets(self.train_dataset, self.eval_dataset).values():
-            self._keep_columns(dataset)
+        for own in own_views(self.teachers):
+            collator = own_collator(self.data_collator, own.processor, own.spans)
+            own.read_with(collator, self.picture_spans, self.args.max_length)
         self.divergence_params = check_divergence(self.args.divergence, keywords(self.args.divergence_params))
 
     def add_terms(self) -> None:
@@ -230,46 +205,6 @@ class KDTrainer(HardLabelTrainer):
         self.projectors.update(term.projectors)
         for name, mapping in term.mappings().items():
             self._tell(f"{name}, student's layer <- teacher's: {describe_mapping(mapping)}")
-
-    def batch_collator(self) -> Any:
-        return TeacherColumnsCollator(self.data_collator, self._collate)
-
-    def loader_collator(self) -> Any:
-        if self._has_signal(self.args):
-            return self.batch_collator()
-        return TeacherColumnsCollator(self.data_collator, no_columns)  # so that no server is asked in vain
-
-    def readers(self) -> list[Reader]:
-        readers = super().readers()
-        for name, teacher in model_teachers(self.teachers).items():
-
-            def read(batch: dict[str, Any], teacher=teacher) -> Tensor:
-                positions = torch.arange(batch["input_ids"].numel(), device=self.args.device)
-                return teacher(batch, positions).hidden
-
-            called = "teacher" if len(self.teachers) == 1 else f"teacher {name}"
-            readers.append(Reader(called, teacher.model, read, getattr(teacher, "prefix", "")))
-        return readers
-
-    def try_views(self, inputs: dict[str, Any], positions: Tensor) -> None:
-        for teacher in self.teachers.values():
-            if isinstance(teacher, OwnViewTeacher):
-                teacher.view(inputs, positions)
-
-    def try_reading(self, inputs: dict[str, Any], positions: Tensor) -> None:
-        super().try_reading(inputs, positions)
-        for name, teacher in self.teachers.items():
-            with trying(f"the teacher {name} cannot read the batches of its processor: do they belong together?"):
-                teacher(inputs, positions)
-
-    def check_readers(self, dataset: Any) -> None:
-        self._keep_columns(dataset)  # of an evaluation's own rows, too
-        super().check_readers(dataset)
-
-    def _keep_columns(self, dataset: Any) -> None:
-        """Lets the teachers' columns of prepared rows come through to their `collate`."""
-        columns = next(iter(dataset), {})
-        self._teacher_columns |= {name for name in columns if name.startswith(PREFIX) and name != "teacher_prompt"}
 
     # ------------------------------------------------------------------------------------------------- the heart
 
@@ -293,7 +228,7 @@ class KDTrainer(HardLabelTrainer):
                 weight, divisor = self.setting(f"{term.name}_weight"), objective.divisor(len(hidden))
                 share, terms[term.name] = term.loss(outputs, signal, positions, weight, divisor)
                 terms["loss"] = terms["loss"] + share
-            return terms
+            return self.with_aux_loss(terms, outputs, inputs)
 
         forward = {name: value for term in self.terms for name, value in term.forward.items()}
         return self.finish(model, inputs, with_hidden, hard_labels, num_items_in_batch, return_outputs, **forward)
@@ -355,24 +290,7 @@ class KDTrainer(HardLabelTrainer):
     def _setting_of(self, name: str, step: int) -> float:
         return self.args.scheduled(name, step / max(self.state.max_steps - 1, 1))
 
-    # --------------------------------------------------------------------------------------- rows, logs, checkpoints
-
-    def limits(self, args: SFTConfig, max_length: int | None) -> Limits:
-        return super().limits(args, max_length)._replace(teacher_ids=readable_ids(self.teachers, self.vocab_size))
-
-    def rooms(self, columns: set[str]) -> list[Room]:
-        return [*super().rooms(columns), *rooms(self.teachers, columns)]
-
-    def prepare_rows(self, dataset: Any, name: str, args: Any) -> Any:
-        columns = set(next(iter(dataset), {}))
-        if "teacher_prompt" in columns and (made := columns & {"teacher_input_ids", "teacher_labels"}):
-            dataset = dataset.remove_columns(sorted(made))  # by an earlier preparation
-        with args.main_process_first(desc=f"preparing the {name} dataset for the teachers"):
-            return self.teacher.prepare(dataset, name)
-
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = list({*self._signature_columns, *self._teacher_columns})
+    # --------------------------------------------------------------------------------------------- logs, checkpoints
 
     def create_optimizer(self, *args, **kwargs):
         is_own = self.optimizer is None
@@ -389,11 +307,7 @@ class KDTrainer(HardLabelTrainer):
 
     def _pop_counts(self) -> dict[str, float]:
         """The teachers' counts since the last call, summed over teachers and processes."""
-        counts = Counter[str]()
-        for teacher in self.teachers.values():
-            if isinstance(teacher, Counting):
-                counts.update(teacher.take_counts())  # pyright: ignore[reportArgumentType]
-        if not counts:
+        if not (counts := take_counts(self.teachers)):
             return {}
         total = torch.tensor([*counts.values()], dtype=sum_dtype(self.args.device), device=self.args.device)
         sums = self._sum_over_processes(total).tolist()
@@ -423,38 +337,6 @@ class KDTrainer(HardLabelTrainer):
             `ValueError`: no single model as teacher, a folder of anything else, too little room.
         """
         return store_writer(self, method or Method(), batch_size).write(Path(folder))
-
-    # -------------------------------------------------------------------------------------- teachers that may be away
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.stop_if_away(next(filter(None, map(reason_away, batches)), None))
-        return batches, num_items
-
-    def _prepare_inputs(self, inputs):
-        # DeepSpeed's precision is the student's: teachers' numbers stay as they came.
-        own = {name: each.to(self.args.device) for name, each in inputs.items() if name.startswith(PREFIX)}
-        return {**super()._prepare_inputs({n: each for n, each in inputs.items() if n not in own}), **own}
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        self.stop_if_away(reason_away(inputs))
-        return super().prediction_step(model, inputs, *args, **kwargs)
-
-    def stop_if_away(self, reason: str | None) -> None:
-        """Stops the run in all processes if a teacher of one of them is away; they all come here, between two updates.
-
-        Args:
-            reason (`str`, *optional*): why it is away, if it is.
-
-        Raises:
-            [`TeacherAway`]: with the reason, after a checkpoint of the last finished update has been saved.
-        """
-        if all(isinstance(teacher, ModelTeacher) for teacher in self.teachers.values()):
-            return  # these are never away
-        away = torch.tensor([reason is not None], dtype=torch.float32, device=self.args.device)
-        if self._sum_over_processes(away).item():
-            saved = f"; {self.save_finished_update()}" if self.is_in_train else ""
-            raise TeacherAway(f"{reason or 'the teacher of another process is away'}{saved}")
 
     # ------------------------------------------------------------------------------------------------ descriptions
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from hf_distill.teachers import Signal, require_model
-from hf_distill.teachers.opening import require_models, teacher_weights
+from hf_distill.teachers.kinds import teacher_weights
+from hf_distill.teachers.opening import require_models
 from hf_distill.trainers.given import Given
 from hf_distill.trainers.kd import KDTrainer
 from hf_distill.trainers.keys_values import KeysValues

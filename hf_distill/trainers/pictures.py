@@ -252,7 +252,7 @@ def try_rows(trainer: Any, dataset: AnyDataset, name: str) -> None:
         with naming_row(called):
             batch = collate([row])
             inputs, positions, labels = trainer.take_labels(_on(batch, trainer.student.device))
-            trainer.try_views(inputs, positions)
+            trainer.teacher_rows.try_views(inputs, positions)
         ids = inputs["input_ids"]
         counts["rows"] += 1
         counts["tokens"] += ids.numel()
@@ -273,7 +273,8 @@ def try_rows(trainer: Any, dataset: AnyDataset, name: str) -> None:
         check_length(
             reader.model, reader.name, longest[reader.prefix], text, f"set max_length, or shorten the {name} rows"
         )
-    trainer.try_reading(inputs, positions)
+    trainer.try_reading(inputs)
+    trainer.teacher_rows.try_reading(inputs, positions)
 
 
 def _on(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

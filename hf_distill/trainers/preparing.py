@@ -1,7 +1,6 @@
-"""A trainer that prepares its rows: in one format, checked, with what the models of the run need beside them.
+"""A trainer that prepares its rows and batches: in one format, checked, with what the models of the run need.
 
-It knows no loss. What a trainer above it adds to rows goes through `prepare_rows`, what it makes of them through
-`batch_collator`.
+It knows no loss, and of teachers only their part of rows and batches (`teacher_rows`).
 """
 
 import copy
@@ -9,13 +8,17 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+import torch
 from datasets import Dataset
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
 from hf_distill.picture_batches import FILLER, with_fillers
+from hf_distill.teachers import TeacherAway
+from hf_distill.teachers.columns import PREFIX, TeacherColumnsCollator, no_columns, reason_away
+from hf_distill.teachers.rows import TeacherRows
 from hf_distill.token_rows import COLUMNS, PEEKED_ROWS, Limits, Room, without_long_rows
-from hf_distill.trainers.checks import AnyDataset
+from hf_distill.trainers.checks import AnyDataset, refuse_row_columns
 from hf_distill.trainers.data import (
     brought,
     check_columns,
@@ -37,14 +40,20 @@ from hf_distill.trainers.surviving import SurvivingTrainer
 class PreparingTrainer(SurvivingTrainer):
     """A [`SurvivingTrainer`] whose rows are checked and prepared, in training and in evaluations.
 
+    It stops between two updates if a batch comes without what a teacher says about it.
+
     Attributes:
         vocab_size (`int`): token ids below this may be labels; set before the construction of this class.
         has_pictures (`bool`): whether rows have pictures, which become tokens in the batch alone; set before, too.
+        teacher_rows ([`~hf_distill.teachers.rows.TeacherRows`]): the teachers' needs; set before, too.
         all else: [`SurvivingTrainer`] and `trl.SFTTrainer`.
     """
 
+    _has_teachers = False  # whether rows have columns for teachers
+
     vocab_size: int
     has_pictures: bool  # of the rows
+    teacher_rows: TeacherRows
     _positions: int | None  # the tokens that the student can read; set with `vocab_size`
 
     def check_readers(self, dataset: Any) -> None:
@@ -53,14 +62,18 @@ class PreparingTrainer(SurvivingTrainer):
     def check_rows(self, dataset: AnyDataset, name: str, args: Any, has_formatting: bool) -> None:
         """Raises `ValueError` for the columns of a data set that cannot be trained on."""
         check_columns(dataset, name, args, has_formatting)
+        if self._has_teachers:
+            refuse_row_columns(dataset, name, args)
 
     def batch_collator(self) -> Any:
         """The collator of whole batches; `data_collator` makes the student's side of them."""
-        return self.data_collator
+        return self.teacher_rows.collator(self.data_collator)
 
     def loader_collator(self) -> Any:
-        """The collator of training and evaluation, which may leave out of a batch what the loss does not need."""
-        return self.batch_collator()
+        """The collator of training and evaluation. If the loss never needs the teachers, no server is asked in vain."""
+        if self.teacher_rows.are_asked:
+            return self.batch_collator()
+        return TeacherColumnsCollator(self.data_collator, no_columns)
 
     def first_rows(self, dataset: Any, number: int) -> list[dict[str, Any]]:
         """The first rows of a data set, with the columns that the collator is given in training."""
@@ -77,9 +90,9 @@ class PreparingTrainer(SurvivingTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if self.has_pictures:
-            own = ("conversations", FILLER, self.args.dataset_text_field)
-            self._signature_columns = list(dict.fromkeys((*self._signature_columns, *own)))
+        own = ("conversations", FILLER, self.args.dataset_text_field) if self.has_pictures else ()
+        own = (*own, *sorted(self.teacher_rows.columns))
+        self._signature_columns = list(dict.fromkeys((*self._signature_columns, *own)))
 
     def _is_prepared(self, dataset: Any) -> bool:
         """True for the data sets that the trainer was made with."""
@@ -102,19 +115,20 @@ class PreparingTrainer(SurvivingTrainer):
     def limits(self, args: SFTConfig, max_length: int | None) -> Limits:
         """The ids, labels and lengths that rows may have."""
         masks = args.completion_only_loss is not False
-        return Limits(self.vocab_size, max_length=max_length, completion_masks=masks)
+        teacher_ids = self.teacher_rows.readable_ids(self.vocab_size)
+        return Limits(self.vocab_size, teacher_ids=teacher_ids, max_length=max_length, completion_masks=masks)
 
     def rooms(self, columns: set[str]) -> list[Room]:
         """The tokens that the models can read of the student's rows; `columns` are those of the rows."""
-        return [Room("the student", self._positions)]
+        return [Room("the student", self._positions), *self.teacher_rows.rooms(columns)]
 
     def _without_long_rows(self, dataset: Any, name: str, args: Any) -> Any:
         rooms = self.rooms(set(next(iter(dataset), {}))) if args.drop_long_rows else []
         return without_long_rows(dataset, name, rooms, args.dataset_num_proc)
 
     def prepare_rows(self, dataset: Any, name: str, args: Any) -> Any:
-        """Rows of token ids and labels, as the trainer needs them; trainers add columns of theirs here."""
-        return dataset
+        """Rows of token ids and labels with the teachers' columns; trainers add columns of theirs here."""
+        return self.teacher_rows.prepare(dataset, name, args)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         dataset = self._tokenized(dataset, processing_class, args, packing, formatting_func, dataset_name)
@@ -177,6 +191,8 @@ class PreparingTrainer(SurvivingTrainer):
         tell_uncounted(dataset_name, len(whole), args)
         tell_lost_labels(len(whole), len(whole) - len(kept), name, cut, args)
 
+    # ------------------------------------------------------------------------------------------------------- batches
+
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training: bool = False, **kwargs):
         if not is_training:
             if self.has_pictures and not self._is_prepared(dataset):
@@ -197,3 +213,33 @@ class PreparingTrainer(SurvivingTrainer):
     def filler(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """A row like this one that counts for nothing; None where there is no telling."""
         return {**row, "labels": [-100] * len(row["labels"])} if "labels" in row else None
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.stop_if_away(next(filter(None, map(reason_away, batches)), None))
+        return batches, num_items
+
+    def _prepare_inputs(self, inputs):
+        # DeepSpeed's precision is the student's: teachers' numbers stay as they came.
+        own = {name: each.to(self.args.device) for name, each in inputs.items() if name.startswith(PREFIX)}
+        return {**super()._prepare_inputs({n: each for n, each in inputs.items() if n not in own}), **own}
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        self.stop_if_away(reason_away(inputs))
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def stop_if_away(self, reason: str | None) -> None:
+        """Stops the run in all processes if a teacher of one of them is away; they all come here, between two updates.
+
+        Args:
+            reason (`str`, *optional*): why it is away, if it is.
+
+        Raises:
+            [`TeacherAway`]: with the reason, after a checkpoint of the last finished update has been saved.
+        """
+        if not self.teacher_rows.may_be_away:
+            return
+        away = torch.tensor([reason is not None], dtype=torch.float32, device=self.args.device)
+        if self._sum_over_processes(away).item():
+            saved = f"; {self.save_finished_update()}" if self.is_in_train else ""
+            raise TeacherAway(f"{reason or 'the teacher of another process is away'}{saved}")

@@ -17,16 +17,17 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_distill.collators import PromptCollator, pad_prompts, warn_of_truncation
 from hf_distill.metrics import RolloutMeans
-from hf_distill.modeling import CachedReader, CompiledReader, CompiledStep, Reader, WholeCopy, check_cache, is_split
+from hf_distill.modeling import CachedReader, CompiledReader, CompiledStep, Reader, WholeCopy, check_cache
 from hf_distill.speculative import Block, verified_rollout
-from hf_distill.teachers import Signal, Teacher, TeacherAway, WritingTeacher, require_writer
+from hf_distill.teachers import Signal, TeacherAway, WritingTeacher
 from hf_distill.teachers.columns import PREFIX, AnyDataset, take_columns
-from hf_distill.teachers.opening import is_base
+from hf_distill.teachers.opening import refuse_as_writer, require_writers
 from hf_distill.token_rows import PEEKED_ROWS, Room, pad, without_long_rows
 from hf_distill.trainers.checks import named_datasets
 from hf_distill.trainers.data import refuse_unread, tell_cut_completions
 from hf_distill.trainers.given import Given
 from hf_distill.trainers.kd import KDTrainer
+from hf_distill.trainers.papers import SPECULATIVE_KD
 from hf_distill.trainers.speculative_kd_config import HARD_SOURCES, ROLLOUT_SOURCES, SpeculativeKDConfig
 from hf_distill.verifying import Evidence, Verifier
 
@@ -86,16 +87,7 @@ class SpeculativeKDTrainer(KDTrainer):
     _sees = _crosses_tokenizers = False  # what one side writes, the other has to read token by token
     _tag_names = [*KDTrainer._tag_names, "speculative-knowledge-distillation"]
     _name = "Speculative KD"
-    _paper = {
-        "title": "Speculative Knowledge Distillation: Bridging the Teacher-Student Gap Through Interleaved Sampling",
-        "id": "2410.11325",
-        "citation": "@inproceedings{xu2025speculative,\n"
-        "    title     = {{Speculative Knowledge Distillation: Bridging the Teacher-Student Gap Through Interleaved "
-        "Sampling}},\n"
-        "    author    = {Wenda Xu and others},\n"
-        "    year      = 2025,\n"
-        "    booktitle = {ICLR}\n}",
-    }
+    _paper = SPECULATIVE_KD
 
     def __init__(
         self,
@@ -119,16 +111,7 @@ class SpeculativeKDTrainer(KDTrainer):
             processing_class = processing_class or own
             if own.get_vocab() != processing_class.get_vocab():
                 raise ValueError("data_collator has another tokenizer than the trainer: pass the same to both")
-        if is_base(teacher_model) or isinstance(teacher_model, list | tuple | Mapping):
-            raise ValueError("text is written with one teacher, which is a model of its own: pass its name or path")
-        if args.teacher_device in ("offload", "sharded") or (
-            isinstance(teacher_model, PreTrainedModel) and is_split(teacher_model)
-        ):
-            raise ValueError(
-                "the teacher has to be whole on its devices: texts are written in hundreds of small forwards, and each "
-                "would move all of its weights. Remove teacher_device='offload' or 'sharded'; under ZeRO-3 pass the "
-                "teacher by name, or load it before the arguments"
-            )
+        refuse_as_writer(teacher_model, args)
         # Before SFTTrainer's construction, which prepares the rows.
         self._prompts = data_collator
         # Evaluations measure generated text, unless none is generated.
@@ -187,9 +170,7 @@ class SpeculativeKDTrainer(KDTrainer):
         return self.data_collator  # of prompts; what the teacher reads is among them
 
     def check(self, given: Given, teachers: Mapping[str, Any] | None = None) -> Given:
-        for teacher in (teachers or {}).values():
-            if isinstance(teacher, Teacher):
-                require_writer(teacher, "SpeculativeKDTrainer")
+        require_writers(teachers or {}, "SpeculativeKDTrainer")
         given = super().check(given, teachers)
         args = given.args
         if args.eos_token is not None or args.chat_template_path is not None:

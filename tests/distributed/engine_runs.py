@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, TrainerCallback
 
 from hf_distill import KDTrainer
 from hf_distill.modeling import whole_state
-from hf_distill.teachers.opening import own_models
+from hf_distill.teachers.kinds import own_models
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.distributed.kd_runs import make_kv, make_speculative, make_trainer, students
 
