@@ -215,10 +215,19 @@ def picture_problem(picture: Any, *, whole: bool) -> str | None:
             if problem := _mode_problem(opened):
                 return problem
             if whole:
-                opened.load()
+                _read_whole(opened)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"cannot be read ({' '.join(str(error).split())[:200]}): mend the file, or drop the row"
     return None
+
+
+def _read_whole(opened: Image.Image) -> None:
+    """Reads a file to its end, with as few pixels as its format allows."""
+    if opened.format == "PNG":
+        opened.verify()  # checksums, and no pixel
+    else:
+        opened.draft(None, (1, 1))  # an eighth of a JPEG's width and height
+        opened.load()
 
 
 def _mode_problem(picture: Image.Image) -> str | None:

@@ -19,7 +19,7 @@ from hf_distill import (
     SpeculativeKDTrainer,
 )
 from hf_distill.picture_batches import as_trl_reads
-from hf_distill.picture_rows import rgb, small, with_pictures
+from hf_distill.picture_rows import picture_problem, rgb, small, with_pictures
 from tests.conftest import make_model
 from tests.conftest import make_tokenizer as make_text_tokenizer
 from tests.trainers.test_kd import settings
@@ -348,3 +348,20 @@ def test_columns_that_are_not_read_are_told(tmp_path, caplog):
     caplog.set_level(logging.INFO, "hf_distill")
     distil(tmp_path, chats(2).add_column("weight", [1.0, 2.0]))
     assert "not read: weight" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "TIFF"])
+def test_a_file_that_ends_too_early_is_found_where_it_is_read_whole(form):
+    data = png(format=form)
+    assert picture_problem(data, whole=True) is None
+    for share in (0.6, 0.95):
+        start = data[: int(share * len(data))]
+        assert "cannot be read" in picture_problem(start, whole=True)
+    if form != "TIFF":  # whose header is at the end
+        assert picture_problem(data[: int(0.6 * len(data))], whole=False) is None
+
+
+def test_a_changed_byte_of_a_png_is_found_where_it_is_read_whole():
+    data = bytearray(png())
+    data[len(data) // 2] ^= 1
+    assert "cannot be read" in picture_problem(bytes(data), whole=True)
