@@ -2,6 +2,7 @@
 
     vllm serve MODEL --dtype float32 --max-logprobs -1
     OMP_NUM_THREADS=1 python -m benchmarks.remote --teacher MODEL --data tinystories --url http://localhost:8000/v1
+    OMP_NUM_THREADS=1 python -m benchmarks.remote --teacher MODEL --data tinystories --vllm .venv-vllm/bin/vllm
 
 - Log-probabilities of held-out stories, of the whole vocabulary, against the model's own.
 - `--steps` updates with the whole vocabulary, against the same with the local teacher: the largest difference of a
@@ -24,6 +25,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import TrainerCallback
 
 from benchmarks.measure import machine, print_table
+from benchmarks.served import serving
 from benchmarks.stories import (
     FIDELITY,
     add_budget,
@@ -171,6 +173,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     add_budget(parser, steps=120, learning_rate=3e-3)
     parser.add_argument("--url", help="of a server that has the same model, in float32")
+    parser.add_argument("--vllm", help="the command of an environment with vLLM, which is started then")
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 4], help="the teacher's, for the student")
     parser.add_argument("--sizes", type=int, nargs="+", default=[20, 64], help="K")
     parser.add_argument("--updates", type=int, default=20)
@@ -180,6 +183,15 @@ def main() -> None:
     teacher, tokenizer = load_teacher(options.teacher)
     rows, held_out = load_rows(options, tokenizer)
     print(machine("cpu"))
+    if options.vllm:
+        with serving(options.vllm, options.teacher) as server:
+            options.url = server.url
+            measure(options, teacher, rows, held_out, tokenizer)
+    else:
+        measure(options, teacher, rows, held_out, tokenizer)
+
+
+def measure(options: argparse.Namespace, teacher: Any, rows: Dataset, held_out: Dataset, tokenizer: Any) -> None:
     tables = {
         "probabilities": partial(probabilities, options, teacher, held_out, tokenizer),
         "updates": partial(updates, options, teacher, rows, tokenizer),

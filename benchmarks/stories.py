@@ -117,7 +117,7 @@ def make_trainer(
     trainer_class: type[KDTrainer],
     config_class: type,
     student: PreTrainedModel,
-    teacher: PreTrainedModel | Mapping[str, PreTrainedModel],
+    teacher: PreTrainedModel | Mapping[str, PreTrainedModel] | str,
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     settings: Mapping[str, Any],
