@@ -281,7 +281,7 @@ def _group_terms(
     """
     student_logits = tempered(student_logits, student, objective.temperature)
     teacher_logits = tempered(teacher_logits, teacher, objective.temperature)
-    # Likeliest tokens that only begin with one name are two texts.
+    # Two most likely tokens that merely begin with the same name are different texts, and do not count as agreement.
     student_name, teacher_name = student.own[student_logits.argmax(-1)], teacher.own[teacher_logits.argmax(-1)]
     agreement = (is_paired & (student_name == teacher_name) & (student_name < len(student.ids))).sum()
     value, distance = _compare(

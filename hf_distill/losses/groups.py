@@ -41,8 +41,8 @@ class Later(NamedTuple):
     """The tokens after the first ones, in the order of `starts_first`: their part in a side's groups."""
 
     groups: Tensor  # (n,) index of the group, -1 for none
-    as_first_miss: Tensor  # (n,) derivative of `log_other` by the log-probability of another token in their place
-    as_hit: Tensor  # (n,) derivative of `log_other` by their own log-probability, beside it
+    as_first_miss: Tensor  # (n,) derivative of `log_other` with respect to the log-probability of another token there
+    as_hit: Tensor  # (n,) derivative of `log_other` with respect to their own log-probability
 
 
 def side_of(head: Head, ids: Tensor, names: Tensor) -> Side:
@@ -116,7 +116,10 @@ def group_starts(
 
 
 def hit_and_miss(log_probs: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of `tokens` (n,), and of all others in their place, of which 1 - p would keep no digit."""
+    """Log-probabilities of `tokens` (n,), and of all other tokens together in their place.
+
+    The second is summed up from the other tokens, because 1 - p has no digits where p is close to 1.
+    """
     log_probs, tokens = log_probs.clamp(min=LOG_ZERO), tokens.unsqueeze(-1)
     others = log_probs.scatter(-1, tokens, LOG_ZERO).logsumexp(-1)
     return log_probs.gather(-1, tokens).squeeze(-1), others

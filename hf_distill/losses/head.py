@@ -14,10 +14,11 @@ from torch import Tensor
 
 # Bytes of one chunk's logits in float32. Large enough for matrix products at full speed, small beside a model.
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
-# Blocks of rows in a chunk for the element-wise part where it is not compiled. It holds up to 30 tensors of a block's
-# size, together no larger than one chunk. On the CPU some of them also stay in a core's own cache: about this many
-# logits. With 2 MB of it, half and twice as many are as fast, and eight times as many take a third longer.
+# Blocks of rows in a chunk, for the element-wise part where it is not compiled. It holds up to 30 tensors of a block's
+# size, together no larger than one chunk.
 BLOCKS_PER_CHUNK = 32
+# Logits of a block on the CPU, so that some tensors stay in a core's own cache. With a cache of 2 MB, half and twice as
+# many are as fast, and eight times as many take a third longer.
 CACHE_BLOCK = 2**16
 # Rows of a head that are multiplied at a time: on the CPU what stays in the cache (an eighth faster than the whole head
 # for chunks of 192 positions), on CUDA the whole head, unless it has to be converted to another dtype.
@@ -44,7 +45,7 @@ class Head(NamedTuple):
         return self._replace(weight=self.weight.to(device), bias=bias)
 
     def with_product_dtype(self, hidden: Tensor) -> "Head":
-        """The head with the dtype that products with `hidden` have now, for where autocast is switched off."""
+        """The head with the dtype that products with `hidden` have now, to keep it when autocast is switched off."""
         return self._replace(dtype=self.product_dtype(hidden))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -126,7 +126,8 @@ def chunked_loss(
 ) -> DistillationLoss:
     """The weighted sum of the losses of signals, over one copy of the student's products.
 
-    Each of these losses has the hard labels, which so count once. Without any signal they are all there is.
+    Each of these losses includes the hard labels, so with weights that sum to 1 they count once. Without signals, the
+    loss is that of the hard labels alone.
 
     Args:
         hidden (`torch.Tensor` of shape `(N, D)`): as in [`Signal.loss`].

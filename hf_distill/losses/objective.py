@@ -37,10 +37,11 @@ class Objective:
             The true vocabulary, by default the rows of the student's head. Rows of the heads past it are padding: they
             get no probability and no gradient.
         chunk_size (`int`, *optional*): positions per chunk; by default as many as fit `CHUNK_BYTES`.
-        compiled (`bool`): on CUDA, whether to compile the element-wise part; anew whenever a number above changes.
+        compiled (`bool`):
+            Whether to compile the element-wise part on CUDA. It is compiled again whenever a number above changes.
         checked (`bool`):
-            Whether labels, and ids that a signal holds, are known to be allowed. To look at them, the host waits for
-            the device.
+            Whether labels, and the ids of a signal, have been checked already. A check makes the host wait for the
+            device.
 
     Raises:
         `ValueError`: an unknown divergence or parameter, or a number out of its range.

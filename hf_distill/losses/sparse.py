@@ -29,7 +29,7 @@ from hf_distill.losses.objective import DistillationLoss, Objective, check_token
 
 # In the log: the share of the teacher's probability that belongs to tokens whose own probability is known.
 EXACT_MASS = "teacher/exact_mass"
-# Probabilities that sum to more are none. Rounded to bfloat16, they may well sum to 1.01.
+# Numbers with a larger sum are no probabilities. Probabilities that were rounded to bfloat16 may have the sum 1.01.
 LARGEST_MASS = 1.05
 
 
@@ -85,8 +85,8 @@ class SparseSignal(NamedTuple):
 class TopKSignal(NamedTuple):
     """The log-probabilities of K tokens at N positions, the teacher's most likely one among them.
 
-    Where K is the whole vocabulary, this is the dense loss: the log-probabilities are normalised, and any temperature
-    can be taken. Elsewhere nothing is: what they lack to 1 is the probability of all other tokens together.
+    If K is the whole vocabulary, this is the dense loss: the log-probabilities are normalised, and any temperature is
+    possible. Otherwise they are not normalised: 1 minus their sum is the probability of all other tokens together.
     """
 
     ids: Tensor  # (N, K), integers, each once; -1 for no entry, but not in the first column
@@ -253,9 +253,9 @@ def coarse_outcomes(log_probs: Tensor, ids: Tensor, lacking: Tensor) -> tuple[Te
 
 
 def log_tail_of(log_probs: Tensor, eps: float) -> Tensor:
-    """`log(1 - sum of probabilities)` (N,), which is known to within `eps`.
+    """`log(1 - sum of probabilities)` (N,), where at least `eps`, the rounding of the sum, is left.
 
-    So that much is always left. Otherwise a divergence that has its logarithm would be decided by a rounding.
+    Without this minimum, the rounding would decide a divergence that contains this logarithm.
     """
     return torch.log1p(-log_probs.exp().sum(-1).clamp(max=1 - eps))
 

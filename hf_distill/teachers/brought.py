@@ -36,7 +36,7 @@ class BroughtTeacher:
 
     @property
     def layout(self) -> str:
-        """As that of a model, whose weights are somewhere."""
+        """The source of the outputs, in the place of the devices that a model in this process is on."""
         return f"from {self.source}"
 
     def __init__(self, kind: str, *, index: int, num_proc: int | None) -> None:

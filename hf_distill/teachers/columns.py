@@ -22,13 +22,14 @@ AnyDataset = Dataset | IterableDataset
 
 # Columns and tensors with this beginning are the teachers'. The student's forward never sees them.
 PREFIX = "teacher_"
-# Of a teacher with another tokenizer, after `teacher_<index>_`: its tokens, and for each token of both sides the number
-# of its group, -1 for none; how many of the student's tokens are aligned with exactly one of the teacher's.
+# The columns of a teacher with another tokenizer, without their beginning `teacher_<index>_`. `input_ids` and `labels`
+# are in the teacher's tokens. `groups` and `student_groups` have the number of each token's group, -1 for none. `exact`
+# is the number of groups with one token on each side.
 OWN_COLUMNS = ("input_ids", "labels", "groups", "student_groups", "exact")
 
 
-# In the place of the teachers' tensors, why one of them is away: the bytes of a text. An exception in the worker of one
-# process would leave the others waiting for it.
+# If a teacher does not answer, the batch has the reason under this name, as the bytes of a text, and no tensors of
+# teachers. An exception in the worker of one process would leave the others waiting for it.
 AWAY = f"{PREFIX}away"
 REMEMBERED = 30.0  # seconds
 
@@ -173,8 +174,8 @@ def with_own_tokens(
 ) -> Row:
     """The text of a tokenised row in the teacher's tokens, and which of them cover which of the student's.
 
-    The columns are `OWN_COLUMNS` after `prefix`. Groups count whose tokens all bear a label and are predicted by
-    another token.
+    The columns are `OWN_COLUMNS` after `prefix`. A group is compared if all of its tokens bear a label and are
+    predicted by another token.
 
     Raises:
         `ValueError`: messages that are no text, or that the teacher's template refuses; more tokens than the teacher

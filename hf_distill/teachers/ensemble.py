@@ -53,7 +53,7 @@ class EnsembleTeacher:
 
     @property
     def collate(self) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
-        """Those of all teachers, and the index of each row's teacher."""
+        """The tensors of all teachers, and the index of each row's teacher."""
         return partial(_collate, collates=[teacher.collate for teacher in self.teachers.values()])
 
     def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:
@@ -82,7 +82,7 @@ class EnsembleTeacher:
             if weight
         ]
         if self.combination == "sum" or not all(isinstance(signal, TeacherSignal) for _, signal in signals):
-            # Forward KL to a mixture has the gradient of the weighted sum, and no more can be had of a sample.
+            # Forward KL to a mixture has the gradient of the weighted sum of the KLs. A sample has no logits to mix.
             return SumSignal(signals)
         return MixtureSignal([signal._replace(weight=weight) for weight, signal in signals])
 

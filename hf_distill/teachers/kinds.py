@@ -20,7 +20,7 @@ from hf_distill.teachers.stored import StoredTeacher
 
 
 def teacher_weights(teacher: Teacher, teachers: Mapping[str, Teacher]) -> dict[str, float]:
-    """The weight of each teacher in the one that all of them make."""
+    """The weight of each of the `teachers` in `teacher`, which is all of them as one."""
     weights = teacher.weights if isinstance(teacher, EnsembleTeacher) else [1.0]
     return dict(zip(teachers, weights, strict=True))
 
@@ -45,7 +45,7 @@ def own_views(teachers: Mapping[str, Teacher]) -> list[OwnView]:
 
 
 def own_models(teachers: Mapping[str, Teacher]) -> dict[str, LocalTeacher]:
-    """Those that are models with weights of their own in this process."""
+    """The teachers that are models with weights of their own in this process."""
     return {name: each for name in teachers if isinstance(each := source_of(teachers[name]), LocalTeacher)}
 
 
@@ -61,7 +61,7 @@ def describe_teachers(teachers: Mapping[str, Teacher]) -> dict[str, str]:
 
 
 def describe_sources(teachers: Mapping[str, Teacher]) -> dict[str, str]:
-    """Stores, servers, quantised weights and other tokenizers of teachers, for model cards; those that there are."""
+    """Stores, servers, quantised weights and other tokenizers of teachers, for model cards."""
     found: dict[str, str] = {}
     if sources := brought_from(teachers):
         found["the teacher's outputs"] = f"from {'; '.join(sources.values())}"
@@ -83,7 +83,10 @@ def brought_from(teachers: Mapping[str, Teacher]) -> dict[str, str]:
 
 
 def quantised_weights(teachers: Mapping[str, Teacher]) -> dict[str, str]:
-    """Bits of those teachers whose weights are quantised, however they came to be or were in a store, for people."""
+    """The bits of each teacher with quantised weights, as text for people.
+
+    It does not matter who quantised them, or whether they were those of a store's teacher.
+    """
     found = {}
     for name, teacher in ((name, source_of(teacher)) for name, teacher in teachers.items()):
         if isinstance(teacher, StoredTeacher):

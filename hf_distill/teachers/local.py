@@ -79,7 +79,7 @@ class LocalTeacher:
         with gathered(self._causal_lm):
             head = head_of(self._causal_lm)
             check_head(self._causal_lm, "teacher")
-            copy = is_split(model)  # The weight itself is taken away again.
+            copy = is_split(model)  # the gathered weight is freed when this block ends
             bias = None if head.bias is None else head.bias.to(signal_device, copy=copy)
             self.head = head._replace(weight=head.weight.to(signal_device, copy=copy), bias=bias)
         self.layers: tuple[int, ...] = ()  # inner layers whose output is part of the signal

@@ -42,7 +42,7 @@ class OpenTeachers(NamedTuple):
     """The teachers of a run, ready to be asked but for the student's own base."""
 
     by_name: dict[str, Teacher]
-    teacher: Teacher  # the one that all of them make
+    teacher: Teacher  # all of them as one
     vocab_size: int  # token ids below this mean the same to student and teachers
     sharded: frozenset[str]  # names of those to split over all processes
 
@@ -61,7 +61,7 @@ def name_teachers(teachers: Any, tokenizers: Any, args: Any) -> NamedTeachers:
         args ([`KDConfig`]): settings.
 
     Raises:
-        `ValueError`: there is no teacher, or what is said of several does not fit their number.
+        `ValueError`: there is no teacher, or a setting has another number of entries than there are teachers.
     """
     given = list(teachers.values()) if isinstance(teachers, Mapping) else teachers
     given = [given] if isinstance(given, str | Teacher) or not isinstance(given, Sequence) else given
@@ -130,10 +130,11 @@ def find_tokenizers(
 ) -> tuple[dict[str, int | None], dict[str, PreTrainedTokenizerBase]]:
     """The number of token ids that mean the same to the student and each teacher, and the teachers' tokenizers.
 
-    Of a teacher with another tokenizer the number is None: texts have to be aligned. `crosses` says whether they can.
+    For a teacher with another tokenizer the number is None, and texts have to be aligned. `crosses` is true if this
+    trainer can do so.
 
     Raises:
-        `ValueError`: another vocabulary where none is possible.
+        `ValueError`: a teacher has another vocabulary, and texts cannot be aligned here.
     """
     shared: dict[str, int | None] = {}
     found: dict[str, PreTrainedTokenizerBase] = {}

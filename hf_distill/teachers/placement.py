@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-# Beside the name of a device, what `teacher_device` may be:
+# The values of `teacher_device` that are no names of devices:
 #   auto      laid out, layer by layer, over the devices that are no student's
-#   paired    as many devices again as there are students: the n-th student's teacher is on the n-th of these
+#   paired    one more device for each student: the teacher of the n-th student is on the n-th of these devices
 #   offload   in the CPU's memory; each layer visits the student's device while it is computed
 #   sharded   split over all processes, as the student is by FSDP2 or ZeRO-3
 LAYOUTS = ("auto", "paired", "offload", "sharded")

@@ -33,7 +33,7 @@ from hf_distill.verifying import Evidence, RolloutConfig
 
 logger = logging.getLogger(__name__)
 
-# A text whose answer comes with every other one: another model says other things about it.
+# Every request also contains this text. If the server has loaded another model, its answer changes.
 WATCHED_TEXT = "The capital of France is Paris. Two plus two is four, and once upon a time there was a little"
 MOST_WATCHED = 24  # tokens of it
 WATCHED_ENTRIES = 8  # of each position, in a manifest

@@ -35,7 +35,7 @@ class TeacherRows:
 
     Args:
         teachers (mapping of `str` to [`Teacher`], *optional*): by name.
-        teacher ([`Teacher`], *optional*): the one that all of them make.
+        teacher ([`Teacher`], *optional*): all of them as one.
         are_asked (`bool`): whether the loss needs them at some time of the training.
 
     Attributes:

@@ -53,9 +53,10 @@ def row_settings(args: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
 
 
 def changes(writings: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> list[str]:
-    """The settings of `now` that no writing had; if each was had by one, those that the nearest writing lacks.
+    """The settings of `now` that differ from every earlier writing.
 
-    Settings that are not known of a writing are left out.
+    If there are none, those that differ from the most similar writing. A setting that a writing did not record does not
+    differ from it.
     """
     differing = [{name for name in now if name in past and past[name] != now[name]} for past in writings]
     if not differing:

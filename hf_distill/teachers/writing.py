@@ -69,8 +69,8 @@ class Method:
     Args:
         store: "hidden" (states), "sampled" (probabilities) or "topk" (probabilities).
         dtype: of hidden states, "float16" or "int8".
-        entries: of a position: of a sample by "threshold" their mean number, of one by "multinomial" the number of
-            draws, of "topk" the number.
+        entries: the number of entries at a position. With the sampler "threshold" it is the mean number, with
+            "multinomial" the number of draws.
         sampler: "threshold" or "multinomial".
         seed: of samples and rotations.
 
@@ -264,7 +264,10 @@ class StoreWriter:
         manifest.write(folder)
 
     def _save_tokenizer(self, folder: Path) -> None:
-        """Writes each file of the tokenizer as all others: whole, and named by the error of a full disk."""
+        """Writes each file of the tokenizer as every file of a store: whole or not at all.
+
+        The error of a full disk names the file.
+        """
         with TemporaryDirectory() as elsewhere:
             save_tokenizer(self.tokenizer, Path(elsewhere))
             for path in sorted(path for path in Path(elsewhere).rglob("*") if path.is_file()):
@@ -316,7 +319,7 @@ class StoreWriter:
         return replace(asked, fidelity=sparse_fidelity(format_of(asked), signal, vocab_size, self.temperature)), None
 
     def _with_tau(self, asked: Manifest) -> Manifest:
-        """The manifest with the tau of the threshold sampler, of which no other method has one."""
+        """The manifest with the tau of the threshold sampler. For other methods, the manifest as it is."""
         if asked.parameters.get("sampler") != "threshold":
             return asked
         logits = (chunk.div_(self.temperature) for chunk in chunks(self.probe(), self.vocab_size))

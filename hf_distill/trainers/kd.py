@@ -63,10 +63,10 @@ class KDTrainer(HardLabelTrainer):
 
     Attributes:
         teachers (`dict` of `str` to [`~hf_distill.teachers.Teacher`]): by name.
-        teacher ([`~hf_distill.teachers.Teacher`]): the one that all of them make.
+        teacher ([`~hf_distill.teachers.Teacher`]): all of them as one.
         vocab_size (`int`): token ids below this mean the same to student and teachers; others get no probability.
-        terms (`list` of [`~hf_distill.trainers.terms.Term`]): those of the loss beside divergence and hard labels.
-        hidden_layers ([`HiddenLayers`], *optional*): the one of inner hidden states.
+        terms (`list` of [`~hf_distill.trainers.terms.Term`]): the parts of the loss beside divergence and hard labels.
+        hidden_layers ([`HiddenLayers`], *optional*): the term for inner hidden states.
         student, projectors, means and all else: [`HardLabelTrainer`].
 
     Args:
@@ -129,7 +129,7 @@ class KDTrainer(HardLabelTrainer):
         )  # fmt: skip
         if has_pictures(train_dataset):
             refuse_tokens_alone(teacher_model)
-        # The teacher comes first: what is wrong with it is told before the student is loaded and the data tokenised.
+        # The teacher comes first: its errors are raised before the student is loaded and the data tokenised.
         named = name_teachers(teacher_model, teacher_processing_class, given.args)
         given = self.check(given, named.models)
         self.open(given, named)
@@ -215,7 +215,7 @@ class KDTrainer(HardLabelTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ):
-        """The loss of a micro-batch, a scalar: its share of the mean over the whole update's label-bearing tokens."""
+        """The loss of a micro-batch, a scalar: its sum divided by the label-bearing tokens of the whole update."""
         inputs, positions, labels = self.take_labels(inputs)  # (N,) each
         hard_labels = inputs.pop("hard_labels", labels)  # (N,): a student's own samples are no hard labels
         signal = self.teacher_signal(inputs, positions)
@@ -281,7 +281,7 @@ class KDTrainer(HardLabelTrainer):
         )
 
     def setting(self, name: str) -> float:
-        """A setting as the schedule has it now; in evaluations, which would not compare otherwise, at its end."""
+        """The value of a setting at this step; in evaluations its last value, so that their numbers can be compared."""
         if name not in keywords(self.args.schedule):
             return getattr(self.args, name)
         is_training = self.model.training and self.state.max_steps > 0
