@@ -1,6 +1,7 @@
 """Configurations and tokenizers of models that are given by name, before any weights are loaded."""
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -68,9 +69,11 @@ def student_rows(model: str | PreTrainedModel, args: SFTConfig) -> int:
     return student_config(model, args).vocab_size if isinstance(model, str) else num_token_ids(causal_lm(model))
 
 
-def student_positions(model: str | PreTrainedModel, args: SFTConfig) -> int | None:
-    """The number of tokens that the student can read, as `num_positions` tells it, before it is loaded."""
-    return num_positions(student_config(model, args) if isinstance(model, str) else model)
+def student_positions(
+    model: str | PreTrainedModel, args: SFTConfig, count: Callable[[Any], int | None] = num_positions
+) -> int | None:
+    """The number of tokens that the student can read, as `count` finds it, before it is loaded."""
+    return count(student_config(model, args) if isinstance(model, str) else model)
 
 
 def student_tokenizer(model: str | PreTrainedModel, args: SFTConfig) -> PreTrainedTokenizerBase:

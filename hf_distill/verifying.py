@@ -13,7 +13,15 @@ from transformers import PreTrainedModel
 
 from hf_distill.losses.fused_linear import Head
 from hf_distill.metrics import sum_dtype
-from hf_distill.modeling import CachedReader, causal_lm, check_cache, check_head, ensure, num_positions, num_token_ids
+from hf_distill.modeling import (
+    CachedReader,
+    causal_lm,
+    check_cache,
+    check_head,
+    ensure,
+    num_steady_positions,
+    num_token_ids,
+)
 
 # Size limit of the logits that exist at one time, in bytes.
 CHUNK_BYTES = 256 * 2**20
@@ -257,9 +265,10 @@ def check_prompts(side: str, model: PreTrainedModel, ids: Tensor, mask: Tensor, 
     for strange in (int(ids[real].max()), int(ids[real].min())):
         if not 0 <= strange < num_token_ids(model):
             raise ValueError(f"the {side}'s prompts have token id {strange}, but it has {num_token_ids(model)} ids")
-    positions = num_positions(model)
+    positions = num_steady_positions(model)
     if positions is not None and (needed := int(real.sum(1).max()) + max_new_tokens) > positions:
         raise ValueError(
             f"the longest {side} prompt and max_new_tokens={max_new_tokens} make {needed} tokens, but the {side} has "
-            f"{positions} positions; shorten the prompts or lower max_new_tokens"
+            f"{positions} positions (with longrope or dynamic scaling, those before it); shorten the prompts or lower "
+            "max_new_tokens"
         )

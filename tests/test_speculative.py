@@ -774,6 +774,18 @@ def test_stretched_positions_can_be_written_and_no_more(pair):
         run((stretched, stretched), GREEDY, [[3] * (513 - NEW)])
 
 
+def test_texts_end_where_a_rotary_embedding_changes():
+    """Keys in a cache were rotated as those of a short text; up to there the text is that of fresh forwards."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    pair = make_pair("phi3", original_max_position_embeddings=40, rope_parameters=rope, noise=0.08)
+    config = make_config(**GREEDY)
+    prompts = [[5] * (40 - NEW), [7] * (40 - NEW), [9, 5]]
+    expected = expect(Oracle(*pair, VOCAB), config, prompts, eos=[NO_EOS])
+    assert assert_equal_to_oracle(run(pair, config, prompts, eos=NO_EOS), expected) == len(prompts)
+    with pytest.raises(ValueError, match=r"make 41 tokens, but the student has 40 positions \(with longrope"):
+        run(pair, config, [[5] * (41 - NEW)])
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_malformed_prompts_are_refused_in_words(pair, side):
     ids, mask = padded(PROMPTS)

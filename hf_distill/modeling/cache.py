@@ -18,7 +18,7 @@ from hf_distill.modeling.parts import (
     head_of,
     input_device,
     last_hidden_states,
-    num_positions,
+    num_steady_positions,
     num_token_ids,
     readable,
     trying,
@@ -63,7 +63,7 @@ class CachedReader:
         elif in_slots:
             self._cache = SlotCache(self._model.config.get_text_config(), self._model.dtype)
         self._cache_keyword = cache_keyword(backbone(self._model))
-        limit = num_positions(self._model)
+        limit = num_steady_positions(self._model)
         self._last_position = None if limit is None else limit - 1
 
     def read(self, ids: Tensor | None = None) -> Tensor:

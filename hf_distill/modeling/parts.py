@@ -258,12 +258,36 @@ def num_positions(model: nn.Module | PreTrainedConfig) -> int | None:
     size = next((size for name in LENGTHS if (size := getattr(config, name, None))), None)
     if size is None or size < 0 or getattr(config, "alibi", False):
         return None
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    by_layer_type = [part for part in rope.values() if isinstance(part, dict)]
-    size = min(_stretched(size, part) for part in by_layer_type or [rope])
+    size = min(_stretched(size, rope) for rope in _rotations(config))
     if isinstance(model, nn.Module):
         size = min([size, *_table_lengths(model)])
     return size
+
+
+def num_steady_positions(model: nn.Module | PreTrainedConfig) -> int | None:
+    """The tokens of the longest text that can be read in pieces: `num_positions`, or fewer.
+
+    Dynamic scaling and longrope rotate all tokens of a longer text in another way, also those in a cache already, and
+    those of the texts beside it.
+
+    Args:
+        model (`nn.Module` or `PreTrainedConfig`): as in [`num_positions`].
+    """
+    config = (model if isinstance(model, PreTrainedConfig) else causal_lm(model).config).get_text_config()
+    limits = [num_positions(model)]
+    for rope in _rotations(config):
+        rope_type = rope.get("rope_type") or rope.get("type")
+        if rope_type == "dynamic":
+            limits.append(config.max_position_embeddings)
+        elif rope_type == "longrope":
+            limits.append(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _rotations(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The settings of the rotary embeddings: one, or one for each type of layer that has any."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [part for part in rope.values() if isinstance(part, dict)] or [rope]
 
 
 def _stretched(size: int, rope: Mapping[str, Any]) -> int:

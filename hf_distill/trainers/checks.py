@@ -18,6 +18,7 @@ from hf_distill.metric_names import metric_name, more_is_better
 from hf_distill.modeling import causal_lm, check_length, check_load_balancing, num_layers, num_positions
 from hf_distill.named import name_of, revision_of, sees, student_config
 from hf_distill.saving import AsItCame, refuse_folder, refuse_moving
+from hf_distill.teachers import WritingTeacher
 from hf_distill.teachers.columns import AnyDataset
 from hf_distill.teachers.opening import is_base, teacher_config
 from hf_distill.token_rows import longest_text
@@ -318,3 +319,12 @@ def as_it_came(model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         generation_config = getattr(causal_lm(model), "generation_config", None)
     asked = args.pad_token is not None or args.chat_template_path is not None
     return AsItCame(config, generation_config, tokenizer, ["pad_token_id"] if asked else [])
+
+
+def eos_token_ids(tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: WritingTeacher) -> list[int]:
+    """The tokens that end a text: the tokenizer's, the teacher's, and those that the student's generation knows."""
+    found = [tokenizer.eos_token_id, getattr(student.generation_config, "eos_token_id", None), *teacher.eos_token_ids]
+    ids = {int(i) for entry in found if entry is not None for i in (entry if isinstance(entry, list) else [entry])}
+    if not ids:
+        raise ValueError("neither tokenizer nor models have an end-of-sequence token: set tokenizer.eos_token")
+    return sorted(ids)

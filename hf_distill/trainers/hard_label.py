@@ -32,6 +32,7 @@ from hf_distill.modeling import (
     label_positions,
     last_hidden_states,
     load_balancing_loss,
+    num_positions,
     select_positions,
     spare_frozen_tower,
     trying,
@@ -123,6 +124,7 @@ class HardLabelTrainer(PreparingTrainer):
     _sees = True  # whether rows may have pictures
     _tag_names = ["hf_distill", "sft"]
     _name = "SFT"
+    _count_positions: Callable[[Any], int | None] = staticmethod(num_positions)  # that a text may have
 
     def __init__(
         self,
@@ -232,7 +234,8 @@ class HardLabelTrainer(PreparingTrainer):
         """
         args = given.args
         # Before SFTTrainer's construction, which prepares the rows.
-        self.vocab_size, self._positions = vocab_size, student_positions(given.model, args)
+        self.vocab_size = vocab_size
+        self._positions = student_positions(given.model, args, self._count_positions)
         self.teacher_rows = TeacherRows() if teacher_rows is None else teacher_rows
         as_given = as_it_came(given.model, given.processing_class, args)
         self.has_pictures = given.has_pictures

@@ -17,13 +17,21 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_distill.collators import PromptCollator, pad_prompts, warn_of_truncation
 from hf_distill.metrics import RolloutMeans
-from hf_distill.modeling import CachedReader, CompiledReader, CompiledStep, Reader, WholeCopy, check_cache
+from hf_distill.modeling import (
+    CachedReader,
+    CompiledReader,
+    CompiledStep,
+    Reader,
+    WholeCopy,
+    check_cache,
+    num_steady_positions,
+)
 from hf_distill.speculative import Block, verified_rollout
-from hf_distill.teachers import Signal, TeacherAway, WritingTeacher
+from hf_distill.teachers import ModelTeacher, Signal, TeacherAway, WritingTeacher
 from hf_distill.teachers.columns import PREFIX, AnyDataset, take_columns
 from hf_distill.teachers.opening import refuse_as_writer, require_writers
 from hf_distill.token_rows import PEEKED_ROWS, Room, pad, without_long_rows
-from hf_distill.trainers.checks import named_datasets
+from hf_distill.trainers.checks import eos_token_ids, named_datasets
 from hf_distill.trainers.data import refuse_unread, tell_cut_completions
 from hf_distill.trainers.given import Given
 from hf_distill.trainers.kd import KDTrainer
@@ -84,6 +92,7 @@ class SpeculativeKDTrainer(KDTrainer):
     _config = SpeculativeKDConfig
     _output_dir = "speculative_kd_output"
     _evaluated = ("rollout/",)
+    _count_positions = staticmethod(num_steady_positions)  # texts are read in pieces
     _sees = _crosses_tokenizers = False  # what one side writes, the other has to read token by token
     _tag_names = [*KDTrainer._tag_names, "speculative-knowledge-distillation"]
     _name = "Speculative KD"
@@ -122,7 +131,7 @@ class SpeculativeKDTrainer(KDTrainer):
         self._rollout_means = {"train": RolloutMeans(), "eval": RolloutMeans()}
         super().__init__(model, teacher_model, args, train_dataset, eval_dataset, processing_class, **kwargs)
         self.data_collator = self._prompts or PromptCollator(self.processing_class)
-        self.eos_token_ids = _eos_token_ids(self.processing_class, self.student, self.teacher)
+        self.eos_token_ids = eos_token_ids(self.processing_class, self.student, self.teacher)
         self.pad_token_id: int = self.processing_class.pad_token_id
         with self.trying_out():
             check_cache(self.student, "student")
@@ -206,7 +215,9 @@ class SpeculativeKDTrainer(KDTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if not ENCODED.keys() <= set(next(iter(dataset))):
             dataset = self._encoded(dataset, dataset_name, processing_class, args)
-        new, positions = args.max_new_tokens, {"student": self._positions, "teacher": self.teacher.num_positions}
+        teacher: Any = self.teacher
+        theirs = num_steady_positions(teacher.model) if isinstance(teacher, ModelTeacher) else teacher.num_positions
+        new, positions = args.max_new_tokens, {"student": self._positions, "teacher": theirs}
         rooms = [
             Room(f"the {side}, which max_new_tokens={new} follow,", limit - new, f"{side}_prompt_ids")
             for side, limit in positions.items()
@@ -448,9 +459,9 @@ def _checked(
             )
         if limit is not None and len(ids) + max_new_tokens > limit:
             raise ValueError(
-                f"the {side}'s prompt of {name} ({len(ids)} tokens) and max_new_tokens={max_new_tokens} do not "
-                f"fit the {side}'s {limit} positions; lower max_new_tokens, or drop or shorten long rows "
-                "(drop_long_rows=True drops them; a LUPICollator cuts knowledge at max_prompt_length)"
+                f"the {side}'s prompt of {name} ({len(ids)} tokens) and max_new_tokens={max_new_tokens} do not fit the "
+                f"{side}'s {limit} positions (with longrope or dynamic scaling, those before it); lower "
+                "max_new_tokens, drop_long_rows=True, or shorten rows (a LUPICollator cuts at max_prompt_length)"
             )
     return {"completion_ids": completion, "completion_truncated": len(row["completion_ids"]) > max_new_tokens}
 
@@ -467,12 +478,3 @@ def _rows(batch: dict[str, Tensor]) -> list[Row]:
 def _is_privileged(row: dict[str, Any]) -> bool:
     """True if the teacher's prompt is another one than the student's."""
     return row["student_prompt_ids"] != row["teacher_prompt_ids"]
-
-
-def _eos_token_ids(tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: WritingTeacher) -> list[int]:
-    """The tokens that end a text: the tokenizer's, the teacher's, and those that the student's generation knows."""
-    found = [tokenizer.eos_token_id, getattr(student.generation_config, "eos_token_id", None), *teacher.eos_token_ids]
-    ids = {int(i) for entry in found if entry is not None for i in (entry if isinstance(entry, list) else [entry])}
-    if not ids:
-        raise ValueError("neither tokenizer nor models have an end-of-sequence token: set tokenizer.eos_token")
-    return sorted(ids)

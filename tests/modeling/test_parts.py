@@ -17,6 +17,7 @@ from hf_distill.modeling import (
     load_balancing_loss,
     num_layers,
     num_positions,
+    num_steady_positions,
     public_name,
     select_positions,
     shared_parameters,
@@ -213,6 +214,34 @@ def test_number_of_positions_of_longrope_is_stretched_already():
         rope_scaling={"type": "longrope", **factors},
     )  # fmt: skip
     assert num_positions(config) == 131_072
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+CHANGING = {
+    "longrope": ("phi3", {"original_max_position_embeddings": 40, "rope_parameters": LONGROPE}, 40),
+    "dynamic": (
+        "llama",
+        {"max_position_embeddings": 40, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+        40,
+    ),
+    "llama": ("llama", {}, 256),
+    "gpt2": ("gpt2", {}, 256),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CHANGING))
+def test_no_token_is_rotated_in_another_way_up_to_the_steady_positions(name):
+    """The states of a beginning are those of the whole text; in a longer text they are not."""
+    family, settings, expected = CHANGING[name]
+    model = make_model(family, **settings)
+    assert num_steady_positions(model) == num_steady_positions(model.config) == expected
+    ids = torch.arange(2, 2 * expected).unsqueeze(0) % 384
+    with torch.no_grad():
+        beginning = last_hidden_states(model, input_ids=ids[:, :8])
+        whole = last_hidden_states(model, input_ids=ids[:, :expected])[:, :8]
+        assert torch.allclose(beginning, whole, atol=1e-5)
+        if expected < num_positions(model):
+            assert not torch.allclose(beginning, last_hidden_states(model, input_ids=ids)[:, :8], atol=1e-2)
 
 
 def test_number_of_positions_is_that_of_the_least_stretched_layers():

@@ -550,6 +550,15 @@ def test_stretched_positions_count_for_prompts(tmp_path, tokenizer, teacher):
         make_trainer(tmp_path, stretched, teacher, rows, tokenizer, max_new_tokens=250)
 
 
+def test_prompts_end_where_a_rotary_embedding_changes(tmp_path, tokenizer):
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    scaled, other = make_model(seed=3, rope_parameters=dynamic), make_model(seed=4, max_position_embeddings=512)
+    rows = Dataset.from_dict({"prompt": SENTENCES})
+    for side, models in (("student", (scaled, other)), ("teacher", (other, scaled))):
+        with pytest.raises(ValueError, match=rf"do not fit the {side}'s 256 positions \(with longrope or dynamic"):
+            make_trainer(tmp_path, *models, rows, tokenizer, max_new_tokens=250)
+
+
 ROWS = {
     "row 1 of the train dataset has no prompt": [{"prompt": "The"}, {"prompt": ""}],
     "the train dataset is empty": [],
