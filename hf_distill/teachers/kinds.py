@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from hf_distill.modeling import weights_kind
-from hf_distill.teachers import Counting, ModelTeacher, Teacher
+from hf_distill.modeling import num_steady_positions, weights_kind
+from hf_distill.teachers import Counting, ModelTeacher, Teacher, WritingTeacher
 from hf_distill.teachers.across import AcrossTeacher
 from hf_distill.teachers.brought import BroughtTeacher
 from hf_distill.teachers.ensemble import EnsembleTeacher
@@ -28,6 +28,11 @@ def teacher_weights(teacher: Teacher, teachers: Mapping[str, Teacher]) -> dict[s
 def may_be_away(teachers: Mapping[str, Teacher]) -> bool:
     """True if one of the teachers may not answer. Models in this process always do."""
     return not all(isinstance(teacher, ModelTeacher) for teacher in teachers.values())
+
+
+def steady_positions(teacher: WritingTeacher) -> int | None:
+    """The tokens of the longest text that a teacher can read in pieces; a server reads each text whole."""
+    return num_steady_positions(teacher.model) if isinstance(teacher, ModelTeacher) else teacher.num_positions
 
 
 def take_counts(teachers: Mapping[str, Teacher]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,8 +27,9 @@ from hf_distill.modeling import (
     num_steady_positions,
 )
 from hf_distill.speculative import Block, verified_rollout
-from hf_distill.teachers import ModelTeacher, Signal, TeacherAway, WritingTeacher
+from hf_distill.teachers import Signal, TeacherAway, WritingTeacher
 from hf_distill.teachers.columns import PREFIX, AnyDataset, take_columns
+from hf_distill.teachers.kinds import steady_positions
 from hf_distill.teachers.opening import refuse_as_writer, require_writers
 from hf_distill.token_rows import PEEKED_ROWS, Room, pad, without_long_rows
 from hf_distill.trainers.checks import eos_token_ids, named_datasets
@@ -215,9 +216,8 @@ class SpeculativeKDTrainer(KDTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if not ENCODED.keys() <= set(next(iter(dataset))):
             dataset = self._encoded(dataset, dataset_name, processing_class, args)
-        teacher: Any = self.teacher
-        theirs = num_steady_positions(teacher.model) if isinstance(teacher, ModelTeacher) else teacher.num_positions
-        new, positions = args.max_new_tokens, {"student": self._positions, "teacher": theirs}
+        new = args.max_new_tokens
+        positions = {"student": self._positions, "teacher": steady_positions(cast(WritingTeacher, self.teacher))}
         rooms = [
             Room(f"the {side}, which max_new_tokens={new} follow,", limit - new, f"{side}_prompt_ids")
             for side, limit in positions.items()
