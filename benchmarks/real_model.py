@@ -83,7 +83,7 @@ def finish(output: Path, about: dict[str, Any], make: Callable[[], dict[str, Any
 def run_all(options: argparse.Namespace) -> None:
     """All runs of the options, one after the other."""
     budget = Budget(options.steps, options.batch_size, options.length, options.held_out)
-    setup = Setup(options.teacher, options.data, options.data_folder, options.output, budget)
+    setup = Setup(options.teacher, options.data, options.data_folder, options.output, budget, options.scores)
     keep = options.output / options.save if options.save else None
     for student in options.students:
         about = {"data": options.data, "student": student, **budget._asdict()}
@@ -107,6 +107,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, nargs="+", default=[1e-3])
     for name, value in Budget._field_defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--scores", action="store_true", help="generate answers to held-out prompts, and score them")
     parser.add_argument("--save", help="folder in --output for the student, as the second teacher (`second`)")
     parser.add_argument("--keep", type=Path, help="a JSON file of finished runs: --output's are added to it")
     parser.add_argument("--table", action="store_true", help="print the tables of finished runs, and train nothing")

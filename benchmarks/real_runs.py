@@ -7,7 +7,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 from benchmarks.stories import make_trainer
 from hf_distill import KDConfig, KDTrainer, drop_layers
+from hf_distill.evaluating.answers import best_f1, same_number, squad_scores
+from hf_distill.evaluating.generation import generate_answers
 from hf_distill.evaluation import (
     documents_of,
     log_prob_chunks,
@@ -35,6 +37,7 @@ from hf_distill.teachers.opening import open_store
 from hf_distill.teachers.writing import Method
 from hf_distill.trainers.caching import store_writer
 
+Score = Callable[[str, Sequence[str]], dict[str, float]]
 CURVE_ROWS = 8  # held-out rows that are measured at the thirds of a training, and after it
 CURVE_STEPS = 60  # a shorter training has no curve
 BINS = 15  # of the calibration error
@@ -52,6 +55,12 @@ STUDENTS = {
     "half, LoRA": (range(1, 30, 2), True),
     "near": ((9, 13, 17, 21, 25), False),
     "near, LoRA": ((9, 13, 17, 21, 25), True),
+}
+# By data set, how many tokens an answer that is scored may have, and its scores; stories have none.
+SCORES: dict[str, tuple[int, Score]] = {
+    "gsm8k": (128, same_number),
+    "squad": (32, squad_scores),
+    "dolly": (96, best_f1),
 }
 TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 
@@ -93,7 +102,7 @@ class Rows(NamedTuple):
 
 
 def conversations(data: str, folder: Path, split: int) -> Iterator[dict[str, Any]]:
-    """Rows with a prompt and a completion, or a text, of the training (0) or the held-out (1) part of a data set."""
+    """Rows of the training (0) or held-out (1) part of a data set: a text, or prompt, completion and answers."""
     if data == "dolly":
         path, *_ = sorted((folder / data).glob("*.jsonl"))
     else:
@@ -105,18 +114,26 @@ def conversations(data: str, folder: Path, split: int) -> Iterator[dict[str, Any
         if data == "stories":
             yield {"text": row["text"].strip()}
             continue
-        question, answer = {
+        question, *answers = {
             "gsm8k": lambda row: (row["question"], row["answer"]),
-            "squad": lambda row: (f"{row['context']}\n\n{row['question']}", row["answers"]["text"][0]),
+            "squad": lambda row: (f"{row['context']}\n\n{row['question']}", *row["answers"]["text"]),
             "dolly": lambda row: (row["instruction"], row["response"]),
         }[data](row)
         yield {
             "prompt": [{"role": "user", "content": question}],
-            "completion": [{"role": "assistant", "content": answer}],
+            "completion": [{"role": "assistant", "content": answers[0]}],
+            "answers": answers,
         }
 
 
-def load_rows(data: str, folder: Path, tokenizer: Any, length: int, split: int, first: int, number: int) -> Dataset:
+class Chosen(NamedTuple):
+    """Rows as token ids, and the right answers of each where the data set has them."""
+
+    tokens: Dataset
+    answers: list[list[str]]
+
+
+def choose_rows(data: str, folder: Path, tokenizer: Any, length: int, split: int, first: int, number: int) -> Chosen:
     """Rows `first` to `first + number` of those with at most `length` tokens, in a fixed random order.
 
     A story begins with the token that ends a text, and counts up to `length`; other rows are whole.
@@ -124,15 +141,18 @@ def load_rows(data: str, folder: Path, tokenizer: Any, length: int, split: int, 
     texts = [*conversations(data, folder, split)]
     random.Random(0).shuffle(texts)
     found: list[dict[str, list[int]]] = []
+    answers: list[list[str]] = []
     for text in texts:
+        right = text.pop("answers", [])
         row = tokenized_row(text, tokenizer)
         if "text" in text:
             ids = [tokenizer.convert_tokens_to_ids("<|endoftext|>"), *row["input_ids"]][:length]
             row = {"input_ids": ids, "labels": ids}
         if len(row["input_ids"]) <= length:
             found.append({"input_ids": row["input_ids"], "labels": row["labels"]})
+            answers.append(right)
         if len(found) == first + number:
-            return Dataset.from_list(found[first:])
+            return Chosen(Dataset.from_list(found[first:]), answers[first:])
     raise ValueError(f"{data} has {len(found)} rows of at most {length} tokens, and {first + number} are needed")
 
 
@@ -190,21 +210,24 @@ class Setup:
         data_folder (`Path`): with a folder for each.
         output (`Path`): for stores and results.
         budget ([`Budget`]): of every run.
+        has_scores (`bool`): whether trained students, and their teacher, generate answers that are scored.
     """
 
-    def __init__(self, teacher: str, data: str, data_folder: Path, output: Path, budget: Budget) -> None:
-        self.teacher_name, self.data, self.data_folder = teacher, data, data_folder
+    def __init__(
+        self, teacher: str, data: str, data_folder: Path, output: Path, budget: Budget, has_scores: bool = False
+    ) -> None:
+        self.teacher_name, self.data, self.data_folder, self.has_scores = teacher, data, data_folder, has_scores
         self.output, self.budget = output, budget
         self.tokenizer = AutoTokenizer.from_pretrained(teacher)
-        self.held_out = self.rows(1, 0, budget.held_out)
+        self.held_out, self.answers = self.rows(1, 0, budget.held_out)
 
-    def rows(self, split: int, first: int, number: int) -> Dataset:
-        return load_rows(self.data, self.data_folder, self.tokenizer, self.budget.length, split, first, number)
+    def rows(self, split: int, first: int, number: int) -> Chosen:
+        return choose_rows(self.data, self.data_folder, self.tokenizer, self.budget.length, split, first, number)
 
     def training_rows(self, seed: int) -> Dataset:
         """The rows of a seed: each is trained on once, and no two seeds share one."""
         number = self.budget.steps * self.budget.batch_size
-        return self.rows(0, seed * number, number)
+        return self.rows(0, seed * number, number).tokens
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
@@ -273,7 +296,18 @@ class Setup:
     def untrained(self, student: str) -> dict[str, Any]:
         """The result of a student before any training."""
         model, _ = self.student(student)
-        return as_result(measure(model, self.stored, self.held_out, self.tokenizer))
+        found = as_result(measure(model, self.stored, self.held_out, self.tokenizer))
+        return {**found, **self.scores(model), **{f"teacher_{k}": v for k, v in self.scores(self.teacher).items()}}
+
+    def scores(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
+        """Mean scores, in [0, 1], of the answers that a model generates greedily after the held-out prompts."""
+        if not self.has_scores or self.data not in SCORES:
+            return {}
+        length, score = SCORES[self.data]
+        prompts = [prompt for prompt, _ in map(parts, self.held_out)]
+        texts = generate_answers(model, self.tokenizer, prompts, batch_size=16, max_new_tokens=length)
+        found = [score(text, answers) for text, answers in zip(texts, self.answers, strict=True)]
+        return {"scores": {name: round(float(np.mean([each[name] for each in found])), 4) for name in found[0]}}
 
     def train(self, arm: Arm, student: str, seed: int, learning_rate: float, keep: Path | None = None) -> dict:
         """One training: results on held-out rows, the curve, and seconds. `keep` is a folder for the student."""
@@ -299,6 +333,7 @@ class Setup:
         if keep is not None:
             (trained.merge_and_unload() if lora else trained).save_pretrained(keep)
             self.tokenizer.save_pretrained(keep)
+        found.update(self.scores(trained))
         labels = sum(label != -100 for row in rows["labels"] for label in row)
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
         loss = [[entry["step"], round(entry["loss"], 3)] for entry in log]
@@ -309,11 +344,16 @@ def as_prompts(rows: Dataset) -> Dataset:
     """The same rows as `SpeculativeKDTrainer` takes them."""
 
     def split(row: dict[str, list[int]]) -> dict[str, list[int]]:
-        start = next(i for i, label in enumerate(row["labels"]) if label != -100)
-        prompt, completion = row["input_ids"][:start], row["input_ids"][start:]
+        prompt, completion = parts(row)
         return {"student_prompt_ids": prompt, "teacher_prompt_ids": prompt, "completion_ids": completion}
 
     return rows.map(split, remove_columns=rows.column_names)
+
+
+def parts(row: Mapping[str, list[int]]) -> tuple[list[int], list[int]]:
+    """The tokens of a row before its first label-bearing one, and the others."""
+    start = next(i for i, label in enumerate(row["labels"]) if label != -100)
+    return row["input_ids"][:start], row["input_ids"][start:]
 
 
 def as_result(found: Rows) -> dict[str, Any]:

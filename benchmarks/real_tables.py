@@ -55,6 +55,13 @@ def spread(runs: Sequence[Run], name: str, form: str) -> str:
     return form.format(statistics.mean(values)) + each
 
 
+def answers_right(runs: Sequence[Run]) -> str:
+    """Each score of generated answers: the mean over the seeds that have it, and each seed's value."""
+    having = [{**run, "results": run["scores"]} for run in runs if "scores" in run]
+    names = having[0]["scores"] if having else {}
+    return "; ".join(f"{name.removeprefix('squad_')} {spread(having, name, '{:.1%}')}" for name in names)
+
+
 def gap(runs: Sequence[Run], untrained: Run | None) -> str:
     """The share of the way from the untrained student to the teacher, in nats, with its interval over rows."""
     if untrained is None or runs[0]["arm"] == UNTRAINED:
@@ -102,7 +109,10 @@ def budget_text(runs: Sequence[Run]) -> str:
     measured = (
         f"{held_out} held-out rows, {results['tokens']:,} tokens, the teacher's nats {results['teacher_nats']:.3f}"
     )
-    return f"{data}, student: {student}; {size}; {measured}"
+    right = next(
+        (answers_right([{**run, "scores": run["teacher_scores"]}]) for run in runs if "teacher_scores" in run), ""
+    )
+    return f"{data}, student: {student}; {size}; {measured}{right and f', its answers: {right}'}"
 
 
 def table_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
@@ -110,6 +120,7 @@ def table_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     untrained = next((run for run in runs if run["arm"] == UNTRAINED), None)
     groups = by_arm(runs)
     best = best_rates(groups)
+    scored = any("scores" in run for run in runs)
     found = []
     for steps, arm, rate in sorted(best, key=order):
         group = groups[steps, arm, rate]
@@ -120,6 +131,7 @@ def table_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
                 "nats per token": spread(group, "nats", "{:.3f}"),
                 "KL to the teacher": spread(group, "kl", "{:.3f}"),
                 "agreement": spread(group[:1], "agreement", "{:.1%}"), "ECE": spread(group[:1], "ece", "{:.3f}"),
+                **({"answers right": answers_right(group)} if scored else {}),
                 "gap recovered": gap(group, untrained),
                 "KL minus KD's": difference(group, kd, "kl") if kd else "",
                 "nats minus hard labels'": difference(group, hard, "nats") if hard else "",
