@@ -116,7 +116,7 @@ def conversations(data: str, folder: Path, split: int) -> Iterator[dict[str, Any
             continue
         question, *answers = {
             "gsm8k": lambda row: (row["question"], row["answer"]),
-            "squad": lambda row: (f"{row['context']}\n\n{row['question']}", *row["answers"]["text"]),
+            "squad": lambda row: (f"{row['context']}\n\n{row['question']}", *row["answers"]),
             "dolly": lambda row: (row["instruction"], row["response"]),
         }[data](row)
         yield {
