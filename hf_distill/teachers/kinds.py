@@ -27,7 +27,7 @@ def teacher_weights(teacher: Teacher, teachers: Mapping[str, Teacher]) -> dict[s
 
 def may_be_away(teachers: Mapping[str, Teacher]) -> bool:
     """True if one of the teachers may not answer. Models in this process always do."""
-    return not all(isinstance(teacher, ModelTeacher) for teacher in teachers.values())
+    return not all(isinstance(source_of(teacher), ModelTeacher) for teacher in teachers.values())
 
 
 def steady_positions(teacher: WritingTeacher) -> int | None:
