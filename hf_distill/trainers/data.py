@@ -97,8 +97,7 @@ def check_columns(dataset: AnyDataset, name: str, args: Any, has_formatting: boo
             f"the completion_mask of the {name} dataset is read with completion_only_loss=True alone: set it, or set "
             "it to False to train on all tokens"
         )
-    is_free = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
-    if "seq_lengths" in columns and not is_free:
+    if "seq_lengths" in columns and not args.keeps_documents_apart:
         raise ValueError(
             f"the rows of the {name} dataset are packed (seq_lengths), and their documents would see each other: set "
             "packing=True, or padding_free=True with max_length=None"

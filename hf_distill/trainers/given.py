@@ -72,8 +72,7 @@ class Given(NamedTuple):
                 "formatting_func makes texts without a completion, and completion_only_loss=True trains on completions "
                 "alone: remove one of them"
             )
-        joins = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
-        if self.data_collator is not None and joins:
+        if self.data_collator is not None and args.keeps_documents_apart:
             raise ValueError(
                 "data_collator is not used with packing and padding_free, whose rows TRL joins itself: remove it, or "
                 "set both to False"

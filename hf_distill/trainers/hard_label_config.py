@@ -102,6 +102,11 @@ class HardLabelConfig(SFTConfig):
         """True if several rows become one row of a batch, in training or in evaluations."""
         return bool(self.packing or self.eval_packing or self.padding_free)
 
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """True if TRL joins the rows of a batch without padding, and the documents do not see each other."""
+        return bool(self.padding_free or (self.packing and self.packing_strategy != "wrapped"))
+
     def _check_json(self) -> None:
         """Raises `ValueError` that names the setting whose JSON is broken; transformers would not say which it is."""
         for name in self._VALID_DICT_FIELDS:

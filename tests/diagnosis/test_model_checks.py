@@ -170,7 +170,7 @@ def test_a_misspelt_target_is_found(examine):
     assert "'qproj' matches no module" in finding.line
 
 
-@pytest.mark.parametrize(("rate", "status"), [(1e-3, "ok"), (30.0, "warning"), (1e-9, "warning")])
+@pytest.mark.parametrize(("rate", "status"), [(1e-3, "ok"), (3.0, "warning"), (1e-9, "warning")])
 def test_a_learning_rate_that_harms_or_does_nothing_is_found(examine, rate, status):
     finding = examine("learning rate", settings={"learning_rate": rate, "lr_scheduler_type": "constant"})
     assert finding.status == status

@@ -25,7 +25,7 @@ def test_an_unused_column_of_pictures_is_none_of_a_model_of_text():
     found = evaluate_fidelity(*models, rows, make_tokenizer())
     assert found == evaluate_fidelity(*models, rows.remove_columns("image"), make_tokenizer())
     seeing = make_vlm("idefics3", 1), make_vlm("idefics3", 2)
-    with pytest.raises(ValueError, match="row 0 of the dataset has pictures"):
+    with pytest.raises(ValueError, match="the rows have pictures: pass the student's processor"):
         evaluate_fidelity(*seeing, rows, vision_tokenizer())
 
 
@@ -62,4 +62,4 @@ def test_a_plan_counts_all_of_a_model_that_sees(tmp_path, family):
         plan = plan_run(str(tmp_path), str(tmp_path), args)
         assert plan.counts["student's parameters"] == plan.counts["teacher's parameters"] == number
         assert plan.counts["trained parameters"] == number - tower * freezes
-        assert "reads pictures: all its weights are counted, and rows of text alone" in plan.notes[-1]
+        assert "reads pictures, and rows of text alone are counted: --picture_tokens" in plan.notes[-1]
