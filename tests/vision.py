@@ -3,7 +3,9 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+import transformers
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pictures
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -159,6 +161,8 @@ PROCESSED = ("smolvlm", "idefics3", "gemma3", "llava_onevision")
 
 def make_vlm(family: str, seed: int = 0, vocab_size: int = VOCAB, **text: Any) -> Any:
     """A random float32 vision-language model, with logits far enough from uniform to tell errors."""
+    if family == "llama4" and transformers.__version__ == "5.24.0":
+        pytest.skip("the forward of this release's Llama4ForConditionalGeneration fails (`image_outputs`)")
     settings = dict(FAMILIES[family])
     text_config = TEXT | {"vocab_size": vocab_size} | settings.pop("text") | text
     vision_config = VISION | settings.pop("vision")
