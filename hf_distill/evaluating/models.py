@@ -182,9 +182,9 @@ def answer_measures(
 ) -> tuple[list[Measure], list[dict[str, Any]]]:
     """The scores of the answers that models generate, and these answers."""
     scores: dict[str, dict[str, list[float]]] = {}  # by measure and model, of each row
-    texts = [tokenizers[STUDENT].decode(prompt, skip_special_tokens=True) for prompt in questions.prompts]
     generated: list[dict[str, Any]] = [
-        {"prompt": text, "answers": answers} for text, answers in zip(texts, questions.answers, strict=True)
+        {"prompt": tokenizers[STUDENT].decode(prompt, skip_special_tokens=True), "answers": answers}
+        for prompt, answers in zip(questions.prompts, questions.answers, strict=True)
     ]
     for name, model in models.items():
         prompts = questions.teacher_prompts if name == TEACHER else questions.prompts

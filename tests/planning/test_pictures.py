@@ -1,10 +1,7 @@
 """Plans of rows with pictures, against real steps of tiny models on the CPU, and batches that processors make."""
 
-import gc
-
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from hf_distill import KDConfig, KVProjectionConfig, SpeculativeKDConfig
 from hf_distill.losses.fused_linear import TeacherSignal
@@ -17,6 +14,7 @@ from hf_distill.planning.models import ModelSpec
 from hf_distill.planning.steps import SignalSpec, StudentRun, student_step
 from hf_distill.trainers.pictures import freeze_tower
 from tests.conftest import make_model
+from tests.planning.peaks import second_peak
 from tests.vision import FAMILIES, PROCESSED, VISION, VOCAB, HandMade, make_processor, make_vlm, picture, tokenised
 
 PLANNED = sorted(FAMILIES.keys() - {"llava_onevision", "mllama"})
@@ -63,20 +61,6 @@ class Step:
 
         self.model(**self.inputs, with_hidden=with_hidden).backward()
 
-    def peak(self):
-        """The highest running sum of allocations of a second step, without gradients at its beginning."""
-        self()
-        self.model.zero_grad()
-        gc.collect()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-            self()
-        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-        total = highest = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            total += event.nbytes()
-            highest = max(highest, total)
-        return highest
-
 
 @pytest.mark.parametrize("freezes", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}], ids=["plain", "checkpointing"])
@@ -100,7 +84,7 @@ def test_the_peak_of_a_step_with_pictures_is_that_of_the_profiler(
     )  # fmt: skip
     found, step = student_step(run), Step(model, run)
     beside = found.peak.total - found.peak.parts["the batch"]  # which is alive before the real step
-    assert beside == pytest.approx(step.peak(), rel=0.03)
+    assert beside == pytest.approx(second_peak(step), rel=0.03)
     assert found.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
 
 

@@ -1,11 +1,8 @@
 """Components of a planned step, against a real step on the CPU: bytes of gradients, states and caches, and the peak."""
 
-import gc
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.profiler import ProfilerActivity, profile
 
 from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.losses.head import Head
@@ -16,6 +13,7 @@ from hf_distill.planning.rollouts import WritingRun, rollout_memory
 from hf_distill.planning.steps import Batch, SignalSpec, StudentRun, student_step, teacher_forward
 from hf_distill.speculative import RolloutConfig
 from tests.conftest import make_model
+from tests.planning.peaks import second_peak
 
 OPTIMIZERS = {
     "adamw": (torch.optim.AdamW, {"lr": 1e-3}),
@@ -72,20 +70,6 @@ class Step:
 
         self.model(input_ids=self.ids, with_hidden=with_hidden).backward()
 
-    def peak(self):
-        """The highest running sum of allocations of a second step, without gradients at its beginning."""
-        self()
-        self.model.zero_grad()
-        gc.collect()  # what earlier tests have left would be freed in between, and count as less
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-            self()
-        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-        total = highest = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            total += event.nbytes()
-            highest = max(highest, total)
-        return highest
-
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_gradients_and_states_have_the_bytes_of_a_real_step(student, name):
@@ -109,7 +93,7 @@ def test_the_peak_of_a_step_is_that_of_the_profiler(student, lora, checkpointing
     torch.manual_seed(0)
     run = run_of(folder, lora=lora, checkpointing=checkpointing)
     model = make() if lora is None else get_peft_model(make(), lora)
-    assert student_step(run).peak.total == pytest.approx(Step(model, run).peak(), rel=0.2)
+    assert student_step(run).peak.total == pytest.approx(second_peak(Step(model, run)), rel=0.2)
 
 
 @pytest.mark.parametrize(("family", "in_slots"), [("llama", True), ("mistral", False)])
