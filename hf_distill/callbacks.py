@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import is_trackio_available, is_wandb_available
 
@@ -18,10 +18,12 @@ from hf_distill.evaluating.generation import check_prompts
 from hf_distill.evaluating.models import Scoring, answer_measures, fidelity_measures
 from hf_distill.evaluating.questions import Questions
 from hf_distill.evaluation import perplexity, window_length
-from hf_distill.modeling import causal_lm, evaluating, is_vision_language, tokenizer_of
+from hf_distill.measured_pictures import batches_with_pictures, sees_pictures
+from hf_distill.modeling import causal_lm, evaluating, is_vision_language, label_positions, tokenizer_of
 from hf_distill.report import markdown, save_curve
 from hf_distill.rows import refuse_pictures, tokenized_row
 from hf_distill.teachers.local import LocalTeacher
+from hf_distill.teachers.own_view import OwnViewTeacher
 
 TITLE = "rollout/samples"
 # The name of a cosine below each number. A name is no proof of learning.
@@ -93,23 +95,23 @@ class _Measuring(TrainerCallback):
     every: int
     beginning: str  # of a logged name, which tells that the update of a resumed run has been measured
 
-    def measured(self, state: Any, model: Any, tokenizer: Any) -> dict[str, float]:
+    def measured(self, state: Any, model: Any, processing_class: Any) -> dict[str, float]:
         """The values to log, by name; called in the main process."""
         raise NotImplementedError
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         if not _is_logged(state, self.beginning):
-            self._measure(state, control, model, tokenizer_of(processing_class))
+            self._measure(state, control, model, processing_class)
 
     def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         # The trainer's own flow callback runs before others, and has set by now whether this was the last step.
         if state.global_step % self.every == 0 or control.should_training_stop:
-            self._measure(state, control, model, tokenizer_of(processing_class))
+            self._measure(state, control, model, processing_class)
 
-    def _measure(self, state: Any, control: Any, model: Any, tokenizer: Any) -> None:
+    def _measure(self, state: Any, control: Any, model: Any, processing_class: Any) -> None:
         if not state.is_world_process_zero:
             return
-        found = self.measured(state, model, tokenizer)
+        found = self.measured(state, model, processing_class)
         # In train mode SFTTrainer would add the training metrics collected so far to this record.
         with evaluating(model):
             # Logging resets should_log, and the other processes would wait for the log of this step.
@@ -180,8 +182,8 @@ class PerplexityCallback(_Measuring):
         self.every = every
         self.options = {"batch_size": batch_size, "max_length": max_length, "stride": stride}
 
-    def measured(self, state: Any, model: Any, tokenizer: Any) -> dict[str, float]:
-        vocab_size = getattr(self.trainer, "vocab_size", None)
+    def measured(self, state: Any, model: Any, processing_class: Any) -> dict[str, float]:
+        vocab_size, tokenizer = getattr(self.trainer, "vocab_size", None), tokenizer_of(processing_class)
         return {
             f"perplexity/{name}": perplexity(model, data, tokenizer, vocab_size=vocab_size, **self.options)[
                 "perplexity"
@@ -206,11 +208,13 @@ class EvaluateCallback(_Measuring):
     Args:
         trainer (`Trainer`): any trainer of transformers; add the callback to it with `add_callback`.
         every (`int`): updates between two measurements.
-        rows (`Dataset`, *optional*): as in `evaluate_fidelity`.
+        rows (`Dataset`, *optional*): as in `evaluate_fidelity`, with pictures or without.
         questions ([`~hf_distill.evaluating.questions.Questions`], *optional*): prompts and right answers.
         scoring ([`~hf_distill.evaluating.models.Scoring`], *optional*): how answers are scored.
         teacher (`PreTrainedModel`, *optional*):
             A model with the student's tokenizer. By default that of the trainer, if it has one such model.
+        teacher_processing_class (`ProcessorMixin`, *optional*):
+            Of a teacher that reads pictures through its own processor. By default that of the trainer's teacher.
         batch_size (`int`): rows or prompts at once.
         max_length (`int`, *optional*): as in `evaluate_fidelity`.
         name (`str`): what the logged names begin with; several callbacks of a trainer need different ones.
@@ -230,6 +234,7 @@ class EvaluateCallback(_Measuring):
         questions: Questions | None = None,
         scoring: Scoring | None = None,
         teacher: PreTrainedModel | None = None,
+        teacher_processing_class: ProcessorMixin | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
         name: str = "evaluate",
@@ -248,35 +253,53 @@ class EvaluateCallback(_Measuring):
         self.rows, self.questions, self.scoring = rows, questions, scoring or Scoring()
         self.options = {"batch_size": batch_size, "max_length": max_length}
         own = getattr(trainer, "teacher", None)
-        self.teacher = own.model if teacher is None and isinstance(own, LocalTeacher) else teacher
+        if teacher is None and isinstance(own, LocalTeacher):
+            teacher = own.model
+            if isinstance(own, OwnViewTeacher):
+                teacher_processing_class = teacher_processing_class or own.own.processor
+        self.teacher, self.teacher_processing_class = teacher, teacher_processing_class
         if rows is not None:
-            tokenizer = tokenizer_of(trainer.processing_class)
-            if is_vision_language(causal_lm(cast(Any, trainer.model))):
-                refuse_pictures(rows[0], "the first of the rows")
-            tokenized_row(dict(rows[0]), tokenizer, "the first of the rows")
+            self._try_rows(rows)
         if questions is not None:
             check_prompts(cast(Any, trainer.model), questions.prompts, self.scoring.max_new_tokens)
         self._start: dict[str, np.ndarray] = {}  # the student's values of each row before the training, by measure
         self._taught: dict[str, np.ndarray] = {}  # those of the teacher's answers
 
+    def _try_rows(self, rows: Dataset) -> None:
+        """Raises `ValueError` for a first row that cannot be measured, and, of pictures, for any that is broken."""
+        processor = self.trainer.processing_class
+        models = [cast(Any, model) for model in (self.trainer.model, self.teacher) if model is not None]
+        if sees_pictures(models, rows):
+            batches, view = batches_with_pictures(
+                models, rows, processor, self.teacher_processing_class, **{**self.options, "batch_size": 1}
+            )
+            batch = next(batches)
+            if view is not None:
+                view.view(batch, label_positions(batch["labels"])[0])
+            return
+        if is_vision_language(causal_lm(models[0])):
+            refuse_pictures(rows[0], "the first of the rows")
+        tokenized_row(dict(rows[0]), tokenizer_of(processor), "the first of the rows")
+
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         self._start.clear()
         super().on_train_begin(args, state, control, model, processing_class, **kwargs)
 
-    def measured(self, state: Any, model: Any, tokenizer: Any) -> dict[str, float]:
+    def measured(self, state: Any, model: Any, processing_class: Any) -> dict[str, float]:
         vocab_size = getattr(self.trainer, "vocab_size", None)
         students = {STUDENT: model}
         teachers = {} if self.teacher is None else {TEACHER: self.teacher}
-        tokenizers: dict[str, Any] = {STUDENT: tokenizer, TEACHER: tokenizer}
+        whole: dict[str, Any] = {STUDENT: processing_class, TEACHER: self.teacher_processing_class or processing_class}
         measures: list[Measure] = []
         if self.rows is not None:
             measures += fidelity_measures(
-                {**students, **teachers}, tokenizers, self.rows, vocab_size=vocab_size, **self.options
+                {**students, **teachers}, whole, self.rows, vocab_size=vocab_size, **self.options
             )[0]
         if self.questions is not None:
             asked = students if self._taught else {**students, **teachers}  # the teacher answers once
+            texts = {name: tokenizer_of(each) for name, each in whole.items()}
             measures += answer_measures(
-                asked, tokenizers, self.questions, self.scoring, batch_size=self.options["batch_size"]
+                asked, texts, self.questions, self.scoring, batch_size=self.options["batch_size"]
             )[0]
         found = {}
         for measure in measures:

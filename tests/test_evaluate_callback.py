@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from hf_distill import KDConfig, KDTrainer
 from hf_distill.callbacks import EvaluateCallback, PerplexityCallback
 from hf_distill.collators import PromptCollator
 from hf_distill.evaluating.gaps import gap_recovered
@@ -11,6 +12,9 @@ from hf_distill.evaluating.models import Scoring, evaluate_models
 from hf_distill.evaluating.questions import questions_of
 from tests.conftest import SENTENCES, make_model
 from tests.test_callbacks import LORA, TEXTS, make_trainer
+from tests.trainers.test_kd import settings
+from tests.vision import VOCAB, chats, make_processor, make_vlm
+from tests.vision import questions as asked_of_pictures
 
 SCORING = Scoring(["f1"], max_new_tokens=4)
 
@@ -99,3 +103,93 @@ def test_what_cannot_be_measured_is_refused_before_the_training(tmp_path, tokeni
         options = {**options, "questions": questions}
     with pytest.raises(ValueError, match=message):
         EvaluateCallback(trainer, **options)
+
+
+# ---------------------------------------------------------------------------------------------- rows with pictures
+
+
+def seeing_trainer(folder, **changes):
+    """A student and a teacher that read pictures; the teacher cuts them into more tiles."""
+    arguments = {
+        "model": make_vlm("idefics3", 1), "teacher_model": make_vlm("idefics3", 2),
+        "args": KDConfig(**settings(folder, max_steps=2, learning_rate=1e-2)), "train_dataset": chats(4),
+        "processing_class": make_processor("idefics3"),
+        "teacher_processing_class": make_processor("idefics3", do_image_splitting=True),
+    }  # fmt: skip
+    return KDTrainer(**arguments | changes)
+
+
+@pytest.mark.parametrize("tiles", [False, True], ids=["one processor", "two processors"])
+@pytest.mark.parametrize("rows", [chats(5, seed=7), asked_of_pictures(5, seed=7)], ids=["messages", "completions"])
+def test_rows_with_pictures_are_measured_as_evaluate_models_does(tmp_path, rows, tiles):
+    processors = {
+        "student": make_processor("idefics3"),
+        "teacher": make_processor("idefics3", do_image_splitting=tiles),
+    }
+    trainer = seeing_trainer(tmp_path, teacher_processing_class=processors["teacher"])
+    trainer.add_callback(EvaluateCallback(trainer, 2, rows=rows, batch_size=2))
+    trainer.train()
+    models = {"base": make_vlm("idefics3", 1), "student": trainer.model, "teacher": make_vlm("idefics3", 2)}
+    found = evaluate_models(models, processors, rows=rows)
+    assert [measure.name for measure in found.measures] == ["perplexity", "kl", "agreement", "acceptance"]
+    for measure in found.measures:
+        values = logged(trainer, f"evaluate/{measure.name}")
+        assert list(values) == [0, 2]
+        assert values[0] == pytest.approx(measure.values["base"], rel=1e-5)
+        assert values[2] == pytest.approx(measure.values["student"], rel=1e-5)
+    assert logged(trainer, "evaluate/kl_gap_recovered")[2] > 0
+
+
+def test_a_teacher_of_the_callers_reads_pictures_through_its_own_processor(tmp_path):
+    rows, own = chats(3, seed=7), make_processor("idefics3", do_image_splitting=True)
+    found = []
+    for processor in (own, None):
+        trainer = seeing_trainer(tmp_path, teacher_processing_class=None)
+        teacher = make_vlm("idefics3", 3)
+        callback = EvaluateCallback(trainer, rows=rows, teacher=teacher, teacher_processing_class=processor)
+        trainer.add_callback(callback)
+        trainer.train()
+        found.append(logged(trainer, "evaluate/kl")[0])
+    models = {"student": make_vlm("idefics3", 1), "teacher": teacher}
+    student = make_processor("idefics3")
+    for value, processor in zip(found, (own, student), strict=True):
+        expected = evaluate_models(models, {"student": student, "teacher": processor}, rows=rows)
+        assert value == pytest.approx(expected.measures[1].values["student"], rel=1e-5)
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
+
+
+def test_a_training_with_pictures_is_the_same_with_and_without_it(tmp_path):
+    weights = []
+    for measured in (False, True):
+        trainer = seeing_trainer(tmp_path)
+        if measured:
+            trainer.add_callback(EvaluateCallback(trainer, 1, rows=chats(3, seed=7)))
+        trainer.train()
+        weights.append(dict(trainer.model.named_parameters()))
+    assert list(logged(trainer, "evaluate/kl")) == [0, 1, 2]
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
+
+
+def with_another_template(processor):
+    processor.chat_template = processor.chat_template.replace("<|user|>", "user").replace("<|{{", "{{")
+    return processor
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (chats(3), {"max_length": 5}, "would cut them: raise max_length"),
+        (Dataset.from_dict({"images": [["nowhere.png"]], "messages": chats(1)["messages"]}), {}, "no such file"),
+        (chats(3), {"teacher": make_model(vocab_size=VOCAB)}, "reads text alone: remove the column of pictures"),
+        (
+            chats(3),
+            {"teacher_processing_class": with_another_template(make_processor("idefics3"))},
+            "make different texts of a row",
+        ),
+    ],
+)
+def test_pictures_that_cannot_be_measured_are_refused_before_the_training(tmp_path, rows, options, message):
+    trainer = seeing_trainer(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        EvaluateCallback(trainer, rows=rows, **options)
