@@ -172,7 +172,7 @@ def check_picture_rows(dataset: AnyDataset, name: str, used: Sequence[str], text
         text_field (`str`): the one that is plain text.
     """
     length = len(dataset) if isinstance(dataset, Dataset) else None
-    rows = tqdm(_unread(dataset), desc=f"Looking at the pictures of the {name} dataset", unit=" rows", total=length)
+    rows = tqdm(unread(dataset), desc=f"Looking at the pictures of the {name} dataset", unit=" rows", total=length)
     for index, row in enumerate(rows):
         called = f"row {index} of the {name} dataset"
         pictures = pictures_of(row)
@@ -182,7 +182,7 @@ def check_picture_rows(dataset: AnyDataset, name: str, used: Sequence[str], text
         check_places(row, len(pictures), used, text_field, called)
 
 
-def _unread(dataset: AnyDataset) -> Iterator[Row]:
+def unread(dataset: AnyDataset) -> Iterator[Row]:
     """Rows whose pictures are bytes and paths, of a stream the first ones; no picture is read for it."""
     if not isinstance(dataset, Dataset) or has_transform(dataset):
         yield from islice(iter(dataset), PEEKED_ROWS)

@@ -101,7 +101,7 @@ def test_hard_labels_alone_take_pictures(folder, tmp_path):
     assert (tmp_path / "tokens.json").exists()
 
 
-@pytest.mark.parametrize("command", [["skd"], ["kv"], ["doctor", "kd"], ["cache", "write"]])
+@pytest.mark.parametrize("command", [["skd"], ["kv"], ["cache", "write"]])
 def test_commands_for_text_say_so(folder, tmp_path, command, capsys):
     models = ["--model", str(folder / "student"), "--teacher_model", str(folder / "teacher")]
     rows = ["--dataset", str(folder / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
@@ -109,6 +109,16 @@ def test_commands_for_text_say_so(folder, tmp_path, command, capsys):
     with pytest.raises(SystemExit):
         cli.main([*command, *models, *rows])
     assert "pictures" in capsys.readouterr().err
+
+
+def test_a_run_with_pictures_is_examined(folder, tmp_path, capsys):
+    models = ["--model", str(folder / "student"), "--teacher_model", str(folder / "teacher")]
+    rows = ["--dataset", str(folder / "rows.jsonl"), "--output_dir", str(tmp_path / "out"), "--rows", "4"]
+    cli.main(["doctor", "kd", *models, *rows, "--use_cpu", "--bf16", "false", "--report_to", "none", "--json"])
+    findings = {each["check"]: each for each in json.loads(capsys.readouterr().out)["findings"]}
+    assert findings["label share"]["numbers"]["pictures"] == 4 * 7
+    assert findings["start"]["numbers"]["teacher"]["kl"] > 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_says_that_it_does_not_count_pictures(folder, capsys):

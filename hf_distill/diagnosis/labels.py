@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from hf_distill.diagnosis.findings import Finding, LeftOut, failure, ok, warning
+from hf_distill.diagnosis.pictures import TAKEN
 from hf_distill.diagnosis.probe import SOME, Probe
 from hf_distill.teachers.across import AcrossTeacher
 from hf_distill.token_rows import Room, count_cut, without_long_rows
@@ -109,7 +110,11 @@ def label_share(probe: Probe) -> Finding:
     labelled = sum(int((labels != -100).sum()) for _, labels in probe.texts)
     share, without = labelled / max(tokens, 1), sampled - len(rows)
     numbers = {"tokens": tokens, "labelled": labelled, "share": share, "without": without}
-    line = f"{share:.0%} of {tokens:,} tokens bear a label; {without} of {sampled} rows have none and are dropped"
+    line = f"{share:.0%} of {tokens:,} tokens bear a label; {without} of {sampled} rows have none and "
+    line += "teach nothing" if probe.has_pictures else "are dropped"
+    if probe.has_pictures:
+        numbers["pictures"] = sum(rows[TAKEN])
+        line += f"; pictures take {numbers['pictures'] / max(tokens, 1):.0%} of the tokens"
     if without > LOST * sampled:
         return warning(line, "look at their masks, completion_only_loss and assistant_only_loss", **numbers)
     if share < LEAST_LABELS:
@@ -129,7 +134,8 @@ def cut_labels(probe: Probe) -> Finding:
             cut=cut.shortened, dropped=cut.filled, lost=_lost_labels(probe, args.max_length), labels=cut.labels
         )
         lost = numbers["lost"] / max(cut.labels, 1)
-        reasons.append(f"max_length={args.max_length} cuts {cut.shortened} of {sampled} rows and drops {cut.filled}")
+        drops = f"leaves {cut.filled} without a label" if probe.has_pictures else f"drops {cut.filled}"
+        reasons.append(f"max_length={args.max_length} cuts {cut.shortened} of {sampled} rows and {drops}")
     if too_long := _too_long(probe, rows):
         numbers["too long"] = too_long
         reasons.append(f"{too_long} are longer than a model can read")

@@ -17,6 +17,7 @@ from hf_distill.teachers.kinds import brought_from, describe_teachers, own_model
 from hf_distill.teachers.loading import load_teacher
 from hf_distill.teachers.local import LocalTeacher
 from hf_distill.teachers.opening import name_teachers
+from hf_distill.teachers.own_view import OwnViewTeacher
 
 # A teacher that has lost so many nats per token against the student is worse; 4 bits cost a copy of it less.
 WORSE = 0.05
@@ -139,6 +140,8 @@ def cost_of_bits(probe: Probe) -> Finding:
         trust_remote_code=args.trust_remote_code, init_kwargs=args.teacher_model_init_kwargs or None,
     )  # fmt: skip
     whole = LocalTeacher(saved, device, teacher.tokenizer)
+    if isinstance(teacher, OwnViewTeacher):
+        whole.view = teacher.view  # of the same rows
 
     def said(side: LocalTeacher):
         def ask(forward: Forward) -> TeacherSignal:

@@ -20,6 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.diagnosis.findings import LeftOut
+from hf_distill.diagnosis.pictures import in_parts, uncut_rows
+from hf_distill.modeling import tokenizer_of
 from hf_distill.named import student_tokenizer
 from hf_distill.picture_rows import has_pictures
 from hf_distill.quiet import quiet
@@ -51,6 +53,7 @@ class Probe:
         args: the settings as they were given.
         datasets: all rows as they were given, by the name of the data set; "train" is the first.
         samples: some rows of each.
+        has_pictures (`bool`): whether the training rows have some.
         problem (`str`, *optional*): why there is no trainer.
     """
 
@@ -66,6 +69,7 @@ class Probe:
         self.datasets = {"train": arguments.get("train_dataset"), **held_out}
         self.datasets = {name: rows for name, rows in self.datasets.items() if rows is not None}
         self.samples = {name: sample(rows, num_rows, self.args.seed) for name, rows in self.datasets.items()}
+        self.has_pictures = has_pictures(self.datasets.get("train"))
         self.problem: str | None = None
         self._found: dict[Any, tuple[Any, Exception | None]] = {}
         try:
@@ -121,7 +125,8 @@ class Probe:
         if self.problem is None:
             return self._trainer.tokenizer
         try:
-            return self.arguments.get("processing_class") or student_tokenizer(self.arguments["model"], self.args)
+            given = self.arguments.get("processing_class")
+            return tokenizer_of(given) if given else student_tokenizer(self.arguments["model"], self.args)
         except PROBLEMS as error:
             raise LeftOut("the student has no tokenizer") from error
 
@@ -162,7 +167,8 @@ class Probe:
     def conversations(self) -> list[dict[str, Any]]:
         """The training rows of the probe that are conversations, as messages; [`LeftOut`] if none is."""
         rows = [] if "input_ids" in columns_of(self.given_rows) else self.given_rows
-        found = [row for row in map(_with_messages, rows) if row is not None]
+        read = in_parts if self.has_pictures else with_messages
+        found = [chat for row in rows if (chat := _with_messages(read(row, "a row"))) is not None]
         if not found:
             raise LeftOut("the rows are no conversations")
         return found
@@ -170,11 +176,18 @@ class Probe:
     @cached_property
     def uncut(self) -> Any:
         """The probe's training rows as tokens and labels, neither cut, packed nor dropped for their length."""
+        if self.has_pictures:
+            return uncut_rows(self.trainer)
         return self._prepared(max_length=None, drop_long_rows=False)
 
     @cached_property
     def rows(self) -> Any:
-        """The same as they are trained on, one text in each row, with the columns of the teachers."""
+        """The same as they are trained on, one text in each row, with the columns of the teachers.
+
+        Rows with pictures become tokens in a batch alone.
+        """
+        if self.has_pictures:
+            return self.trainer.train_dataset
         return self.trainer.prepare_rows(self._prepared(), "train", self.trainer.args)
 
     def more_rows(self, number: int) -> Any:
@@ -272,7 +285,7 @@ class Probe:
 def sample(rows: Any, number: int, seed: int) -> Any:
     """Some rows, drawn at random, in their order; of a stream the first ones. What is no data set stays as it is."""
     if isinstance(rows, IterableDataset):
-        return Dataset.from_list(list(rows.take(number)))
+        return Dataset.from_list(list(rows.take(number)), features=rows.features if has_pictures(rows) else None)
     if not isinstance(rows, Dataset) or len(rows) <= number:
         return rows
     return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:number]))
@@ -289,8 +302,7 @@ def columns_of(rows: Any) -> set[str]:
 
 
 def _with_messages(row: dict[str, Any]) -> dict[str, Any] | None:
-    """A row as messages; None for one that is no conversation."""
-    row = with_messages(row, "a row")
+    """A row whose messages are all in one list; None for one that is no conversation."""
     if row.get("messages"):
         return row
     parts = [row.get("prompt"), row.get("completion")]
@@ -306,11 +318,6 @@ def open_probe(trainer_class: type[HardLabelTrainer], arguments: Mapping[str, An
     Teachers that are models of the caller's come back as they were: trained or frozen, in their mode, on their device.
     So do the states of the random generators of Python, NumPy and torch, which a trainer seeds.
     """
-    if has_pictures(arguments.get("train_dataset")):
-        raise ValueError(
-            "the rows have pictures, and the doctor looks at tokens that are there before a batch is made. The trainer "
-            "itself tries the first rows with pictures when it is constructed"
-        )
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory())
         stack.enter_context(quiet())

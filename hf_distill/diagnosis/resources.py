@@ -9,6 +9,7 @@ from accelerate.utils import convert_bytes
 from transformers.trainer_utils import SaveStrategy
 
 from hf_distill.diagnosis.findings import Finding, LeftOut, failure, ok, warning
+from hf_distill.diagnosis.pictures import TAKEN, TAKEN_BY_TEACHERS
 from hf_distill.diagnosis.probe import Probe
 from hf_distill.diagnosis.updates import trained
 from hf_distill.planning import Machine, plan_run
@@ -25,19 +26,26 @@ def memory(probe: Probe) -> Finding:
     if not isinstance(model, str) or any(not isinstance(teacher, str) for teacher in given):
         raise LeftOut("a plan needs models by name")
     args, limit, kind = probe.args, probe.memory, probe.kind
-    row_tokens, share = args.max_length, 1.0
+    row_tokens, share, pictures = args.max_length, 1.0, {}
     if probe.problem is None and not probe.writes:
         longest = max(len(ids) for ids, _ in probe.texts)
         row_tokens = args.max_length if args.packing and args.max_length else min(longest, args.max_length or longest)
-        share = sum((labels != -100).sum() for _, labels in probe.texts) / sum(len(ids) for ids, _ in probe.texts)
+        taken = probe.uncut[TAKEN] if probe.has_pictures else [0]
+        num_texts = sum(len(ids) for ids, _ in probe.texts) - sum(taken)  # tokens of text
+        share = sum((labels != -100).sum() for _, labels in probe.texts) / num_texts
+        if max(taken):
+            pictures = {
+                "picture_tokens": max(taken), "teacher_picture_tokens": max(probe.uncut[TAKEN_BY_TEACHERS]) or None,
+            }  # fmt: skip
     plan = plan_run(
         model, given or None, args, peft_config=probe.arguments.get("peft_config"),
         quantization_config=probe.arguments.get("quantization_config"), row_tokens=row_tokens,
         machine=Machine(limit, reserve=2**30 if kind == "cuda" else 0, kind="cuda" if kind == "cuda" else "cpu"),
-        label_share=min(1.0, max(float(share), 1e-6)),
+        label_share=min(1.0, max(float(share), 1e-6)), **pictures,
     )  # fmt: skip
     line = f"the plan needs {convert_bytes(plan.peak)} of {convert_bytes(limit)}, with rows of {row_tokens} tokens"
-    numbers = {"peak": plan.peak, "memory": limit, "row_tokens": row_tokens}
+    line += f", {pictures['picture_tokens']} of them of pictures" if pictures else ""
+    numbers = {"peak": plan.peak, "memory": limit, "row_tokens": row_tokens, **pictures}
     if plan.fits is False:
         best = next((remedy for remedy in plan.remedies if remedy.fits), None)
         remedy = f"{best.name}: {best.options}" if best else "; ".join(plan.together) or "a smaller student or teacher"

@@ -10,10 +10,13 @@ import numpy as np
 
 from hf_distill.collators import LUPICollator
 from hf_distill.diagnosis.findings import Finding, LeftOut, failure, ok, warning
+from hf_distill.diagnosis.pictures import picture_bytes
 from hf_distill.diagnosis.probe import Probe, columns_of
+from hf_distill.picture_rows import has_transform, picture_column, pictures_of, unread
 from hf_distill.rows import used_format
 
 MOST_ROWS = 200_000  # that are compared, of each data set
+MOST_SEEN = 20_000  # the same of rows with pictures, whose files are read
 # Shares of training rows that are copies, and of held-out rows that are training rows.
 COPIES = 0.1
 LEAKED, MOST_LEAKED = 0.01, 0.1
@@ -61,17 +64,21 @@ def longest_rows(probe: Probe) -> Finding:
 
 
 def _fingerprints(probe: Probe, name: str) -> Iterator[bytes]:
-    """A hash of each row's text, or of its tokens."""
+    """A hash of each row's text, or of its tokens, and of its pictures."""
     if name not in probe.datasets:
         raise LeftOut("there are no training rows")
     rows: Any = probe.datasets[name]
     columns = columns_of(rows)
     used = _prompt_columns(probe, columns) if probe.writes else used_format(columns, probe.args.dataset_text_field)
     used = used or tuple(sorted(columns))
-    if hasattr(rows, "select_columns"):
-        rows = rows.select_columns(list(used))
-    for row in islice(rows, MOST_ROWS):
-        yield blake2b("\x1f".join(_strings([row[column] for column in used])).encode(), digest_size=16).digest()
+    pictures = picture_column(sorted(columns))
+    if hasattr(rows, "select_columns") and not has_transform(rows):
+        rows = rows.select_columns([*used, *([pictures] if pictures else [])])
+    for row in islice(unread(rows), MOST_SEEN) if pictures else islice(rows, MOST_ROWS):
+        mark = blake2b("\x1f".join(_strings([row[column] for column in used])).encode(), digest_size=16)
+        for picture in pictures_of(row):
+            mark.update(b"\x1e" + picture_bytes(picture))
+        yield mark.digest()
 
 
 def _prompt_columns(probe: Probe, columns: set[str]) -> tuple[str, ...]:

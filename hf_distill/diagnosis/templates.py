@@ -70,6 +70,8 @@ def alignment(probe: Probe) -> Finding:
 
 def templates(probe: Probe) -> Finding:
     """The text that each side's chat template makes of the same messages."""
+    if probe.has_pictures:
+        raise LeftOut("rows with pictures have been read through both processors, which have to make the same text")
     said = []
     for name, tokenizer in _tokenizers(probe):
         if tokenizer.chat_template is None:
@@ -95,7 +97,7 @@ def templates(probe: Probe) -> Finding:
 
 def lost_text(probe: Probe) -> Finding:
     """Messages that a chat template leaves out: a system prompt that nobody reads."""
-    sides = {"the student": probe.tokenizer}
+    sides = {"the student": probe.trainer.processing_class if probe.has_pictures else probe.tokenizer}
     if probe.problem is None:
         teachers = getattr(probe.trainer, "teachers", {})
         sides |= {name: each.tokenizer for name, each in teachers.items() if isinstance(each, AcrossTeacher)}
@@ -126,7 +128,8 @@ def generation_markers(probe: Probe) -> Finding:
     share = masked / max(sum(len(ids) - 1 for ids, _ in probe.texts), 1)
     if probe.args.assistant_only_loss:
         return ok(f"the template marks what the assistant says; the other {share:.0%} bear no label", masked=share)
-    return ok("every token bears a label, those of users too (assistant_only_loss=False)", masked=share)
+    of_text = " of text" if probe.has_pictures else ""
+    return ok(f"every token{of_text} bears a label, those of users too (assistant_only_loss=False)", masked=share)
 
 
 # ------------------------------------------------------------------------------------------------------------- details

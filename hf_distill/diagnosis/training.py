@@ -15,6 +15,7 @@ from hf_distill.lora import describe_lora
 from hf_distill.losses.head import default_chunk_size
 from hf_distill.modeling import head_of
 from hf_distill.named import student_without_weights
+from hf_distill.trainers.pictures import kept_to_language
 
 # The largest relative difference of gradients that rounding makes: 1e-5 in float32, some 1e-2 in half precision.
 ROUNDING = {"no": 1e-3, "bf16": 0.1, "fp16": 0.1}
@@ -106,14 +107,16 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
 
 def adapters(probe: Probe) -> Finding:
     """What a LoRA configuration trains, and likely mistakes in it."""
-    config, model = probe.arguments.get("peft_config"), probe.arguments["model"]
+    config, model, args = probe.arguments.get("peft_config"), probe.arguments["model"], probe.args
     if config is None:
         raise LeftOut("the student is not trained in new adapters")
     if not isinstance(config, LoraConfig):
         raise LeftOut(f"{type(config).__name__} is no LoRA")
-    student = student_without_weights(model, probe.args) if isinstance(model, str) else model
+    student = student_without_weights(model, args) if isinstance(model, str) else model
     if student is None or isinstance(student, PeftModel):
         raise LeftOut("the student has adapters already, or is not all in its configuration")
+    if args.freeze_vision_tower:
+        config = kept_to_language(config, student)
     report = describe_lora(student, config)
     share = report.trainable_parameters / report.total_parameters
     line = f"{report.trainable_parameters:,} parameters in {len(report.modules)} modules are trained, {share:.2%}"

@@ -274,7 +274,16 @@ def lost_messages(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The roles whose messages are not in what the chat template makes of a row, as a whole."""
     messages = _messages(row) or []
     text: Any = tokenizer.apply_chat_template(messages, tokenize=False, **template_arguments(row)) if messages else ""
-    return [message["role"] for message in messages if (message.get("content") or "").strip() not in text]
+    return [
+        message["role"]
+        for message in messages
+        if any(said.strip() not in text for said in _said(message.get("content") or ""))
+    ]
+
+
+def _said(content: Any) -> list[str]:
+    """The texts of a message, which beside pictures come in parts."""
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
 def _refuse_length(ids: list[int], positions: int | None, what: str, name: str, remedy: str) -> None:
