@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import training_args
 
 from hf_distill import cli
 from hf_distill.cli.parsing import read_command
@@ -52,6 +53,8 @@ def test_a_recipe_that_is_no_file_is_told_in_one_line(tmp_path, capsys):
         (["--learning-rte", "1"], "there is no option --learning-rte; did you mean --learning_rate?"),
         (["--student", "a"], "there is no option --student; did you mean --model?"),
         (["--dataset_name", "a"], "there is no option --dataset_name; did you mean --dataset?"),
+        (["--picture_token", "3"], "no option --picture_token; --picture_tokens is an option of `hf-distill plan kd`"),
+        (["--rollout_compile"], "no option --rollout_compile; --rollout_compile is an option of `hf-distill skd`"),
         (["--zzzz"], r"there is no option --zzzz; .*--help"),
         (["--seed", "1", "word"], "'word' belongs to no option"),
         (["--kd_weight", "much"], "argument --kd_weight/--kd-weight: invalid float value: 'much'"),
@@ -61,6 +64,12 @@ def test_a_recipe_that_is_no_file_is_told_in_one_line(tmp_path, capsys):
 def test_an_option_that_cannot_be_used_is_told_in_one_line(capsys, words, message):
     given = ["--model", "a", "--teacher_model", "b", "--dataset", "c", *words]
     assert_says(only_line_of(capsys, given), message)
+
+
+def test_a_machine_without_a_gpu_is_told_both_options(capsys, monkeypatch):
+    monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: False)
+    given = ["--model", "a", "--teacher_model", "b", "--dataset", "c"]
+    assert_says(only_line_of(capsys, given), "--use_cpu --bf16 false")
 
 
 def test_options_that_are_missing_are_told_in_one_line(capsys):

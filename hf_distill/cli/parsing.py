@@ -50,7 +50,12 @@ def read_command(name: str, argv: Iterable[str]) -> tuple[Any, ...]:
 
 def _instance(dtype: Any, values: dict[str, Any]) -> Any:
     names = [entry.name for entry in fields(dtype) if entry.init]
-    return dtype(**{name: values[name] for name in names if name in values})
+    try:
+        return dtype(**{name: values[name] for name in names if name in values})
+    except ValueError as error:
+        if "use_cpu" in str(error):  # transformers', where no GPU computes in bfloat16, which TRL turns on
+            raise ValueError(f"{error} On a CPU, add --use_cpu --bf16 false") from error
+        raise
 
 
 class CommandParser(ArgumentParser):
@@ -149,7 +154,14 @@ class CommandParser(ArgumentParser):
     def _suggestion(self, name: str) -> str:
         own = {action.dest: action.dest for action in self._actions}
         names = own | {other: name for other, name in OTHER_NAMES.items() if name in own and other not in own}
-        near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
+        others = {
+            option: command for command in reversed(COMMANDS) for option in described_options(COMMANDS[command].options)
+        }
+        name = name.replace("-", "_")
+        nearest = difflib.get_close_matches(name, others | names, n=1, cutoff=0.9)
+        if nearest and nearest[0] not in names:
+            return f"; --{nearest[0]} is an option of `hf-distill {others[nearest[0]]}`"
+        near = difflib.get_close_matches(name, names, n=1)
         return f"; did you mean --{names[near[0]]}?" if near else "; --help lists the options"
 
 
