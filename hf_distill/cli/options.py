@@ -51,9 +51,12 @@ class Option:
 
 
 def options_of(classes: Iterable[str]) -> dict[str, Option]:
-    """The options of dataclasses such as `hf_distill.cli.arguments:KDArguments`, from the table if it is current."""
-    read = _of_table if is_current() else _of_installed
-    return {name: option for each in classes for name, option in read(each).items()}
+    """The options of dataclasses such as `hf_distill.cli.arguments:KDArguments`, from the table if it is current.
+
+    It always is for those that inherit nothing of other libraries.
+    """
+    read = {each: _of_table if is_current() or _is_ours(each) else _of_installed for each in classes}
+    return {name: option for each in read for name, option in read[each](each).items()}
 
 
 def described_options(classes: Iterable[str]) -> dict[str, Option]:
@@ -85,6 +88,11 @@ def may_be_inherited(name: str) -> bool:
 @cache
 def _table() -> dict[str, Any]:
     return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def _is_ours(name: str) -> bool:
+    """True for a dataclass that has no base in another library."""
+    return name.startswith("hf_distill.") and (not (base := _table()["classes"][name]["base"]) or _is_ours(base))
 
 
 def _of_table(name: str) -> dict[str, Option]:
