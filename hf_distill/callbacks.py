@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import is_trackio_available, is
 from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, Measure, gap_recovered
 from hf_distill.evaluating.generation import check_prompts
 from hf_distill.evaluating.models import Scoring, answer_measures, fidelity_measures
-from hf_distill.evaluating.questions import Questions
+from hf_distill.evaluating.questions import PictureQuestions, Questions
 from hf_distill.evaluation import perplexity, window_length
 from hf_distill.measured_pictures import batches_with_pictures, sees_pictures
 from hf_distill.modeling import causal_lm, evaluating, is_vision_language, label_positions, tokenizer_of
@@ -209,7 +209,8 @@ class EvaluateCallback(_Measuring):
         trainer (`Trainer`): any trainer of transformers; add the callback to it with `add_callback`.
         every (`int`): updates between two measurements.
         rows (`Dataset`, *optional*): as in `evaluate_fidelity`, with pictures or without.
-        questions ([`~hf_distill.evaluating.questions.Questions`], *optional*): prompts and right answers.
+        questions ([`~hf_distill.evaluating.questions.Questions`] or those about pictures, *optional*):
+            Prompts and right answers.
         scoring ([`~hf_distill.evaluating.models.Scoring`], *optional*): how answers are scored.
         teacher (`PreTrainedModel`, *optional*):
             A model with the student's tokenizer. By default that of the trainer, if it has one such model.
@@ -231,7 +232,7 @@ class EvaluateCallback(_Measuring):
         every: int = 100,
         *,
         rows: Dataset | None = None,
-        questions: Questions | None = None,
+        questions: Questions | PictureQuestions | None = None,
         scoring: Scoring | None = None,
         teacher: PreTrainedModel | None = None,
         teacher_processing_class: ProcessorMixin | None = None,
@@ -260,7 +261,7 @@ class EvaluateCallback(_Measuring):
         self.teacher, self.teacher_processing_class = teacher, teacher_processing_class
         if rows is not None:
             self._try_rows(rows)
-        if questions is not None:
+        if isinstance(questions, Questions):
             check_prompts(cast(Any, trainer.model), questions.prompts, self.scoring.max_new_tokens)
         self._start: dict[str, np.ndarray] = {}  # the student's values of each row before the training, by measure
         self._taught: dict[str, np.ndarray] = {}  # those of the teacher's answers
@@ -297,9 +298,8 @@ class EvaluateCallback(_Measuring):
             )[0]
         if self.questions is not None:
             asked = students if self._taught else {**students, **teachers}  # the teacher answers once
-            texts = {name: tokenizer_of(each) for name, each in whole.items()}
             measures += answer_measures(
-                asked, texts, self.questions, self.scoring, batch_size=self.options["batch_size"]
+                asked, whole, self.questions, self.scoring, batch_size=self.options["batch_size"]
             )[0]
         found = {}
         for measure in measures:

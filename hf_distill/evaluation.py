@@ -335,7 +335,7 @@ def log_prob_chunks(
         for place, model in enumerate(map(causal_lm, models)):
             is_own = view is not None and place == len(models) - 1
             inputs, places = view.view(whole, positions) if is_own else (batch, positions)
-            inputs = _on_device_of(model, inputs)
+            inputs = on_device_of(model, inputs)
             try:
                 hidden = select_positions(last_hidden_states(model, **inputs), places)  # (N, D)
             except IndexError:
@@ -353,7 +353,7 @@ def log_prob_chunks(
             yield numbers[chunk], labels[chunk], [tensor.log_softmax(-1).to(device) for tensor in logits]
 
 
-def _on_device_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def on_device_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs where the model reads them, pixels in the precision of its weights."""
     device, dtype = input_device(model), embedding_weight(model).dtype
     return {

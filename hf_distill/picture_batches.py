@@ -80,6 +80,47 @@ def _beside_fillers(batch: Row, transform: Callable[[Row], Row]) -> Row:
     return {**transform(batch), FILLER: fillers}
 
 
+def asked(row: Mapping[str, Any], name: str) -> Row:
+    """The prompt of a row, called `name` in errors, and its pictures: all before the last answer of a conversation.
+
+    Raises:
+        `ValueError`: the row has no prompt.
+    """
+    found = as_trl_reads(row)
+    turns = found.get("messages") or []
+    prompt = found.get("prompt") or (turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns)
+    if not prompt:
+        raise ValueError(
+            f"{name} has no prompt, to which an answer could be generated: it needs a 'prompt' or 'messages', and has "
+            f"the columns {', '.join(row)}"
+        )
+    return {"prompt": prompt, PICTURES: found[PICTURES]}
+
+
+def prompt_texts(processor: Any, rows: Sequence[Row]) -> list[str]:
+    """The prompts of [`asked`] rows as texts that end where an answer begins."""
+    from trl.data_utils import prepare_multimodal_messages
+
+    texts = []
+    for row in rows:
+        if isinstance(prompt := row["prompt"], str):
+            texts.append(with_ends({"prompt": prompt, "completion": ""}, "text", processor.tokenizer)["prompt"])
+        else:
+            messages = prepare_multimodal_messages(prompt, images=row[PICTURES])
+            texts.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    return texts
+
+
+def prompt_batch(processor: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Prompts (B, T) of [`asked`] rows, padded on the left, as a trainer's collator makes those before completions."""
+    pictures = [row[PICTURES] for row in rows]
+    batch = processor(
+        images=pictures if any(pictures) else None, text=prompt_texts(processor, rows), padding=True,
+        padding_side="left", add_special_tokens=False, return_tensors="pt",
+    )  # fmt: skip
+    return {name: each for name, each in batch.items() if isinstance(each, Tensor)}
+
+
 class MaskedPictures:
     """Batches of a collator, without labels on tokens that stand for pictures, and in rows that fill up a batch.
 

@@ -64,7 +64,8 @@ def filled(rows: Dataset, arguments: SFTArguments | EvaluateArguments) -> Datase
     if arguments.prompt_template is None or arguments.completion_template is None:
         return rows
     pictures = picture_column(rows.column_names)
-    rows = fill_templates(rows, arguments.prompt_template, arguments.completion_template, keep=[pictures])
+    keep = [pictures, getattr(arguments, "answer_column", None)]
+    rows = fill_templates(rows, arguments.prompt_template, arguments.completion_template, keep=keep)
     if pictures is None:
         return rows
 

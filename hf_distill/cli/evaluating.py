@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_distill import __version__
 from hf_distill.cli.arguments import EvaluateArguments
@@ -24,7 +24,7 @@ from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, measures_data
 from hf_distill.evaluating.generation import check_prompts
 from hf_distill.evaluating.harness import HarnessTasks, check_tasks
 from hf_distill.evaluating.models import Evaluated, Scoring, evaluate_models, is_vocabulary_shared
-from hf_distill.evaluating.questions import Questions, questions_of
+from hf_distill.evaluating.questions import PictureQuestions, Questions, picture_questions, questions_of
 from hf_distill.model_files import name_problem
 from hf_distill.modeling import tokenizer_of
 from hf_distill.named import load_processor, load_tokenizer, sees
@@ -73,7 +73,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         )
     questions = _questions(rows, arguments, tokenizers) if rows is not None and arguments.generate else None
     models = _load(names, arguments)
-    if questions is not None:
+    if isinstance(questions, Questions):
         for name, model in models.items():
             prompts = questions.teacher_prompts if name == TEACHER else questions.prompts
             check_prompts(model, prompts, arguments.max_new_tokens)
@@ -208,15 +208,18 @@ def _sees_pictures(names: dict[str, str], rows: Dataset | None, arguments: Evalu
     """True for rows with pictures, and a student that reads them.
 
     Raises:
-        `ValueError`: options that do not go together with pictures.
+        `ValueError`: another model that does not read them, or options that do not go together with pictures.
     """
-    name = base_and_adapter(names[STUDENT])[0]
-    if not (has_pictures(rows) and sees(name, None, arguments.trust_remote_code)):
+    seeing = {role: sees(base_and_adapter(name)[0], None, arguments.trust_remote_code) for role, name in names.items()}
+    if not (has_pictures(rows) and seeing[STUDENT]):
         return False
-    if arguments.generate:
+    if blind := [role for role in names if seeing[role] is False]:
         raise ValueError(
-            "the rows have pictures, about which no answers are generated: leave --generate out, or remove the column"
+            f"the rows have pictures, and {OPTIONS[blind[0]]} {names[blind[0]]!r} reads text alone: leave it out, or "
+            "remove the column of pictures"
         )
+    if arguments.knowledge_column is not None:
+        raise ValueError("the rows have pictures, and --knowledge_column makes prompts of text alone: leave it out")
     return True
 
 
@@ -313,8 +316,10 @@ def _has_texts(rows: Dataset, arguments: EvaluateArguments) -> bool:
 
 
 def _questions(
-    rows: Dataset, arguments: EvaluateArguments, tokenizers: dict[str, PreTrainedTokenizerBase]
-) -> Questions:
+    rows: Dataset, arguments: EvaluateArguments, tokenizers: dict[str, PreTrainedTokenizerBase | ProcessorMixin]
+) -> Questions | PictureQuestions:
+    if isinstance(tokenizers[STUDENT], ProcessorMixin):
+        return picture_questions(rows, tokenizers[STUDENT], answer_column=arguments.answer_column)
     make = PromptCollator if arguments.knowledge_column is None else partial(lupi_collator, arguments)
     collators = {role: make(tokenizer) for role, tokenizer in tokenizers.items()}
     column = arguments.answer_column or (arguments.completion_column if arguments.knowledge_column else None)

@@ -3,15 +3,27 @@
 Shapes: B prompts of a batch, P tokens of the longest of them, T tokens with what was generated.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from datasets import Dataset
 from datasets.utils import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from hf_distill.modeling import causal_lm, evaluating, input_device, keep_4bit_weights, num_positions, num_token_ids
+from hf_distill.evaluation import on_device_of
+from hf_distill.modeling import (
+    causal_lm,
+    evaluating,
+    is_vision_language,
+    keep_4bit_weights,
+    num_positions,
+    num_token_ids,
+    public_name,
+)
+from hf_distill.picture_batches import asked, naming_row, prompt_batch, with_padding
 from hf_distill.token_rows import pad
 
 
@@ -44,32 +56,77 @@ def generate_answers(
         `ValueError`: a prompt without tokens, or with more of them than leave room for the answer.
     """
     check_prompts(model, prompts, max_new_tokens)
+    model = causal_lm(model)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts = [""] * len(prompts)
-    model = causal_lm(model)
     ends = _end_tokens(model, tokenizer)
     bar = tqdm(total=len(prompts), desc="generating", unit="answer", leave=False)
     with torch.no_grad(), evaluating(model), _plainly_greedy(model, ends, max_new_tokens):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            found = _generated(model, tokenizer, [prompts[i] for i in chosen], ends, stop)
-            for i, ids in zip(chosen, found, strict=True):
-                text = str(tokenizer.decode(_before(ids, ends), skip_special_tokens=True))
-                texts[i] = _until(text, stop)
+            # Any readable id would do: the mask leaves padding out.
+            ids, mask = pad([prompts[i] for i in chosen], ends[0] if ends else 0, "left")  # (B, P)
+            found = _generated(model, tokenizer, {"input_ids": ids, "attention_mask": mask.long()}, ends, stop)
+            for i, text in zip(chosen, found, strict=True):
+                texts[i] = text
             bar.update(len(chosen))
+    bar.close()
+    return texts
+
+
+def generate_about_pictures(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: Dataset,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 256,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """As [`generate_answers`], to the prompts of rows with pictures, in their order.
+
+    Args:
+        processor (`ProcessorMixin`): the model's; it makes tokens and pixels of prompts.
+        rows (`Dataset`): as of [`~hf_distill.evaluating.questions.PictureQuestions`].
+        all else: as there.
+
+    Raises:
+        `ValueError`: a model that reads text alone; a row that the processor refuses, or one that is too long.
+    """
+    if not is_vision_language(causal_lm(model)):
+        raise ValueError(
+            f"the rows have pictures, and {public_name(model)} reads text alone: remove the column of pictures"
+        )
+    processor = with_padding(processor)
+    tokenizer, whole, texts = processor.tokenizer, causal_lm(model), []
+    ends = _end_tokens(whole, tokenizer)
+    bar = tqdm(total=len(rows), desc="generating", unit="answer", leave=False)
+    with torch.no_grad(), evaluating(whole), _plainly_greedy(whole, ends, max_new_tokens):
+        for start in range(0, len(rows), batch_size):
+            some = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+            with naming_row(f"one of the rows {start} to {start + len(some) - 1}"):
+                batch = prompt_batch(processor, [asked(row, f"row {start + i}") for i, row in enumerate(some)])
+            lengths = batch["attention_mask"].sum(1).tolist()
+            _check_lengths(model, lengths, max_new_tokens, first=start)
+            texts += _generated(whole, tokenizer, batch, ends, stop)
+            bar.update(len(some))
     bar.close()
     return texts
 
 
 def check_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Raises `ValueError` for a prompt after which a model cannot generate so many tokens."""
+    _check_lengths(model, [len(prompt) for prompt in prompts], max_new_tokens)
+
+
+def _check_lengths(model: PreTrainedModel, lengths: Sequence[int], max_new_tokens: int, first: int = 0) -> None:
     limit = num_positions(model)
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
+    for i, length in enumerate(lengths, first):
+        if not length:
             raise ValueError(f"row {i} has a prompt without tokens: there is nothing to generate an answer to")
-        if limit is not None and len(prompt) + max_new_tokens > limit:
+        if limit is not None and length + max_new_tokens > limit:
             raise ValueError(
-                f"row {i} has a prompt of {len(prompt):,} tokens, and an answer of {max_new_tokens:,} would go beyond "
+                f"row {i} has a prompt of {length:,} tokens, and an answer of {max_new_tokens:,} would go beyond "
                 f"the {limit:,} positions of {type(causal_lm(model)).__name__}: lower max_new_tokens, or drop the row"
             )
 
@@ -77,18 +134,16 @@ def check_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_
 def _generated(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
+    inputs: Mapping[str, Tensor],
     ends: list[int],
     stop: Sequence[str],
-) -> list[list[int]]:
-    """Token ids that follow the prompts of a batch, with whatever stands after their ends."""
-    device = input_device(model)
-    # Any readable id would do: the mask leaves padding out.
-    ids, mask = pad(prompts, ends[0] if ends else 0, "left")  # (B, P)
+) -> list[str]:
+    """The texts that follow the prompts of a batch, which are padded on the left."""
     options: dict[str, Any] = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
     generate: Any = model.generate
-    found = generate(input_ids=ids.to(device), attention_mask=mask.long().to(device), **options)  # (B, T)
-    return found[:, ids.shape[1] :].tolist()
+    found = generate(**on_device_of(model, inputs), **options)[:, inputs["input_ids"].shape[1] :].tolist()
+    texts = (str(tokenizer.decode(_before(ids, ends), skip_special_tokens=True)) for ids in found)
+    return [_until(text, stop) for text in texts]
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

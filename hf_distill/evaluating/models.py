@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from hf_distill.evaluating.answers import METRICS, extracted, without_thoughts
 from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, Measure, mean_measure, measures_data, perplexity_measure
-from hf_distill.evaluating.generation import generate_answers
+from hf_distill.evaluating.generation import generate_about_pictures, generate_answers
 from hf_distill.evaluating.harness import HarnessTasks, task_measures
-from hf_distill.evaluating.questions import Questions
+from hf_distill.evaluating.questions import PictureQuestions, Questions
 from hf_distill.evaluation import row_sums
 from hf_distill.modeling import shared_vocabulary, tokenizer_of
 from hf_distill.report import Part, Shown, evaluation_rows
@@ -90,7 +90,7 @@ def evaluate_models(
     tokenizers: Mapping[str, PreTrainedTokenizerBase | ProcessorMixin],
     *,
     rows: Dataset | None = None,
-    questions: Questions | None = None,
+    questions: Questions | PictureQuestions | None = None,
     scoring: Scoring | None = None,
     tasks: HarnessTasks | None = None,
     batch_size: int = 8,
@@ -107,7 +107,8 @@ def evaluate_models(
         tokenizers: by the same names, as far as they have their own; otherwise the student's. Rows with pictures need
             processors, of which the base reads with the student's.
         rows: as in `evaluate_fidelity`; perplexity, and with a teacher KL, agreement and expected acceptance.
-        questions ([`~hf_distill.evaluating.questions.Questions`]): answers to them are generated and scored.
+        questions ([`~hf_distill.evaluating.questions.Questions`], or those about pictures): answers to them are
+            generated and scored.
         scoring ([`Scoring`], *optional*): how.
         tasks ([`~hf_distill.evaluating.harness.HarnessTasks`], *optional*): of lm-evaluation-harness.
         batch_size (`int`): rows or prompts at once.
@@ -120,7 +121,6 @@ def evaluate_models(
     if STUDENT not in models or set(models) - {BASE, STUDENT, TEACHER}:
         raise ValueError(f"models are a student and, with it, base and teacher; got {', '.join(models) or 'none'}")
     whole = {name: tokenizers.get(name, tokenizers[STUDENT]) for name in models}
-    texts = {name: tokenizer_of(each) for name, each in whole.items()}
     found = Evaluated([], [], [])
     if rows is not None:
         measures, notes = fidelity_measures(
@@ -129,10 +129,11 @@ def evaluate_models(
         found.measures.extend(measures)
         found.notes.extend(notes)
     if questions is not None:
-        measures, generated = answer_measures(models, texts, questions, scoring or Scoring(), batch_size=batch_size)
+        measures, generated = answer_measures(models, whole, questions, scoring or Scoring(), batch_size=batch_size)
         found.measures.extend(measures)
         found.generated.extend(generated)
     if tasks is not None:
+        texts = {name: tokenizer_of(each) for name, each in whole.items()}
         found.measures.extend(task_measures(models, texts, tasks, batch_size=batch_size))
     return found
 
@@ -174,24 +175,29 @@ def fidelity_measures(
 
 def answer_measures(
     models: Mapping[str, PreTrainedModel],
-    tokenizers: Mapping[str, PreTrainedTokenizerBase],
-    questions: Questions,
+    tokenizers: Mapping[str, PreTrainedTokenizerBase | ProcessorMixin],
+    questions: Questions | PictureQuestions,
     scoring: Scoring,
     *,
     batch_size: int = 8,
 ) -> tuple[list[Measure], list[dict[str, Any]]]:
     """The scores of the answers that models generate, and these answers."""
     scores: dict[str, dict[str, list[float]]] = {}  # by measure and model, of each row
+    if isinstance(questions, PictureQuestions):
+        asked = questions.prompts_as_texts(tokenizers[STUDENT])
+    else:
+        tokenizer = tokenizer_of(tokenizers[STUDENT])
+        asked = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in questions.prompts]
     generated: list[dict[str, Any]] = [
-        {"prompt": tokenizers[STUDENT].decode(prompt, skip_special_tokens=True), "answers": answers}
-        for prompt, answers in zip(questions.prompts, questions.answers, strict=True)
+        {"prompt": prompt, "answers": answers} for prompt, answers in zip(asked, questions.answers, strict=True)
     ]
+    options: Any = {"batch_size": batch_size, "max_new_tokens": scoring.max_new_tokens, "stop": scoring.stop}
     for name, model in models.items():
-        prompts = questions.teacher_prompts if name == TEACHER else questions.prompts
-        texts = generate_answers(
-            model, tokenizers[name], prompts,
-            batch_size=batch_size, max_new_tokens=scoring.max_new_tokens, stop=scoring.stop,
-        )  # fmt: skip
+        if isinstance(questions, PictureQuestions):
+            texts = generate_about_pictures(model, tokenizers[name], questions.rows, **options)
+        else:
+            prompts = questions.teacher_prompts if name == TEACHER else questions.prompts
+            texts = generate_answers(model, tokenizer_of(tokenizers[name]), prompts, **options)
         for row, text in zip(generated, texts, strict=True):
             found = scoring.scores(text, row["answers"])
             row[name] = {"text": text, **found}

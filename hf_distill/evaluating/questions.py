@@ -6,7 +6,16 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from hf_distill.collators import LUPICollator, PromptCollator
-from hf_distill.rows import is_chat, with_messages
+from hf_distill.picture_batches import as_trl_reads, asked, prompt_texts
+from hf_distill.picture_rows import (
+    check_picture_rows,
+    columns_of,
+    has_transform,
+    pictures_of,
+    unread,
+    with_pictures,
+)
+from hf_distill.rows import PICTURES, is_chat, used_format, with_messages
 
 Row = dict[str, Any]
 
@@ -17,6 +26,64 @@ class Questions(NamedTuple):
     prompts: list[list[int]]  # token ids that student and base read
     teacher_prompts: list[list[int]]  # those of the teacher, in its own tokens, with knowledge if there is some
     answers: list[list[str]]  # the right ones of each, at least one
+
+
+class PictureQuestions(NamedTuple):
+    """R questions about pictures. Tokens and pixels are made of them when an answer is generated."""
+
+    rows: Dataset
+    answers: list[list[str]]  # the right ones of each, at least one
+
+    def prompts_as_texts(self, processor: Any) -> list[str]:
+        """The prompts as a processor's chat template writes them, with one mark for each picture."""
+        return [
+            prompt_texts(processor, [{**asked({**row, PICTURES: []}, f"row {i}"), PICTURES: pictures_of(row)}])[0]
+            for i, row in enumerate(_unopened(self.rows))
+        ]
+
+
+def picture_questions(rows: Dataset, processor: Any, *, answer_column: str | None = None) -> PictureQuestions:
+    """Questions from rows with pictures: `prompt`, with a `completion` or without, or `messages`.
+
+    Args:
+        rows: as `evaluate_fidelity` takes them, or with prompts alone.
+        processor: the student's, which is tried on the first row.
+        answer_column (`str`, *optional*): as in [`questions_of`].
+
+    Raises:
+        `ValueError`: a row without a prompt or an answer, or whose pictures and words do not belong together.
+    """
+    rows = with_pictures(rows, "held-out")
+    columns = set(columns_of(rows))
+    used = used_format(columns, "text") or tuple(columns & {"prompt"})
+    check_picture_rows(rows, "held-out", used, "text")
+    answers = []
+    for number, row in enumerate(_unopened(rows)):
+        text = as_trl_reads({**row, PICTURES: []})
+        asked(text, f"row {number}")
+        text |= {column: _in_words(cell) for column, cell in text.items() if is_chat(cell)}
+        if used == ("prompt", "completion"):
+            text.pop("messages", None)
+        answers.append(right_answers(text, answer_column, f"row {number}"))
+    if not answers:
+        raise ValueError("there are no rows to generate answers to")
+    found = PictureQuestions(rows, answers)
+    found._replace(rows=rows.select([0])).prompts_as_texts(processor)
+    return found
+
+
+def _unopened(rows: Dataset) -> Iterable[Row]:
+    """The rows, with pictures as bytes and paths."""
+    return rows if has_transform(rows) else unread(rows)  # pyright: ignore[reportReturnType]
+
+
+def _in_words(messages: Any) -> list[Row]:
+    """Messages whose content is text, without the places of their pictures."""
+    parts = [message["content"] if isinstance(message.get("content"), list) else None for message in messages]
+    return [
+        message if part is None else {**message, "content": "".join(each.get("text") or "" for each in part)}
+        for message, part in zip(messages, parts, strict=True)
+    ]
 
 
 def questions_of(

@@ -165,9 +165,17 @@ def test_the_command_lets_each_model_see_in_its_own_way(models, capsys, tmp_path
     assert data["notes"] == []
 
 
+LUPI = ["--generate", "--knowledge_column", "prompt", "--query_column", "prompt", "--answer_column", "prompt"]
+
+
 @pytest.mark.parametrize(
     ("more", "teacher", "message"),
-    [(["--generate"], "teacher", "about which no answers are generated"), ([], "blind", "reads text alone")],
+    [
+        (LUPI, "teacher", "--knowledge_column makes prompts of text alone"),
+        ([], "blind", "reads text alone"),
+        (["--generate", "--answer_column", "nothing"], "teacher", "row 0 has no column 'nothing'"),
+        (["--generate", "--max_new_tokens", "250"], "teacher", "an answer of 250 would go beyond the 256 positions"),
+    ],
 )
 def test_the_command_refuses_what_pictures_do_not_go_with(models, capsys, tmp_path, more, teacher, message):
     with pytest.raises(SystemExit):
