@@ -1,8 +1,9 @@
 """Distances between aligned vectors: hidden states, keys, values.
 
 Each function takes vectors (..., F) of student and teacher with the same width, and a mask (...,) of the positions that
-count. It returns the sum over these positions divided by `num_items`, and the mean cosine, detached. The teacher's
-vectors also get a gradient if they require one (they come from a projector).
+count, or None if all do: then the host does not wait for the device. It returns the sum over these positions divided by
+`num_items`, and the mean cosine, detached. The teacher's vectors also get a gradient if they require one (they come
+from a projector).
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 def mercator_loss(
     student_kv: Tensor,
     teacher_kv: Tensor,
-    mask: Tensor,
+    mask: Tensor | None = None,
     *,
     direction_weight: float = 1.0,
     magnitude_weight: float = 0.01,
@@ -27,7 +28,7 @@ def mercator_loss(
     Args:
         student_kv (`torch.Tensor` of shape `(..., F)`): vectors.
         teacher_kv (`torch.Tensor` of shape `(..., F)`): vectors of the same width.
-        mask (`torch.Tensor` of shape `(...,)`, bool): positions that count.
+        mask (`torch.Tensor` of shape `(...,)`, bool, *optional*): positions that count, by default all.
         num_items (*optional*): the divisor; by default the number of positions that count.
         eps (`float`): keeps value and gradient finite if a vector is 0 (in float32 or bfloat16).
 
@@ -38,22 +39,22 @@ def mercator_loss(
     cosine, student_norm, teacher_norm = _cosine(student, teacher, eps)
     magnitude = (student_norm.log() - teacher_norm.log()).square()
     loss = direction_weight * (1 - cosine) + magnitude_weight * magnitude
-    return loss.sum() / _divisor(mask, num_items), _mean(cosine)
+    return loss.sum() / _divisor(student, num_items), _mean(cosine)
 
 
 def mse_loss(
-    student_kv: Tensor, teacher_kv: Tensor, mask: Tensor, *, num_items: int | float | Tensor | None = None
+    student_kv: Tensor, teacher_kv: Tensor, mask: Tensor | None = None, *, num_items: int | float | Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The mean squared difference over F, summed over positions. The rest is as in [`mercator_loss`]."""
     student, teacher = _at(mask, student_kv, teacher_kv)
     loss = (student - teacher).square().mean(-1)
-    return loss.sum() / _divisor(mask, num_items), _mean(_cosine(student, teacher, 1e-6)[0])
+    return loss.sum() / _divisor(student, num_items), _mean(_cosine(student, teacher, 1e-6)[0])
 
 
 def normalized_l1_loss(
     student_kv: Tensor,
     teacher_kv: Tensor,
-    mask: Tensor,
+    mask: Tensor | None = None,
     *,
     num_items: int | float | Tensor | None = None,
     eps: float = 1e-6,
@@ -67,11 +68,11 @@ def normalized_l1_loss(
     unit = teacher.detach()
     scale = (unit - unit.mean(-1, keepdim=True)).square().mean(-1, keepdim=True).sqrt().clamp(min=eps)  # (N, 1)
     loss = ((student - teacher) / scale).abs().mean(-1)
-    return loss.sum() / _divisor(mask, num_items), _mean(_cosine(student, teacher, eps)[0])
+    return loss.sum() / _divisor(student, num_items), _mean(_cosine(student, teacher, eps)[0])
 
 
 def cosine_loss(
-    student_kv: Tensor, teacher_kv: Tensor, mask: Tensor, *, num_items: int | float | Tensor | None = None
+    student_kv: Tensor, teacher_kv: Tensor, mask: Tensor | None = None, *, num_items: int | float | Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """One minus the cosine, DistilBERT's loss for hidden states (1910.01108). The rest is as in [`mercator_loss`]."""
     return mercator_loss(student_kv, teacher_kv, mask, magnitude_weight=0.0, num_items=num_items)
@@ -80,7 +81,7 @@ def cosine_loss(
 def normalized_mse_loss(
     student_kv: Tensor,
     teacher_kv: Tensor,
-    mask: Tensor,
+    mask: Tensor | None = None,
     *,
     num_items: int | float | Tensor | None = None,
     eps: float = 1e-6,
@@ -92,21 +93,23 @@ def normalized_mse_loss(
     """
     student, teacher = _at(mask, student_kv, teacher_kv)
     loss = (student - teacher).square().sum(-1) / teacher.detach().square().sum(-1).clamp(min=eps)
-    return loss.sum() / _divisor(mask, num_items), _mean(_cosine(student, teacher, eps)[0])
+    return loss.sum() / _divisor(student, num_items), _mean(_cosine(student, teacher, eps)[0])
 
 
 FEATURE_LOSSES = {"mercator": mercator_loss, "mse": mse_loss, "normalized_l1": normalized_l1_loss}
 HIDDEN_LOSSES = {"mse": mse_loss, "cosine": cosine_loss, "normalized_mse": normalized_mse_loss}
 
 
-def _at(mask: Tensor, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _at(mask: Tensor | None, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """The vectors (N, F) at the positions of the mask, in float32 or better."""
-    if student.shape != teacher.shape or mask.shape != student.shape[:-1]:
+    if student.shape != teacher.shape or (mask is not None and mask.shape != student.shape[:-1]):
         raise ValueError(
             f"student and teacher have to have one shape (..., F) and the mask (...,), got {tuple(student.shape)}, "
-            f"{tuple(teacher.shape)} and {tuple(mask.shape)}"
+            f"{tuple(teacher.shape)} and {None if mask is None else tuple(mask.shape)}"
         )
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    if mask is None:
+        return student.to(dtype).flatten(0, -2), teacher.to(dtype).flatten(0, -2)
     return student[mask].to(dtype), teacher[mask].to(dtype)
 
 
@@ -115,8 +118,8 @@ def _cosine(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tenso
     return (student * teacher).sum(-1) / (student_norm * teacher_norm), student_norm, teacher_norm
 
 
-def _divisor(mask: Tensor, num_items: int | float | Tensor | None) -> int | float | Tensor:
-    return mask.sum().clamp(min=1) if num_items is None else num_items
+def _divisor(vectors: Tensor, num_items: int | float | Tensor | None) -> int | float | Tensor:
+    return max(len(vectors), 1) if num_items is None else num_items
 
 
 def _mean(cosine: Tensor) -> Tensor:

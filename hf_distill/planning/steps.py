@@ -323,7 +323,6 @@ class _Terms:
             self._capture.heads = {}
 
     def add_to(self, loss: Tensor, outputs: Any, positions: Tensor) -> Tensor:
-        everywhere = torch.ones(len(positions), dtype=torch.bool)
         if (hidden := self.run.hidden) is not None:
             losses = []
             for index, (layer, sources) in enumerate(hidden.mapping.items()):
@@ -331,7 +330,7 @@ class _Terms:
                 if "hidden" in self.projectors:
                     student = self.projectors["hidden"](student, index)
                 target: Any = sum(weight * self._hidden[i] for i, weight in sources.items())
-                losses.append(HIDDEN_LOSSES[hidden.loss](student, target, everywhere, num_items=1)[0])
+                losses.append(HIDDEN_LOSSES[hidden.loss](student, target, num_items=1)[0])
             loss = loss + torch.stack(losses).mean()
         if (kv := self.run.kv) is not None and self._capture is not None:
             losses, projector = [], self.projectors["kv"]
@@ -343,7 +342,7 @@ class _Terms:
                     for kind in range(2)
                 ]
                 pairs = zip(student, projector(*teacher, index), strict=True)
-                losses += [FEATURE_LOSSES[kv.loss](s, t, everywhere, num_items=1)[0] for s, t in pairs]
+                losses += [FEATURE_LOSSES[kv.loss](s, t, num_items=1)[0] for s, t in pairs]
             loss = loss + torch.stack(losses).mean()
         return loss
 

@@ -112,7 +112,6 @@ class HiddenLayers:
             if self.projector is not None:
                 student = self.projector(student, index)  # (N, Dt)
             target: Any = sum(weight * signal.layers[i].to(student.device) for i, weight in sources.items())
-            mask = torch.ones(len(student), dtype=torch.bool, device=student.device)
-            losses.append(self.distance(student, target, mask, num_items=1)[0])
+            losses.append(self.distance(student, target, num_items=1)[0])
         total = torch.stack(losses).mean()
         return (weight / torch.as_tensor(divisor)).to(total.device) * total, total

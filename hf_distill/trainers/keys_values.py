@@ -97,10 +97,8 @@ class KeysValues:
                 student = self._capture.features(layer)  # keys and values, (N, Fs) each
                 teacher = source.features(layer, self.args.device)  # (N, Ft) each
                 projected = source.projector(*teacher, index)  # (N, Fs) each
-                mask = torch.ones(len(student[0]), dtype=torch.bool, device=student[0].device)
                 found = [
-                    FEATURE_LOSSES[self.args.kv_loss](s, t, mask, **options)
-                    for s, t in zip(student, projected, strict=True)
+                    FEATURE_LOSSES[self.args.kv_loss](s, t, **options) for s, t in zip(student, projected, strict=True)
                 ]
                 losses += [loss for loss, _ in found]
                 key = f"layer_{layer}" if len(self.sources) == 1 else f"{name}_layer_{layer}"

@@ -11,6 +11,7 @@ import torch
 
 from hf_distill.losses.feature import (
     FEATURE_LOSSES,
+    HIDDEN_LOSSES,
     centered_cosine,
     effective_rank,
     effective_rank_of,
@@ -81,6 +82,19 @@ def test_value_and_cosine_are_the_formula_on_the_positions_that_count(name, shap
         assert loss.shape == found.shape == ()
         assert loss.item() == pytest.approx(expected, rel=1e-12)
         assert found.item() == pytest.approx(mean, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", FEATURE_LOSSES | HIDDEN_LOSSES)
+def test_without_a_mask_all_positions_count_to_the_last_bit(name):
+    loss = (FEATURE_LOSSES | HIDDEN_LOSSES)[name]
+    found, expected = [], []
+    for values, mask in ((found, None), (expected, torch.ones(3, 4, dtype=torch.bool))):
+        sides = [features(3, 4, 5, seed=seed, dtype=torch.float32).requires_grad_() for seed in (0, 1)]
+        values += loss(*sides, mask)
+        values[0].backward()
+        values += [side.grad for side in sides]
+    for value, other in zip(found, expected, strict=True):
+        assert torch.equal(value, other)
 
 
 @pytest.mark.parametrize(("direction", "magnitude"), [(1.0, 0.01), (0.3, 2.0), (0.0, 1.0), (1.0, 0.0)])
