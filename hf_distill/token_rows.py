@@ -444,8 +444,8 @@ def _integers(values: np.ndarray, name: str) -> np.ndarray:
     return values.astype(np.int8) if values.dtype.kind == "b" else values
 
 
-def check_batch(batch: Mapping[str, Any], prefix: str, num_ids: int, vocab_size: int, pad_token_id: int | None) -> None:
-    """Raises `ValueError` for a batch whose labels or token ids cannot be trained on.
+def check_batch(batch: Mapping[str, Any], prefix: str, num_ids: int, vocab_size: int, pad_token_id: int | None) -> int:
+    """The number of label-bearing tokens; `ValueError` for a batch whose labels or token ids cannot be trained on.
 
     Args:
         batch: the output of a collator.
@@ -470,9 +470,12 @@ def check_batch(batch: Mapping[str, Any], prefix: str, num_ids: int, vocab_size:
         bad_ids = bad_ids & (ids != pad_token_id)
     if mask is not None and mask.shape == ids.shape:
         bad_ids = bad_ids & (mask != 0)
-    # Both are checked with one synchronisation; label_positions waits for the device anyway.
-    if len(strange := torch.stack([bad_labels, bad_ids]).nonzero()):
-        side, *place = strange[0].tolist()
+    bad = torch.stack([bad_labels, bad_ids])
+    # The host waits for the device once.
+    number, num_bad = torch.stack([(labels[:, 1:] != -100).sum(), bad.sum()]).tolist()
+    if num_bad:
+        side, *place = bad.nonzero()[0].tolist()
         value = (labels, ids)[side][tuple(place)].item()
         limits = f"-100 and 0 to {vocab_size - 1} are" if side == 0 else f"0 to {num_ids - 1} are"
         raise ValueError(f"a batch has the {prefix}{('label', 'token id')[side]} {value}; {limits} possible")
+    return number

@@ -176,8 +176,8 @@ def _cross_tokenizer_loss(
     chunk_size = objective.chunk_size or default_chunk_size(hidden.device, vocab_size)
     block = block_rows(hidden.device, chunk_size, vocab_size)
 
-    numbers = torch.unique(spans.student_groups[torch.isin(spans.student_groups, spans.teacher_groups)])
-    numbers = numbers[numbers >= 0]  # (G,)
+    groups = spans.student_groups
+    numbers = torch.unique(groups[torch.isin(groups, spans.teacher_groups) & (groups >= 0)])  # (G,)
     order, later_groups = starts_first(spans.student_groups, numbers)  # (N,), (N - G,)
     teacher_order, teacher_later_groups = starts_first(spans.teacher_groups, numbers)  # (M,), (M - G,)
     student_hidden, teacher_hidden = hidden[order], signal.hidden[teacher_order]

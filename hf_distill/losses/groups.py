@@ -5,6 +5,7 @@ The words are those of `losses/cross_tokenizer.py`.
 Shapes: n positions of a side, G groups, V vocabulary, K names, D width.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -45,13 +46,24 @@ class Later(NamedTuple):
     as_hit: Tensor  # (n,) derivative of `log_other` with respect to their own log-probability
 
 
+def places_of(mask: Tensor, number: int) -> Tensor:
+    """The indices (number,) of the True entries of a mask (n,), in order; the host does not wait for the device."""
+    return mask.to(torch.uint8).argsort(descending=True, stable=True)[:number]
+
+
 def side_of(head: Head, ids: Tensor, names: Tensor) -> Side:
     """A side from its head and two of the tensors of `SharedTokens`: the ids of the names, and the names of the ids."""
+    return Side(head.truncated(len(names)), names, ids, *_kinds(ids, names))
+
+
+@lru_cache(maxsize=8)  # by identity: a training asks with the same tensors in each micro-batch
+def _kinds(ids: Tensor, names: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`own`, `others`, `unnamed` and `outside` of a [`Side`]."""
     own = torch.full_like(names, len(ids))
     own[ids] = torch.arange(len(ids), device=ids.device)
-    others = (names >= 0) & (own == len(ids))
-    kinds = (kind.nonzero().squeeze(-1) for kind in (others, names == UNNAMED, names == OUTSIDE))
-    return Side(head.truncated(len(names)), names, ids, own, *kinds)
+    kinds = (names >= 0) & (own == len(ids)), names == UNNAMED, names == OUTSIDE
+    others, unnamed, outside = (kind.nonzero().squeeze(-1) for kind in kinds)
+    return own, others, unnamed, outside
 
 
 def starts_first(groups: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,9 +74,9 @@ def starts_first(groups: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.searchsorted(numbers, groups)
     index = torch.where(torch.isin(groups, numbers), index, -1)
     positions = torch.arange(len(groups), device=groups.device)
-    first = torch.full_like(numbers, len(groups))
-    first = first.scatter_reduce(0, index[index >= 0], positions[index >= 0], "amin")
-    later = positions[~torch.isin(positions, first)]
+    first = numbers.new_full((len(numbers) + 1,), len(groups))  # with a place at the end for -1
+    first = first.scatter_reduce(0, index % len(first), positions, "amin")[:-1]
+    later = places_of(~torch.isin(positions, first), len(groups) - len(numbers))
     return torch.cat([first, later]), index[later]
 
 

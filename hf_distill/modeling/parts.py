@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.losses.fused_linear import Head
+from hf_distill.losses.groups import places_of
 from hf_distill.modeling.vision import language_part, merges_outside
 
 # Settings of configurations that scale the logits, and whether the logits are divided by them.
@@ -184,17 +185,19 @@ def drop_unreadable_padding(model: PreTrainedModel) -> None:
             config.pad_token_id = None
 
 
-def label_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+def label_positions(labels: Tensor, number: int | None = None) -> tuple[Tensor, Tensor]:
     """Positions that predict a label-bearing token, and those tokens.
 
     Args:
         labels (`torch.Tensor` of shape `(B, T)`): not shifted, as causal language models take them; -100 is masked.
+        number (`int`, *optional*): N, if it is known: then the host does not wait for the device.
 
     Returns:
         Indices `(N,)` into the flattened (B * T) positions, and the labels `(N,)` of the tokens that follow them.
     """
     following = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
-    positions = (following != -100).nonzero().squeeze(-1)
+    bears_label = following != -100
+    positions = bears_label.nonzero().squeeze(-1) if number is None else places_of(bears_label, number)
     return positions, following[positions]
 
 

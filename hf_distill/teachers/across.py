@@ -26,7 +26,7 @@ from hf_distill.teachers.columns import (
 )
 from hf_distill.teachers.local import LocalTeacher
 from hf_distill.teachers.stored import StoredHiddenTeacher
-from hf_distill.token_alignment import shared_tokens, vocabulary_pieces
+from hf_distill.token_alignment import SharedTokens, shared_tokens, vocabulary_pieces
 from hf_distill.token_rows import PEEKED_ROWS, Room, without_long_rows
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ class AcrossTeacher:
 
     def bind(self, student: PreTrainedModel, accelerator: Accelerator, *, sharded: bool) -> None:
         """As in [`LocalTeacher`]."""
+        self.shared = SharedTokens(*(each.to(accelerator.device) for each in self.shared))
         self.teacher.bind(student, accelerator, sharded=sharded)
 
     def prepare(self, dataset: AnyDataset, name: str) -> AnyDataset:

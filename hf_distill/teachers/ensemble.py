@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_distill.collators import Row
 from hf_distill.losses.fused_linear import MixtureSignal, TeacherSignal
+from hf_distill.losses.groups import places_of
 from hf_distill.losses.sum import SumSignal
 from hf_distill.teachers import Signal, Teacher
 from hf_distill.teachers.columns import AnyDataset, called, map_rows
@@ -90,18 +91,21 @@ class EnsembleTeacher:
         index = inputs.pop("teacher_index")  # (B,)
         num_tokens = inputs["input_ids"].shape[1]
         row_of = torch.div(positions, num_tokens, rounding_mode="floor")  # (N,)
+        asked = index[row_of]  # (N,)
+        indices = torch.arange(len(self.teachers), device=index.device).unsqueeze(1)
+        counts = torch.stack([(side == indices).sum(1) for side in (index, asked)], 1)
         signals = []
-        for i, teacher in enumerate(self.teachers.values()):
-            rows = (index == i).nonzero().squeeze(1)
-            if len(rows) == 0:
+        # The host waits for the device once, for the numbers of rows and positions of all teachers.
+        for i, (teacher, (num_rows, number)) in enumerate(zip(self.teachers.values(), counts.tolist(), strict=True)):
+            if num_rows == 0:
                 continue
-            mine = index[row_of] == i  # (N,)
+            rows, mine = places_of(index == i, num_rows), places_of(asked == i, number)
             place = torch.searchsorted(rows, row_of[mine])  # of the row among those of this teacher
             part = {name: tensor[rows] for name, tensor in inputs.items()}
             signal: Any = teacher(part, place * num_tokens + positions[mine] % num_tokens)
             hidden = signal.hidden.new_zeros(len(positions), signal.hidden.shape[1])
-            hidden[mine.to(hidden.device)] = signal.hidden
-            signals.append(signal._replace(hidden=hidden, weight=mine.to(torch.float32)))
+            hidden.index_copy_(0, mine.to(hidden.device), signal.hidden)
+            signals.append(signal._replace(hidden=hidden, weight=(asked == i).to(torch.float32)))
         return signals
 
 

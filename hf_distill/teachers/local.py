@@ -264,8 +264,8 @@ def own_view(model: PreTrainedModel, inputs: Mapping[str, Any], positions: Tenso
     if f"{PREFIX}input_ids" not in inputs:
         return {name: value for name, value in inputs.items() if not name.startswith(PREFIX)}, positions
     num_ids = num_token_ids(model)
-    check_batch(inputs, PREFIX, num_ids, num_ids, None)
-    positions, _ = label_positions(inputs[f"{PREFIX}labels"])
+    number = check_batch(inputs, PREFIX, num_ids, num_ids, None)
+    positions, _ = label_positions(inputs[f"{PREFIX}labels"], number)
     return {name: inputs[PREFIX + name] for name in ("input_ids", "attention_mask")}, positions
 
 

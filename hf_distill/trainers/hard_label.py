@@ -369,8 +369,8 @@ class HardLabelTrainer(PreparingTrainer):
             ids = inputs["input_ids"]
             refuse_flat_places(self.student, inputs)
             seen = {**inputs, "input_ids": ids.masked_fill(self.picture_spans(ids), 0)}
-        check_batch(seen, "", self.vocab_size, self.vocab_size, self.tokenizer.pad_token_id)
-        positions, labels = label_positions(inputs.pop("labels"))
+        number = check_batch(seen, "", self.vocab_size, self.vocab_size, self.tokenizer.pad_token_id)
+        positions, labels = label_positions(inputs.pop("labels"), number)
         return inputs, positions, labels
 
     def finish(

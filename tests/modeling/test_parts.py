@@ -95,6 +95,15 @@ def test_label_positions_select_what_cross_entropy_of_shifted_logits_sees():
     assert found == pytest.approx(expected.item())
 
 
+def test_label_positions_of_a_known_number_are_the_same():
+    for seed, share in enumerate((0.0, 0.1, 0.5, 1.0)):
+        torch.manual_seed(seed)
+        labels = torch.where(torch.rand(5, 40) < share, torch.randint(0, 10, (5, 40)), -100)
+        positions, following = label_positions(labels)
+        found = label_positions(labels, len(positions))
+        assert [each.tolist() for each in found] == [positions.tolist(), following.tolist()]
+
+
 def test_no_label_gives_no_position():
     for labels in (torch.full((2, 3), -100), torch.tensor([[4], [5]])):
         positions, following = label_positions(labels)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     BertGenerationConfig,
@@ -14,10 +15,12 @@ from transformers import (
     CTRLLMHeadModel,
 )
 
+from benchmarks.updates import RUNS
 from hf_distill import KDConfig, KDTrainer, KVProjectionConfig, KVProjectionTrainer
 from hf_distill.evaluation import evaluate_fidelity, perplexity
-from hf_distill.modeling import CachedReader, label_positions, last_hidden_states
+from hf_distill.modeling import CachedReader, backbone, causal_lm, label_positions, last_hidden_states
 from hf_distill.speculative import RolloutConfig, rollout
+from hf_distill.teachers.kinds import own_models
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.trainers.test_kd import Gradients, assert_same_gradients, dense_gradients, dense_loss, settings
 from tests.trainers.test_speculative_kd import make_trainer as make_speculative
@@ -163,6 +166,71 @@ def test_strange_batches_of_a_collator_of_ones_own_are_refused_in_words(
     trainer = make_trainer(tmp_path, student, teacher, pairs, tokenizer, others={"data_collator": collator})
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+# ---------------------------------------------------------------------------------------- how often the host waits
+
+
+class Waits(TorchDispatchMode):
+    """Counts the moments at which the host needs a number from the device, in micro-batches but not in backbones."""
+
+    NAMES = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}
+
+    def __init__(self):
+        super().__init__()
+        self.is_on, self.backbones, self.count, self.micro_batches = False, 0, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and isinstance(args[1], (list, tuple))
+        by_mask = by_mask and any(each is not None and each.dtype == torch.bool for each in args[1])
+        self.add(name in self.NAMES or by_mask)
+        return func(*args, **(kwargs or {}))
+
+    def add(self, number=1):
+        self.count += number * (self.is_on and not self.backbones)
+
+    def enter(self, *_):
+        self.backbones += 1
+
+    def leave(self, *_):
+        self.backbones -= 1
+
+    def watch(self, trainer, monkeypatch):
+        for method in ("tolist", "cpu", "numpy"):  # on a CPU they are no operations
+            called = getattr(torch.Tensor, method)
+            monkeypatch.setattr(torch.Tensor, method, lambda *args, call=called: self.add() or call(*args))
+        for model in [trainer.student, *(each.model for each in own_models(trainer.teachers).values())]:
+            backbone(causal_lm(model)).register_forward_pre_hook(self.enter)
+            backbone(causal_lm(model)).register_forward_hook(self.leave)
+        step = trainer.training_step
+
+        def counted(*args):
+            self.is_on, self.micro_batches = True, self.micro_batches + 1
+            try:
+                return step(*args)
+            finally:
+                self.is_on = False
+
+        monkeypatch.setattr(trainer, "training_step", counted)
+
+
+WAITS = {
+    "plain": 1, "completions": 1, "sum": 1, "taid with a schedule": 1, "hidden layers": 1, "adapters": 1,
+    "keys and values, pca": 1, "speculative": 1,
+    "route": 1 + 1 + 2,  # the rows of each teacher; each teacher's rows of a chunk
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_micro_batch_waits_for_the_device_once_beside_its_models(tmp_path, monkeypatch, name):
+    trainer = RUNS[name](str(tmp_path))
+    trainer.args.eval_strategy = "no"
+    with Waits() as waits:
+        waits.watch(trainer, monkeypatch)
+        trainer.train()
+    assert waits.micro_batches == 4
+    assert waits.count == 4 * WAITS[name]
 
 
 # ------------------------------------------------------------------------------- padding that has no embedding
