@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import ProcessorMixin
 
 from hf_distill import __version__
 from hf_distill.cli.arguments import EvaluateArguments
@@ -315,9 +315,7 @@ def _has_texts(rows: Dataset, arguments: EvaluateArguments) -> bool:
     return "completion" in columns if "prompt" in columns else not arguments.generate  # no column is an error later
 
 
-def _questions(
-    rows: Dataset, arguments: EvaluateArguments, tokenizers: dict[str, PreTrainedTokenizerBase | ProcessorMixin]
-) -> Questions | PictureQuestions:
+def _questions(rows: Dataset, arguments: EvaluateArguments, tokenizers: dict[str, Any]) -> Questions | PictureQuestions:
     if isinstance(tokenizers[STUDENT], ProcessorMixin):
         return picture_questions(rows, tokenizers[STUDENT], answer_column=arguments.answer_column)
     make = PromptCollator if arguments.knowledge_column is None else partial(lupi_collator, arguments)

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from datasets.utils import tqdm
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.evaluation import on_device_of
 from hf_distill.modeling import (
@@ -76,7 +76,7 @@ def generate_answers(
 
 def generate_about_pictures(
     model: PreTrainedModel,
-    processor: ProcessorMixin,
+    processor: Any,
     rows: Dataset,
     *,
     batch_size: int = 8,

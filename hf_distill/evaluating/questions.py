@@ -1,7 +1,7 @@
 """Rows as questions: prompts of student and teacher, and the answers that are right."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from datasets import Dataset
 
@@ -53,7 +53,7 @@ def picture_questions(rows: Dataset, processor: Any, *, answer_column: str | Non
     Raises:
         `ValueError`: a row without a prompt or an answer, or whose pictures and words do not belong together.
     """
-    rows = with_pictures(rows, "held-out")
+    rows = cast(Dataset, with_pictures(rows, "held-out"))
     columns = set(columns_of(rows))
     used = used_format(columns, "text") or tuple(columns & {"prompt"})
     check_picture_rows(rows, "held-out", used, "text")
