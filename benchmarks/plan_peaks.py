@@ -48,6 +48,7 @@ from hf_distill.trainers.hard_label import HardLabelTrainer
 from hf_distill.trainers.hard_label_config import HardLabelConfig
 
 VOCAB, LENGTH, PROMPT = 8192, 128, 48
+SPECIAL = "<pad>", "<eos>", "<unk>"  # parts of no other word: a tokenizer looks for them within words, too
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
     "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 2048,
@@ -156,10 +157,11 @@ def make_folders(case: dict[str, Any], folder: Path, *, weights: bool) -> dict[s
         dtype = getattr(torch, values.get("dtype", "float32"))
         cls = AutoModelForImageTextToText if case["family"] in SEEING else AutoModelForCausalLM
         cls.from_config(config, dtype=dtype).save_pretrained(place)
-        words = {f"w{i}": i for i in range(VOCAB)}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+        words = {name: i for i, name in enumerate(SPECIAL + tuple(f"w{i}" for i in range(len(SPECIAL), VOCAB)))}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token=SPECIAL[2]))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w1").save_pretrained(place)
+        made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[1])
+        made.save_pretrained(place)
     return paths
 
 
@@ -314,10 +316,11 @@ def compare(predicted: dict[str, Any], measured: dict[str, Any]) -> list[dict[st
         equal = all(said.get(part, 0) == size for part, size in found.items() if part not in ("beside", "peak"))
         rows.append(
             {
-                "run": name + (" (foretold)" if name in FORETOLD else ""),
+                "run": name + (" (predicted)" if name in FORETOLD else ""),
                 "weights and states": "equal" if equal else "differ",
                 "beside them, predicted": f"{said['beside'] / mib:,.1f}",
                 "measured": f"{found['beside'] / mib:,.1f}",
+                "error beside them": f"{said['beside'] / found['beside'] - 1:+.1%}",
                 "peak, predicted": f"{said['peak'] / mib:,.1f}",
                 "peak, measured": f"{found['peak'] / mib:,.1f}",
                 "error": f"{said['peak'] / found['peak'] - 1:+.1%}",

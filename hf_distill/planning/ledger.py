@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,38 @@ def _accumulates() -> bool:
     return node is not None and node.name() == "torch::autograd::AccumulateGrad"
 
 
+def _owners(tensor: Tensor) -> tuple[int, int]:
+    """The numbers of references to a tensor and to its storage."""
+    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # pyright: ignore
+
+
+@cache
+def _owners_of_a_sum() -> tuple[int, int]:
+    """`_owners` of the first operand, while autograd adds up two gradients that nothing else holds."""
+    found = []
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is aten.add.Tensor:
+                found.append(_owners(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2, requires_grad=True)
+    with Sums():
+        torch.autograd.grad([(2 * x).sum(), (3 * x).sum()], x)
+    return found[0]
+
+
+def _sums_in_place(left: Tensor) -> bool:
+    """True while autograd adds a gradient to another one that it alone holds: real ones are added in place."""
+    return (
+        torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
+        and not torch.is_grad_enabled()  # else a checkpoint runs its forward again
+        and _owners(left) == _owners_of_a_sum()
+        and left.nbytes == left.untyped_storage().nbytes()  # a number of an expanded gradient has many places
+    )
+
+
 class Peak(NamedTuple):
     """The most bytes that were alive at one time, by label."""
 
@@ -83,6 +116,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, grain: int = 1) -> None:
         super().__init__()
         self.grain, self.label = grain, "other"
+        _owners_of_a_sum()  # within a backward it could not be asked
         self.live: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
         self._sizes: dict[int, tuple[str, int]] = {}  # label and bytes of each storage alive
@@ -93,6 +127,8 @@ class LiveBytes(TorchDispatchMode):
             out = args[0].clone()  # fake tensors have no values: every position counts
         elif func is aten.clone.default and _accumulates():
             out = aten.alias.default(args[0])  # a real gradient becomes the parameter's; a fake one would be copied
+        elif func is aten.add.Tensor and _sums_in_place(args[0]):
+            out = aten.alias.default(args[0])
         elif func is aten.addmm.dtype_out:
             out = (kwargs or {})["out"]  # torch 2.9 has no such product of fake tensors
         else:

@@ -208,6 +208,7 @@ def student_step(run: StudentRun) -> StudentStep:
             kept = _micro_batch(run, model, inputs, terms, ledger)
             peaks = ledger.peak, ledger.peak_but_gradients
             gradients = ledger.live[GRADIENTS]
+            del terms  # with what the teacher says of inner layers
             ledger.begin()
             with ledger.labelled(OPTIMIZER):
                 optimizer = step_optimizer(run.optimizer, trained)

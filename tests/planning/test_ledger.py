@@ -1,9 +1,11 @@
 """Live bytes and FLOPs of code on fake tensors, against what is known of plain operations."""
 
+import pytest
 import torch
 
 from hf_distill.planning.ledger import GRADIENTS, LiveBytes
 from hf_distill.planning.models import no_memory
+from tests.planning.peaks import peak_of
 
 
 def test_storages_count_while_they_are_alive_and_views_do_not():
@@ -51,3 +53,35 @@ def test_allocations_of_cuda_are_multiples_of_512_bytes():
         kept = torch.empty(1), torch.empty(129)
         assert ledger.live["other"] == 512 + 1024
     del kept
+
+
+HELD = []
+
+
+def lone(x):
+    return (2 * x).sum() + (3 * x).sum()
+
+
+def expanded(x):
+    return (2 * x).sum() + x.sum()
+
+
+def held(x):
+    doubled = (2 * x).sum()
+    view = x.view(64, 1000)
+    view.register_hook(HELD.append)
+    return doubled + (3 * view).sum()
+
+
+@pytest.mark.parametrize("loss_of", [lone, expanded, held], ids=lambda function: function.__name__)
+def test_gradients_are_summed_in_place_where_real_ones_are(loss_of):
+    with no_memory():
+        x = torch.empty(1000, 64, requires_grad=True)
+        with LiveBytes() as ledger:
+            ledger.add([x], "weights")
+            loss_of(x).backward()
+    HELD.clear()
+    real = torch.ones(1000, 64, requires_grad=True)
+    measured = peak_of(lambda: loss_of(real).backward())
+    HELD.clear()
+    assert ledger.peak.total - x.nbytes == pytest.approx(measured, rel=0.001)
