@@ -296,6 +296,8 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
         teacher = {} if case.get("trainer") == "hard" else {"teacher_model": paths["teacher"]}
         if case["family"] in SEEING:
             more["data_collator"] = Pictures(case["family"])
+        if case.get("trainer") == "skd":  # "auto" would take the family's own class, which knows no words
+            more["processing_class"] = PreTrainedTokenizerFast.from_pretrained(paths["student"])
         watch = Watch()
         trainer = trainer_class(
             paths["student"], args=args, train_dataset=rows_of(case), callbacks=[watch], **teacher, **more

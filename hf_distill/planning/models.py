@@ -201,7 +201,11 @@ def parameter_shapes(model: nn.Module) -> tuple[ParameterShape, ...]:
 
 
 def layer_bytes(model: PreTrainedModel) -> tuple[int, int]:
-    """The bytes of the largest layer, and of all parameters that belong to none: embeddings, final norm, head."""
-    layers = decoder_layers(model)[1]
+    """The bytes of the largest layer, and of all parameters that belong to none: embeddings, final norm, head.
+
+    Layers are what engines gather at a time, those of a tower among them: the modules that transformers never splits.
+    """
+    whole = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in whole] or [*decoder_layers(model)[1]]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     return max(map(weight_bytes, layers)), sum(p.nbytes for p in model.parameters() if id(p) not in inside)

@@ -1,7 +1,11 @@
 """Plans of rows with pictures, against real steps of tiny models on the CPU, and batches that processors make."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from hf_distill import KDConfig, KVProjectionConfig, SpeculativeKDConfig
 from hf_distill.losses.fused_linear import TeacherSignal
@@ -10,7 +14,7 @@ from hf_distill.losses.objective import Objective
 from hf_distill.modeling import expose_hidden_states, select_positions, spare_frozen_tower
 from hf_distill.planning import plan_run
 from hf_distill.planning.batches import Batch
-from hf_distill.planning.models import ModelSpec
+from hf_distill.planning.models import ModelSpec, layer_bytes
 from hf_distill.planning.steps import SignalSpec, StudentRun, student_step
 from hf_distill.trainers.pictures import freeze_tower
 from tests.conftest import make_model
@@ -86,6 +90,20 @@ def test_the_peak_of_a_step_with_pictures_is_that_of_the_profiler(
     beside = found.peak.total - found.peak.parts["the batch"]  # which is alive before the real step
     assert beside == pytest.approx(second_peak(step), rel=0.03)
     assert found.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("family", [family for family in PLANNED if family != "gemma3"])  # accelerate refuses it
+def test_blocks_of_a_tower_are_layers_to_engines_that_split(family):
+    """As accelerate wraps them for FSDP2."""
+    model = make_vlm(family)
+    plugin = SimpleNamespace(auto_wrap_policy=transformer_auto_wrap_policy, transformer_cls_names_to_wrap=None)
+    wrapped = [module for module in model.modules() if fsdp2_prepare_auto_wrap_policy(plugin, model)(module)]
+    sizes = [sum(p.nbytes for p in module.parameters()) for module in wrapped]
+    alone = {id(p): p.nbytes for p in model.parameters()}
+    for parameter in (p for module in wrapped for p in module.parameters()):
+        alone.pop(id(parameter), None)
+    layer, root = layer_bytes(model)
+    assert (layer, root) == (max(sizes), sum(alone.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------- whole plans
