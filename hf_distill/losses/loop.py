@@ -297,8 +297,16 @@ def _differentiate_(
 @functools.cache
 def _compiled_differentiate_() -> Callable[..., Tensor]:
     # Not `dynamic=True`: rows become dynamic by themselves, while constants stay the plain numbers that the divergences
-    # check; as symbols they would break the graph, and chunk-sized tensors would be written between its parts.
-    return torch.compile(_differentiate_)
+    # check; as symbols they would break the graph, and chunk-sized tensors would be written between its parts. Several
+    # settings in one process need more than torch's 8 graphs. Past the limit nothing is compiled any more.
+    limits = torch._dynamo.config.patch(recompile_limit=64, specialize_float=True)
+    compiled = limits(torch.compile(_differentiate_))
+
+    def from_their_start(*rows: Tensor, **options: Any) -> Tensor:
+        # A view into the middle of a tensor would need a graph of its own.
+        return compiled(*(x.clone() if x.storage_offset() else x for x in rows), **options)
+
+    return from_their_start
 
 
 def _differentiate_chunk_(

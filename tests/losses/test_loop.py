@@ -3,6 +3,7 @@
 Shapes: N positions, V vocabulary, K ids of a sparse target.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -212,6 +213,33 @@ def test_a_step_is_compiled_anew_for_other_numbers_only(make):
             rows = torch.randn(length, VOCAB), labels[:length], torch.ones(length)
             compiled(*rows, *inputs, student=student, step=step, constants=constants)
     assert 1 <= counter.frame_count <= 2
+
+
+def test_each_setting_has_a_graph_however_many_there_are_and_wherever_rows_begin(monkeypatch):
+    """By default, 8 are allowed, numbers that change become symbols, and views into tensors are one more."""
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    loop._compiled_differentiate_.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    hidden, head, labels = make_student(torch.float32)
+    head = head.truncated(VOCAB)
+    settings = [("forward_kl", {}, 1.0), ("forward_kl", {}, 2.0), ("reverse_kl", {}, 1.0)]
+    settings += [("taid", {"t": t}, 1.0) for t in (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)]
+    for number, (divergence, params, temperature) in enumerate(settings, start=1):
+        constants = loop.Constants(DIVERGENCE_TERMS[divergence], params, 0.5, 0.5, temperature)
+        step = make_teacher(torch.float32).step(len(hidden), VOCAB, torch.device("cpu"), Objective())
+        for chunk in (slice(0, 8), slice(3, 9), slice(0, 5), slice(1, 5), slice(9, 11)):
+            found = []
+            for function in (loop._compiled_differentiate_(), loop._differentiate_):
+                torch.manual_seed(0)
+                size = chunk.stop - chunk.start
+                inputs = step.inputs_(chunk, [torch.empty(size, VOCAB)], constants)
+                rows = logits, _, _ = torch.randn(size, VOCAB), labels[chunk], torch.ones(len(hidden))[chunk]
+                with torch.no_grad():
+                    found.append((function(*rows, *inputs, student=head, step=step, constants=constants), logits))
+            torch.testing.assert_close(*found)
+        assert counter.frame_count == number + 1  # one for the first number of rows, then one for any
+    loop._compiled_differentiate_.cache_clear()
 
 
 def test_signals_of_the_loop_are_known_by_their_step():
