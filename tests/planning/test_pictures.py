@@ -68,7 +68,14 @@ class Step:
 
 @pytest.mark.parametrize("freezes", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("family", ["idefics3", "gemma3", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "idefics3",
+        "qwen2_5_vl",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("gemma3", "qwen3_vl", "internvl")),
+    ],
+)
 def test_the_peak_of_a_step_with_pictures_is_that_of_the_profiler(
     family, checkpointing, freezes, tmp_path, monkeypatch
 ):
