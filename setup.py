@@ -23,7 +23,7 @@ def long_description() -> str:
 # `make test-oldest` takes the lower bounds, `make test-newest` the newest there are, `make test` constraints.txt.
 REQUIREMENTS = [
     "torch>=2.9",
-    "transformers>=5.18,<6",  # 5.17 loads no processor of pictures without torchvision
+    "transformers>=5.17,<6",
     "trl>=1.16,<2",  # SFTTrainer of 1.15 fails on CPU builds of torch
     "peft>=0.21",
     "accelerate>=1.15",  # older ones resume LoRA under FSDP2 with one process's part of the adapters alone

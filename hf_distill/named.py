@@ -1,8 +1,8 @@
 """Configurations and tokenizers of models that are given by name, before any weights are loaded."""
 
+import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from transformers import (
 from trl import SFTConfig
 
 from hf_distill.modeling import causal_lm, is_vision_language, num_positions, num_token_ids
+
+logger = logging.getLogger(__name__)
 
 # Parts of the names of files that tokenizers are saved in.
 TOKENIZER_FILES = ("token", "vocab", "merges", "spiece", "sentencepiece", "tekken")
@@ -117,8 +119,10 @@ def student_processing_class(model: str | PreTrainedModel, args: SFTConfig, *, s
         `ValueError`: as `student_tokenizer` does.
     """
     if sees:
-        with suppress(ValueError):  # rows of text alone need none
+        try:
             return student_processor(model, args)
+        except ValueError as error:  # rows of text alone need none
+            logger.warning("the student reads pictures, and will be saved without a processor of pictures: %s", error)
     return student_tokenizer(model, args)
 
 

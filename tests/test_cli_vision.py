@@ -15,7 +15,7 @@ from hf_distill import KDConfig, KDTrainer, cli
 from hf_distill.row_files import load_rows
 from hf_distill.runs import rows_digest
 from tests.trainers.test_kd import settings
-from tests.vision import chats, make_processor, make_vlm, picture
+from tests.vision import NEEDS_5_18, chats, make_processor, make_vlm, picture
 
 RUN = ["--use_cpu", "--bf16", "false", "--report_to", "none", "--max_steps", "2", "--save_strategy", "no"]
 RUN = [*RUN, "--per_device_train_batch_size", "2", "--logging_steps", "1"]
@@ -52,6 +52,7 @@ def kd(folder, out, dataset, *more, command="kd"):
     return cli.main(arguments)
 
 
+@NEEDS_5_18
 def test_a_run_with_pictures_leaves_a_student_and_a_page(folder, tmp_path):
     out = tmp_path / "out"
     kd(folder, out, "rows.jsonl", "--baseline")
@@ -73,6 +74,7 @@ def test_a_run_with_pictures_leaves_a_student_and_a_page(folder, tmp_path):
     assert results["after"]["eval_kd"] < results["before"]["eval_kd"]
 
 
+@NEEDS_5_18
 def test_the_values_of_the_tokens_are_those_of_the_evaluation(folder, tmp_path):
     kd(folder, tmp_path, "rows.jsonl")
     tokens = json.loads((tmp_path / "tokens.json").read_text())
@@ -81,6 +83,7 @@ def test_the_values_of_the_tokens_are_those_of_the_evaluation(folder, tmp_path):
     assert sum(values) / len(values) == pytest.approx(results["after"]["eval_kd"], abs=2e-4)
 
 
+@NEEDS_5_18
 def test_questions_and_answers_of_templates_are_messages(folder, tmp_path):
     templates = ["--prompt_template", "{question}", "--completion_template", "{answer}"]
     kd(folder, tmp_path, "questions.jsonl", *templates, "--max_length", "None")
@@ -91,11 +94,13 @@ def test_questions_and_answers_of_templates_are_messages(folder, tmp_path):
     assert "".join(said) == chats(1)[0]["messages"][1]["content"] + "<eos>"
 
 
+@NEEDS_5_18
 def test_a_folder_of_pictures_is_read(folder, tmp_path):
     kd(folder, tmp_path, "pictures", "--eval_split", "train")
     assert (tmp_path / "model.safetensors").exists()
 
 
+@NEEDS_5_18
 def test_hard_labels_alone_take_pictures(folder, tmp_path):
     kd(folder, tmp_path, "rows.jsonl", command="sft")
     assert (tmp_path / "tokens.json").exists()
@@ -111,6 +116,7 @@ def test_commands_for_text_say_so(folder, tmp_path, command, capsys):
     assert "pictures" in capsys.readouterr().err
 
 
+@NEEDS_5_18
 def test_a_run_with_pictures_is_examined(folder, tmp_path, capsys):
     models = ["--model", str(folder / "student"), "--teacher_model", str(folder / "teacher")]
     rows = ["--dataset", str(folder / "rows.jsonl"), "--output_dir", str(tmp_path / "out"), "--rows", "4"]
@@ -134,7 +140,7 @@ def test_layers_of_a_model_that_sees_are_not_pruned(folder, tmp_path, capsys):
     assert "reads pictures, and prune is for models of text alone" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["idefics3", "gemma3"])
+@pytest.mark.parametrize("family", [pytest.param("idefics3", marks=NEEDS_5_18), "gemma3"])
 def test_a_merged_student_sees_as_the_one_with_its_adapter(tmp_path, family):
     make_vlm(family, 1).save_pretrained(tmp_path / "base")
     make_processor(family).save_pretrained(tmp_path / "base")

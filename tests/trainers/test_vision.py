@@ -23,6 +23,7 @@ from tests.vision import (
     FAMILIES,
     IMAGE_ID,
     LINE_BREAKS,
+    NEEDS_5_18,
     PICTURE_IDS,
     PROCESSED,
     HandMade,
@@ -214,6 +215,7 @@ def test_prompts_and_pictures_bear_no_label(tmp_path, family):
         assert set(ids[labels != -100].tolist()).isdisjoint(PICTURE_IDS)
 
 
+@NEEDS_5_18
 def test_answers_alone_bear_labels_if_asked(tmp_path):
     trainer = make_trainer(tmp_path, "idefics3", chats(3), assistant_only_loss=True)
     batch = trainer.batch_collator()(list(chats(3)))
@@ -387,6 +389,7 @@ def test_a_baseline_on_hard_labels_has_the_same_rows(tmp_path):
     assert trainer.evaluate()["eval_ce"] == pytest.approx(expected, rel=1e-5)
 
 
+@NEEDS_5_18
 def test_models_and_processors_given_by_path_are_loaded_whole(tmp_path):
     for name, seed in (("student", 1), ("teacher", 2)):
         make_vlm("idefics3", seed).save_pretrained(tmp_path / name)

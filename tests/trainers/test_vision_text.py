@@ -3,13 +3,13 @@
 import pytest
 from datasets import Dataset
 
-from hf_distill import KDConfig, KDTrainer
+from hf_distill import KDConfig, KDTrainer, named
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.modeling import vision_tower
 from hf_distill.planning import plan_run
 from tests.conftest import make_model, make_tokenizer
 from tests.trainers.test_kd import settings
-from tests.vision import FAMILIES, WORDS, chats, make_processor, make_vlm
+from tests.vision import FAMILIES, NEEDS_5_18, WORDS, chats, make_processor, make_vlm
 from tests.vision import make_tokenizer as vision_tokenizer
 
 
@@ -29,6 +29,7 @@ def test_an_unused_column_of_pictures_is_none_of_a_model_of_text():
         evaluate_fidelity(*seeing, rows, vision_tokenizer())
 
 
+@NEEDS_5_18
 @pytest.mark.parametrize("form", ["text", "messages"])
 @pytest.mark.parametrize("changes", [{}, {"packing": True, "max_length": 16}], ids=["rows", "packed"])
 def test_a_student_that_sees_keeps_its_processor_where_rows_are_text(tmp_path, form, changes):
@@ -48,6 +49,21 @@ def test_a_student_that_sees_keeps_its_processor_where_rows_are_text(tmp_path, f
             trainer.save_model()
             assert (tmp_path / "out" / "processor_config.json").exists()
     assert found[0] == found[1] > 0
+
+
+def test_a_processor_that_cannot_be_loaded_is_told(tmp_path, monkeypatch, caplog):
+    def missing(*_, **__):
+        raise ImportError("torchvision is not installed")
+
+    make_vlm("idefics3", 1).save_pretrained(tmp_path / "student")
+    make_processor("idefics3").tokenizer.save_pretrained(tmp_path / "student")
+    monkeypatch.setattr(named, "load_processor", missing)
+    KDTrainer(
+        str(tmp_path / "student"), make_vlm("idefics3", 2), KDConfig(**settings(tmp_path / "out")), texts("text"),
+        teacher_processing_class=vision_tokenizer(),
+    )  # fmt: skip
+    assert "saved without a processor of pictures: " in caplog.text
+    assert "torchvision is not installed" in caplog.text
 
 
 @pytest.mark.parametrize("family", FAMILIES)
