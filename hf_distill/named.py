@@ -19,7 +19,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from hf_distill.modeling import causal_lm, is_vision_language, num_positions, num_token_ids
+from hf_distill.modeling import causal_lm, is_vision_language, merges_early, num_positions, num_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -137,15 +137,27 @@ def load_processor(name: str, init_kwargs: Any, trust_remote_code: bool) -> Proc
 
 def sees(model: Any, init_kwargs: Any, trust_remote_code: bool) -> bool | None:
     """True if a model, loaded or not, reads pictures; None where its configuration cannot be read."""
+    config = _whole_config(model, init_kwargs, trust_remote_code)
+    return None if config is None else is_vision_language(config)
+
+
+def blindness(model: Any, init_kwargs: Any, trust_remote_code: bool) -> str | None:
+    """The reason, in words, why a model, loaded or not, cannot be given pictures; None if it can, or nobody knows."""
+    config = _whole_config(model, init_kwargs, trust_remote_code)
+    if config is None or is_vision_language(config):
+        return None
+    if merges_early(config):
+        return f"reads pictures without a vision tower ({config.model_type}), which is not supported"
+    return "reads text alone"
+
+
+def _whole_config(model: Any, init_kwargs: Any, trust_remote_code: bool) -> PreTrainedConfig | None:
     if not isinstance(model, str):
-        return is_vision_language(causal_lm(model))
+        return causal_lm(model).config
     try:
-        config = AutoConfig.from_pretrained(
-            model, revision=revision_of(init_kwargs), trust_remote_code=trust_remote_code
-        )
+        return AutoConfig.from_pretrained(model, revision=revision_of(init_kwargs), trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         return None
-    return is_vision_language(config)
 
 
 def load_tokenizer(name: str, init_kwargs: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -184,6 +184,8 @@ class PictureCollator(MaskedPictures):
         """TRL's batch of rows, which are of one format."""
         collator = self.collator
         has_answers = {"prompt", "completion"} <= set(rows[0])
+        if has_answers:
+            refuse_begun_completions(collator.processor)
         others = ("messages", "conversations", collator.dataset_text_field) if has_answers else ("completion",)
         texts = [as_trl_reads({name: cell for name, cell in row.items() if name not in others}) for row in rows]
         texts = [with_ends(row, collator.dataset_text_field, collator.processor.tokenizer) for row in texts]
@@ -203,6 +205,18 @@ class PictureCollator(MaskedPictures):
             )
         shape = batch["input_ids"].shape
         return {n: v[:, :length] if isinstance(v, Tensor) and v.shape == shape else v for n, v in batch.items()}
+
+
+def refuse_begun_completions(processor: Any) -> None:
+    """Raises `ValueError` for a processor that begins each text with a token: completions would begin with it, too."""
+    ids: Any = processor(text=["a"], add_special_tokens=False)["input_ids"][0]
+    plain = processor.tokenizer("a", add_special_tokens=False)["input_ids"]
+    if len(ids) > len(plain):
+        begin = processor.tokenizer.decode(ids[: len(ids) - len(plain)])
+        raise ValueError(
+            f"{type(processor).__name__} puts {begin!r} before each text, completions among them: give the rows as "
+            "'messages', with assistant_only_loss=True if their answers alone are to be learned"
+        )
 
 
 def spans_of(processing_class: Any, *configs: Any) -> PictureSpans:

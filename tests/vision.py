@@ -13,10 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.mllama.processing_mllama import MllamaProcessor
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
@@ -79,7 +83,7 @@ def without_videos(processor: type) -> type:
 
 
 def make_processor(family: str, **settings: Any) -> Any:
-    """A processor for pictures of 32 x 32, or 16 x 16 of those with patches of 8 (Gemma 3, LLaVA-OneVision)."""
+    """A processor for pictures of 32 x 32, or, of most families, 16 x 16."""
     if family in ("idefics3", "smolvlm"):
         size = {
             "size": {"longest_edge": 32},
@@ -100,6 +104,17 @@ def make_processor(family: str, **settings: Any) -> Any:
         tokenizer = make_tokenizer(boi_token="<boi>", eoi_token="<eoi>", image_token=IMAGE)
         pictures = Gemma3ImageProcessorPil(size={"height": 16, "width": 16}, **settings)
         return Gemma3Processor(pictures, tokenizer, chat_template=CHAT_TEMPLATE % "<boi>", image_seq_length=4)
+    if family == "internvl":
+        around = {"start_image_token": "<boi>", "end_image_token": "<eoi>", "context_image_token": IMAGE}
+        tokenizer = make_tokenizer(**around, video_token="<video>")
+        pictures = GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, **{"max_patches": 2, **settings})
+        template = CHAT_TEMPLATE % IMAGE
+        return without_videos(InternVLProcessor)(pictures, tokenizer, None, image_seq_length=4, chat_template=template)
+    if family == "mllama":
+        tokenizer = make_tokenizer(image_token=IMAGE)
+        tokenizer.bos_token = "<|user|>"  # which it begins every text with
+        pictures = MllamaImageProcessorPil(size={"height": 16, "width": 16}, max_image_tiles=1, **settings)
+        return MllamaProcessor(pictures, tokenizer, chat_template=CHAT_TEMPLATE % IMAGE)
     assert family == "llava_onevision", family
     pictures = LlavaOnevisionImageProcessorPil(
         size={"height": 16, "width": 16}, image_grid_pinpoints=[[16, 16], [16, 32], [32, 16]], **settings
@@ -159,7 +174,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # transformers 5.17 loads Idefics3's processor only beside torchvision, and knows no answers in rows with pictures.
 NEEDS_5_18 = pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="needs transformers 5.18")
 # Families whose processors work without torchvision; those of the others get inputs made by hand.
-PROCESSED = ("smolvlm", "idefics3", "gemma3", "llava_onevision")
+PROCESSED = ("smolvlm", "idefics3", "gemma3", "llava_onevision", "internvl", "mllama")
 
 
 def make_vlm(family: str, seed: int = 0, vocab_size: int = VOCAB, **text: Any) -> Any:

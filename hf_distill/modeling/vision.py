@@ -28,6 +28,15 @@ def is_vision_language(model: PreTrainedModel | PreTrainedConfig) -> bool:
     return getattr(config, "vision_config", None) is not None
 
 
+def merges_early(config: PreTrainedConfig) -> bool:
+    """True for a model whose pictures are tokens or patches of the text itself (Chameleon, Emu3, Fuyu).
+
+    Which of its tokens stand for pictures is not known here, so it would learn them as text.
+    """
+    is_made_of_tokens = getattr(config, "vq_config", None) is not None
+    return not is_vision_language(config) and (is_made_of_tokens or config.model_type == "fuyu")
+
+
 def tokenizer_of(processing_class: Any) -> Any:
     """The tokenizer inside a processor; a tokenizer is its own."""
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from hf_distill.modeling import PictureSpans, causal_lm, label_positions, num_token_ids, public_name
-from hf_distill.named import load_processor, name_of, sees
+from hf_distill.named import blindness, load_processor, name_of
 from hf_distill.picture_batches import MaskedPictures, spans_of, with_padding
 from hf_distill.teachers.columns import PREFIX, AnyDataset
 from hf_distill.teachers.local import LocalTeacher
@@ -213,8 +213,8 @@ def _settings(processor: ProcessorMixin) -> Any:
 def refuse_blind(teachers: Mapping[str, Any], args: Any) -> None:
     """Raises `ValueError` for teachers by name that cannot see the pictures of the rows; no weights are read."""
     for name, model in teachers.items():
-        if sees(model, args.teacher_model_init_kwargs, args.trust_remote_code) is False:
+        if blind := blindness(model, args.teacher_model_init_kwargs, args.trust_remote_code):
             raise ValueError(
-                f"the rows have pictures, and the teacher {name} reads text alone: take a vision-language teacher, or "
-                "remove the column of pictures"
+                f"the rows have pictures, and the teacher {name} {blind}: take a vision-language teacher, or remove "
+                "the column of pictures"
             )

@@ -73,6 +73,7 @@ from hf_distill.trainers.pictures import (
     picture_rows,
     refuse_flat_places,
     refuse_for_pictures,
+    refuse_pixels,
     refuse_student,
     student_collator,
     try_rows,
@@ -369,6 +370,8 @@ class HardLabelTrainer(PreparingTrainer):
             ids = inputs["input_ids"]
             refuse_flat_places(self.student, inputs)
             seen = {**inputs, "input_ids": ids.masked_fill(self.picture_spans(ids), 0)}
+        else:
+            refuse_pixels(self.student, inputs)
         number = check_batch(seen, "", self.vocab_size, self.vocab_size, self.tokenizer.pad_token_id)
         positions, labels = label_positions(inputs.pop("labels"), number)
         return inputs, positions, labels

@@ -24,7 +24,7 @@ from hf_distill.modeling import (
     language_part,
     vision_tower,
 )
-from hf_distill.named import sees, student_without_weights
+from hf_distill.named import blindness, student_without_weights
 from hf_distill.picture_batches import MaskedPictures, PictureCollator, naming_row
 from hf_distill.picture_rows import (
     AnyDataset,
@@ -122,10 +122,10 @@ def refuse_for_pictures(args: Any, columns: set[str], has_formatting: bool) -> N
 
 def refuse_student(model: Any, processing_class: Any, args: Any) -> None:
     """Raises `ValueError` for a student that does not see, or a tokenizer where a processor is needed."""
-    if sees(model, args.model_init_kwargs, args.trust_remote_code) is False:
+    if blind := blindness(model, args.model_init_kwargs, args.trust_remote_code):
         raise ValueError(
-            "the rows have pictures, and the student reads text alone: take a vision-language student, or remove the "
-            "column of pictures"
+            f"the rows have pictures, and the student {blind}: take a vision-language student, or remove the column of "
+            "pictures"
         )
     if processing_class is not None and not isinstance(processing_class, ProcessorMixin):
         raise ValueError(
@@ -182,6 +182,15 @@ def keep_batches_whole(accelerator: Accelerator) -> None:
     if accelerator.dataloader_config.dispatch_batches:
         raise ValueError("dispatch_batches=True cuts the pixels of a batch: remove it from accelerator_config")
     accelerator.dataloader_config.dispatch_batches = False
+
+
+def refuse_pixels(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a batch with pictures if a model has no vision tower: it would learn their tokens."""
+    if found := [name for name in ("pixel_values", "image_patches") if name in inputs]:
+        raise ValueError(
+            f"a batch has {found[0]}, and {type(model).__name__} has no vision tower, so the tokens of its pictures "
+            "would be learned as text: take a vision-language model with one"
+        )
 
 
 def refuse_flat_places(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:

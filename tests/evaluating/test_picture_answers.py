@@ -32,6 +32,8 @@ def by_hand(model, processor, row):
         if token.item() == processor.tokenizer.eos_token_id:
             break
         filler = {"input_ids": token, "attention_mask": torch.ones_like(token)}
+        if "cross_attention_mask" in inputs:
+            filler["cross_attention_mask"] = inputs["cross_attention_mask"][:, -1:]
         for name, each in inputs.items():
             if name in filler or name.endswith("token_type_ids"):
                 inputs[name] = torch.cat([each, filler.get(name, torch.zeros_like(token))], 1)
