@@ -159,6 +159,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
                    "spatial_merge_size": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
     },
     "internvl": {"text": {"model_type": "qwen2"}, "vision": {"image_size": [16, 16], "patch_size": [4, 4]}},
+    "lfm2_vl": {
+        "projector_hidden_size": 24,
+        "text": {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        "vision": {"model_type": "siglip2_vision_model", "num_patches": 16, "vision_use_head": False},
+    },
     "llama4": {
         "text": {"intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 64,
                  "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "rope_parameters": PLAIN_ROPE},
@@ -277,11 +282,11 @@ class HandMade:
             batch["pixel_values"] = patches.expand(-1, -1, 2, -1).reshape(len(rows) * 16, 96)
             batch["image_grid_thw"] = torch.tensor([[1, 4, 4]] * len(rows))
             batch["mm_token_type_ids"] = (ids == IMAGE_ID).long()
-        elif self.family == "mllama":
-            batch["pixel_values"] = pixels[:, None, None]
-            batch["aspect_ratio_ids"] = torch.ones(len(rows), 1, dtype=torch.long)
-            batch["aspect_ratio_mask"] = torch.ones(len(rows), 1, 1, dtype=torch.long)
-            batch["cross_attention_mask"] = (ids == IMAGE_ID).cumsum(1).clamp(max=1)[:, :, None, None]
+        elif self.family == "lfm2_vl":
+            patches = pixels.view(len(rows), 3, 4, 4, 4, 4).permute(0, 2, 4, 3, 5, 1)
+            batch["pixel_values"] = patches.reshape(len(rows), 16, 48)
+            batch["pixel_attention_mask"] = torch.ones(len(rows), 16, dtype=torch.long)
+            batch["spatial_shapes"] = torch.tensor([[4, 4]] * len(rows))
         else:
             batch["pixel_values"] = pixels
         return batch

@@ -54,8 +54,7 @@ def make_trainer(folder, family, rows, student=None, teacher=None, trainer_setti
 
 
 def rows_of(family, number=4, seed=0):
-    tokens = 1 if family == "mllama" else 4
-    return chats(number, seed) if family in PROCESSED else tokenised(number, seed, tokens)
+    return chats(number, seed) if family in PROCESSED else tokenised(number, seed)
 
 
 def processed(family, rows) -> dict[str, Tensor]:
@@ -152,7 +151,7 @@ def test_a_tower_that_is_not_frozen_learns_as_in_dense_losses(tmp_path, family):
     assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith(tower))
 
 
-@pytest.mark.parametrize("family", ["idefics3", "llava_onevision", "qwen3_vl", "mllama"])
+@pytest.mark.parametrize("family", ["idefics3", "llava_onevision", "qwen3_vl", "mllama", "lfm2_vl"])
 def test_a_batch_of_four_is_two_times_two(tmp_path, family):
     found = []
     for size, steps in ((4, 1), (2, 2)):
@@ -336,7 +335,7 @@ def test_hidden_layers_of_the_language_parts_are_compared(tmp_path):
 
 
 def test_a_teacher_in_bfloat16_gets_pixels_in_bfloat16(tmp_path):
-    for family in ("smolvlm", "gemma3", "llava_onevision", "internvl", "llama4", "mllama", "qwen3_vl"):
+    for family in ("smolvlm", "gemma3", "llava_onevision", "internvl", "llama4", "mllama", "qwen3_vl", "lfm2_vl"):
         teacher = make_vlm(family, 2).to(torch.bfloat16)
         trainer = make_trainer(tmp_path / family, family, rows_of(family), teacher=teacher)
         trainer.train()
