@@ -15,7 +15,9 @@ from hf_distill.diagnosis.forwards import compared
 from hf_distill.diagnosis.probe import open_probe
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.planning import Machine, plan_run
-from tests.vision import chats, make_processor, make_vlm, picture, questions
+from tests.vision import NEEDS_5_18, chats, make_processor, make_vlm, picture, questions
+
+pytestmark = NEEDS_5_18
 
 LEFT_OUT_HERE = {
     "alignment": "no teacher has another tokenizer",

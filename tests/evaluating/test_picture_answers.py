@@ -14,7 +14,7 @@ from hf_distill.evaluating.models import Scoring, evaluate_models
 from hf_distill.evaluating.questions import picture_questions
 from tests.conftest import make_model
 from tests.trainers.test_kd import settings
-from tests.vision import PROCESSED, VOCAB, chats, make_processor, make_vlm, picture, questions
+from tests.vision import NEEDS_5_18, PROCESSED, VOCAB, chats, make_processor, make_vlm, picture, questions
 
 LENGTH = 6
 SCORING = Scoring(["exact_match", "f1"], max_new_tokens=LENGTH)
@@ -114,6 +114,7 @@ def test_a_callback_asks_about_pictures_while_a_student_is_trained(tmp_path):
     assert logged["evaluate/f1"] == next(m.values["student"] for m in expected.measures if m.name == "f1")
 
 
+@NEEDS_5_18
 def test_the_command_generates_answers(tmp_path, capsys):
     for name, seed in (("student", 1), ("teacher", 2)):
         make_vlm("idefics3", seed).save_pretrained(tmp_path / name)
