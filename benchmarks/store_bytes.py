@@ -76,7 +76,7 @@ def make_writer(folder: str, teacher: PreTrainedModel, tokenizer: Any, texts: li
         output_dir=folder, use_cpu=True, bf16=False, report_to=[], max_length=length, per_device_eval_batch_size=4
     )
     rows = Dataset.from_dict({"text": texts})
-    return KDTrainer(student, teacher, settings, rows, processing_class=tokenizer)
+    return KDTrainer(student, teacher, settings, rows, processing_class=tokenizer, teacher_processing_class=tokenizer)
 
 
 def sizes(folder: Path) -> tuple[int, int]:
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=100)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a text that are read")
     parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[49_152, 131_072, 262_144])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     options = parser.parse_args()
     disable_progress_bars()
@@ -108,8 +109,10 @@ def main() -> None:
         teacher, tokenizer = widened(options.teacher, vocab_size, texts)
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_writer(folder, teacher, tokenizer, texts, options.length)
-            for name, method in METHODS.items():
-                manifest = trainer.write_cache(Path(folder, name), method)
+            for name in options.methods:
+                manifest = trainer.write_cache(Path(folder, name), METHODS[name])
+                if manifest.vocab_size != vocab_size:
+                    raise RuntimeError(f"a store of {manifest.vocab_size} tokens, not {vocab_size}")
                 growing, once = sizes(Path(folder, name))
                 row = {
                     "tokens of the vocabulary": f"{vocab_size:,}",
