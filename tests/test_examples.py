@@ -233,11 +233,16 @@ def given_to(recipe, folder, questions, seeing, output_dir):
     return command, ["--config", str(recipe), *options]
 
 
+def marked(recipes):
+    """Parameters of a test; the recipe with pictures needs a transformers that loads the processor of its model."""
+    needs = {"kd_vl_24gb": vision.NEEDS_5_18}
+    return [pytest.param(path, marks=needs.get(path.stem, ()), id=path.stem) for path in recipes]
+
+
 # Those of KAVA differ in two numbers, so one of them is run.
 @pytest.mark.parametrize(
-    "recipe", [path for path in RECIPES if path.parent.name != "kava" or path.stem == "high_capacity"],
-    ids=lambda path: path.stem,
-)  # fmt: skip
+    "recipe", marked(path for path in RECIPES if path.parent.name != "kava" or path.stem == "high_capacity")
+)
 def test_every_recipe_runs_with_its_own_settings(folder, questions, seeing, tmp_path, recipe):
     command, options = given_to(recipe, folder, questions, seeing, tmp_path)
     cli.main([command, *options])
@@ -245,11 +250,7 @@ def test_every_recipe_runs_with_its_own_settings(folder, questions, seeing, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "recipe",
-    [path for path in RECIPES if path.stem != "kd_vl_24gb"],
-    ids=lambda path: path.stem,  # doctor reads text
-)
+@pytest.mark.parametrize("recipe", marked(RECIPES))
 def test_every_recipe_is_examined(folder, questions, seeing, tmp_path, recipe, capsys):
     command, options = given_to(recipe, folder, questions, seeing, tmp_path)
     with suppress(SystemExit):  # models without training may fail a check

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from hf_distill.trainers.checkpoints import find_checkpoint
 
@@ -22,6 +24,10 @@ def run(command: list, folder: Path) -> subprocess.CompletedProcess:
 
 
 SLOW = pytest.mark.slow
+CPUS_RESUME = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"),
+    reason="transformers 5.17 cannot load the optimizer of two processes on CPUs",
+)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +64,7 @@ def two_processes(folder: Path, action: str, rank: int) -> tuple[subprocess.Comp
     return done, time.time() - float((folder / "time.txt").read_text())
 
 
+@CPUS_RESUME
 def test_a_sigterm_to_one_process_stops_both_at_the_same_update_and_the_run_goes_on_bit_for_bit(tmp_path):
     done, _ = two_processes(tmp_path, "sigterm", rank=1)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -5,9 +5,10 @@ import os
 import subprocess
 from pathlib import Path
 
-from tests.distributed.test_kill import LAUNCH
+from tests.distributed.test_kill import CPUS_RESUME, LAUNCH
 
 
+@CPUS_RESUME
 def test_both_processes_stop_whole_and_go_on_to_the_same_weights(tmp_path):
     script = Path(__file__).with_name("remote_runs.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

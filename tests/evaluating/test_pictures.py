@@ -13,7 +13,7 @@ from hf_distill.evaluation import evaluate_fidelity, perplexity, row_sums
 from tests.conftest import make_model
 from tests.conftest import make_tokenizer as make_text_tokenizer
 from tests.trainers.test_kd import settings
-from tests.vision import VOCAB, chats, make_processor, make_vlm, questions
+from tests.vision import NEEDS_5_18, VOCAB, chats, make_processor, make_vlm, questions
 
 
 def dense(student, teacher, rows, processor):
@@ -143,6 +143,7 @@ def evaluated(models, capsys, *more, teacher="teacher", rows="rows.jsonl"):
     return json.loads(capsys.readouterr().out)
 
 
+@NEEDS_5_18
 def test_the_command_measures_rows_with_pictures(models, capsys, tmp_path):
     data = evaluated(models, capsys, "--output_dir", str(tmp_path))
     student, teacher = make_vlm("idefics3", 1), make_vlm("idefics3", 2)
@@ -156,6 +157,7 @@ def test_the_command_measures_rows_with_pictures(models, capsys, tmp_path):
     assert again["measures"]["kl"]["values"] == data["measures"]["kl"]["values"]
 
 
+@NEEDS_5_18
 def test_the_command_lets_each_model_see_in_its_own_way(models, capsys, tmp_path):
     data = evaluated(models, capsys, "--output_dir", str(tmp_path), teacher="other")
     same = evaluated(models, capsys, "--output_dir", str(tmp_path))
@@ -168,6 +170,7 @@ def test_the_command_lets_each_model_see_in_its_own_way(models, capsys, tmp_path
 LUPI = ["--generate", "--knowledge_column", "prompt", "--query_column", "prompt", "--answer_column", "prompt"]
 
 
+@NEEDS_5_18
 @pytest.mark.parametrize(
     ("more", "teacher", "message"),
     [
