@@ -170,6 +170,18 @@ def test_filters_search_and_order_choose_rows_and_tokens(opened):
     assert "Row 0:" in page.locator(".row").first.inner_text()
 
 
+def test_a_filter_leaves_what_the_teacher_has_right_and_the_student_has_not(opened):
+    run = one_run()
+    first = run.tokens["rows"][1]
+    first["teacher"]["ids"][10:] = [3, 1, 2, 0, 4]  # " four", as the row has it
+    page = opened({"run": run})
+    page.get_by_label("the teacher is right, the student is not").check()
+    assert page.locator(".hit").all_inner_texts() == [" four"]
+    cells = page.get_by_role("row", name="the teacher is right, the student is not").locator("td").all_inner_texts()
+    assert "1" in cells  # of both rows' tokens; where both are right, nothing is missed
+    assert page.locator("#where ~ div td.number").first.inner_text() == "0"  # the row of the worst token
+
+
 def test_a_worst_token_leads_to_its_row(opened):
     page = opened({"run": one_run()})
     page.locator("#where ~ div button").first.click()

@@ -75,9 +75,9 @@ function worstTable(run, all, view, knows) {
   const rows = worst.map((each) => {
     const button = element("button", { type: "button" }, each.token.value.toFixed(2));
     button.addEventListener("click", () => view.go(each.row, each.line, each.token));
-    return element("tr", {}, element("td", {}, button), context(each), ...sides.map((side) => likeliestCell(run, each.token[side])));
+    return element("tr", {}, element("td", {}, button), element("td", { class: "number" }, String(each.row.number)), context(each), ...sides.map((side) => likeliestCell(run, each.token[side])));
   });
-  const titles = ["nats", "text, and the token that follows", ...sides.map((side) => `${side} expects`)];
+  const titles = ["nats", "row", "text, and the token that follows", ...sides.map((side) => `${side} expects`)];
   const head = element("tr", {}, ...titles.map((title) => element("th", { scope: "col" }, title)));
   return element("div", { class: "scroll" }, element("table", { class: "text" }, element("thead", {}, head), element("tbody", {}, ...rows)));
 }
@@ -116,6 +116,7 @@ function wherePart(run, rows, view) {
     ["it differs", all.filter(({ token }) => token.differs)],
     ["it differs, and the teacher is sure", all.filter(({ token }) => token.differs && token.isSure)],
     ["the teacher is sure (80 % or more)", all.filter(({ token }) => token.isSure)],
+    ["the teacher is right, the student is not", all.filter(({ token }) => token.isMissed)],
     ["the first 8 tokens of a row", all.filter(({ token }) => token.place <= 8)],
     ["all later ones", all.filter(({ token }) => token.place > 8)],
   ];

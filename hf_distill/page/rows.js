@@ -31,6 +31,7 @@ const FILTERS = {
   worst: ["the worst 2 % of tokens", (token, run) => token.value >= run.cutoff],
   differs: ["the most likely token differs", (token) => token.differs],
   sure: ["the teacher is sure (80 % or more)", (token) => token.isSure],
+  missed: ["the teacher is right, the student is not", (token) => token.isMissed],
 };
 
 const ORDERS = {

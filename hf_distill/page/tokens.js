@@ -39,11 +39,13 @@ function predicted(tokens, row) {
       return found;
     };
     const student = likeliest("student"), teacher = likeliest("teacher");
+    const isRight = (side) => side.length > 0 && tokens.texts[side[0].index] === tokens.texts[row.tokens[place]];
     return {
       place, value: values[j], index: row.tokens[place], student, teacher,
       own: { student: row.student.own[j], teacher: row.teacher.own[j] },
       differs: student.length > 0 && teacher.length > 0 && tokens.texts[student[0].index] !== tokens.texts[teacher[0].index],
       isSure: teacher.length > 0 && teacher[0].probability >= SURE,
+      isMissed: isRight(teacher) && !isRight(student),
       mark: row.marks ? row.marks[j] : null,
     };
   });
