@@ -37,7 +37,7 @@ REQUIREMENTS = [
 ]
 
 QUANTIZATION = ["bitsandbytes>=0.49"]
-DEEPSPEED = ["deepspeed>=0.18.6"]
+DEEPSPEED = ["deepspeed>=0.19.8"]  # of older ones, some load a split teacher with weights that are not its own
 LM_EVAL = ["lm_eval>=0.4.13"]  # tasks of lm-evaluation-harness in `hf-distill evaluate`
 
 EXTRAS = {
