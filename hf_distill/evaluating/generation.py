@@ -83,12 +83,11 @@ def generate_about_pictures(
     max_new_tokens: int = 256,
     stop: Sequence[str] = (),
 ) -> list[str]:
-    """As [`generate_answers`], to the prompts of rows with pictures, in their order.
+    """As [`generate_answers`], to the prompts of rows with pictures, in their order. Other arguments are as there.
 
     Args:
         processor (`ProcessorMixin`): the model's; it makes tokens and pixels of prompts.
         rows (`Dataset`): as of [`~hf_distill.evaluating.questions.PictureQuestions`].
-        all else: as there.
 
     Raises:
         `ValueError`: a model that reads text alone; a row that the processor refuses, or one that is too long.
