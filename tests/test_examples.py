@@ -37,6 +37,7 @@ def test_kd_is_a_drop_in_script(folder, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
+@vision.NEEDS_5_18
 def test_vision_distils_on_pictures(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, seed in (("student", 1), ("teacher", 2)):
