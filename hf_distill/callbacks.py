@@ -221,9 +221,9 @@ class EvaluateCallback(_Measuring):
         name (`str`): what the logged names begin with; several callbacks of a trainer need different ones.
 
     Raises:
-        `ValueError`: `every` or `batch_size` below 1; a name that is taken; neither rows nor questions; prompts that
-            leave no room for an answer; rows that cannot be measured; a model that is sharded over processes (FSDP,
-            ZeRO-3).
+        `ValueError`: `every` or `batch_size` below 1; a name that is taken; neither rows nor questions; prompts without
+            pictures that leave no room for an answer; rows that cannot be measured; a model that is sharded over
+            processes (FSDP, ZeRO-3).
     """
 
     def __init__(

@@ -53,8 +53,11 @@ def test_a_recipe_that_is_no_file_is_told_in_one_line(tmp_path, capsys):
         (["--learning-rte", "1"], "there is no option --learning-rte; did you mean --learning_rate?"),
         (["--student", "a"], "there is no option --student; did you mean --model?"),
         (["--dataset_name", "a"], "there is no option --dataset_name; did you mean --dataset?"),
-        (["--picture_token", "3"], "no option --picture_token; --picture_tokens is an option of `hf-distill plan kd`"),
-        (["--rollout_compile"], "no option --rollout_compile; --rollout_compile is an option of `hf-distill skd`"),
+        (
+            ["--picture_token", "3"],
+            "--picture_token; --picture_tokens is an option of `plan kd`, `plan kv`, `plan skd`",
+        ),
+        (["--rollout_compile"], "--rollout_compile; --rollout_compile is an option of `skd`, `plan skd`, `doctor skd`"),
         (["--zzzz"], r"there is no option --zzzz; .*--help"),
         (["--seed", "1", "word"], "'word' belongs to no option"),
         (["--kd_weight", "much"], "argument --kd_weight/--kd-weight: invalid float value: 'much'"),

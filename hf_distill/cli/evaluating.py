@@ -210,8 +210,10 @@ def _sees_pictures(names: dict[str, str], rows: Dataset | None, arguments: Evalu
     Raises:
         `ValueError`: another model that does not read them, or options that do not go together with pictures.
     """
+    if not has_pictures(rows):
+        return False
     seeing = {role: sees(base_and_adapter(name)[0], None, arguments.trust_remote_code) for role, name in names.items()}
-    if not (has_pictures(rows) and seeing[STUDENT]):
+    if not seeing[STUDENT]:
         return False
     if blind := [role for role in names if seeing[role] is False]:
         raise ValueError(

@@ -154,13 +154,12 @@ class CommandParser(ArgumentParser):
     def _suggestion(self, name: str) -> str:
         own = {action.dest: action.dest for action in self._actions}
         names = own | {other: name for other, name in OTHER_NAMES.items() if name in own and other not in own}
-        others = {
-            option: command for command in reversed(COMMANDS) for option in described_options(COMMANDS[command].options)
-        }
+        others = {each: [*described_options(command.options)] for each, command in COMMANDS.items()}
         name = name.replace("-", "_")
-        nearest = difflib.get_close_matches(name, others | names, n=1, cutoff=0.9)
+        nearest = difflib.get_close_matches(name, {*names}.union(*others.values()), n=1, cutoff=0.9)
         if nearest and nearest[0] not in names:
-            return f"; --{nearest[0]} is an option of `hf-distill {others[nearest[0]]}`"
+            having = [f"`{each}`" for each, options in others.items() if nearest[0] in options]
+            return f"; --{nearest[0]} is an option of {', '.join(having)}"
         near = difflib.get_close_matches(name, names, n=1)
         return f"; did you mean --{names[near[0]]}?" if near else "; --help lists the options"
 

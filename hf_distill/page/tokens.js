@@ -45,7 +45,7 @@ function predicted(tokens, row) {
       own: { student: row.student.own[j], teacher: row.teacher.own[j] },
       differs: student.length > 0 && teacher.length > 0 && tokens.texts[student[0].index] !== tokens.texts[teacher[0].index],
       isSure: teacher.length > 0 && teacher[0].probability >= SURE,
-      isMissed: isRight(teacher) && !isRight(student),
+      isMissed: isRight(teacher) && student.length > 0 && !isRight(student),
       mark: row.marks ? row.marks[j] : null,
     };
   });
