@@ -74,11 +74,15 @@ USED = {
     "_attn_implementation": (PreTrainedConfig, None),
     "_cdata": (torch.empty(0).untyped_storage(), None),
     "_current_autograd_node": (torch._C, None),
+    "_current_graph_task_id": (torch._C, None),
+    "_dynamo": (torch, None),
     "_overloadpacket": (torch.ops.aten.add.Tensor, None),
     "_scaled_dot_product_flash_attention": (torch.ops.aten, None),
     "_from_config": (PreTrainedModel, "config"),
     "_hf_deepspeed_config_weak_ref": (deepspeed_integration, None),
     "_no_split_modules": (PreTrainedModel, None),
+    "_storage_Use_Count": (torch._C, None),
+    "_use_count": (torch.Tensor, None),
 }
 # Private attributes of objects, which `test_a_run_has_the_attributes` looks for.
 ATTRIBUTES = {
