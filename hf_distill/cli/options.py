@@ -55,8 +55,10 @@ def options_of(classes: Iterable[str]) -> dict[str, Option]:
 
     It always is for those that inherit nothing of other libraries.
     """
-    read = {each: _of_table if is_current() or _is_ours(each) else _of_installed for each in classes}
-    return {name: option for each in read for name, option in read[each](each).items()}
+    found: dict[str, Option] = {}
+    for each in classes:
+        found |= _of_table(each) if is_current() or _is_ours(each) else _of_installed(each)
+    return found
 
 
 def described_options(classes: Iterable[str]) -> dict[str, Option]:

@@ -96,9 +96,10 @@ def generate_about_pictures(
         raise ValueError(
             f"the rows have pictures, and {public_name(model)} reads text alone: remove the column of pictures"
         )
-    processor = with_padding(processor)
-    tokenizer, whole, texts = processor.tokenizer, causal_lm(model), []
+    processor, whole = with_padding(processor), causal_lm(model)
+    tokenizer = processor.tokenizer
     ends = _end_tokens(whole, tokenizer)
+    texts: list[str] = []
     bar = tqdm(total=len(rows), desc="generating", unit="answer", leave=False)
     with torch.no_grad(), evaluating(whole), _plainly_greedy(whole, ends, max_new_tokens):
         for start in range(0, len(rows), batch_size):

@@ -1,4 +1,4 @@
-"""What families of vision-language models do differently: learned as the others, or refused in words."""
+"""Vision-language families with rules of their own: trained as the others are, or refused in words."""
 
 import pytest
 import torch
