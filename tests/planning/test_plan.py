@@ -1,6 +1,7 @@
 """Whole plans: sums, verdicts, remedies, recipes, and the commands."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,6 +198,16 @@ def test_the_options_of_a_change_can_be_copied_from_a_narrow_terminal(folder, ca
         cli.main(["plan", "kd", *words(folder, "--gpu", "1MB", "--per_device_train_batch_size", "64")])
     batches = "--per_device_train_batch_size 1 --gradient_accumulation_steps 64"
     assert f"smaller micro-batches: {batches}" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.slow
+def test_the_example_of_the_page_is_what_the_command_prints(capsys):
+    page = (ROOT / "docs" / "plan.md").read_text()
+    command, shown = re.search(r"\$ hf-distill (plan .*?)\n(\{\n.*?\n\})\n```", page, re.DOTALL).groups()
+    cli.main([str(CONFIGS.get(word, word)) for word in command.replace("\\\n", " ").split()])
+    printed = json.loads(capsys.readouterr().out)
+    for name, numbers in json.loads(shown).items():
+        assert printed[name] == pytest.approx(numbers, rel=1e-3), name
 
 
 @pytest.mark.parametrize("more", [["--gpu", "big"], ["--engine", "horovod"], ["--label_share", "2"]])
