@@ -202,23 +202,25 @@ def arguments_of(case: dict[str, Any], folder: Path) -> tuple[Any, Any, dict[str
         known |= {"remove_unused_columns": False}
     if config is SpeculativeKDConfig:
         known |= {"max_length": None, "max_new_tokens": LENGTH - PROMPT, "draft_length": 5, "top_k": VOCAB}
-    args = config(
-        output_dir=str(folder / "out"), use_cpu=True, max_steps=2, report_to="none", disable_tqdm=True, seed=0,
-        save_strategy="no", logging_steps=100, model_init_kwargs={"dtype": case.get("dtype", "float32")}, **known,
-    )  # fmt: skip
+    settings = {
+        "output_dir": str(folder / "out"), "use_cpu": True, "max_steps": 2, "report_to": "none", "disable_tqdm": True,
+        "seed": 0, "save_strategy": "no", "logging_steps": 100,
+        "model_init_kwargs": {"dtype": case.get("dtype", "float32")},
+    }  # fmt: skip
+    args = config(**{**settings, **known})
     lora = LoraConfig(**case["lora"], task_type="CAUSAL_LM") if "lora" in case else None
     return trainer, args, {"peft_config": lora}
 
 
-def predict(case: dict[str, Any]) -> dict[str, int]:
-    """The components and the peak of a case, from its configurations."""
+def predict(case: dict[str, Any], machine: Machine | None = None) -> dict[str, int]:
+    """The components and the peak of a case, from its configurations; by default on one CPU."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = make_folders(case, folder, weights=False)
         _, args, more = arguments_of(case, folder)
         teacher = None if case.get("trainer") == "hard" else paths["teacher"]
         plan = plan_run(
-            paths["student"], teacher, args, machine=Machine(kind="cpu"), prompt_tokens=PROMPT,
+            paths["student"], teacher, args, machine=machine or Machine(kind="cpu"), prompt_tokens=PROMPT,
             picture_tokens=SEEN if case["family"] in SEEING else None, **more,
         )  # fmt: skip
     always = dict(plan.always)
