@@ -4,9 +4,9 @@
     python -m benchmarks.engine_peaks measure out/measured.json               # two processes with gloo for every case
     python -m benchmarks.engine_peaks compare benchmarks/engine_peaks.json out/measured.json
 
-A measured peak is that of the first process in its second update. The profiler begins before the training, so that it
-sees what engines allocate for good: shards, buckets. What is alive before is counted. Models and rows are those of
-`plan_peaks.py`. Predictions are committed before the runs that they are compared with.
+A measured peak is that of the first process in its second update. The profiler begins before the training, with copies
+of all weights, so that it sees what engines make for good, and what they release: shards, buckets. Models and rows are
+those of `plan_peaks.py`. Predictions are committed before the runs that they are compared with.
 """
 
 import argparse
@@ -48,7 +48,13 @@ def predict(case: dict[str, Any]) -> dict[str, int]:
 
 def launch(name: str) -> dict[str, int]:
     """The same numbers of the first of two real processes."""
+    import torch
+
+    from benchmarks.plan_peaks import make_folders
+
+    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
+        make_folders(CASES[name], Path(folder), weights=True)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command += ["-m", "benchmarks.engine_peaks", "run", f"{folder}/found.json", "--only", name]
@@ -57,7 +63,10 @@ def launch(name: str) -> dict[str, int]:
 
 
 def run(name: str, result: Path) -> None:
-    """Trains in this process, which has another one beside it, for two updates; the first writes its numbers."""
+    """Trains for two updates in this process, which has another one beside it; the first writes its numbers.
+
+    The models are beside the file.
+    """
     case = dict(CASES[name])
     engine = case.pop("engine")
     engines.use(engine)
@@ -68,16 +77,13 @@ def run(name: str, result: Path) -> None:
     from benchmarks import plan_peaks
 
     disable_progress_bars()
-    torch.manual_seed(0)
     settings = engines.settings(engine)
-    for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):  # the defaults are planned
-        settings.get("deepspeed", {}).get("zero_optimization", {}).pop(name, None)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = plan_peaks.make_folders(case, Path(folder), weights=True)
-        trainer_class, args, more = plan_peaks.arguments_of({**case, **settings}, Path(folder))
-        rows = plan_peaks.rows_of(case)
-        trainer = trainer_class(paths["student"], teacher_model=paths["teacher"], args=args, train_dataset=rows, **more)
-        watched = _watched(trainer)
+    for limit in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):  # the defaults are planned
+        settings.get("deepspeed", {}).get("zero_optimization", {}).pop(limit, None)
+    trainer_class, args, more = plan_peaks.arguments_of({**case, **settings}, result.parent)
+    student, teacher = (str(result.parent / side) for side in ("student", "teacher"))
+    rows = plan_peaks.rows_of(case)
+    watched = _watched(trainer_class(student, teacher_model=teacher, args=args, train_dataset=rows, **more))
     if torch.distributed.get_rank() == 0:
         result.write_text(json.dumps(watched))
     torch.distributed.barrier()
@@ -89,13 +95,10 @@ def _watched(trainer: Any) -> dict[str, int]:
     from torch.profiler import ProfilerActivity, profile, record_function
     from transformers import TrainerCallback
 
-    from tests.distributed.engine_runs import kept_bytes, own_part
+    from tests.distributed.engine_runs import kept_bytes
 
     teacher = trainer.teacher.model
     tensors = [t for model in (trainer.model, teacher) for t in (*model.parameters(), *model.buffers())]
-    for tensor in map(own_part, tensors):
-        tensor.data = tensor.data.clone()  # files in memory are not the allocator's
-    before = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in map(own_part, tensors)}
     kept: dict[str, int] = {}
 
     class Mark(TrainerCallback):
@@ -106,12 +109,14 @@ def _watched(trainer: Any) -> dict[str, int]:
                     pass
 
     trainer.add_callback(Mark())
+    _copy(tensors)  # files in memory, whose release would be counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        _copy(tensors)
         trainer.train()
     results: Any = found.profiler
     events = sorted(results.kineto_results.events(), key=lambda event: event.start_ns())
     begun = next(event.start_ns() for event in events if event.name() == BEGUN)
-    total, peak = sum(before.values()), 0
+    total = peak = 0
     for event in events:
         if event.name() == "[memory]":
             total += event.nbytes()
@@ -121,6 +126,13 @@ def _watched(trainer: Any) -> dict[str, int]:
         "teacher's weights": sum(t.nbytes for t in (*teacher.parameters(), *teacher.buffers())),
     }  # fmt: skip
     return {**alive, "beside": peak - sum(alive.values()), "peak": peak}
+
+
+def _copy(tensors: list[Any]) -> None:
+    from tests.distributed.engine_runs import own_part
+
+    for tensor in map(own_part, tensors):
+        tensor.data = tensor.data.clone()
 
 
 def main() -> None:

@@ -65,12 +65,13 @@ def share_of(
     numbers = sum(p.numel for p in trained)
     part = math.ceil(numbers / num)
     states = 4 * part + fake_states(optimizer, [(part,)], 4)
-    if engine == "zero2":
-        bucket = min(numbers, REDUCE_BUCKET) * (trained[0].itemsize if trained else 0)
-        return Share(whole + buffers, 4 * part, states, {"ZeRO's bucket of gradients": bucket})
     itemsize = max((p.itemsize for p in parameters), default=0)
+    # Made whole, whatever it has to hold.
+    bucket = {"ZeRO's bucket of gradients": REDUCE_BUCKET * itemsize}
+    if engine == "zero2":
+        return Share(whole + buffers, 4 * part, states, bucket)
     live = min(sum(p.numel for p in parameters), MAX_LIVE) * itemsize
-    return Share(math.ceil(whole / num) + buffers, 4 * part, states, {}, live)
+    return Share(math.ceil(whole / num) + buffers, 4 * part, states, bucket, live)
 
 
 def _shard(parameter: ParameterShape, num: int, *, widen: bool) -> ParameterShape:

@@ -269,7 +269,10 @@ class Planner:
     ) -> dict[str, dict[str, int]]:
         """The bytes of each phase by component, beside those that are always alive."""
         phases: dict[str, dict[str, int]] = {}
-        earlier = {GRADIENTS: share.gradients} if settings.accumulation > 1 else {}
+        accumulates = settings.accumulation > 1
+        # FSDP2 reduces gradients in the last micro-batch alone; until then each process has them whole.
+        gradients = step.gradients if accumulates and settings.machine.engine == "fsdp2" else share.gradients
+        earlier = {GRADIENTS: gradients} if accumulates else {}
         waiting = {}
         if settings.rollout is not None:
             found = self.rollout(settings)
@@ -291,7 +294,7 @@ class Planner:
                 phases[TEACHER]["the teacher's activations"] = max(taken, phases[TEACHER]["the teacher's activations"])
         if settings.splits:
             parts = {name: size for name, size in step.peak_but_gradients.parts.items() if name != GRADIENTS}
-            phases[STEP] = {**parts, GRADIENTS: share.gradients, "gathered weights and gradients": share.gathered}
+            phases[STEP] = {**parts, GRADIENTS: gradients, "gathered weights and gradients": share.gathered}
         else:
             phases[STEP] = dict(step.peak.parts)
         phases[STEP] |= waiting

@@ -89,8 +89,24 @@ def test_engines_that_split_need_less_of_each_device(settings):
     assert found["zero2"].always["optimizer's states"] < found["ddp"].always["optimizer's states"]
     assert found["fsdp2"].always["student's weights"] < found["zero2"].always["student's weights"]
     assert found["ddp"].always["DDP's buckets"] == 4 * found["ddp"].counts["trained parameters"]
+    assert found["zero2"].always["ZeRO's bucket of gradients"] == 4 * 500_000_000  # DeepSpeed's default, made whole
     for plan in found.values():
         assert plan.traffic["gradients"] > 0
+
+
+def test_fsdp2_keeps_whole_gradients_over_micro_batches(settings):
+    student, teacher, options = settings
+    one, two = (
+        plan_run(
+            student, teacher, KDConfig(**options, gradient_accumulation_steps=number),
+            machine=Machine(num=2, engine="fsdp2", kind="cpu"),
+        )
+        for number in (1, 2)
+    )  # fmt: skip
+    whole = 4 * two.counts["trained parameters"]
+    assert two.parts["gradients"] == whole
+    assert one.parts["gradients"] == pytest.approx(whole / 2, rel=0.01)
+    assert two.phases["optimizer's step"] == pytest.approx(one.phases["optimizer's step"], rel=0.01)
 
 
 @pytest.mark.slow
