@@ -6,6 +6,7 @@ Shapes: N label-bearing positions of a batch, M of a teacher with another tokeni
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +26,20 @@ from hf_distill.teachers.columns import take_columns
 ENOUGH_LABELS = 500  # fewer say little about how frequent tokens are
 
 
-class Forward(NamedTuple):
-    """A batch, and the student's hidden states at its label-bearing positions."""
+class Question(NamedTuple):
+    """A batch and its label-bearing positions."""
 
     inputs: dict[str, Any]  # of the whole batch, without labels
     positions: Tensor  # (N,)
     labels: Tensor  # (N,)
+
+
+class Forward(NamedTuple):
+    """The same, and the student's hidden states at these positions."""
+
+    inputs: dict[str, Any]
+    positions: Tensor
+    labels: Tensor
     hidden: Tensor  # (N, Ds)
 
 
@@ -201,24 +210,23 @@ def _compared(probe: Probe) -> dict[str, Sums]:
     return found
 
 
-def between(probe: Probe, one: Callable[[Forward], TeacherSignal], other: Callable[[Forward], TeacherSignal],
+def between(probe: Probe, one: Callable[[Question], TeacherSignal], other: Callable[[Question], TeacherSignal],
             num_batches: int) -> tuple[float, float, float]:  # fmt: skip
     """KL(one || other) in nats per token, and the nats per token of both, over the first batches of the probe."""
     size, totals, tokens = probe.trainer.vocab_size, torch.zeros(3, dtype=torch.float64), 0
-    for index, forward in enumerate(forwards(probe, probe.args.per_device_eval_batch_size)):
-        if index == num_batches:
-            break
-        mine, theirs = one(forward), other(forward)
-        chunk_size = default_chunk_size(forward.hidden.device, size)
-        for start in range(0, len(forward.labels), chunk_size):
+    for batch in islice(probe.batches(probe.args.per_device_eval_batch_size), num_batches):
+        question = Question(*probe.trainer.take_labels(batch))
+        mine, theirs = one(question), other(question)
+        chunk_size = default_chunk_size(question.labels.device, size)
+        for start in range(0, len(question.labels), chunk_size):
             part = slice(start, start + chunk_size)
-            target = forward.labels[part].unsqueeze(-1)
+            target = question.labels[part].unsqueeze(-1)
             p, q = (
                 s.head.truncated(size).logits(s.hidden[part]).log_softmax(-1).to(target.device) for s in (mine, theirs)
             )
             totals += torch.stack(
                 [DIVERGENCES["forward_kl"](q, p).sum(), -p.gather(-1, target).sum(), -q.gather(-1, target).sum()]
             ).cpu()
-        tokens += len(forward.labels)
+        tokens += len(question.labels)
     kl, first, second = (totals / max(tokens, 1)).tolist()
     return kl, first, second

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from hf_distill.diagnosis.findings import Finding, LeftOut, failure, ok, warning
 from hf_distill.diagnosis.probe import Probe
-from hf_distill.diagnosis.updates import Batch, backward, mean_loss, trained, training, weights_kept
+from hf_distill.diagnosis.updates import Batch, asked_once, backward, mean_loss, trained, training, weights_kept
 
 FACTORS = (0.1, 1.0, 10.0)
-UPDATES, FEWEST = 8, 3  # at each rate
+UPDATES, FEWEST = 8, 2  # at each rate
 SECONDS = 20.0  # for all of them, about
 MOST_ROWS = 32  # of an update
 # The loss at which updates have done harm, as a part of the loss before them.
@@ -31,14 +32,14 @@ def learning_rate(probe: Probe) -> Finding:
     if not updates:
         raise LeftOut("the probe has no rows for an update")
     parameters = trained(probe)
-    with training(probe):
-        number = _affordable(probe, updates, parameters)
+    with training(probe), asked_once(probe):
+        number, first = _begun(probe, updates[0])
         batches = [batch for update in updates[:number] for batch in update]
         before = mean_loss(probe, batches)
         after = {}
         for factor in FACTORS:
             with weights_kept(parameters):
-                _train(probe, updates, number, rate * factor)
+                _train(probe, updates, number, rate * factor, first)
                 after[factor] = mean_loss(probe, batches)
     numbers = {
         "rates": [rate * factor for factor in FACTORS], "before": before, "after": [after[f] for f in FACTORS],
@@ -67,20 +68,22 @@ def learning_rate(probe: Probe) -> Finding:
 
 def _updates(probe: Probe) -> list[list[Batch]]:
     """The micro-batches of each update, as many of them as the probe has rows for."""
-    size = probe.args.per_device_train_batch_size
-    accumulation = max(1, min(probe.args.gradient_accumulation_steps, MOST_ROWS // size))
-    batches = iter(list(probe.batches(size, packed=True)))
-    found = list(iter(lambda: list(islice(batches, accumulation)), []))
-    return found[:UPDATES]
+    size, most = probe.args.per_device_train_batch_size, probe.affordable(probe.trainer.train_dataset, 1 / 8)
+    rows = min(size * probe.args.gradient_accumulation_steps, max(size, MOST_ROWS), most)
+    size = min(size, rows)
+    batches = probe.batches(size, packed=True)
+    return list(islice(iter(lambda: list(islice(batches, rows // size)), []), UPDATES))
 
 
-def _affordable(probe: Probe, updates: Sequence[list[Batch]], parameters: list[torch.nn.Parameter]) -> int:
-    """The number of updates at each rate that the time allows."""
-    with weights_kept(parameters):
-        begin = time.perf_counter()
-        _train(probe, updates, 1, 0.0)
-        seconds = time.perf_counter() - begin
-    return max(FEWEST, min(UPDATES, int(SECONDS / len(FACTORS) / max(seconds, 1e-6))))
+def _begun(probe: Probe, update: Sequence[Batch]) -> tuple[int, list[Tensor | None]]:
+    """The number of updates at each rate that the time allows; the gradient of the first one, on the CPU."""
+    probe.trainer.model.zero_grad()
+    probe.trainer.projectors.zero_grad()
+    begin = time.perf_counter()
+    backward(probe, update)
+    gradients = [p.grad if p.grad is None else p.grad.to("cpu", copy=True) for p in trained(probe)]
+    seconds = time.perf_counter() - begin
+    return max(FEWEST, min(UPDATES, int(SECONDS / len(FACTORS) / max(seconds, 1e-6)))), gradients
 
 
 def _ramp(number: int) -> list[float]:
@@ -88,8 +91,13 @@ def _ramp(number: int) -> list[float]:
     return [(index + 1) / number for index in range(number)]
 
 
-def _train(probe: Probe, updates: Sequence[list[Batch]], number: int, rate: float) -> None:
-    """Some updates with a fresh optimizer of the trainer's own kind, at a rate that rises to `rate`."""
+def _train(
+    probe: Probe, updates: Sequence[list[Batch]], number: int, rate: float, first: Sequence[Tensor | None]
+) -> None:
+    """Some updates with a fresh optimizer of the trainer's own kind, at a rate that rises to `rate`.
+
+    The first one is the same at all rates: its gradient is given.
+    """
     trainer = probe.trainer
     trainer.optimizer = None
     optimizer = trainer.create_optimizer()
@@ -99,7 +107,11 @@ def _train(probe: Probe, updates: Sequence[list[Batch]], number: int, rate: floa
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * part
         optimizer.zero_grad()
-        backward(probe, updates[index % len(updates)])
+        if index == 0:
+            for parameter, value in zip(parameters, first, strict=True):
+                parameter.grad = None if value is None else value.to(parameter.device, copy=True)
+        else:
+            backward(probe, updates[index % len(updates)])
         if trainer.args.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(parameters, trainer.args.max_grad_norm)
         optimizer.step()

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_distill.diagnosis.findings import Finding, LeftOut, failure, ok, warning
-from hf_distill.diagnosis.forwards import Forward, between, compared
+from hf_distill.diagnosis.forwards import Question, between, compared
 from hf_distill.diagnosis.probe import Probe
 from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.modeling import weights_kind
@@ -144,8 +144,8 @@ def cost_of_bits(probe: Probe) -> Finding:
         whole.view = teacher.view  # of the same rows
 
     def said(side: LocalTeacher):
-        def ask(forward: Forward) -> TeacherSignal:
-            return side(forward.inputs, forward.positions)
+        def ask(question: Question) -> TeacherSignal:
+            return side(question.inputs, question.positions)
 
         return ask
 

@@ -4,11 +4,11 @@ The trainer's own preparation, collator and loss are the truth about a run, so c
 """
 
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from math import ceil
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -29,6 +29,7 @@ from hf_distill.rows import with_messages
 from hf_distill.servers import TeacherAway
 from hf_distill.teachers import Teacher
 from hf_distill.teachers.columns import reason_away
+from hf_distill.teachers.kinds import own_models
 from hf_distill.teachers.local import refuse_shared_memory, refuse_student_as_teacher
 from hf_distill.trainers.hard_label import HardLabelTrainer
 from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
@@ -37,6 +38,9 @@ from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
 # that are not installed, and for servers that do not answer.
 PROBLEMS = (ImportError, LookupError, OSError, RuntimeError, TeacherAway, TypeError, ValueError)
 SOME = 0.02  # a share of labels or rows that is no accident
+# On a CPU, checks read so many tokens of the probe that their number times the parameters of both sides is MOST_WORK,
+# which takes some 30 s on one core; and at least LEAST_LABELS tokens that bear labels.
+MOST_WORK, LEAST_LABELS = 8e11, 1000
 FIRST_WRITTEN = 8  # prompts of speculative KD that are written to the end: each is a rollout
 
 
@@ -241,7 +245,9 @@ class Probe:
         """The rows in batches of `size`, on the student's device, with all that teachers need.
 
         Args:
-            packed (`bool`): whether they are packed as they will be in training; else each text is a row.
+            packed (`bool`): whether they are those of the training, packed if it packs. Else each text is a row; the
+                longest come first, so that batches have little padding. Where not all are [`affordable`], they are
+                rows at even distances.
 
         Raises:
             [`TeacherAway`]: a server does not answer.
@@ -252,11 +258,32 @@ class Probe:
             return
         dataset = trainer.train_dataset if packed else self.rows
         rows, collate = trainer.first_rows(dataset, len(dataset)), trainer.batch_collator()
+        if not packed:
+            number = self.affordable(dataset)
+            rows = [rows[index * len(rows) // number] for index in range(number)]
+            rows.sort(key=lambda row: -len(row.get("input_ids", ())))
         for start in range(0, len(rows), size):
             batch = collate(rows[start : start + size])
             if (reason := reason_away(batch)) is not None:
                 raise TeacherAway(reason)
             yield trainer._prepare_inputs(batch)
+
+    def affordable(self, dataset: Any, part: float = 1.0) -> int:
+        """The number of rows of a data set that both sides can read in time: on an accelerator all, on a CPU some.
+
+        Args:
+            part (`float`): of this time.
+        """
+        if self.writes or self.trainer.args.device.type != "cpu":
+            return len(dataset)
+        teachers = own_models(getattr(self.trainer, "teachers", {})).values()
+        models = [self.trainer.model, *(teacher.model for teacher in teachers)]
+        limit = self.args.max_length or math.inf
+        tokens = sum(min(len(ids), limit) for ids, _ in self.texts)
+        labels = sum(int((labels != -100).sum()) for _, labels in self.texts)
+        most = MOST_WORK / sum(parameter.numel() for model in models for parameter in model.parameters())
+        share = part * max(most / max(tokens, 1), LEAST_LABELS / max(labels, 1))
+        return min(len(dataset), max(1, int(share * len(dataset))))
 
     @cached_property
     def written(self) -> list[dict[str, Any]]:
@@ -279,7 +306,7 @@ class Probe:
         # As many prepared rows as there would be of the whole data set: packing joins, and rows may be dropped.
         prepared = len(self.trainer.train_dataset) * len(rows) / max(len(sampled), 1)
         size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return ceil(prepared / size * self.args.num_train_epochs)
+        return math.ceil(prepared / size * self.args.num_train_epochs)
 
 
 def sample(rows: Any, number: int, seed: int) -> Any:

@@ -1,19 +1,18 @@
 """Checks of what the trainer does with a batch: splits, packing, the path of the loss, adapters."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 
 from hf_distill.diagnosis.findings import Finding, LeftOut, failure, ok, warning
-from hf_distill.diagnosis.forwards import forwards
 from hf_distill.diagnosis.probe import Probe
-from hf_distill.diagnosis.updates import backward, gradient, single_rows, training
+from hf_distill.diagnosis.updates import backward, gradient, replaced, single_rows, training
 from hf_distill.lora import describe_lora
 from hf_distill.losses.head import default_chunk_size
-from hf_distill.modeling import head_of
 from hf_distill.named import student_without_weights
 from hf_distill.trainers.pictures import kept_to_language
 
@@ -24,6 +23,7 @@ ROUNDING = {"no": 1e-3, "bf16": 0.1, "fp16": 0.1}
 def split_batches(probe: Probe) -> Finding:
     """The gradient of one batch of n rows against n batches of one row each."""
     trainer, size = probe.trainer, probe.args.per_device_train_batch_size
+    size = min(size, max(2, probe.affordable(trainer.train_dataset, 1 / 8)))
     if size == 1:
         raise LeftOut("micro-batches have one row")
     if trainer.aux_loss_enabled:
@@ -60,49 +60,53 @@ def packing(probe: Probe) -> Finding:
 def loss_path(probe: Probe) -> Finding:
     """The path that the loss takes, and its share of a micro-batch's time."""
     trainer, device = probe.trainer, probe.trainer.args.device
-    batch = next(iter(probe.batches(probe.args.per_device_train_batch_size, packed=True)))
-    forward = next(iter(forwards(probe, probe.args.per_device_train_batch_size)))
-    head, size = head_of(trainer.student), trainer.vocab_size
-    objective = trainer.objective(len(forward.labels))
-    hidden = forward.hidden.detach().requires_grad_()
-
-    def loss() -> None:
-        if hasattr(trainer, "teachers"):
-            signal = trainer.teacher_signal(dict(forward.inputs), forward.positions)
-            with trainer.trying_out():
-                found = trainer.distillation_terms(hidden, head, signal, forward.labels, objective)
-            found["loss"].backward()
-
-    def step() -> None:
+    rows = min(probe.args.per_device_train_batch_size, probe.affordable(trainer.train_dataset, 1 / 4))
+    batch = next(iter(probe.batches(rows, packed=True)))
+    with training(probe), _timed(trainer, "teacher_signal", "distillation_terms") as parts:
+        if device.type == "cuda":  # the first one compiles
+            backward(probe, [batch])
+            parts.clear()
+        begin = _now(device)
         backward(probe, [batch])
-
-    with training(probe):
-        seconds = {"micro-batch": timed(step, device), "teacher and loss": timed(loss, device)}
+        whole = _now(device) - begin
         trainer.model.zero_grad()
         trainer.projectors.zero_grad()
-    chunk = probe.args.loss_chunk_size or default_chunk_size(device, size)
-    compiled = objective.compiled and device.type == "cuda"
+    chunk = probe.args.loss_chunk_size or default_chunk_size(device, trainer.vocab_size)
+    compiled = trainer.objective(1).compiled and device.type == "cuda"
     line = (
-        f"{'compiled' if compiled else 'not compiled'}, chunks of {chunk:,} positions; a micro-batch takes "
-        f"{seconds['micro-batch']:.2g} s, teacher and loss {seconds['teacher and loss']:.2g} s"
+        f"{'compiled' if compiled else 'not compiled'}, chunks of {chunk:,} positions; a micro-batch of {rows} rows "
+        f"takes {whole:.2g} s, teacher and loss {sum(parts):.2g} s of it"
     )
-    numbers = {"compiled": compiled, "chunk": chunk, **seconds}
+    numbers = {"compiled": compiled, "chunk": chunk, "rows": rows, "micro-batch": whole, "teacher and loss": sum(parts)}
     if device.type == "cuda" and not compiled:
         remedy = "remove kd_weight, temperature and parameters of the divergence from schedule"
         return warning(f"{line}; a schedule keeps it from being compiled", remedy, **numbers)
     return ok(line, **numbers)
 
 
-def timed(function: Callable[[], Any], device: torch.device) -> float:
-    """The seconds of a second call."""
-    function()
+@contextmanager
+def _timed(trainer: Any, *names: str) -> Iterator[list[float]]:
+    """The seconds of each call of these methods of the trainer; a trainer without teachers has none of them."""
+    seconds: list[float] = []
+    device = trainer.args.device
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            begin = _now(device)
+            found = method(*args)
+            seconds.append(_now(device) - begin)
+            return found
+
+        return call
+
+    with replaced(trainer, {name: timed(getattr(trainer, name)) for name in names if hasattr(trainer, name)}):
+        yield seconds
+
+
+def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
+    return time.perf_counter()
 
 
 def adapters(probe: Probe) -> Finding:

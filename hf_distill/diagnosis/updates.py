@@ -3,7 +3,7 @@
 Shapes: B rows of a batch, N label-bearing positions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_distill.diagnosis.probe import Probe
 from hf_distill.modeling import label_positions
+from hf_distill.teachers.columns import take_columns
 
 Batch = dict[str, Any]
 
@@ -106,6 +107,43 @@ def training(probe: Probe) -> Iterator[None]:
         for module, name, value in changed:
             setattr(module, name, value)
         model.train(was_training)
+
+
+@contextmanager
+def replaced(trainer: Any, methods: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """A trainer with other methods while it lasts."""
+    before = {name: value for name, value in vars(trainer).items() if name in methods}
+    vars(trainer).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del vars(trainer)[name]
+        vars(trainer).update(before)
+
+
+@contextmanager
+def asked_once(probe: Probe) -> Iterator[None]:
+    """Within it the teachers are asked about each batch once: what they say does not depend on the student's weights.
+
+    Terms of inner layers need signals that are too large to be kept; with them, the teachers are asked each time.
+    """
+    trainer, answers = probe.trainer, {}
+    if not hasattr(trainer, "teachers") or trainer.terms:
+        yield
+        return
+    ask = trainer.teacher_signal
+
+    def remembered(inputs: dict[str, Any], positions: Tensor) -> Any:
+        ids = inputs["input_ids"]
+        if id(ids) in answers:
+            take_columns(inputs)
+        else:
+            answers[id(ids)] = ids, ask(inputs, positions)  # with the ids, so that no other tensor gets their number
+        return answers[id(ids)][1]
+
+    with replaced(trainer, {"teacher_signal": remembered}):
+        yield
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 import math
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -226,6 +228,36 @@ def test_a_given_memory_is_that_of_a_gpu_unless_the_run_is_on_the_cpu(run, monke
     assert machine.kind == kind
     assert memory in (None, machine.memory)
     assert (machine.reserve > 0) == (kind == "cuda")
+
+
+@pytest.mark.parametrize(("share", "number"), [(0.01, 1), (0.5, 4), (5.0, 8)])
+def test_a_cpu_reads_rows_at_even_distances_for_as_long_as_it_has_time(run, monkeypatch, share, number):
+    with open_probe(KDTrainer, run(), 8) as probe:
+        models = probe.trainer.model, probe.trainer.teacher.model
+        work = sum(len(ids) for ids, _ in probe.texts) * sum(model.num_parameters() for model in models)
+        monkeypatch.setattr("hf_distill.diagnosis.probe.MOST_WORK", share * work)
+        monkeypatch.setattr("hf_distill.diagnosis.probe.LEAST_LABELS", 0)
+        lengths = [int(n) for batch in probe.batches(3) for n in batch["attention_mask"].sum(1)]
+        assert lengths == sorted((len(ids) for ids, _ in probe.texts[:: 8 // number]), reverse=True)
+        # However slow they are, so many label-bearing tokens are read.
+        monkeypatch.setattr("hf_distill.diagnosis.probe.LEAST_LABELS", 10**6)
+        assert sum(len(batch["input_ids"]) for batch in probe.batches(3)) == 8
+
+
+def test_the_learning_rate_asks_the_teacher_about_each_batch_once_and_finds_the_same(run, monkeypatch):
+    found = []
+    for remembers in (True, False):
+        if not remembers:
+            names = CHECKS["learning rate"].__globals__
+            monkeypatch.setitem(names, "asked_once", lambda probe: nullcontext())
+        with open_probe(KDTrainer, run(), 8) as probe:
+            trainer = probe.trainer
+            with mock.patch.object(trainer, "teacher_signal", wraps=trainer.teacher_signal) as asked:
+                found.append((CHECKS["learning rate"](probe).numbers, asked.call_count))
+    (mine, few), (theirs, many) = found
+    assert mine == theirs
+    assert few == 2  # batches of 4 rows
+    assert many > 3 * few
 
 
 def test_random_states_are_left_as_they_were(run):
