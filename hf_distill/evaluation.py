@@ -375,14 +375,19 @@ def tokenized_rows(
     tokenizer: PreTrainedTokenizerBase,
     models: tuple[PreTrainedModel, ...],
     vocab_size: int | None,
+    doing: str = "measuring",
 ) -> Iterator[tuple[dict[str, Any], dict[str, list[int]]]]:
-    """Rows and their tokens, with a progress bar; `ValueError` for tokens that a model cannot read or predict."""
+    """Rows and their tokens, with a progress bar that says what is done.
+
+    Raises:
+        `ValueError`: tokens that a model cannot read or predict.
+    """
     num_ids = min(num_token_ids(causal_lm(model)) for model in models)
     limits = Limits(
         true_vocabulary(tokenizer, models, vocab_size), num_ids, known_to="the models have embeddings only for"
     )
     sees = any(is_vision_language(causal_lm(model)) for model in models)
-    for index, row in enumerate(tqdm(dataset, desc="measuring", unit="row", leave=False, delay=1)):
+    for index, row in enumerate(tqdm(dataset, desc=doing, unit="row", leave=False, delay=1)):
         name = f"row {index} of the dataset"
         if sees:
             refuse_pictures(row, name)

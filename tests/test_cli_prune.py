@@ -69,15 +69,28 @@ def test_prune_drops_what_ranks_first_and_says_so(folder, tmp_path, capsys, toke
     fidelity = evaluate_fidelity(student, teacher, rows, tokenizer)
     assert (tmp_path / "report.html").exists()
     report = (tmp_path / "pruning.md").read_text()
-    lines = [f"| {', '.join(map(str, span.layers))} | {span.distance:.4f} |" for span in spans]
+    lines = [f"| {span.layers[0]}-{span.layers[-1]} | {span.distance:.4f} |" for span in spans]
     assert "\n".join(lines) in report
     assert f"| pruned | {fidelity['student_perplexity']:.3f} |" in report
-    assert f"| B | {', '.join(map(str, spans[0].layers))} |" in report
+    assert f"| B | {spans[0].start}-{spans[0].start + 1} |" in report
     share = student.num_parameters() / teacher.num_parameters()
     assert f"{share:.1%} of the parameters are kept" in report
     assert "distance" in capsys.readouterr().out
     whole = restore_layers(student, tmp_path / "bundles").state_dict()
     assert all(torch.equal(value, whole[name]) for name, value in teacher.state_dict().items())
+
+
+def test_prompts_and_completions_of_other_columns_rank_layers(folder, tmp_path, tokenizer):
+    halves = [text.split(" ", 3) for text in SENTENCES]
+    table = [{"instruction": " ".join(words[:3]), "output": words[3]} for words in halves]
+    Dataset.from_list(table).to_json(tmp_path / "table.jsonl")
+    templates = ["--prompt_template", "{instruction}", "--completion_template", " {output}"]
+    options = ["--model", str(folder / "teacher"), "--dataset", str(tmp_path / "table.jsonl"), "--num_layers", "3"]
+    cli.main(["prune", *options, *templates, "--output_dir", str(tmp_path / "out")])
+    rows = Dataset.from_list([{"prompt": row["instruction"], "completion": " " + row["output"]} for row in table])
+    spans = rank_layers(load(folder / "teacher"), rows, tokenizer, 3)
+    report = (tmp_path / "out" / "pruning.md").read_text()
+    assert "\n".join(f"| {span.start}-{span.start + 2} | {span.distance:.4f} |" for span in spans) in report
 
 
 def test_recovery_in_stages_ends_with_the_whole_model(folder, tmp_path):
@@ -193,6 +206,8 @@ def test_a_stage_that_cannot_be_is_refused_in_one_line(folder, tmp_path, capsys,
         ("--layers 1 --groups B", "groups have to be JSON such as"),
         ('--layers 1 2 --groups {"B":[1]}', "groups have to hold each of the layers [1, 2] once"),
         ("--num_layers 6 --dataset rows.jsonl", "num_layers has to be at least 1 and below 6"),
+        ("--num_layers 2 --dataset rows.jsonl --prompt_template {text}", "completion_template go together"),
+        ("--layers 1 --prompt_template {text} --completion_template x", "--prompt_template needs --dataset"),
         ("--num_layers 1 --dataset missing.jsonl", "'missing.jsonl' does not exist"),
         ("--layers 1 --model nowhere", "model 'nowhere' cannot be loaded with its tokenizer"),
         ("--layers 1 --output_dir pruned", "pruned/bundles has bundles already"),

@@ -159,7 +159,20 @@ class SKDArguments(KDArguments, PromptArguments):
 
 
 @dataclass(kw_only=True)
-class EvaluateArguments(PromptArguments):
+class TemplateArguments:
+    """Prompts and completions of the rows that are measured, from other columns."""
+
+    prompt_template: str | None = field(
+        default=None,
+        metadata={"help": "Prompt of a row, columns in braces, as in `kd`: 'Question: {question}\\nAnswer:'."},
+    )
+    completion_template: str | None = field(
+        default=None, metadata={"help": "Completion of a row, with prompt_template and in its form: ' {answer}'."}
+    )
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments(PromptArguments, TemplateArguments):
     """Models, rows and tasks of `evaluate`."""
 
     model: str = field(metadata={"help": "The student: hub id or local path, such as the output directory of a run."})
@@ -188,13 +201,6 @@ class EvaluateArguments(PromptArguments):
         metadata={"help": "Split of the dataset, or a part of it. Default: the first of test, validation, train."},
     )
     max_rows: int = field(default=500, metadata={"help": "Rows that are measured, from the first on."})
-    prompt_template: str | None = field(
-        default=None,
-        metadata={"help": "Prompt of a row, columns in braces, as in `kd`: 'Question: {question}\\nAnswer:'."},
-    )
-    completion_template: str | None = field(
-        default=None, metadata={"help": "Completion of a row, with prompt_template and in its form: ' {answer}'."}
-    )
     batch_size: int = field(default=8, metadata={"help": "Rows or prompts per forward."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens at which rows are cut; not for prompts."})
     generate: bool = field(
@@ -245,8 +251,8 @@ class EvaluateArguments(PromptArguments):
     json: bool = field(default=False, metadata={"help": "Whether the numbers are printed as JSON, without a table."})
 
 
-@dataclass
-class PruneArguments:
+@dataclass(kw_only=True)
+class PruneArguments(TemplateArguments):
     """The model of `prune`, and the layers to drop."""
 
     model: str = field(metadata={"help": "The model: hub id or local path."})

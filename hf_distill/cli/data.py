@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.cli.arguments import EvaluateArguments, PromptArguments, SFTArguments
+from hf_distill.cli.arguments import PromptArguments, SFTArguments, TemplateArguments
 from hf_distill.cli.mixing import Source, mixed, read_sources
 from hf_distill.collators import LUPICollator
 from hf_distill.picture_rows import picture_column, relative_to
@@ -18,7 +18,7 @@ from hf_distill.rows import fill_templates, used_format
 from hf_distill.trainers.hard_label_config import HardLabelConfig
 
 
-def refuse_one_template(arguments: SFTArguments | EvaluateArguments) -> None:
+def refuse_one_template(arguments: SFTArguments | TemplateArguments) -> None:
     """Raises `ValueError` for a template of prompts without one of completions, or the reverse."""
     if (arguments.prompt_template is None) != (arguments.completion_template is None):
         raise ValueError("prompt_template and completion_template go together: give both or neither")
@@ -59,7 +59,7 @@ def _held_out_rows(arguments: SFTArguments, name: str = "", splits: DatasetDict 
     return filled(first_rows(rows, arguments.max_eval_rows), arguments)
 
 
-def filled(rows: Dataset, arguments: SFTArguments | EvaluateArguments) -> Dataset:
+def filled(rows: Dataset, arguments: SFTArguments | TemplateArguments) -> Dataset:
     """Rows with the templates of the command filled in, beside their pictures."""
     if arguments.prompt_template is None or arguments.completion_template is None:
         return rows

@@ -63,7 +63,12 @@ GROUPS_OF = {
         ),
         "tasks of lm-evaluation-harness": "tasks include_path num_fewshot limit apply_chat_template",
         "results": "output_dir json",
-    }
+    },
+    "prune": {
+        "model": "model output_dir",
+        "layers": "num_layers layers groups",
+        "rows": "dataset dataset_config split max_rows prompt_template completion_template max_length batch_size",
+    },
 }
 
 # The help of inherited options, a line each.

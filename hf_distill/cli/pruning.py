@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.cli.arguments import MergeArguments, PruneArguments
+from hf_distill.cli.data import filled, refuse_one_template
 from hf_distill.evaluation import evaluate_fidelity
 from hf_distill.lora import merge_adapter
 from hf_distill.named import sees
@@ -37,7 +39,7 @@ def prune(arguments: PruneArguments) -> None:
     rows = None
     if arguments.dataset is not None:
         rows = load_rows(arguments.dataset, arguments.split, arguments.dataset_config)
-        rows = first_rows(rows, arguments.max_rows)
+        rows = filled(first_rows(rows, arguments.max_rows), arguments)
     model, tokenizer = _load(arguments.model)
     try_saving(model, tokenizer, arguments.output_dir)
     reading: dict[str, Any] = {"batch_size": arguments.batch_size, "max_length": arguments.max_length}
@@ -80,6 +82,9 @@ def _refuse_options(arguments: PruneArguments) -> None:
         raise ValueError("give either --layers, or --num_layers and --dataset to have them chosen")
     if arguments.layers is None and (arguments.dataset is None or arguments.groups is not None):
         raise ValueError("--num_layers needs --dataset to choose layers on; --groups names layers: it needs --layers")
+    refuse_one_template(arguments)
+    if arguments.prompt_template is not None and arguments.dataset is None:
+        raise ValueError("--prompt_template needs --dataset: the rows that it makes prompts of")
 
 
 def _groups(text: str) -> dict[str, list[int]]:
@@ -102,7 +107,9 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _numbers(layers: list[int]) -> str:
-    return ", ".join(map(str, layers))
+    """`0-3, 19` of 0, 1, 2, 3 and 19."""
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _report(folder: str, tables: dict[str, list[dict[str, str]]]) -> None:
