@@ -14,8 +14,7 @@ from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_en
 from transformers.integrations.integration_utils import is_trackio_available, is_wandb_available
 
 from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, Measure, gap_recovered
-from hf_distill.evaluating.generation import check_prompts
-from hf_distill.evaluating.models import Scoring, answer_measures, fidelity_measures
+from hf_distill.evaluating.models import Scoring, answer_measures, check_questions, fidelity_measures
 from hf_distill.evaluating.questions import PictureQuestions, Questions
 from hf_distill.evaluation import perplexity, window_length
 from hf_distill.measured_pictures import batches_with_pictures, sees_pictures
@@ -221,9 +220,9 @@ class EvaluateCallback(_Measuring):
         name (`str`): what the logged names begin with; several callbacks of a trainer need different ones.
 
     Raises:
-        `ValueError`: `every` or `batch_size` below 1; a name that is taken; neither rows nor questions; prompts without
-            pictures that leave no room for an answer; rows that cannot be measured; a model that is sharded over
-            processes (FSDP, ZeRO-3).
+        `ValueError`: `every` or `batch_size` below 1; a name that is taken; neither rows nor questions; prompts
+            that leave no room for an answer; rows that cannot be measured; a model that is sharded over processes
+            (FSDP, ZeRO-3).
     """
 
     def __init__(
@@ -261,8 +260,9 @@ class EvaluateCallback(_Measuring):
         self.teacher, self.teacher_processing_class = teacher, teacher_processing_class
         if rows is not None:
             self._try_rows(rows)
-        if isinstance(questions, Questions):
-            check_prompts(cast(Any, trainer.model), questions.prompts, self.scoring.max_new_tokens)
+        if questions is not None:
+            models: dict[str, Any] = {STUDENT: trainer.model} | ({} if teacher is None else {TEACHER: teacher})
+            check_questions(models, self._tokenizers(trainer.processing_class), questions, self.scoring.max_new_tokens)
         self._start: dict[str, np.ndarray] = {}  # the student's values of each row before the training, by measure
         self._taught: dict[str, np.ndarray] = {}  # those of the teacher's answers
 
@@ -282,6 +282,9 @@ class EvaluateCallback(_Measuring):
             refuse_pictures(rows[0], "the first of the rows")
         tokenized_row(dict(rows[0]), tokenizer_of(processor), "the first of the rows")
 
+    def _tokenizers(self, processing_class: Any) -> dict[str, Any]:
+        return {STUDENT: processing_class, TEACHER: self.teacher_processing_class or processing_class}
+
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         self._start.clear()
         super().on_train_begin(args, state, control, model, processing_class, **kwargs)
@@ -290,7 +293,7 @@ class EvaluateCallback(_Measuring):
         vocab_size = getattr(self.trainer, "vocab_size", None)
         students = {STUDENT: model}
         teachers = {} if self.teacher is None else {TEACHER: self.teacher}
-        whole: dict[str, Any] = {STUDENT: processing_class, TEACHER: self.teacher_processing_class or processing_class}
+        whole = self._tokenizers(processing_class)
         measures: list[Measure] = []
         if self.rows is not None:
             measures += fidelity_measures(

@@ -9,7 +9,7 @@ from hf_distill.callbacks import EvaluateCallback, PerplexityCallback
 from hf_distill.collators import PromptCollator
 from hf_distill.evaluating.gaps import gap_recovered
 from hf_distill.evaluating.models import Scoring, evaluate_models
-from hf_distill.evaluating.questions import questions_of
+from hf_distill.evaluating.questions import picture_questions, questions_of
 from tests.conftest import SENTENCES, make_model
 from tests.test_callbacks import LORA, TEXTS, make_trainer
 from tests.trainers.test_kd import settings
@@ -193,3 +193,13 @@ def test_pictures_that_cannot_be_measured_are_refused_before_the_training(tmp_pa
     trainer = seeing_trainer(tmp_path)
     with pytest.raises(ValueError, match=message):
         EvaluateCallback(trainer, rows=rows, **options)
+
+
+def test_questions_about_pictures_are_tried_before_the_training(tmp_path):
+    trainer = seeing_trainer(tmp_path)
+    asked = picture_questions(asked_of_pictures(3, seed=7), make_processor("idefics3"))
+    with pytest.raises(ValueError, match="row 0 has a prompt of .* would go beyond the 256 positions"):
+        EvaluateCallback(trainer, questions=asked, scoring=Scoring(max_new_tokens=250))
+    blind = make_model(vocab_size=VOCAB, max_position_embeddings=300)
+    with pytest.raises(ValueError, match="reads text alone: remove the column of pictures"):
+        EvaluateCallback(trainer, questions=asked, scoring=Scoring(max_new_tokens=4), teacher=blind)

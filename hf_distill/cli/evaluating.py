@@ -21,13 +21,12 @@ from hf_distill.cli.data import filled, lupi_collator, placed, refuse_ignored, r
 from hf_distill.cli.reporting import PAGE, optional
 from hf_distill.collators import PromptCollator
 from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, measures_data
-from hf_distill.evaluating.generation import check_prompts
 from hf_distill.evaluating.harness import HarnessTasks, check_tasks
-from hf_distill.evaluating.models import Evaluated, Scoring, evaluate_models, is_vocabulary_shared
+from hf_distill.evaluating.models import Evaluated, Scoring, check_questions, evaluate_models, is_vocabulary_shared
 from hf_distill.evaluating.questions import PictureQuestions, Questions, picture_questions, questions_of
 from hf_distill.model_files import name_problem
 from hf_distill.modeling import tokenizer_of
-from hf_distill.named import load_processor, load_tokenizer, sees
+from hf_distill.named import blindness, load_processor, load_tokenizer
 from hf_distill.page import save_page
 from hf_distill.picture_rows import has_pictures
 from hf_distill.report import evaluation_rows, table
@@ -61,8 +60,9 @@ def evaluate(arguments: EvaluateArguments) -> None:
     refuse_folder(folder)
     names, notes = _names(arguments)
     rows, split = (None, None) if arguments.dataset is None else _rows(arguments)
-    tokenizers, found_notes = _tokenizers(names, arguments, pictures=_sees_pictures(names, rows, arguments))
-    notes += [*found_notes, *_notes_on_rows(rows, split, arguments)]
+    is_seen, seeing_notes = _sees_pictures(names, rows, arguments)
+    tokenizers, found_notes = _tokenizers(names, arguments, pictures=is_seen)
+    notes += [*seeing_notes, *found_notes, *_notes_on_rows(rows, split, arguments)]
     tasks = _tasks(arguments)
     if tasks is not None:
         check_tasks(tasks, {role: tokenizer_of(each) for role, each in tokenizers.items()})
@@ -73,10 +73,8 @@ def evaluate(arguments: EvaluateArguments) -> None:
         )
     questions = _questions(rows, arguments, tokenizers) if rows is not None and arguments.generate else None
     models = _load(names, arguments)
-    if isinstance(questions, Questions):
-        for name, model in models.items():
-            prompts = questions.teacher_prompts if name == TEACHER else questions.prompts
-            check_prompts(model, prompts, arguments.max_new_tokens)
+    if questions is not None:
+        check_questions(models, tokenizers, questions, arguments.max_new_tokens)
     parts: dict[str, dict[str, Any]] = {}
     if rows is not None and _has_texts(rows, arguments):
         parts["rows"] = {"rows": rows, "max_length": arguments.max_length}
@@ -204,25 +202,36 @@ def _base_of(model: str) -> str | None:
     return base if adapter is not None and not continued else began
 
 
-def _sees_pictures(names: dict[str, str], rows: Dataset | None, arguments: EvaluateArguments) -> bool:
-    """True for rows with pictures, and a student that reads them.
+def _sees_pictures(
+    names: dict[str, str], rows: Dataset | None, arguments: EvaluateArguments
+) -> tuple[bool, list[str]]:
+    """True for rows with pictures, and a student that reads them; and notes.
+
+    A base that was found by itself and does not read them is taken out of `names`.
 
     Raises:
         `ValueError`: another model that does not read them, or options that do not go together with pictures.
     """
     if not has_pictures(rows):
-        return False
-    seeing = {role: sees(base_and_adapter(name)[0], None, arguments.trust_remote_code) for role, name in names.items()}
-    if not seeing[STUDENT]:
-        return False
-    if blind := [role for role in names if seeing[role] is False]:
+        return False, []
+    blind = {
+        role: reason
+        for role, name in names.items()
+        if (reason := blindness(base_and_adapter(name)[0], None, arguments.trust_remote_code))
+    }
+    if STUDENT in blind:
+        return False, [f"The student {blind[STUDENT]}: the pictures of the rows are left out."]
+    notes = []
+    if BASE in blind and arguments.base == AUTO:
+        notes.append(f"The student began as {names.pop(BASE)}, which is left out: it {blind.pop(BASE)}.")
+    for role, reason in blind.items():
         raise ValueError(
-            f"the rows have pictures, and {OPTIONS[blind[0]]} {names[blind[0]]!r} reads text alone: leave it out, or "
-            "remove the column of pictures"
+            f"the rows have pictures, and {OPTIONS[role]} {names[role]!r} {reason}: leave it out, or remove the column "
+            "of pictures"
         )
     if arguments.knowledge_column is not None:
         raise ValueError("the rows have pictures, and --knowledge_column makes prompts of text alone: leave it out")
-    return True
+    return True, notes
 
 
 def _tokenizers(

@@ -55,7 +55,7 @@ def generate_answers(
     Raises:
         `ValueError`: a prompt without tokens, or with more of them than leave room for the answer.
     """
-    check_prompts(model, prompts, max_new_tokens)
+    check_lengths(model, [len(prompt) for prompt in prompts], max_new_tokens)
     model = causal_lm(model)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts = [""] * len(prompts)
@@ -92,34 +92,57 @@ def generate_about_pictures(
     Raises:
         `ValueError`: a model that reads text alone; a row that the processor refuses, or one that is too long.
     """
-    if not is_vision_language(causal_lm(model)):
-        raise ValueError(
-            f"the rows have pictures, and {public_name(model)} reads text alone: remove the column of pictures"
-        )
+    refuse_blind(model)
     processor, whole = with_padding(processor), causal_lm(model)
     tokenizer = processor.tokenizer
     ends = _end_tokens(whole, tokenizer)
     texts: list[str] = []
     bar = tqdm(total=len(rows), desc="generating", unit="answer", leave=False)
     with torch.no_grad(), evaluating(whole), _plainly_greedy(whole, ends, max_new_tokens):
-        for start in range(0, len(rows), batch_size):
-            some = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-            with naming_row(f"one of the rows {start} to {start + len(some) - 1}"):
-                batch = prompt_batch(processor, [asked(row, f"row {start + i}") for i, row in enumerate(some)])
-            lengths = batch["attention_mask"].sum(1).tolist()
-            _check_lengths(model, lengths, max_new_tokens, first=start)
+        for batch in _prompt_batches(processor, rows, batch_size):
+            check_lengths(model, _lengths(batch), max_new_tokens, first=len(texts))
             texts += _generated(whole, tokenizer, batch, ends, stop)
-            bar.update(len(some))
+            bar.update(len(texts) - bar.n)
     bar.close()
     return texts
 
 
-def check_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raises `ValueError` for a prompt after which a model cannot generate so many tokens."""
-    _check_lengths(model, [len(prompt) for prompt in prompts], max_new_tokens)
+def _prompt_batches(processor: Any, rows: Dataset, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    for start in range(0, len(rows), batch_size):
+        some = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+        with naming_row(f"one of the rows {start} to {start + len(some) - 1}" if len(some) > 1 else f"row {start}"):
+            batch = prompt_batch(processor, [asked(row, f"row {start + i}") for i, row in enumerate(some)])
+        yield batch
 
 
-def _check_lengths(model: PreTrainedModel, lengths: Sequence[int], max_new_tokens: int, first: int = 0) -> None:
+def _lengths(batch: Mapping[str, Tensor]) -> list[int]:
+    return batch["attention_mask"].sum(1).tolist()
+
+
+def refuse_blind(model: PreTrainedModel) -> None:
+    """Raises `ValueError` for a model that reads text alone, of which questions about pictures are asked."""
+    if not is_vision_language(causal_lm(model)):
+        raise ValueError(
+            f"the rows have pictures, and {public_name(model)} reads text alone: remove the column of pictures"
+        )
+
+
+def picture_prompt_lengths(processor: Any, rows: Dataset) -> list[int]:
+    """The tokens of each row's prompt, those of its pictures among them; a progress bar shows how far it is.
+
+    Raises:
+        `ValueError`: a row that the processor refuses.
+    """
+    batches = _prompt_batches(with_padding(processor), rows, 1)
+    return [_lengths(batch)[0] for batch in tqdm(batches, total=len(rows), desc="reading prompts", leave=False)]
+
+
+def check_lengths(model: PreTrainedModel, lengths: Sequence[int], max_new_tokens: int, first: int = 0) -> None:
+    """Raises `ValueError` for a length of a prompt after which a model cannot generate so many tokens.
+
+    Args:
+        first (`int`): the number of the first row.
+    """
     limit = num_positions(model)
     for i, length in enumerate(lengths, first):
         if not length:

@@ -11,7 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from hf_distill.evaluating.answers import METRICS, extracted, without_thoughts
 from hf_distill.evaluating.gaps import BASE, STUDENT, TEACHER, Measure, mean_measure, measures_data, perplexity_measure
-from hf_distill.evaluating.generation import generate_about_pictures, generate_answers
+from hf_distill.evaluating.generation import (
+    check_lengths,
+    generate_about_pictures,
+    generate_answers,
+    picture_prompt_lengths,
+    refuse_blind,
+)
 from hf_distill.evaluating.harness import HarnessTasks, task_measures
 from hf_distill.evaluating.questions import PictureQuestions, Questions
 from hf_distill.evaluation import row_sums
@@ -173,6 +179,33 @@ def fidelity_measures(
     return measures, notes
 
 
+def check_questions(
+    models: Mapping[str, PreTrainedModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase | ProcessorMixin],
+    questions: Questions | PictureQuestions,
+    max_new_tokens: int,
+) -> None:
+    """Raises `ValueError` for a question that one of the models has no room to answer, or whose pictures it cannot read.
+
+    Pictures are read once with each processor. Arguments are those of [`evaluate_models`].
+    """
+    seen: dict[int, list[int]] = {}  # lengths by processor
+    for name, model in models.items():
+        if isinstance(questions, PictureQuestions):
+            refuse_blind(model)
+            processor = tokenizers.get(name, tokenizers[STUDENT])
+            if id(processor) not in seen:
+                seen[id(processor)] = picture_prompt_lengths(processor, questions.rows)
+            lengths = seen[id(processor)]
+        else:
+            lengths = [len(prompt) for prompt in _prompts(questions, name)]
+        check_lengths(model, lengths, max_new_tokens)
+
+
+def _prompts(questions: Questions, name: str) -> list[list[int]]:
+    return questions.teacher_prompts if name == TEACHER else questions.prompts
+
+
 def answer_measures(
     models: Mapping[str, PreTrainedModel],
     tokenizers: Mapping[str, PreTrainedTokenizerBase | ProcessorMixin],
@@ -196,8 +229,7 @@ def answer_measures(
         if isinstance(questions, PictureQuestions):
             texts = generate_about_pictures(model, tokenizers[name], questions.rows, **options)
         else:
-            prompts = questions.teacher_prompts if name == TEACHER else questions.prompts
-            texts = generate_answers(model, tokenizer_of(tokenizers[name]), prompts, **options)
+            texts = generate_answers(model, tokenizer_of(tokenizers[name]), _prompts(questions, name), **options)
         for row, text in zip(generated, texts, strict=True):
             found = scoring.scores(text, row["answers"])
             row[name] = {"text": text, **found}

@@ -1,6 +1,7 @@
 """Rows with pictures that are measured without a trainer, against the models' own logits and a trainer's evaluation."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -165,6 +166,41 @@ def test_the_command_lets_each_model_see_in_its_own_way(models, capsys, tmp_path
     assert values[0]["student"] == values[1]["student"]
     assert values[0]["teacher"] != pytest.approx(values[1]["teacher"], rel=1e-3)
     assert data["notes"] == []
+
+
+@NEEDS_5_18
+def test_a_base_found_by_itself_that_reads_text_alone_is_left_out(models, capsys, tmp_path):
+    student = tmp_path / "run"
+    shutil.copytree(models / "student", student)
+    (student / "settings.json").write_text(json.dumps({"model": str(models / "blind")}))
+    words = ["--model", student, "--dataset", models / "rows.jsonl", "--device", "cpu", "--json"]
+    cli.main(["evaluate", *map(str, words), "--output_dir", str(tmp_path / "out")])
+    data = json.loads(capsys.readouterr().out)
+    assert list(data["models"]) == ["student"]
+    assert data["notes"] == [f"The student began as {models / 'blind'}, which is left out: it reads text alone."]
+
+
+@NEEDS_5_18
+def test_a_student_that_reads_text_alone_is_measured_on_the_words(models, capsys, tmp_path):
+    words = ["--model", models / "blind", "--dataset", models / "rows.jsonl", "--device", "cpu", "--json"]
+    cli.main(["evaluate", *map(str, words), "--output_dir", str(tmp_path)])
+    assert "The student reads text alone: the pictures of the rows are left out." in (
+        json.loads(capsys.readouterr().out)["notes"]
+    )
+
+
+@NEEDS_5_18
+def test_a_question_that_is_too_long_is_found_before_anything_is_measured(models, capsys, tmp_path):
+    lines = [json.loads(line) for line in (models / "rows.jsonl").read_text().splitlines()]
+    for row in lines:
+        row["images"] = [str(models / row["images"][0])]
+    lines[4]["prompt"][0]["content"] = "what " * 240
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(SystemExit):
+        evaluated(models, capsys, "--generate", "--max_new_tokens", "30", "--output_dir", str(tmp_path), rows=rows)
+    assert "row 4 has a prompt of" in capsys.readouterr().err
+    assert not (tmp_path / "evaluation-unfinished").exists()
 
 
 LUPI = ["--generate", "--knowledge_column", "prompt", "--query_column", "prompt", "--answer_column", "prompt"]
