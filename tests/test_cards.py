@@ -127,6 +127,7 @@ def test_the_command_repeats_a_run_and_tells_neither_folders_nor_keys(tmp_path):
     ("command", "given"),
     [
         ("kd", {"lr_scheduler_type": "cosine", "optim": "adafactor", "hidden_weight": 0.5, "eos_token": "<end>"}),
+        ("kd", {"eval_dataset": "held.jsonl", "eval_split": "validation", "max_eval_rows": 20, "baseline": True}),
         ("kv", {"projector": "mlp", "projector_learning_rate": 0.03, "projector_freeze_after": 7}),
     ],
 )

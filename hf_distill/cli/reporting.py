@@ -86,6 +86,8 @@ def write_card(
 
 
 SECRETS = ("hub_token", "push_to_hub_token")
+# Options that change nothing in the training, but the numbers that a card shows.
+MEASURING = ("eval_dataset", "eval_split", "max_eval_rows", "baseline")
 
 
 def command_line(command: str, options: Sequence[Any]) -> str:
@@ -99,7 +101,7 @@ def command_line(command: str, options: Sequence[Any]) -> str:
     for each in options:
         for entry in fields(each):
             value = getattr(each, entry.name)
-            is_shown = entry.init and may_matter(entry.name) and entry.name not in SECRETS
+            is_shown = entry.init and (may_matter(entry.name) or entry.name in MEASURING) and entry.name not in SECRETS
             usual = entry.default if entry.default_factory is MISSING else entry.default_factory()
             usual = [usual, DERIVED.get(entry.name, usual)]
             if is_shown and value not in usual and isinstance(value, str | int | float | list | tuple | dict | None):
