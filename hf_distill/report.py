@@ -115,6 +115,45 @@ def measured_on(results: Mapping[str, Mapping[str, float]], num_rows: int | None
     )
 
 
+# What a measure says of a student beside another one: better, worse, or neither.
+_CLAIMS = {
+    **dict.fromkeys(
+        ("kl", "eval_kd"), ("is closer to the teacher", "is further from the teacher", "is as close to the teacher")
+    ),
+    **dict.fromkeys(
+        ("student_perplexity", "eval_ce"),
+        ("predicts the held-out rows better", "predicts the held-out rows worse", "predicts the held-out rows as well"),
+    ),
+}
+_AS_GOOD = 0.02  # a difference of two measures, relative to the larger one, that another seed may turn
+
+
+def verdict(
+    results: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[str, str]] = FIDELITY_COLUMNS
+) -> str:
+    """What came out, in words: the student after the training against its baseline, or against itself before.
+
+    Results are named `after` and, where they are known, `before` and `baseline`; other names are left out of it. Empty
+    where there is nothing to compare.
+    """
+    student, other = results.get("after", {}), results.get("baseline") or results.get("before", {})
+    shared = [key for key in columns if key in _CLAIMS and key in student and key in other]
+    of_teacher = [key for key in shared if key in ("kl", "eval_kd")]
+    claims = []
+    for key in dict.fromkeys((*of_teacher, *shared)):
+        title, form = columns[key]
+        better, worse, same = _CLAIMS[key]
+        gain = (other[key] - student[key]) / max(abs(other[key]), abs(student[key]), 1e-12)
+        claim = same if abs(gain) < _AS_GOOD else better if gain > 0 else worse
+        claims.append(f"{claim} ({title}: {form.format(student[key])} against {form.format(other[key])})")
+    if not claims:
+        return ""
+    has_baseline = bool(results.get("baseline"))
+    against = "the baseline on hard labels" if has_baseline else "before the training"
+    unknown = "" if has_baseline or not of_teacher else " Whether the teacher helped, a --baseline says."
+    return f"Compared with {against}, the student {' and '.join(claims)}.{unknown}"
+
+
 def table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
     """A `rich` table of rows with the same keys.
 

@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from hf_distill import HardLabelTrainer, cli
+from hf_distill.report import verdict
 from hf_distill.runs import read_run
 from tests.test_cli import WRITTEN, options
 from tests.test_page import read_page
@@ -60,11 +61,16 @@ def test_table_picture_page_and_comparison_have_the_baseline(folder, tmp_path, c
     run = {"eval_dataset": folder / "rows.jsonl", "max_steps": 2, "output_dir": tmp_path / "kd", "baseline": True}
     cli.main(["kd", *options(folder, **run)])
     assert "baseline" in capsys.readouterr().out
+    sentence = verdict(report_of(tmp_path / "kd"))
+    assert sentence.startswith("Compared with the baseline on hard labels, the student is ")
     for page in ("report.md", "README.md"):
-        assert "| baseline |" in (tmp_path / "kd" / page).read_text(), page
+        text = (tmp_path / "kd" / page).read_text()
+        assert "| baseline |" in text, page
+        assert sentence in text, page
     data, _ = read_page(tmp_path / "kd" / "report.html")
     assert [each["name"] for each in data["runs"]] == ["kd", "baseline"]
     assert {row[""] for row in data["tables"][0]["rows"]} == {"kd", "baseline", "before", "teacher"}
+    assert data["tables"][0]["note"].startswith(sentence)
     assert data["settings"][0]["rows"][0] == {"": "kd_weight", "kd": "0.5", "baseline": "0"}
     assert [each["tokens"]["kl_is"] for each in data["runs"]] == ["exact", "exact"]
     cli.main(["compare", str(tmp_path / "kd"), "--output_dir", str(tmp_path / "out")])

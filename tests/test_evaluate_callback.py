@@ -198,7 +198,7 @@ def test_pictures_that_cannot_be_measured_are_refused_before_the_training(tmp_pa
 def test_questions_about_pictures_are_tried_before_the_training(tmp_path):
     trainer = seeing_trainer(tmp_path)
     asked = picture_questions(asked_of_pictures(3, seed=7), make_processor("idefics3"))
-    with pytest.raises(ValueError, match="row 0 has a prompt of .* would go beyond the 256 positions"):
+    with pytest.raises(ValueError, match=r"row 0 has a prompt of .* would go beyond the 256 positions"):
         EvaluateCallback(trainer, questions=asked, scoring=Scoring(max_new_tokens=250))
     blind = make_model(vocab_size=VOCAB, max_position_embeddings=300)
     with pytest.raises(ValueError, match="reads text alone: remove the column of pictures"):

@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hf_distill import report
-from hf_distill.report import Shown, markdown, measured_on, result_rows, save_picture, save_report, table
+from hf_distill.report import Shown, markdown, measured_on, result_rows, save_picture, save_report, table, verdict
 
 pytestmark = pytest.mark.draws
 RESULTS = {
@@ -103,6 +103,26 @@ def test_sizes_of_what_was_measured_are_one_phrase(num_rows, num_tokens, expecte
 
 def test_rows_that_were_counted_while_measuring_come_before_those_of_the_dataset():
     assert measured_on({"before": {"num_rows": 3, "num_tokens": 40}}, 5) == "3 rows, 40 tokens"
+
+
+def test_a_sentence_says_what_came_out():
+    before, after = RESULTS["before"], RESULTS["after"]
+    start = "Compared with before the training, the student is closer to the teacher (KL, nats: 0.5000 against 2.0000)"
+    assert verdict(RESULTS) == (
+        f"{start} and predicts the held-out rows better (perplexity: 8.000 against 40.000). Whether the teacher "
+        "helped, a --baseline says."
+    )
+    baseline = {**after, "kl": 0.505, "student_perplexity": 7.0}
+    assert verdict({**RESULTS, "baseline": baseline}) == (
+        "Compared with the baseline on hard labels, the student is as close to the teacher (KL, nats: 0.5000 against "
+        "0.5050) and predicts the held-out rows worse (perplexity: 8.000 against 7.000)."
+    )
+    alone = {"before": {"eval_ce": 2.0}, "after": {"eval_ce": 3.0}}
+    assert verdict(alone, report.HARD_LABEL_COLUMNS) == (
+        "Compared with before the training, the student predicts the held-out rows worse (hard labels, nats: 3.0000 "
+        "against 2.0000)."
+    )
+    assert verdict({"after": after}) == verdict({"before": before}) == verdict({"untrained": before}) == ""
 
 
 def drawn(monkeypatch, **options):

@@ -202,9 +202,7 @@ def _base_of(model: str) -> str | None:
     return base if adapter is not None and not continued else began
 
 
-def _sees_pictures(
-    names: dict[str, str], rows: Dataset | None, arguments: EvaluateArguments
-) -> tuple[bool, list[str]]:
+def _sees_pictures(names: dict[str, str], rows: Dataset | None, arguments: EvaluateArguments) -> tuple[bool, list[str]]:
     """True for rows with pictures, and a student that reads them; and notes.
 
     A base that was found by itself and does not read them is taken out of `names`.

@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Dataset
 
 from hf_distill import __version__
-from hf_distill.report import markdown, measured_on, rows_with_teacher
+from hf_distill.report import markdown, measured_on, rows_with_teacher, verdict
 from hf_distill.runs import TOKENS_FILE, may_matter, rows_digest, save_settings
 from hf_distill.store.hub import CACHE
 from hf_distill.teachers.remote import is_address
@@ -78,7 +78,8 @@ def write_card(
 ) -> None:
     """Writes the model card again, with results, in the main process alone."""
     sizes = measured_on(results, _length(trainer.eval_dataset))
-    text = markdown(rows_with_teacher(results, columns)) + (f"\nMeasured on {sizes}, held out.\n" if sizes else "")
+    notes = [verdict(results, columns), f"Measured on {sizes}, held out." if sizes else ""]
+    text = markdown(rows_with_teacher(results, columns)) + "".join(f"\n{note}\n" for note in notes if note)
     trainer.card_facts = replace(trainer.card_facts, results=text, picture="report.png")
     folder = str(trainer.args.output_dir)
     with optional("the model card", folder):

@@ -39,6 +39,7 @@ from hf_distill.report import (
     HARD_LABEL_COLUMNS,
     ROLLOUT_COLUMNS,
     save_report,
+    verdict,
 )
 from hf_distill.rows import tokenized_row
 from hf_distill.runs import BASELINE, TOKENS_FILE, as_list, read_history
@@ -423,10 +424,9 @@ def _report(
 
     def save() -> None:
         rows: Any = trainer.eval_dataset
-        save_report(
-            folder, results, histories, title, columns, num_rows=len(rows),
-            note=f"The teacher's outputs came from {sources}." if sources else "",
-        )  # fmt: skip
+        notes = [verdict(results, columns), f"The teacher's outputs came from {sources}." if sources else ""]
+        note = " ".join(filter(None, notes))
+        save_report(folder, results, histories, title, columns, num_rows=len(rows), note=note)
 
     if trainer.is_world_process_zero():
         for name in (TOKENS_FILE, *(() if writes else ("report.json",))):

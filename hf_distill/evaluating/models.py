@@ -185,7 +185,7 @@ def check_questions(
     questions: Questions | PictureQuestions,
     max_new_tokens: int,
 ) -> None:
-    """Raises `ValueError` for a question that one of the models has no room to answer, or whose pictures it cannot read.
+    """Raises `ValueError` for a question that a model has no room to answer, or whose pictures it cannot read.
 
     Pictures are read once with each processor. Arguments are those of [`evaluate_models`].
     """

@@ -27,8 +27,9 @@ from hf_distill.report import (
     evaluation_rows,
     measured_on,
     rows_with_teacher,
+    verdict,
 )
-from hf_distill.runs import Run, named_runs, read_run, with_baselines
+from hf_distill.runs import BASELINE, Run, named_runs, read_run, with_baselines
 
 MAX_BYTES = 4_900_000  # of a page
 SCRIPTS = ("charts.js", "tokens.js", "rows.js", "page.js")
@@ -115,7 +116,8 @@ def page_of(runs: Mapping[str, Run]) -> dict[str, Any]:
     elif measured:
         columns, groups = compared_columns(measured), ranked_groups(measured)
         for group in groups:
-            note = _measured({name: run.measures for name, run in group.items()}, next(iter(group.values())))
+            measured_rows = _measured({name: run.measures for name, run in group.items()}, next(iter(group.values())))
+            note = f"{_verdicts(group)} {measured_rows}".strip()
             if len(groups) > 1:
                 note += " These are other held-out rows than those of the other tables: their numbers do not compare."
             tables.append({"rows": group_rows(group, columns), "note": note})
@@ -163,16 +165,31 @@ def _about(run: Run) -> list[list[str]]:
     return found
 
 
+def _columns(run: Run) -> Mapping[str, tuple[str, str]]:
+    """The columns of what was measured of a run."""
+    if "kl" in run.measures:
+        return FIDELITY_COLUMNS
+    if "eval_rollout/acceptance_rate" in run.measures:
+        return ROLLOUT_COLUMNS
+    return EVALUATION_COLUMNS if "eval_kd" in run.measures else HARD_LABEL_COLUMNS
+
+
 def _results(run: Run) -> dict[str, Any]:
     """The table of a single run: every result, and the teacher."""
-    columns: Mapping[str, tuple[str, str]] = EVALUATION_COLUMNS
-    if "kl" in run.measures:
-        columns = FIDELITY_COLUMNS
-    elif "eval_rollout/acceptance_rate" in run.measures:
-        columns = ROLLOUT_COLUMNS
-    elif "eval_kd" not in run.measures:
-        columns = HARD_LABEL_COLUMNS
-    return {"rows": rows_with_teacher(run.results, columns), "note": _measured(run.results, run)}
+    columns = _columns(run)
+    note = f"{verdict(run.results, columns)} {_measured(run.results, run)}".strip()
+    return {"rows": rows_with_teacher(run.results, columns), "note": note}
+
+
+def _verdicts(group: Mapping[str, Run]) -> str:
+    """What came out of runs that stand beside their baselines."""
+    found = []
+    for name, run in group.items():
+        other = group.get(BASELINE if len(group) == 2 else f"{BASELINE} of {name}")
+        if other is not None and other is not run:
+            text = verdict({"after": run.measures, BASELINE: other.measures}, _columns(run))
+            found.append(text if len(group) == 2 else f"{name}: {text}")
+    return " ".join(filter(None, found))
 
 
 def _evaluation(name: str, run: Run) -> dict[str, Any]:

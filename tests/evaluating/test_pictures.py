@@ -184,8 +184,9 @@ def test_a_base_found_by_itself_that_reads_text_alone_is_left_out(models, capsys
 def test_a_student_that_reads_text_alone_is_measured_on_the_words(models, capsys, tmp_path):
     words = ["--model", models / "blind", "--dataset", models / "rows.jsonl", "--device", "cpu", "--json"]
     cli.main(["evaluate", *map(str, words), "--output_dir", str(tmp_path)])
-    assert "The student reads text alone: the pictures of the rows are left out." in (
-        json.loads(capsys.readouterr().out)["notes"]
+    assert (
+        "The student reads text alone: the pictures of the rows are left out."
+        in (json.loads(capsys.readouterr().out)["notes"])
     )
 
 
