@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ceilings, fused_linear, gpu, gpu_rows
+from benchmarks import ceilings, fused_linear, gpu, gpu_bench, gpu_rows
 from benchmarks.ceilings import Ceilings, Work, backbone_work, count_events, loss_work, reading_work
 from benchmarks.timed_rows import JSON, MARKDOWN, Budget, NotMeasured
 from hf_distill.modeling import cache_keyword
@@ -120,8 +120,8 @@ def test_products_and_reads_of_the_host_are_counted():
 
 
 def test_the_pair_of_models_has_the_acceptance_that_is_asked_for():
-    bench = gpu_rows.Bench("cpu", tiny=True)
-    pair = gpu_rows.Pair(bench)
+    bench = gpu_bench.Bench("cpu", tiny=True)
+    pair = gpu_bench.Pair(bench)
     ids = pair.prompts(8)["student_prompt_ids"]
     assert pair.acceptance(ids, 2**12) > 0.95  # the teacher says what the student says
     rates = [pair.acceptance(ids, pair.scale(rate)) for rate in (0.85, 0.4)]
@@ -129,7 +129,7 @@ def test_the_pair_of_models_has_the_acceptance_that_is_asked_for():
 
 
 def test_rows_of_a_step_and_of_a_rollout_have_all_of_their_numbers():
-    bench = gpu_rows.Bench("cpu", tiny=True)
+    bench = gpu_bench.Bench("cpu", tiny=True)
     step = next(row for row in gpu_rows.steps(bench) if row.name == "KDTrainer").measure(Budget(30))
     rollout = gpu_rows.rollouts(bench)[1].measure(Budget(30))
     for row in (step, rollout):
@@ -140,7 +140,7 @@ def test_rows_of_a_step_and_of_a_rollout_have_all_of_their_numbers():
 
 
 def test_a_warm_up_that_is_longer_than_its_row_may_take_is_told():
-    bench = gpu_rows.Bench("cpu", tiny=True)
+    bench = gpu_bench.Bench("cpu", tiny=True)
     with pytest.raises(NotMeasured, match="the warm-up alone took"):
         bench.steady(Budget(-1), lambda: None, Work())
 
