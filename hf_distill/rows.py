@@ -19,6 +19,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "chatbot", "bot"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
+KNOWN_ROLES = {*ROLES.values(), "developer"}
 # Names that no template knows. They are renamed in messages with `role` and `content`, too.
 ALIASES = {"human", "gpt", "chatgpt", "bing", "bard"}
 

@@ -371,7 +371,8 @@ def test_nothing_of_an_earlier_run_is_taken_for_the_next_ones(tmp_path, teacher,
         "emergency/model.safetensors", "projectors/projector.json", "projector.safetensors", "hidden_projector.json",
         "checkpoint-9/model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
         "pytorch_model.bin", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "added_tokens.json",
-        "additional_chat_templates/tools.jinja", "all_results.json", "generation_config.json",
+        "additional_chat_templates/tools.jinja", "all_results.json", "generation_config.json", "baseline/settings.json",
+        "baseline/model.safetensors",
     ]  # fmt: skip
     kept = [
         "rows.jsonl", "run.yaml", "bundles/manifest.json", "restored/config.json", "tokenizer_training.py",
@@ -391,6 +392,14 @@ def test_nothing_of_an_earlier_run_is_taken_for_the_next_ones(tmp_path, teacher,
     assert all((tmp_path / name).exists() for name in kept)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template is None
     assert_loads_as(tmp_path, trainer)
+
+
+def test_a_folder_of_the_name_of_a_baseline_stays_without_a_run_around_it(tmp_path):
+    for name in ("report.md", "baseline/settings.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    set_aside(tmp_path)
+    assert contents(tmp_path) == {"_earlier-1", "baseline"}
 
 
 def test_a_run_that_fails_to_start_leaves_a_used_folder_as_it_was(tmp_path, teacher, tokenizer, monkeypatch):

@@ -19,8 +19,10 @@ from hf_distill.planning.models import ModelSpec
 from hf_distill.speculative import RolloutConfig
 from hf_distill.store.hub import CACHE
 from hf_distill.store.manifest import Manifest, read_manifest
+from hf_distill.teachers import loading
 from hf_distill.teachers.remote import is_address
 from hf_distill.traffic import ENGINES
+from hf_distill.trainers import hard_label_config
 from hf_distill.trainers.hard_label_config import HardLabelConfig, keywords
 from hf_distill.trainers.kv_projection_config import KVProjectionConfig
 from hf_distill.trainers.speculative_kd_config import SpeculativeKDConfig
@@ -114,8 +116,14 @@ class Settings:
 
 @contextmanager
 def without_gpu() -> Iterator[None]:
-    """Within it settings for a GPU can be made on a machine without one; transformers would refuse bf16."""
-    with patch.object(training_args, "is_torch_bf16_gpu_available", lambda: True):
+    """Within it settings for a GPU can be made on a machine without one, and without the libraries that are for one."""
+    with (
+        patch.object(training_args, "is_torch_bf16_gpu_available", lambda: True),
+        patch.object(training_args, "is_torch_tf32_available", lambda: True),
+        patch.object(hard_label_config, "is_on_cpu", lambda args: args.use_cpu),
+        patch.object(hard_label_config, "is_liger_kernel_available", lambda: True),
+        patch.object(loading, "is_bitsandbytes_available", lambda: True),
+    ):
         yield
 
 

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from trl.data_utils import get_dataset_column_names
 from hf_distill.rows import (
     ALIASES,
     CHAT_COLUMNS,
+    KNOWN_ROLES,
     PICTURE,
     PICTURES,
     is_chat,
@@ -82,7 +84,8 @@ def check_columns(dataset: AnyDataset, name: str, args: Any, has_formatting: boo
     if not has_formatting and not used_format(columns, text_field):
         raise ValueError(
             f"the {name} dataset has the columns {', '.join(sorted(columns))}; it needs {text_field!r}, 'messages', "
-            "'prompt' and 'completion', or 'input_ids'. Rename a column, set dataset_text_field or pass formatting_func"
+            "'prompt' and 'completion', or 'input_ids'. Rename a column, set dataset_text_field, or make a text of other "
+            "columns: with --prompt_template and --completion_template of the command line, or formatting_func"
         )
     refuse_unread(columns, name, READ_BY_TEACHERS)
     for_tokens = columns & {"labels", "completion_mask", "assistant_masks"}
@@ -138,10 +141,27 @@ def tell_columns(dataset: AnyDataset, name: str, args: Any) -> None:
         logger.log(level, "of the %s dataset %s is read; not read: %s", name, ", ".join(sorted(used)), ", ".join(left))
 
 
+def tell_conversations(dataset: AnyDataset, name: str, args: Any) -> None:
+    """Warns of roles that templates may not know, and that conversations are trained on as a whole."""
+    used = used_format(set(get_dataset_column_names(dataset)), args.dataset_text_field)
+    if unknown := sorted({role for column in used for role in _roles(dataset, column)} - KNOWN_ROLES):
+        logger.warning(
+            "messages of the %s dataset have the role %s: a chat template that does not know it may leave the message "
+            "out, or write it as it is", name, " and ".join(map(repr, unknown)),
+        )  # fmt: skip
+    if name == "train" and used in (("messages",), ("conversations",)) and not args.assistant_only_loss:
+        logger.warning(
+            "every token of the conversations is trained on, those of system prompts and questions too: "
+            "assistant_only_loss=True, or rows with 'prompt' and 'completion', leaves the labels to the answers"
+        )
+
+
 def brought(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
-    """[`one_format`] of what the caller brings; says once which columns are read."""
+    """[`one_format`] of what the caller brings; says once which columns are read, and what is in them."""
     tell_columns(dataset, name, args)
-    return one_format(dataset, name, args)
+    dataset = one_format(dataset, name, args)
+    tell_conversations(dataset, name, args)
+    return dataset
 
 
 def one_format(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
@@ -377,6 +397,20 @@ def _has_other_roles(dataset: Dataset, column: str) -> bool:
     if any(c.null_count or not (pa.types.is_string(c.type) or pa.types.is_large_string(c.type)) for c in contents):
         return True
     return any(ALIASES & set(chunk.field("role").unique().to_pylist()) for chunk in chunks)
+
+
+def _roles(dataset: AnyDataset, column: str) -> set[str]:
+    """The roles of the messages in a column, of a stream those of its first rows; none of texts."""
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        cells = dataset.data.column(column)
+        kind = getattr(cells.type, "value_type", None)
+        if kind is not None and pa.types.is_struct(kind):
+            return {role for chunk in cells.chunks for role in chunk.flatten().field("role").unique().to_pylist()}
+        rows: Any = dataset[column] if is_chat(dataset[0][column]) else ()
+    else:
+        first = list(islice(iter(dataset), 100))
+        rows = [row[column] for row in first] if is_chat(first[0][column]) else ()
+    return {message["role"] for cell in rows for message in cell}
 
 
 def _is_other(message: Any) -> bool:

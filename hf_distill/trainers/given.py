@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from peft import PeftModel
 from transformers import TrainerCallback
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from hf_distill.model_files import is_adapter_folder
 from hf_distill.modeling import tokenizer_of
@@ -93,6 +94,20 @@ class Given(NamedTuple):
                 raise ValueError(
                     f"{name}={token!r} is no token of the student's tokenizer: leave it out, or add the token first"
                 )
+
+    def check_assistant_marks(self) -> None:
+        """Raises `ValueError` for a chat template of which nobody knows which tokens are the assistant's."""
+        template = getattr(self.processing_class, "chat_template", None)
+        if not (self.args.assistant_only_loss and self.unprepared() and template) or has_generation_markers(template):
+            return
+        try:
+            get_training_chat_template(self.processing_class)
+        except ValueError as error:
+            raise ValueError(
+                "assistant_only_loss=True: the chat template does not mark what the assistant says ({% generation %}), "
+                "and TRL knows no marked form of it. Give the rows as prompt and completion, both of them messages, "
+                "whose completions alone are trained; or add the marks to the template"
+            ) from error
 
     def with_processing_class(self) -> "Given":
         """The same with the student's tokenizer, or processor if it sees, which its rows need if they have pictures."""

@@ -199,6 +199,7 @@ class HardLabelTrainer(PreparingTrainer):
         given.check_tokens()
         if args.chat_template_path is None:
             given.check_chat_template(given.processing_class, "the student's", "chat_template_path")
+            given.check_assistant_marks()
         # Before SFTTrainer looks at a row to see what it is.
         prepares = given.unprepared() and not given.has_pictures
         return given.with_rows(partial(self._brought, args=args)) if prepares else given

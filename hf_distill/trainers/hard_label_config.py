@@ -203,11 +203,16 @@ class HardLabelConfig(SFTConfig):
             raise ValueError(
                 f"optim={optim!r} needs bitsandbytes: pip install 'hf_distill[quantization]', or take 'adamw_torch'"
             )
-        if self.fp16 and self.device.type == "cpu":
+        if self.fp16 and is_on_cpu(self):
             raise ValueError("fp16=True needs a GPU: on a CPU take bf16=True, or bf16=False for float32")
         if self.use_liger_kernel:
             # TRL keeps to Liger's layers, which go together with any loss. They fail only when training starts.
             if not is_liger_kernel_available():
                 raise ValueError("use_liger_kernel=True needs Liger: pip install liger-kernel, or remove it")
-            if self.device.type == "cpu":
+            if is_on_cpu(self):
                 raise ValueError("use_liger_kernel=True needs a GPU: its kernels do not run on the CPU. Remove it")
+
+
+def is_on_cpu(args: SFTConfig) -> bool:
+    """True if a run with these settings computes on the CPU of this machine."""
+    return args.device.type == "cpu"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hf_distill import KDConfig, KVProjectionConfig, SpeculativeKDConfig, cli
-from hf_distill.planning import Machine, parse_size, plan_run
+from hf_distill.planning import Machine, parse_size, plan_run, without_gpu
 from hf_distill.planning.remedies import CHANGES
 from hf_distill.planning.settings import read_settings
 from hf_distill.store.manifest import Manifest
@@ -32,6 +32,21 @@ def settings(folder):
     """Models of the tests and settings of a small run."""
     options = {"output_dir": "out", "use_cpu": True, "bf16": False, "max_length": 32, "per_device_train_batch_size": 4}
     return str(folder / "student"), str(folder / "teacher"), options
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"fp16": True, "bf16": False}, {"tf32": True}, {"use_liger_kernel": True}, {"teacher_quantization": "4bit"}],
+)
+def test_what_this_machine_lacks_can_be_planned(folder, monkeypatch, setting):
+    monkeypatch.setattr("hf_distill.teachers.loading.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("hf_distill.trainers.hard_label_config.is_liger_kernel_available", lambda: False)
+    options = {"output_dir": "out", "max_length": 32, **setting}
+    with pytest.raises(ValueError, match=r"needs|requires"):
+        KDConfig(**{"bf16": False, **options})
+    with without_gpu():
+        args = KDConfig(**options)
+    assert plan_run(str(folder / "student"), str(folder / "teacher"), args, machine=Machine(4 << 30)).fits
 
 
 def test_parts_sum_to_the_peak_of_the_highest_phase(settings):

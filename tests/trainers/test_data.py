@@ -21,7 +21,7 @@ from hf_distill.rows import tokenized_row
 from hf_distill.speculative import RolloutConfig, rollout
 from hf_distill.token_alignment import SharedTokens
 from hf_distill.token_rows import PEEKED_ROWS
-from hf_distill.trainers.data import check_columns, one_format, tell_columns
+from hf_distill.trainers.data import brought, check_columns, one_format, tell_columns
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 from tests.trainers.test_kd import make_trainer, settings
 from tests.trainers.test_speculative_kd import make_trainer as make_speculative
@@ -176,6 +176,48 @@ def test_trainers_read_from_and_value_as_role_and_content(tmp_path, tokenizer, s
     )  # fmt: skip
     for dataset in (trainer.train_dataset, trainer.eval_dataset["a"]):
         assert (dataset[0]["input_ids"], dataset[0]["labels"]) == (expected["input_ids"], labels)
+
+
+@pytest.mark.parametrize("kind", ["rows", "mixed rows", "stream"])
+def test_roles_that_templates_may_not_know_are_told_once(args, kind, caplog):
+    odd = [{"role": "usr", "content": "a"}, {"role": "developer", "content": "b"}, *CHAT]
+    rows = [{"messages": CHAT}, {"messages": odd}]
+    if kind == "mixed rows":
+        rows = [{"messages": [{**message, "extra": extra} for message in odd]} for extra in ("a", {"b": 1})]
+    dataset = Dataset.from_list(rows, on_mixed_types="use_json" if kind == "mixed rows" else None)
+    with caplog.at_level(logging.WARNING, "hf_distill"):
+        brought(dataset.to_iterable_dataset() if kind == "stream" else dataset, "held-out", args)
+        brought(Dataset.from_list([{"messages": CHAT}]), "held-out", args)
+    (record,) = caplog.records
+    assert "messages of the held-out dataset have the role 'usr': a chat template that does not" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "is_told"),
+    [
+        ({"messages": CHAT}, {}, True),
+        ({"conversations": SHAREGPT}, {}, True),
+        ({"messages": CHAT}, {"assistant_only_loss": True}, False),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, {}, False),
+        ({"text": "a"}, {}, False),
+    ],
+)
+def test_conversations_whose_questions_are_trained_on_are_told(tmp_path, row, changes, is_told, caplog):
+    with caplog.at_level(logging.WARNING, "hf_distill"):
+        brought(Dataset.from_list([row]), "train", KDConfig(**settings(tmp_path), **changes))
+        brought(Dataset.from_list([row]), "eval", KDConfig(**settings(tmp_path), **changes))
+    told = "every token of the conversations is trained on, those of system prompts and questions too"
+    assert [record.getMessage().startswith(told) for record in caplog.records] == [True] * is_told
+
+
+def test_a_template_without_marks_names_the_way_that_needs_none(tmp_path, student, teacher):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+    rows = Dataset.from_list([{"messages": CHAT}] * 2)
+    with pytest.raises(ValueError, match="Give the rows as prompt and completion, both of them messages"):
+        make_trainer(tmp_path, student, teacher, rows, tokenizer, assistant_only_loss=True)
+    rows = Dataset.from_list([{"prompt": CHAT[:1], "completion": CHAT[1:]}] * 2)
+    assert len(make_trainer(tmp_path, student, teacher, rows, tokenizer).train_dataset) == 2
 
 
 # ------------------------------------------------------------------------------------------------ columns and formats
