@@ -150,8 +150,17 @@ def verdict(
         return ""
     has_baseline = bool(results.get("baseline"))
     against = "the baseline on hard labels" if has_baseline else "before the training"
-    unknown = "" if has_baseline or not of_teacher else " Whether the teacher helped, a --baseline says."
-    return f"Compared with {against}, the student {' and '.join(claims)}.{unknown}"
+    sentences = [f"Compared with {against}, the student {' and '.join(claims)}."]
+    if of_teacher and not has_baseline:
+        sentences.append("Whether the teacher helped, a --baseline says.")
+    best = min(values.get("student_perplexity", math.inf) for values in (student, other))
+    if (teacher := student.get("teacher_perplexity", 0.0)) * (1 - _AS_GOOD) > best:
+        form = columns.get("teacher_perplexity", ("", "{:.3f}"))[1]
+        sentences.append(
+            f"The teacher itself predicts these rows worse ({form.format(teacher)}): `hf-distill doctor` looks for the "
+            "reason in its weights, the chat template and the labels."
+        )
+    return " ".join(sentences)
 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:

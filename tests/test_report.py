@@ -117,6 +117,13 @@ def test_a_sentence_says_what_came_out():
         "Compared with the baseline on hard labels, the student is as close to the teacher (KL, nats: 0.5000 against "
         "0.5050) and predicts the held-out rows worse (perplexity: 8.000 against 7.000)."
     )
+    weak = {name: {**values, "teacher_perplexity": 7.5} for name, values in RESULTS.items()}
+    assert verdict(weak).endswith("says.")  # better than the student
+    weak["after"]["teacher_perplexity"] = 9.0
+    assert verdict(weak).endswith(
+        "The teacher itself predicts these rows worse (9.000): `hf-distill doctor` looks for the reason in its "
+        "weights, the chat template and the labels."
+    )
     alone = {"before": {"eval_ce": 2.0}, "after": {"eval_ce": 3.0}}
     assert verdict(alone, report.HARD_LABEL_COLUMNS) == (
         "Compared with before the training, the student predicts the held-out rows worse (hard labels, nats: 3.0000 "

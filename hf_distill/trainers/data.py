@@ -84,8 +84,8 @@ def check_columns(dataset: AnyDataset, name: str, args: Any, has_formatting: boo
     if not has_formatting and not used_format(columns, text_field):
         raise ValueError(
             f"the {name} dataset has the columns {', '.join(sorted(columns))}; it needs {text_field!r}, 'messages', "
-            "'prompt' and 'completion', or 'input_ids'. Rename a column, set dataset_text_field, or make a text of other "
-            "columns: with --prompt_template and --completion_template of the command line, or formatting_func"
+            "'prompt' and 'completion', or 'input_ids'. Rename a column, set dataset_text_field, or make a text of "
+            "other columns: with --prompt_template and --completion_template of the command line, or formatting_func"
         )
     refuse_unread(columns, name, READ_BY_TEACHERS)
     for_tokens = columns & {"labels", "completion_mask", "assistant_masks"}
