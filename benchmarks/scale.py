@@ -1,18 +1,21 @@
 """Rows per second of our own checks, and memory, over data sets of 1,000 to 1,000,000 rows of token ids on disk.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.scale --rows 1000 10000 100000 --threads 2 --markdown
+    OMP_NUM_THREADS=1 python -m benchmarks.scale --markdown
 
 Each size runs in a process of its own. The rows have `input_ids` and `completion_mask`, 24 to 72 tokens, and come from
 Arrow files, so the data set itself lies in a memory map. The checks are those of a trainer's construction: tokens and
 labels, rows without a label, the longest row. `construction` is that of a `KDTrainer` of two tiny models on the same
 rows, all of TRL's preparation included. Extra memory is the peak of memory that is the process's own (without memory
-maps), minus that before the checks.
+maps), minus that before; for the construction, together with that of the processes that prepare rows.
 """
 
 import argparse
+import contextlib
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +35,9 @@ VOCAB = 384
 BLOCK = 10_000  # rows that are written at a time
 
 
-class Found(NamedTuple):
-    checks: float  # seconds
+class Used(NamedTuple):
+    seconds: float
     memory: int  # bytes
-    construction: float | None  # seconds
 
 
 def write_rows(folder: Path, num_rows: int) -> None:
@@ -57,69 +59,78 @@ def write_rows(folder: Path, num_rows: int) -> None:
 
 
 def own_memory() -> int:
-    """The bytes of this process that are not of files."""
-    info: Any = psutil.Process().memory_info()
-    return info.rss - info.shared
+    """The bytes of this process, and of those that it has started, that are not of files."""
+    total, process = 0, psutil.Process()
+    for each in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            info: Any = each.memory_info()
+            total += info.rss - info.shared
+    return total
 
 
-def run(num_rows: int, options: argparse.Namespace) -> Found:
+@contextmanager
+def measured() -> Iterator[list[Used]]:
+    """Yields a list. After the context, it has what the code inside took."""
+    before = peak = own_memory()
+    done, found = threading.Event(), []
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.02):
+            peak = max(peak, own_memory())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    start = time.perf_counter()
+    try:
+        yield found
+        found.append(Used(time.perf_counter() - start, peak - before))
+    finally:
+        done.set()
+        sampler.join()
+
+
+def run(num_rows: int, options: argparse.Namespace) -> tuple[Used, Used]:
     """Writes the rows, and measures the checks of them and a construction."""
     disable_progress_bars()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         write_rows(Path(folder), num_rows)
         dataset: Any = load_from_disk(f"{folder}/rows")
         limits = Limits(VOCAB, VOCAB)
-        before = peak = own_memory()
-        done = threading.Event()
-
-        def sample() -> None:
-            nonlocal peak
-            while not done.wait(0.005):
-                peak = max(peak, own_memory())
-
-        sampler = threading.Thread(target=sample)
-        sampler.start()
-        start = time.perf_counter()
-        check_rows(dataset, "train", limits, options.threads)
-        kept = rows_with_label(dataset, "train", limits, options.threads)
-        longest_text(dataset)
-        checks = time.perf_counter() - start
-        done.set()
-        sampler.join()
+        with measured() as checks:
+            check_rows(dataset, "train", limits, options.threads)
+            kept = rows_with_label(dataset, "train", limits, options.threads)
+            longest_text(dataset)
         assert kept.all()
-        construction = None
-        if num_rows <= options.construct:
-            args = KDConfig(
-                output_dir=f"{folder}/out", use_cpu=True, bf16=False, report_to=[], completion_only_loss=True,
-                disable_tqdm=True, dataset_num_proc=options.threads if options.threads > 1 else None,
-            )  # fmt: skip
-            tokenizer, teacher = make_tokenizer(), make_model(seed=1)
-            start = time.perf_counter()
-            KDTrainer(make_model(seed=2), teacher, args, dataset, None, tokenizer, teacher_processing_class=tokenizer)
-            construction = time.perf_counter() - start
-        return Found(checks, peak - before, construction)
+        args = KDConfig(
+            output_dir=f"{folder}/out", use_cpu=True, bf16=False, report_to=[], completion_only_loss=True,
+            disable_tqdm=True, dataset_num_proc=options.threads if options.threads > 1 else None,
+        )  # fmt: skip
+        tokenizer, student, teacher = make_tokenizer(), make_model(seed=2), make_model(seed=1)
+        with measured() as construction:
+            KDTrainer(student, teacher, args, dataset, None, tokenizer, teacher_processing_class=tokenizer)
+        return checks[0], construction[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--threads", type=int, default=2, help="of our checks, and processes of the preparation")
-    parser.add_argument("--construct", type=int, default=100_000, help="the largest data set to construct a trainer on")
     parser.add_argument("--folder", help="where the rows are written; by default the folder for temporary files")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     options = parser.parse_args()
     rows = []
     for num_rows in options.rows:
-        found = in_fresh_process(run, num_rows, options)
-        constructed = found.construction
+        checks, construction = in_fresh_process(run, num_rows, options)
         rows.append(
             {
                 "rows": f"{num_rows:,}",
-                "our checks": seconds(found.checks),
-                "rows/s": f"{num_rows / found.checks:,.0f}",
-                "extra memory": size(found.memory),
-                "construction": "" if constructed is None else seconds(constructed),
-                "rows/s ": "" if constructed is None else f"{num_rows / constructed:,.0f}",
+                "our checks": seconds(checks.seconds),
+                "rows/s": f"{num_rows / checks.seconds:,.0f}",
+                "extra memory": size(checks.memory),
+                "construction": seconds(construction.seconds),
+                "rows/s ": f"{num_rows / construction.seconds:,.0f}",
+                "extra memory ": size(construction.memory),
             }
         )
     print_table(f"{options.threads} threads; {machine('cpu')}", rows, options.markdown)
