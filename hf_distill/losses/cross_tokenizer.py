@@ -63,6 +63,8 @@ from hf_distill.losses.objective import DistillationLoss, Objective, check_token
 from hf_distill.token_alignment import SharedTokens
 
 METHODS = ("aligned", "uld")
+# Blocks on a CPU are larger than those of the loop: autograd's calls for a block cost more than the cache saves.
+CACHES_PER_BLOCK = 8
 
 
 class Spans(NamedTuple):
@@ -174,7 +176,7 @@ def _cross_tokenizer_loss(
     teacher = side_of(signal.head.with_product_dtype(signal.hidden), teacher_ids, teacher_names)
     vocab_size = max(len(student_names), len(teacher_names))
     chunk_size = objective.chunk_size or default_chunk_size(hidden.device, vocab_size)
-    block = block_rows(hidden.device, chunk_size, vocab_size)
+    block = block_rows(hidden.device, chunk_size, vocab_size, caches=CACHES_PER_BLOCK)
 
     groups = spans.student_groups
     numbers = torch.unique(groups[torch.isin(groups, spans.teacher_groups) & (groups >= 0)])  # (G,)

@@ -111,11 +111,14 @@ def even_chunks(num_rows: int, chunk_size: int) -> int:
     return min(chunk_size, math.ceil(even / 16) * 16)
 
 
-def block_rows(device: torch.device, chunk_size: int, vocab_size: int) -> int:
-    """The number of positions in a block of the element-wise part, where it is not compiled."""
+def block_rows(device: torch.device, chunk_size: int, vocab_size: int, *, caches: int = 1) -> int:
+    """The number of positions in a block of the element-wise part, where it is not compiled.
+
+    On a CPU, a block has at most `caches * CACHE_BLOCK` logits.
+    """
     rows = chunk_size // BLOCKS_PER_CHUNK
     if device.type == "cpu":
-        rows = min(rows, CACHE_BLOCK // vocab_size)
+        rows = min(rows, caches * CACHE_BLOCK // vocab_size)
     return max(1, rows)
 
 
