@@ -184,6 +184,11 @@ def used_format(columns: set[str], text_field: str) -> tuple[str, ...]:
     return next((wanted for wanted in formats if columns.issuperset(wanted)), ())
 
 
+def is_conversation(columns: set[str], text_field: str) -> bool:
+    """True for rows that are whole conversations, in which every token bears a label."""
+    return used_format(columns, text_field) in (("messages",), ("conversations",))
+
+
 def refuse_pictures(row: Mapping[str, Any], name: str) -> None:
     """Raises `ValueError` for a row with pictures, for a model that sees: its tokens are not all that it was asked."""
     if any(row.get(column) not in (None, []) for column in (PICTURES, PICTURE)):

@@ -12,6 +12,8 @@ from hf_distill.diagnosis.forwards import Question, between, compared
 from hf_distill.diagnosis.probe import Probe
 from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.modeling import weights_kind
+from hf_distill.picture_rows import columns_of
+from hf_distill.rows import is_conversation
 from hf_distill.servers import TeacherAway
 from hf_distill.teachers.kinds import brought_from, describe_teachers, own_models
 from hf_distill.teachers.loading import load_teacher
@@ -19,6 +21,7 @@ from hf_distill.teachers.local import LocalTeacher
 from hf_distill.teachers.opening import name_teachers
 from hf_distill.teachers.own_view import OwnViewTeacher
 
+SAME = 1e-5  # nats per token between a model and itself, whose matrix products are rounded in another order
 # A teacher that has lost so many nats per token against the student is worse; 4 bits cost a copy of it less.
 WORSE = 0.05
 # A teacher whose KL to its saved dtype is larger than this (nats per token) is another teacher, or a broken one.
@@ -45,6 +48,17 @@ def sources(probe: Probe) -> Finding:
     return ok(said, brought=len(brought))
 
 
+def _of_questions(probe: Probe) -> str:
+    """What to do first where system prompts and questions bear labels, which teachers predict badly; or nothing."""
+    columns = set(columns_of(probe.given_rows))
+    if probe.args.assistant_only_loss or not is_conversation(columns, probe.args.dataset_text_field):
+        return ""
+    return (
+        "system prompts and questions bear labels, too: set assistant_only_loss=True, or give the rows as prompt and "
+        "completion; and "
+    )
+
+
 def teacher_perplexity(probe: Probe) -> Finding:
     """The teacher's perplexity on the rows, beside the student's, each on its own view of them."""
     numbers, lines, problems = {}, [], []
@@ -66,9 +80,9 @@ def teacher_perplexity(probe: Probe) -> Finding:
             is_broken = teacher > math.log(probe.trainer.vocab_size) * sums.teacher_tokens
             return (failure if is_broken else warning)(
                 f"{line}: a guess by the frequency of tokens has {_exp(guessed, sums.teacher_tokens)}",
-                "look whether its weights, tokenizer or settings are its own: compare its folder with the original",
-                **numbers,
-            )
+                f"{_of_questions(probe)}look whether its weights, tokenizer or settings are its own: compare its "
+                "folder with the original", **numbers,
+            )  # fmt: skip
         if teacher - student > WORSE * sums.tokens:
             problems.append(line)
     if not numbers:
@@ -98,6 +112,11 @@ def start(probe: Probe) -> Finding:
         lines.append(f"{name}: {', '.join(said)}")
     if not numbers:
         raise LeftOut("the teacher has another tokenizer: these are not known")
+    if all(known.get("kl", math.inf) < SAME for known in numbers.values()):
+        return warning(
+            f"{'; '.join(lines)}: there is nothing to learn from it",
+            "look whether student and teacher are one model: the divergence would only hold it where it is", **numbers,
+        )  # fmt: skip
     return ok("; ".join(lines), **numbers)
 
 

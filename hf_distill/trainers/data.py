@@ -23,6 +23,7 @@ from hf_distill.rows import (
     PICTURE,
     PICTURES,
     is_chat,
+    is_conversation,
     need_chat_template,
     refuse_other_form,
     refuse_other_tools,
@@ -143,13 +144,14 @@ def tell_columns(dataset: AnyDataset, name: str, args: Any) -> None:
 
 def tell_conversations(dataset: AnyDataset, name: str, args: Any) -> None:
     """Warns of roles that templates may not know, and that conversations are trained on as a whole."""
-    used = used_format(set(get_dataset_column_names(dataset)), args.dataset_text_field)
+    columns = set(get_dataset_column_names(dataset))
+    used = used_format(columns, args.dataset_text_field)
     if unknown := sorted({role for column in used for role in _roles(dataset, column)} - KNOWN_ROLES):
         logger.warning(
             "messages of the %s dataset have the role %s: a chat template that does not know it may leave the message "
             "out, or write it as it is", name, " and ".join(map(repr, unknown)),
         )  # fmt: skip
-    if name == "train" and used in (("messages",), ("conversations",)) and not args.assistant_only_loss:
+    if name == "train" and is_conversation(columns, args.dataset_text_field) and not args.assistant_only_loss:
         logger.warning(
             "every token of the conversations is trained on, those of system prompts and questions too: "
             "assistant_only_loss=True, or rows with 'prompt' and 'completion', leaves the labels to the answers"

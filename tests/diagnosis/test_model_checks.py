@@ -22,6 +22,7 @@ from hf_distill.diagnosis.probe import as_it_was, open_probe
 from hf_distill.diagnosis.updates import gradient, training
 from hf_distill.evaluation import evaluate_fidelity
 from tests.conftest import SENTENCES, make_tokenizer
+from tests.diagnosis.test_data_checks import CHATS
 from tests.remote.served_model import ServedModel
 from tests.remote.stub import Stub
 
@@ -88,8 +89,22 @@ def test_a_teacher_that_is_worse_than_a_guess_or_than_the_student_is_found(exami
     assert examine("teacher's perplexity", model=learned).status == "warning"
 
 
+def test_questions_that_bear_labels_are_the_first_reason_why_a_teacher_predicts_badly(examine, learned, monkeypatch):
+    monkeypatch.setattr("hf_distill.diagnosis.forwards.ENOUGH_LABELS", 1)
+    pairs = Dataset.from_list([{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in CHATS])
+    for rows, settings, is_named in (
+        (CHATS, {}, True), (CHATS, {"assistant_only_loss": True}, False), (pairs, {}, False)
+    ):  # fmt: skip
+        finding = examine("teacher's perplexity", model=learned, train_dataset=rows, settings=settings)
+        assert "a guess by the frequency" in finding.line
+        assert ("give the rows as prompt and completion" in finding.remedy) == is_named
+
+
 def test_the_distance_at_the_start_is_0_between_a_model_and_its_copy(examine, folder):
     finding = examine("start", model=str(folder / "teacher"))
+    assert finding.status == "warning"
+    assert "one model" in finding.remedy
+    assert examine("start").status == "ok"
     (numbers,) = finding.numbers.values()
     assert numbers == pytest.approx({"kl": 0, "agreement": 1, "acceptance": 1}, abs=1e-5)
 
