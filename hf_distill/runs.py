@@ -81,9 +81,10 @@ def load_run(folder: str | PathLike[str]) -> Run:
     """Reads the folder of a finished run that measured its student.
 
     Raises:
-        `ValueError`: a file is missing, because there was no run, it has not ended or it measured nothing; or a file
-            belongs to another run.
+        `ValueError`: there is no such folder; a file is missing, because there was no run, it has not ended or it
+            measured nothing; or a file belongs to another run.
     """
+    _refuse_missing(folder)
     if missing := [name for name in RUN_FILES if not (Path(folder) / name).is_file()]:
         raise ValueError(
             f"run folder {str(folder)!r} has no {' and no '.join(missing)}: it needs a finished run of hf-distill kd, "
@@ -96,8 +97,9 @@ def read_run(folder: str | PathLike[str]) -> Run:
     """Reads what the folder of a run has: of one without held-out rows, no results.
 
     Raises:
-        `ValueError`: no run has ended there, or a file belongs to another run.
+        `ValueError`: there is no such folder, no run has ended there, or a file belongs to another run.
     """
+    _refuse_missing(folder)
 
     def read(name: str, default: Any) -> Any:
         path = Path(folder, name)
@@ -121,6 +123,11 @@ def read_run(folder: str | PathLike[str]) -> Run:
     answers = Path(folder, ANSWERS_FILE)
     generated = [*map(json.loads, answers.read_text("utf-8").strip().split("\n"))] if answers.is_file() else None
     return Run(settings, read_history(folder), results, recorded, tokens, read(EVALUATION_FILE, None), generated)
+
+
+def _refuse_missing(folder: str | PathLike[str]) -> None:
+    if not Path(folder).is_dir():
+        raise ValueError(f"run folder {str(folder)!r} does not exist: it has to be the output_dir of a finished run")
 
 
 def read_history(folder: str | PathLike[str]) -> list[dict[str, float]]:

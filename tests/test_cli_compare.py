@@ -94,6 +94,15 @@ def test_a_folder_without_a_finished_run_is_refused_by_name(tmp_path, missing, c
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_a_folder_that_does_not_exist_is_said_not_to_exist(tmp_path, command, capsys):
+    good, absent = make_run(tmp_path / "good", {"seed": 0}), tmp_path / "absent"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, str(good), str(absent)])
+    assert stopped.value.code == 2
+    assert f"run folder '{absent}' does not exist" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_what_was_measured_on_different_text_is_not_put_side_by_side(tmp_path):
     a = make_run(tmp_path / "a", {"seed": 0})
     b = make_run(tmp_path / "b", {"seed": 1})
