@@ -73,12 +73,15 @@ def test_the_table_of_evaluate_stands_below_the_results(tasks, source):
     measures = {"f1": {"values": values, "format": "{:.1%}", "num_rows": 8, "gap_recovered": gap}}
     if tasks:
         measures["arc_easy acc"] = {"values": values, "format": "{:.1%}", "num_rows": 3, "gap_recovered": None}
-    evaluation = {"measures": measures, "rows": "rows.jsonl", "notes": ["A note."], "settings": {"tasks": tasks}}
+    models = {"base": "out/baseline", "student": "out", "teacher": "some/teacher"}
+    evaluation = {"models": models, "measures": measures, "rows": "rows.jsonl", "notes": ["A note."]}
+    evaluation["settings"] = {"tasks": tasks}
     tables = page_of({"run": run_of(evaluation=evaluation)})["tables"]
     assert tables[1]["rows"][0] == {
         "": "f1", "base": "0.0%", "student": "50.0%", "teacher": "100.0%", "gap recovered": "50% (25% to 75%)"
     }  # fmt: skip
-    assert f"hf-distill evaluate, on {source}; gap recovered is" in tables[1]["note"]
+    said = "base is out/baseline, student is out, teacher is some/teacher"
+    assert f"hf-distill evaluate, on {source}; {said}; gap recovered is" in tables[1]["note"]
     assert tables[1]["note"].endswith("A note.")
     if tasks:
         assert tables[1]["rows"][1]["gap recovered"] == ""

@@ -182,6 +182,26 @@ def test_a_filter_leaves_what_the_teacher_has_right_and_the_student_has_not(open
     assert page.locator("#where ~ div td.number").first.inner_text() == "0"  # the row of the worst token
 
 
+def test_a_token_that_comes_again_after_the_same_text_is_one_of_the_worst(opened):
+    run = one_run()
+    first = run.tokens["rows"][1]
+    other_end = {**first, "number": 7, "kl": [0.01, 0.4, 1.5], "tokens": [*first["tokens"][:3], 4]}
+    run.tokens["rows"] += [other_end, {**first, "number": 8, "kl": [0.0, 0.2, 1.0]}]
+    page = opened({"run": run})
+    rows = page.locator("#where ~ div table").first.locator("tbody tr").all()
+    # nats, the row, how often, the text: " two" after "one" is in three rows, " three" and " four" in both ways.
+    found = [[cell.inner_text() for cell in row.locator("td").all()[:4]] for row in rows]
+    assert found[:4] == [
+        ["2.50", "0", "2", "one two three␣four"],
+        ["1.50", "7", "1", "one two threefive"],
+        ["0.40", "7", "3", "one two␣three"],
+        ["0.02", "1", "1", "fivesix"],
+    ]
+    assert len(found) == 7
+    rows[0].locator("button").click()
+    assert "2.50 nats" in page.locator("#detail").inner_text()
+
+
 def test_a_worst_token_leads_to_its_row(opened):
     page = opened({"run": one_run()})
     page.locator("#where ~ div button").first.click()

@@ -200,6 +200,7 @@ def _evaluation(name: str, run: Run) -> dict[str, Any]:
     of = " to ".join(f"{size:,}" for size in dict.fromkeys((*sizes[:1], *sizes[-1:])))
     source = "rows and questions" if found["settings"].get("tasks") else f"rows of {found['rows']}"
     note = f"{name}: hf-distill evaluate" + (f", on {of} {source}" if sizes else "")
+    note += f"; {', '.join(f'{role} is {model}' for role, model in found['models'].items())}"
     if any(each["gap_recovered"] for each in measures.values()):
         note += "; gap recovered is (student - base) / (teacher - base), with its 95% interval over rows"
     return {"rows": evaluation_rows(measures), "note": " ".join([f"{note}.", *found["notes"]])}

@@ -57,11 +57,26 @@ function sum(tokens) {
   return tokens.reduce((total, { token }) => total + token.value, 0);
 }
 
-function context({ line, token }) {
+function textBefore({ line, token }) {
+  return line.pieces.slice(Math.max(0, token.place - 8), token.place).join("").replace(/\s+/g, " ");
+}
+
+function context(each) {
   const box = element("td", { dir: "auto" });
-  box.append(line.pieces.slice(Math.max(0, token.place - 8), token.place).join("").replace(/\s+/g, " "));
-  box.append(element("b", {}, visible(token.text)));
+  box.append(textBefore(each));
+  box.append(element("b", {}, visible(each.token.text)));
   return box;
+}
+
+// The tokens, the worst first; those that would look the same stand together.
+function alikeTokens(all) {
+  const found = new Map();
+  for (const each of [...all].sort((a, b) => b.token.value - a.token.value)) {
+    const key = JSON.stringify([textBefore(each), each.token.text]);
+    if (!found.has(key)) found.set(key, []);
+    found.get(key).push(each);
+  }
+  return [...found.values()];
 }
 
 function likeliestCell(run, list) {
@@ -71,13 +86,14 @@ function likeliestCell(run, list) {
 
 function worstTable(run, all, view, knows) {
   const sides = knows ? ["student", "teacher"] : ["student"];
-  const worst = [...all].sort((a, b) => b.token.value - a.token.value).slice(0, 10);
-  const rows = worst.map((each) => {
+  const worst = alikeTokens(all).slice(0, 10), areRepeated = worst.some((alike) => alike.length > 1);
+  const rows = worst.map((alike) => {
+    const each = alike[0], times = areRepeated ? element("td", { class: "number" }, alike.length.toLocaleString("en")) : null;
     const button = element("button", { type: "button" }, each.token.value.toFixed(2));
     button.addEventListener("click", () => view.go(each.row, each.line, each.token));
-    return element("tr", {}, element("td", {}, button), element("td", { class: "number" }, String(each.row.number)), context(each), ...sides.map((side) => likeliestCell(run, each.token[side])));
+    return element("tr", {}, element("td", {}, button), element("td", { class: "number" }, String(each.row.number)), times, context(each), ...sides.map((side) => likeliestCell(run, each.token[side])));
   });
-  const titles = ["nats", "row", "text, and the token that follows", ...sides.map((side) => `${side} expects`)];
+  const titles = ["nats", "row", ...(areRepeated ? ["times"] : []), "text, and the token that follows", ...sides.map((side) => `${side} expects`)];
   const head = element("tr", {}, ...titles.map((title) => element("th", { scope: "col" }, title)));
   return element("div", { class: "scroll" }, element("table", { class: "text" }, element("thead", {}, head), element("tbody", {}, ...rows)));
 }
