@@ -115,52 +115,63 @@ def measured_on(results: Mapping[str, Mapping[str, float]], num_rows: int | None
     )
 
 
-# What a measure says of a student beside another one: better, worse, or neither.
+# What the first of some measures says of a student beside another one: better, worse, or neither.
 _CLAIMS = {
-    **dict.fromkeys(
-        ("kl", "eval_kd"), ("is closer to the teacher", "is further from the teacher", "is as close to the teacher")
+    ("kl", "eval_kd"): ("is closer to the teacher", "is further from the teacher", "is as close to the teacher"),
+    ("student_perplexity", "eval_ce"): (
+        "predicts the held-out rows better", "predicts the held-out rows worse", "predicts the held-out rows as well"
     ),
-    **dict.fromkeys(
-        ("student_perplexity", "eval_ce"),
-        ("predicts the held-out rows better", "predicts the held-out rows worse", "predicts the held-out rows as well"),
-    ),
-}
-_AS_GOOD = 0.02  # a difference of two measures, relative to the larger one, that another seed may turn
+}  # fmt: skip
+_AS_GOOD = 0.02  # nats that differ by a smaller part of the larger one are called as good: seeds differ by as much
 
 
 def verdict(
-    results: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[str, str]] = FIDELITY_COLUMNS
+    results: Mapping[str, Mapping[str, float]],
+    columns: Mapping[str, tuple[str, str]] = FIDELITY_COLUMNS,
+    *,
+    advice: bool = True,
 ) -> str:
     """What came out, in words: the student after the training against its baseline, or against itself before.
 
-    Results are named `after` and, where they are known, `before` and `baseline`; other names are left out of it. Empty
-    where there is nothing to compare.
+    Results are named `after` and, where they are known, `before` and `baseline`; other names, and numbers that are not
+    finite, are left out of it. Empty where there is nothing to compare.
+
+    Args:
+        advice (`bool`): whether to say what to do next, too.
     """
     student, other = results.get("after", {}), results.get("baseline") or results.get("before", {})
-    shared = [key for key in columns if key in _CLAIMS and key in student and key in other]
-    of_teacher = [key for key in shared if key in ("kl", "eval_kd")]
-    claims = []
-    for key in dict.fromkeys((*of_teacher, *shared)):
+    claims, compared = [], set()
+    for keys, (better, worse, same) in _CLAIMS.items():
+        key = next((key for key in keys if key in columns and key in student and key in other), None)
+        if key is None or not (math.isfinite(student[key]) and math.isfinite(other[key])):
+            continue
         title, form = columns[key]
-        better, worse, same = _CLAIMS[key]
-        gain = (other[key] - student[key]) / max(abs(other[key]), abs(student[key]), 1e-12)
+        mine, theirs = _nats(key, student[key]), _nats(key, other[key])
+        gain = (theirs - mine) / max(abs(theirs), abs(mine), 1e-12)
         claim = same if abs(gain) < _AS_GOOD else better if gain > 0 else worse
         claims.append(f"{claim} ({title}: {form.format(student[key])} against {form.format(other[key])})")
+        compared.add(key)
     if not claims:
         return ""
     has_baseline = bool(results.get("baseline"))
-    against = "the baseline on hard labels" if has_baseline else "before the training"
+    against = "the baseline on hard labels" if has_baseline else "its state before the training"
     sentences = [f"Compared with {against}, the student {' and '.join(claims)}."]
-    if of_teacher and not has_baseline:
-        sentences.append("Whether the teacher helped, a --baseline says.")
-    best = min(values.get("student_perplexity", math.inf) for values in (student, other))
-    if (teacher := student.get("teacher_perplexity", 0.0)) * (1 - _AS_GOOD) > best:
+    if advice and not has_baseline and compared & {"kl", "eval_kd"}:
+        sentences.append("Add --baseline to see whether the teacher helped.")
+    teacher, best = student.get("teacher_perplexity", math.inf), student.get("student_perplexity", math.inf)
+    best = min(best, other.get("student_perplexity", math.inf))
+    if advice and math.isfinite(teacher) and math.log(teacher / best) > _AS_GOOD:
         form = columns.get("teacher_perplexity", ("", "{:.3f}"))[1]
         sentences.append(
             f"The teacher itself predicts these rows worse ({form.format(teacher)}): `hf-distill doctor` looks for the "
             "reason in its weights, the chat template and the labels."
         )
     return " ".join(sentences)
+
+
+def _nats(key: str, value: float) -> float:
+    """A measure in nats per token; a perplexity is their exponential."""
+    return math.log(value) if key == "student_perplexity" and value > 0 else value
 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:

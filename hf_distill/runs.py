@@ -57,6 +57,7 @@ class Run(NamedTuple):
     tokens: dict[str, Any] | None = None  # of `hf_distill.token_comparison.comparison_data`
     evaluation: dict[str, Any] | None = None  # of `hf-distill evaluate`
     answers: list[dict[str, Any]] | None = None  # of the same: questions, right answers, and those of the models
+    baseline: dict[str, float] | None = None  # measures of the baseline that stands beside it as a run of its own
 
     @property
     def measures(self) -> dict[str, float]:
@@ -149,14 +150,21 @@ def with_baselines(runs: Mapping[str, Run], folders: Sequence[str | PathLike[str
     """The runs, each followed by its baseline as a run of its own, if it has one. `folders` are those of the runs."""
     found: dict[str, Run] = {}
     for (name, run), folder in zip(runs.items(), folders, strict=True):
-        # One without the setting has the baseline of an earlier run beside it.
-        if not (run.settings.get(BASELINE, True) and Path(folder, BASELINE, "settings.json").is_file()):
+        if not has_baseline(folder):
             found[name] = run
             continue
         results = {kind: values for kind, values in run.results.items() if kind != BASELINE}
-        found[name] = run._replace(results=results)
+        found[name] = run._replace(results=results, baseline=run.results.get(BASELINE))
         found[BASELINE if len(runs) == 1 else f"{BASELINE} of {name}"] = read_run(Path(folder, BASELINE))
     return found
+
+
+def has_baseline(folder: str | PathLike[str]) -> bool:
+    """True if the run in a folder has its baseline there; without the setting, a folder of this name is another's."""
+    settings = Path(folder, "settings.json")
+    if not (settings.is_file() and Path(folder, BASELINE, "settings.json").is_file()):
+        return False
+    return bool(json.loads(settings.read_text("utf-8")).get(BASELINE, True))
 
 
 def save_settings(folder: str | PathLike[str], settings: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_distill.model_files import ADAPTER_CONFIG, is_adapter_folder
 from hf_distill.modeling import causal_lm, tokenizer_of
-from hf_distill.runs import BASELINE
+from hf_distill.runs import BASELINE, has_baseline
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +67,7 @@ def set_aside(folder: str | os.PathLike[str]) -> None:
 
 
 def _left_in(folder: Path) -> list[Path]:
-    # A baseline belongs to the run around it, and a folder of this name without a run around it to nobody here.
-    has_baseline = all((folder / part / "settings.json").is_file() for part in (".", BASELINE))
-    patterns = (*LEFT_BY_A_RUN, *([BASELINE] if has_baseline else []))
+    patterns = (*LEFT_BY_A_RUN, *([BASELINE] if has_baseline(folder) else []))
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 

@@ -205,8 +205,8 @@ def _documents(
     max_length: int | None,
 ) -> Iterable[dict[str, Any]]:
     """Tokenised rows with their number and the teacher's columns; of packed rows, their documents."""
-    read = tokenized_rows(dataset, tokenizer, models, vocab_size, "comparing tokens")
-    for number, (row, tokens) in enumerate(read):
+    rows = tokenized_rows(dataset, tokenizer, models, vocab_size, "comparing tokens")
+    for number, (row, tokens) in enumerate(rows):
         own = {name: value for name, value in row.items() if name.startswith(PREFIX)}
         for document in documents_of(tokens):
             cut = {name: ids[:max_length] for name, ids in document.items()}

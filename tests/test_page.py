@@ -108,6 +108,19 @@ def test_generated_answers_begin_where_the_student_is_furthest_behind():
     assert texts["note"].startswith("run: 4 answers of hf-distill evaluate, each with its f1 in brackets.")
 
 
+def test_each_run_is_compared_with_its_own_baseline_whatever_stands_beside_it():
+    results = {"after": {"student_perplexity": 8.0, "kl": 0.5, "num_rows": 3}}
+    good = run_of()._replace(results=results, baseline={"student_perplexity": 9.0, "kl": 1.0})
+    bad = run_of()._replace(results=results, baseline={"student_perplexity": 9.0, "kl": 0.25})
+    (table,) = page_of({"a": good, "b": bad, "baseline": run_of()._replace(results=results)})["tables"][:1]
+    assert "a: Compared with the baseline on hard labels, the student is closer to the teacher" in table["note"]
+    assert "b: Compared with the baseline on hard labels, the student is further from the teacher" in table["note"]
+    assert "baseline: Compared" not in table["note"]
+    other = bad._replace(recorded={"held_out": "others"})
+    tables = page_of({"a": good, "b": other})["tables"]
+    assert ["Compared with the baseline" in each["note"] for each in tables[:2]] == [True, True]
+
+
 def test_answers_are_read_line_by_line_whatever_their_texts_hold(tmp_path):
     folder = make_run(tmp_path / "run", {})
     answers = answers_of([(0, 1), (1, 1)])

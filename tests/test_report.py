@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 from rich.console import Console
@@ -107,10 +108,13 @@ def test_rows_that_were_counted_while_measuring_come_before_those_of_the_dataset
 
 def test_a_sentence_says_what_came_out():
     before, after = RESULTS["before"], RESULTS["after"]
-    start = "Compared with before the training, the student is closer to the teacher (KL, nats: 0.5000 against 2.0000)"
     assert verdict(RESULTS) == (
-        f"{start} and predicts the held-out rows better (perplexity: 8.000 against 40.000). Whether the teacher "
-        "helped, a --baseline says."
+        "Compared with its state before the training, the student is closer to the teacher (KL, nats: 0.5000 against "
+        "2.0000) and predicts the held-out rows better (perplexity: 8.000 against 40.000). Add --baseline to "
+        "see whether the teacher helped."
+    )
+    assert verdict(RESULTS, advice=False) == verdict(RESULTS).removesuffix(
+        " Add --baseline to see whether the teacher helped."
     )
     baseline = {**after, "kl": 0.505, "student_perplexity": 7.0}
     assert verdict({**RESULTS, "baseline": baseline}) == (
@@ -118,17 +122,22 @@ def test_a_sentence_says_what_came_out():
         "0.5050) and predicts the held-out rows worse (perplexity: 8.000 against 7.000)."
     )
     weak = {name: {**values, "teacher_perplexity": 7.5} for name, values in RESULTS.items()}
-    assert verdict(weak).endswith("says.")  # better than the student
+    assert verdict(weak).endswith("helped.")  # better than the student
     weak["after"]["teacher_perplexity"] = 9.0
     assert verdict(weak).endswith(
         "The teacher itself predicts these rows worse (9.000): `hf-distill doctor` looks for the reason in its "
         "weights, the chat template and the labels."
     )
-    alone = {"before": {"eval_ce": 2.0}, "after": {"eval_ce": 3.0}}
+    # Of a run on hard labels, whose perplexity is the exponential of the nats.
+    alone = {name: {"eval_ce": n, "student_perplexity": math.exp(n)} for name, n in (("before", 2.0), ("after", 3.0))}
     assert verdict(alone, report.HARD_LABEL_COLUMNS) == (
-        "Compared with before the training, the student predicts the held-out rows worse (hard labels, nats: 3.0000 "
-        "against 2.0000)."
+        "Compared with its state before the training, the student predicts the held-out rows worse (perplexity: 20.086 "
+        "against 7.389)."
     )
+    near = {"before": {"student_perplexity": math.exp(2.0)}, "after": {"student_perplexity": math.exp(1.97)}}
+    assert "predicts the held-out rows as well" in verdict(near)  # 1.5 % of the nats, 3 % of the perplexity
+    broken = {**RESULTS, "before": {**before, "kl": math.nan, "student_perplexity": math.inf}}
+    assert verdict(broken) == ""
     assert verdict({"after": after}) == verdict({"before": before}) == verdict({"untrained": before}) == ""
 
 

@@ -221,8 +221,10 @@ def _sees_pictures(names: dict[str, str], rows: Dataset | None, arguments: Evalu
         return False, [f"The student {blind[STUDENT]}: the pictures of the rows are left out."]
     notes = []
     if BASE in blind and arguments.base == AUTO:
-        notes.append(f"The student began as {names.pop(BASE)}, which is left out: it {blind.pop(BASE)}.")
-    for role, reason in blind.items():
+        name, reason = names.pop(BASE), blind.pop(BASE)
+        notes.append(f"The student began as {name}, which is left out: it {reason}.")
+    if blind:
+        role, reason = next(iter(blind.items()))
         raise ValueError(
             f"the rows have pictures, and {OPTIONS[role]} {names[role]!r} {reason}: leave it out, or remove the column "
             "of pictures"

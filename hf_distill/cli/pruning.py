@@ -51,7 +51,7 @@ def prune(arguments: PruneArguments) -> None:
         spans = rank_layers(model, rows, tokenizer, arguments.num_layers, **reading)
         layers = spans[0].layers
         tables["Layers that change their input least (angle / pi): the first are dropped"] = [
-            {"layers": _numbers(span.layers), "distance": f"{span.distance:.4f}"} for span in spans
+            {"layers": _layer_ranges(span.layers), "distance": f"{span.distance:.4f}"} for span in spans
         ]
     student = drop_layers(model, layers, bundle_dir, groups, share_weights=True)
     set_aside(arguments.output_dir)
@@ -66,7 +66,7 @@ def prune(arguments: PruneArguments) -> None:
     kept = {"kept": original_layers(student)}
     kept |= {name: bundle["layers"] for name, bundle in read_manifest(bundle_dir)["bundles"].items()}
     tables[f"{student.num_parameters() / model.num_parameters():.1%} of the parameters are kept"] = [
-        {"": name, "layers": _numbers(group)} for name, group in kept.items()
+        {"": name, "layers": _layer_ranges(group)} for name, group in kept.items()
     ]
     _report(arguments.output_dir, tables)
 
@@ -106,7 +106,7 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def _numbers(layers: list[int]) -> str:
+def _layer_ranges(layers: list[int]) -> str:
     """`0-3, 19` of 0, 1, 2, 3 and 19."""
     runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -78,7 +78,7 @@ def write_card(
 ) -> None:
     """Writes the model card again, with results, in the main process alone."""
     sizes = measured_on(results, _length(trainer.eval_dataset))
-    notes = [verdict(results, columns), f"Measured on {sizes}, held out." if sizes else ""]
+    notes = [verdict(results, columns, advice=False), f"Measured on {sizes}, held out." if sizes else ""]
     text = markdown(rows_with_teacher(results, columns)) + "".join(f"\n{note}\n" for note in notes if note)
     trainer.card_facts = replace(trainer.card_facts, results=text, picture="report.png")
     folder = str(trainer.args.output_dir)

@@ -212,9 +212,11 @@ def _compared(probe: Probe) -> dict[str, Sums]:
 
 def between(probe: Probe, one: Callable[[Question], TeacherSignal], other: Callable[[Question], TeacherSignal],
             num_batches: int) -> tuple[float, float, float]:  # fmt: skip
-    """KL(one || other) in nats per token, and the nats per token of both, over the first batches of the probe."""
+    """KL(one || other) in nats per token, and the nats per token of both, over some batches of all lengths."""
     size, totals, tokens = probe.trainer.vocab_size, torch.zeros(3, dtype=torch.float64), 0
-    for batch in islice(probe.batches(probe.args.per_device_eval_batch_size), num_batches):
+    rows = probe.args.per_device_eval_batch_size
+    every = 1 if probe.writes else max(1, probe.affordable(probe.rows) // (rows * num_batches))
+    for batch in islice(probe.batches(rows), 0, every * num_batches, every):
         question = Question(*probe.trainer.take_labels(batch))
         mine, theirs = one(question), other(question)
         chunk_size = default_chunk_size(question.labels.device, size)

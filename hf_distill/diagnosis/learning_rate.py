@@ -33,7 +33,7 @@ def learning_rate(probe: Probe) -> Finding:
         raise LeftOut("the probe has no rows for an update")
     parameters = trained(probe)
     with training(probe), asked_once(probe):
-        number, first = _begun(probe, updates[0])
+        number, first = _first_gradient(probe, updates[0])
         batches = [batch for update in updates[:number] for batch in update]
         before = mean_loss(probe, batches)
         after = {}
@@ -75,7 +75,7 @@ def _updates(probe: Probe) -> list[list[Batch]]:
     return list(islice(iter(lambda: list(islice(batches, rows // size)), []), UPDATES))
 
 
-def _begun(probe: Probe, update: Sequence[Batch]) -> tuple[int, list[Tensor | None]]:
+def _first_gradient(probe: Probe, update: Sequence[Batch]) -> tuple[int, list[Tensor | None]]:
     """The number of updates at each rate that the time allows; the gradient of the first one, on the CPU."""
     probe.trainer.model.zero_grad()
     probe.trainer.projectors.zero_grad()

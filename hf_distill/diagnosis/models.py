@@ -9,10 +9,9 @@ from transformers import PreTrainedModel
 
 from hf_distill.diagnosis.findings import Finding, LeftOut, failure, ok, warning
 from hf_distill.diagnosis.forwards import Question, between, compared
-from hf_distill.diagnosis.probe import Probe
+from hf_distill.diagnosis.probe import Probe, columns_of
 from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.modeling import weights_kind
-from hf_distill.picture_rows import columns_of
 from hf_distill.rows import is_conversation
 from hf_distill.servers import TeacherAway
 from hf_distill.teachers.kinds import brought_from, describe_teachers, own_models
@@ -21,7 +20,8 @@ from hf_distill.teachers.local import LocalTeacher
 from hf_distill.teachers.opening import name_teachers
 from hf_distill.teachers.own_view import OwnViewTeacher
 
-SAME = 1e-5  # nats per token between a model and itself, whose matrix products are rounded in another order
+# Nats per token between a model and itself: in float32, and where one of both computes in half precision.
+SAME = {False: 1e-5, True: 1e-2}
 # A teacher that has lost so many nats per token against the student is worse; 4 bits cost a copy of it less.
 WORSE = 0.05
 # A teacher whose KL to its saved dtype is larger than this (nats per token) is another teacher, or a broken one.
@@ -50,8 +50,9 @@ def sources(probe: Probe) -> Finding:
 
 def _of_questions(probe: Probe) -> str:
     """What to do first where system prompts and questions bear labels, which teachers predict badly; or nothing."""
-    columns = set(columns_of(probe.given_rows))
-    if probe.args.assistant_only_loss or not is_conversation(columns, probe.args.dataset_text_field):
+    is_made = probe.writes or probe.arguments.get("formatting_func") is not None
+    columns, text_field = columns_of(probe.given_rows), probe.args.dataset_text_field
+    if is_made or probe.args.assistant_only_loss or not is_conversation(columns, text_field):
         return ""
     return (
         "system prompts and questions bear labels, too: set assistant_only_loss=True, or give the rows as prompt and "
@@ -112,7 +113,10 @@ def start(probe: Probe) -> Finding:
         lines.append(f"{name}: {', '.join(said)}")
     if not numbers:
         raise LeftOut("the teacher has another tokenizer: these are not known")
-    if all(known.get("kl", math.inf) < SAME for known in numbers.values()):
+    own = own_models(probe.teachers)  # of these, none is meant to be the student
+    dtypes = {probe.trainer.student.dtype, *(teacher.model.dtype for teacher in own.values())}
+    is_rounded = probe.args.bf16 or probe.args.fp16 or dtypes != {torch.float32}
+    if own and all(numbers.get(name, {}).get("kl", math.inf) < SAME[is_rounded] for name in own):
         return warning(
             f"{'; '.join(lines)}: there is nothing to learn from it",
             "look whether student and teacher are one model: the divergence would only hold it where it is", **numbers,
@@ -134,7 +138,8 @@ def teacher_end(probe: Probe) -> Finding:
     if worst is None:
         raise LeftOut("no label is an EOS token, or the teacher has another one")
     median, name = worst
-    line = f"{name} gives the EOS tokens of the rows a probability of {median:.2g} (the median)"
+    ends = numbers[name]["ends"]
+    line = f"{name} gives the EOS tokens of the rows a probability of {median:.2g} (the median of {ends})"
     if median < 1 / probe.trainer.vocab_size:
         return warning(
             f"{line}, less than chance: it has never learned to end so",

@@ -39,8 +39,8 @@ from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
 PROBLEMS = (ImportError, LookupError, OSError, RuntimeError, TeacherAway, TypeError, ValueError)
 SOME = 0.02  # a share of labels or rows that is no accident
 # On a CPU, checks read so many tokens of the probe that their number times the parameters of both sides is MOST_WORK,
-# which takes some 30 s on one core; and at least LEAST_LABELS tokens that bear labels.
-MOST_WORK, LEAST_LABELS = 8e11, 1000
+# which takes some 30 s on one core; and at least LEAST_ROWS rows, with about LEAST_LABELS tokens that bear labels.
+MOST_WORK, LEAST_LABELS, LEAST_ROWS = 8e11, 1000, 4
 FIRST_WRITTEN = 8  # prompts of speculative KD that are written to the end: each is a rollout
 
 
@@ -259,7 +259,7 @@ class Probe:
         dataset = trainer.train_dataset if packed else self.rows
         rows, collate = trainer.first_rows(dataset, len(dataset)), trainer.batch_collator()
         if not packed:
-            number = self.affordable(dataset)
+            number = max(self.affordable(dataset), min(LEAST_ROWS, len(rows)))
             rows = [rows[index * len(rows) // number] for index in range(number)]
             rows.sort(key=lambda row: -len(row.get("input_ids", ())))
         for start in range(0, len(rows), size):
@@ -283,7 +283,7 @@ class Probe:
         labels = sum(int((labels != -100).sum()) for _, labels in self.texts)
         most = MOST_WORK / sum(parameter.numel() for model in models for parameter in model.parameters())
         share = part * max(most / max(tokens, 1), LEAST_LABELS / max(labels, 1))
-        return min(len(dataset), max(1, int(share * len(dataset))))
+        return min(len(dataset), max(1, math.ceil(share * len(dataset))))
 
     @cached_property
     def written(self) -> list[dict[str, Any]]:

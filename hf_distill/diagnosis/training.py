@@ -62,7 +62,7 @@ def loss_path(probe: Probe) -> Finding:
     trainer, device = probe.trainer, probe.trainer.args.device
     rows = min(probe.args.per_device_train_batch_size, probe.affordable(trainer.train_dataset, 1 / 4))
     batch = next(iter(probe.batches(rows, packed=True)))
-    with training(probe), _timed(trainer, "teacher_signal", "distillation_terms") as parts:
+    with training(probe), _measured(trainer, "teacher_signal", "distillation_terms") as parts:
         if device.type == "cuda":  # the first one compiles
             backward(probe, [batch])
             parts.clear()
@@ -75,7 +75,7 @@ def loss_path(probe: Probe) -> Finding:
     compiled = trainer.objective(1).compiled and device.type == "cuda"
     line = (
         f"{'compiled' if compiled else 'not compiled'}, chunks of {chunk:,} positions; a micro-batch of {rows} rows "
-        f"takes {whole:.2g} s, teacher and loss {sum(parts):.2g} s of it"
+        f"takes {whole:.2g} s" + (f", teacher and loss {sum(parts):.2g} s of it" if parts else "")
     )
     numbers = {"compiled": compiled, "chunk": chunk, "rows": rows, "micro-batch": whole, "teacher and loss": sum(parts)}
     if device.type == "cuda" and not compiled:
@@ -85,7 +85,7 @@ def loss_path(probe: Probe) -> Finding:
 
 
 @contextmanager
-def _timed(trainer: Any, *names: str) -> Iterator[list[float]]:
+def _measured(trainer: Any, *names: str) -> Iterator[list[float]]:
     """The seconds of each call of these methods of the trainer; a trainer without teachers has none of them."""
     seconds: list[float] = []
     device = trainer.args.device

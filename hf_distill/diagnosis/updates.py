@@ -126,10 +126,11 @@ def replaced(trainer: Any, methods: Mapping[str, Callable[..., Any]]) -> Iterato
 def asked_once(probe: Probe) -> Iterator[None]:
     """Within it the teachers are asked about each batch once: what they say does not depend on the student's weights.
 
-    Terms of inner layers need signals that are too large to be kept; with them, the teachers are asked each time.
+    Terms of inner layers need signals that are too large to be kept, and the memory of an accelerator is for the run:
+    there the teachers are asked each time.
     """
     trainer, answers = probe.trainer, {}
-    if not hasattr(trainer, "teachers") or trainer.terms:
+    if not hasattr(trainer, "teachers") or trainer.terms or trainer.args.device.type != "cpu":
         yield
         return
     ask = trainer.teacher_signal

@@ -183,13 +183,12 @@ def _results(run: Run) -> dict[str, Any]:
 
 def _verdicts(group: Mapping[str, Run]) -> str:
     """What came out of runs that stand beside their baselines."""
-    found = []
-    for name, run in group.items():
-        other = group.get(BASELINE if len(group) == 2 else f"{BASELINE} of {name}")
-        if other is not None and other is not run:
-            text = verdict({"after": run.measures, BASELINE: other.measures}, _columns(run))
-            found.append(text if len(group) == 2 else f"{name}: {text}")
-    return " ".join(filter(None, found))
+    found = {
+        name: verdict({"after": run.measures, BASELINE: run.baseline}, _columns(run))
+        for name, run in group.items()
+        if run.baseline
+    }
+    return " ".join(text if len(found) == 1 else f"{name}: {text}" for name, text in found.items() if text)
 
 
 def _evaluation(name: str, run: Run) -> dict[str, Any]:

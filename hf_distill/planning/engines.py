@@ -66,7 +66,7 @@ def share_of(
     part = math.ceil(numbers / num)
     states = 4 * part + fake_states(optimizer, [(part,)], 4)
     itemsize = max((p.itemsize for p in parameters), default=0)
-    # Made whole, whatever it has to hold.
+    # DeepSpeed allocates the whole bucket, even for a small model.
     bucket = {"ZeRO's bucket of gradients": REDUCE_BUCKET * itemsize}
     if engine == "zero2":
         return Share(whole + buffers, 4 * part, states, bucket)

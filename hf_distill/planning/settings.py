@@ -116,7 +116,7 @@ class Settings:
 
 @contextmanager
 def without_gpu() -> Iterator[None]:
-    """Within it settings for a GPU can be made on a machine without one, and without the libraries that are for one."""
+    """Within it settings for a GPU can be made on a machine without one, and without Liger and bitsandbytes."""
     with (
         patch.object(training_args, "is_torch_bf16_gpu_available", lambda: True),
         patch.object(training_args, "is_torch_tf32_available", lambda: True),

@@ -2,9 +2,8 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -146,7 +145,7 @@ def tell_conversations(dataset: AnyDataset, name: str, args: Any) -> None:
     """Warns of roles that templates may not know, and that conversations are trained on as a whole."""
     columns = set(get_dataset_column_names(dataset))
     used = used_format(columns, args.dataset_text_field)
-    if unknown := sorted({role for column in used for role in _roles(dataset, column)} - KNOWN_ROLES):
+    if unknown := sorted(_roles(dataset, used) - KNOWN_ROLES):
         logger.warning(
             "messages of the %s dataset have the role %s: a chat template that does not know it may leave the message "
             "out, or write it as it is", name, " and ".join(map(repr, unknown)),
@@ -401,18 +400,18 @@ def _has_other_roles(dataset: Dataset, column: str) -> bool:
     return any(ALIASES & set(chunk.field("role").unique().to_pylist()) for chunk in chunks)
 
 
-def _roles(dataset: AnyDataset, column: str) -> set[str]:
-    """The roles of the messages in a column, of a stream those of its first rows; none of texts."""
-    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
-        cells = dataset.data.column(column)
-        kind = getattr(cells.type, "value_type", None)
-        if kind is not None and pa.types.is_struct(kind):
-            return {role for chunk in cells.chunks for role in chunk.flatten().field("role").unique().to_pylist()}
-        rows: Any = dataset[column] if is_chat(dataset[0][column]) else ()
-    else:
-        first = list(islice(iter(dataset), 100))
-        rows = [row[column] for row in first] if is_chat(first[0][column]) else ()
-    return {message["role"] for cell in rows for message in cell}
+def _roles(dataset: AnyDataset, columns: Sequence[str]) -> set[str]:
+    """The roles of the messages in these columns, of a stream those of its first rows; none of texts."""
+    first = next(iter(dataset))
+    chats = [column for column in columns if is_chat(first[column])]
+    if not chats:
+        return set()
+    if not isinstance(dataset, Dataset) or any(_is_json(dataset, column) for column in chats):
+        rows: Any = dataset if isinstance(dataset, Dataset) else dataset.take(100)
+        return {message["role"] for row in rows for column in chats for message in row[column]}
+    tables = dataset.select_columns(chats).with_format("arrow").iter(10_000)
+    cells = (table.column(column).combine_chunks().flatten() for table in tables for column in chats)
+    return {role for messages in cells for role in messages.field("role").unique().to_pylist()}
 
 
 def _is_other(message: Any) -> bool:

@@ -106,7 +106,8 @@ class Given(NamedTuple):
             raise ValueError(
                 "assistant_only_loss=True: the chat template does not mark what the assistant says ({% generation %}), "
                 "and TRL knows no marked form of it. Give the rows as prompt and completion, both of them messages, "
-                "whose completions alone are trained; or add the marks to the template"
+                "whose completions alone are trained, and leave assistant_only_loss out; or add the marks to the "
+                "template"
             ) from error
 
     def with_processing_class(self) -> "Given":

@@ -100,11 +100,19 @@ def test_questions_that_bear_labels_are_the_first_reason_why_a_teacher_predicts_
         assert ("give the rows as prompt and completion" in finding.remedy) == is_named
 
 
-def test_the_distance_at_the_start_is_0_between_a_model_and_its_copy(examine, folder):
+def test_the_distance_at_the_start_is_0_between_a_model_and_its_copy(examine, folder, tokenizer, tmp_path):
     finding = examine("start", model=str(folder / "teacher"))
     assert finding.status == "warning"
     assert "one model" in finding.remedy
     assert examine("start").status == "ok"
+    half = AutoModelForCausalLM.from_pretrained(str(folder / "teacher"), dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for settings in ({}, {"bf16": True}):  # a copy in another dtype is the same model
+        found = examine("start", model=str(folder / "teacher"), teacher_model=str(tmp_path), settings=settings)
+        assert found.status == "warning"
+    lora = {"peft_config": LoraConfig(task_type="CAUSAL_LM"), "teacher_model": "base"}
+    assert examine("start", **lora).status == "ok"  # the own base is meant
     (numbers,) = finding.numbers.values()
     assert numbers == pytest.approx({"kl": 0, "agreement": 1, "acceptance": 1}, abs=1e-5)
 
@@ -245,13 +253,14 @@ def test_a_given_memory_is_that_of_a_gpu_unless_the_run_is_on_the_cpu(run, monke
     assert (machine.reserve > 0) == (kind == "cuda")
 
 
-@pytest.mark.parametrize(("share", "number"), [(0.01, 1), (0.5, 4), (5.0, 8)])
+@pytest.mark.parametrize(("share", "number"), [(0.01, 2), (0.5, 4), (5.0, 8)])
 def test_a_cpu_reads_rows_at_even_distances_for_as_long_as_it_has_time(run, monkeypatch, share, number):
     with open_probe(KDTrainer, run(), 8) as probe:
         models = probe.trainer.model, probe.trainer.teacher.model
         work = sum(len(ids) for ids, _ in probe.texts) * sum(model.num_parameters() for model in models)
         monkeypatch.setattr("hf_distill.diagnosis.probe.MOST_WORK", share * work)
         monkeypatch.setattr("hf_distill.diagnosis.probe.LEAST_LABELS", 0)
+        monkeypatch.setattr("hf_distill.diagnosis.probe.LEAST_ROWS", 2)
         lengths = [int(n) for batch in probe.batches(3) for n in batch["attention_mask"].sum(1)]
         assert lengths == sorted((len(ids) for ids, _ in probe.texts[:: 8 // number]), reverse=True)
         # However slow they are, so many label-bearing tokens are read.

@@ -187,7 +187,8 @@ def test_roles_that_templates_may_not_know_are_told_once(args, kind, caplog):
     dataset = Dataset.from_list(rows, on_mixed_types="use_json" if kind == "mixed rows" else None)
     with caplog.at_level(logging.WARNING, "hf_distill"):
         brought(dataset.to_iterable_dataset() if kind == "stream" else dataset, "held-out", args)
-        brought(Dataset.from_list([{"messages": CHAT}]), "held-out", args)
+        if kind == "rows":
+            brought(dataset.select([0]), "held-out", args)  # rows that were not chosen play no part
     (record,) = caplog.records
     assert "messages of the held-out dataset have the role 'usr': a chat template that does not" in record.getMessage()
 
