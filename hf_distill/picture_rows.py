@@ -49,8 +49,9 @@ def has_transform(dataset: Any) -> bool:
 
 
 def columns_of(dataset: AnyDataset) -> list[str]:
-    """The columns of a data set's rows, as they are read: a transform makes its own."""
-    return list(next(iter(dataset), {})) if has_transform(dataset) else get_dataset_column_names(dataset)
+    """The columns of a data set's rows, as they are read: a transform makes its own. Of an empty stream none."""
+    is_read = has_transform(dataset) or getattr(dataset, "column_names", None) is None
+    return list(next(iter(dataset), {})) if is_read else get_dataset_column_names(dataset)
 
 
 def picture_column(columns: Sequence[str]) -> str | None:

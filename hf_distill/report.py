@@ -124,6 +124,9 @@ _CLAIMS = {
 }  # fmt: skip
 _AS_GOOD = 0.02  # nats that differ by a smaller part of the larger one are called as good: seeds differ by as much
 
+_NOTHING = 1e-4  # nats
+_NO_NUMBER = 1e12  # a perplexity above it says nothing
+
 
 def verdict(
     results: Mapping[str, Mapping[str, float]],
@@ -143,12 +146,13 @@ def verdict(
     claims, compared = [], set()
     for keys, (better, worse, same) in _CLAIMS.items():
         key = next((key for key in keys if key in columns and key in student and key in other), None)
-        if key is None or not (math.isfinite(student[key]) and math.isfinite(other[key])):
+        if key is None or not all(math.isfinite(v[key]) and v[key] < _NO_NUMBER for v in (student, other)):
             continue
         title, form = columns[key]
         mine, theirs = _nats(key, student[key]), _nats(key, other[key])
         gain = (theirs - mine) / max(abs(theirs), abs(mine), 1e-12)
-        claim = same if abs(gain) < _AS_GOOD else better if gain > 0 else worse
+        is_same = abs(gain) < _AS_GOOD or abs(theirs - mine) < _NOTHING
+        claim = same if is_same else better if gain > 0 else worse
         claims.append(f"{claim} ({title}: {form.format(student[key])} against {form.format(other[key])})")
         compared.add(key)
     if not claims:

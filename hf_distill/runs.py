@@ -167,6 +167,12 @@ def has_baseline(folder: str | PathLike[str]) -> bool:
     return bool(json.loads(settings.read_text("utf-8")).get(BASELINE, True))
 
 
+def has_begun_baseline(folder: str | PathLike[str]) -> bool:
+    """True if the run in a folder was stopped before its baseline had ended: neither of them has settings yet."""
+    names = [Path(folder, *part, "settings.json") for part in ((), (BASELINE,))]
+    return not any(name.exists() for name in names) and any(Path(folder, BASELINE).glob("checkpoint-*"))
+
+
 def save_settings(folder: str | PathLike[str], settings: Mapping[str, Any]) -> None:
     """Writes `settings.json`, for people and for `load_run`; values that JSON does not know become text.
 

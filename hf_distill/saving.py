@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_distill.model_files import ADAPTER_CONFIG, is_adapter_folder
 from hf_distill.modeling import causal_lm, tokenizer_of
-from hf_distill.runs import BASELINE, has_baseline
+from hf_distill.runs import BASELINE, has_baseline, has_begun_baseline
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,10 @@ def set_aside(folder: str | os.PathLike[str]) -> None:
 
 
 def _left_in(folder: Path) -> list[Path]:
-    patterns = (*LEFT_BY_A_RUN, *([BASELINE] if has_baseline(folder) else []))
-    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    found = {path for pattern in LEFT_BY_A_RUN for path in folder.glob(pattern)}
+    if has_baseline(folder) or (found and has_begun_baseline(folder)):
+        found.add(folder / BASELINE)
+    return sorted(found)
 
 
 def refuse_moving(folder: str | os.PathLike[str], needed: Mapping[str, str | os.PathLike[str]]) -> None:

@@ -136,6 +136,8 @@ def test_a_sentence_says_what_came_out():
     )
     near = {"before": {"student_perplexity": math.exp(2.0)}, "after": {"student_perplexity": math.exp(1.97)}}
     assert "predicts the held-out rows as well" in verdict(near)  # 1.5 % of the nats, 3 % of the perplexity
+    same = {"before": {"kl": 1e-9}, "after": {"kl": 0.0}}
+    assert "is as close to the teacher" in verdict(same)
     broken = {**RESULTS, "before": {**before, "kl": math.nan, "student_perplexity": math.inf}}
     assert verdict(broken) == ""
     assert verdict({"after": after}) == verdict({"before": before}) == verdict({"untrained": before}) == ""

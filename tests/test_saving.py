@@ -400,6 +400,14 @@ def test_a_folder_of_the_name_of_a_baseline_stays_without_a_run_around_it(tmp_pa
         (tmp_path / name).touch()
     set_aside(tmp_path)
     assert contents(tmp_path) == {"_earlier-1", "baseline"}
+    # That of a run that was stopped in it belongs to this run, and no later one goes on with it.
+    stopped = tmp_path / "stopped"
+    (stopped / "baseline" / "checkpoint-3").mkdir(parents=True)
+    set_aside(stopped)
+    assert contents(stopped) == {"baseline"}
+    (stopped / "model.safetensors").touch()
+    set_aside(stopped)
+    assert contents(stopped) == {"_earlier-1"}
 
 
 def test_a_run_that_fails_to_start_leaves_a_used_folder_as_it_was(tmp_path, teacher, tokenizer, monkeypatch):

@@ -82,6 +82,8 @@ def _refuse_options(arguments: PruneArguments) -> None:
         raise ValueError("give either --layers, or --num_layers and --dataset to have them chosen")
     if arguments.layers is None and (arguments.dataset is None or arguments.groups is not None):
         raise ValueError("--num_layers needs --dataset to choose layers on; --groups names layers: it needs --layers")
+    if arguments.batch_size < 1 or (arguments.max_length or 2) < 2:
+        raise ValueError("batch_size has to be at least 1, and max_length at least 2")
     refuse_one_template(arguments)
     if arguments.prompt_template is not None and arguments.dataset is None:
         raise ValueError("--prompt_template needs --dataset: the rows that it makes prompts of")

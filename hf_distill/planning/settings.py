@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, Trainer, training_args
 
 from hf_distill.losses.head import default_chunk_size
 from hf_distill.losses.objective import Objective
+from hf_distill.model_files import is_adapter_folder
 from hf_distill.modeling import is_vision_language
 from hf_distill.planning.batches import Batch
 from hf_distill.planning.models import ModelSpec
@@ -149,6 +150,11 @@ def read_settings(
     """
     if not 0 < label_share <= 1:
         raise ValueError(f"label_share has to lie in (0, 1], got {label_share}")
+    for name, tokens in (("row_tokens", row_tokens), ("prompt_tokens", prompt_tokens)):
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"{name} has to be at least 1, got {tokens}")
+    if quantization_config is not None and peft_config is None and not is_adapter_folder(model):
+        raise ValueError("a student in 4 or 8 bits is trained in adapters: add --use_peft, or leave the bits out")
     if peft_config is not None and not isinstance(peft_config, LoraConfig):
         raise ValueError(f"only LoRA can be planned, got a {type(peft_config).__name__}")
     notes: list[str] = []

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig
@@ -354,14 +355,17 @@ def step_optimizer(recipe: tuple[Any, Mapping[str, Any]], trained: Sequence[Tens
     Those of bitsandbytes only make their states: their kernels know no fake tensors.
     """
     cls, kwargs = recipe
-    optimizer = cls(trained, **kwargs)
-    if cls.__module__.startswith("bitsandbytes"):
-        optimizer.is_paged = False  # pages take memory of the host, until they are used
-        for number, group in enumerate(optimizer.param_groups):
-            for index, parameter in enumerate(group["params"]):
-                optimizer.init_state(group, parameter, number, index)
-    else:
+    if not cls.__module__.startswith("bitsandbytes"):
+        optimizer = cls(trained, **kwargs)
         optimizer.step()
+        return optimizer
+    with patch.object(cls, "fill_qmap", lambda _: None):  # the values that 8 bits stand for; fake tensors have none
+        optimizer = cls(trained, **kwargs)
+    optimizer.name2qmap = {name: torch.empty(256, device=trained[0].device) for name in ("dynamic", "udynamic")}
+    optimizer.is_paged = False  # pages take memory of the host, until they are used
+    for number, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, number, index)
     return optimizer
 
 

@@ -50,6 +50,8 @@ def find_store(name: str) -> tuple[Path, HubShards | None]:
         `ValueError`: the hub does not give it.
     """
     name = name.removeprefix(CACHE)
+    if not name:
+        raise ValueError(f"{CACHE!r} names no store: give its folder or hub id after the colon")
     folder = Path(os.path.expanduser(name))
     if folder.exists() or not HUB_NAME.fullmatch(name):
         return folder, None

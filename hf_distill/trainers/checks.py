@@ -18,6 +18,7 @@ from hf_distill.metric_names import metric_name, more_is_better
 from hf_distill.modeling import causal_lm, check_length, check_load_balancing, num_layers, num_positions
 from hf_distill.named import name_of, revision_of, sees, student_config
 from hf_distill.saving import AsItCame, refuse_folder, refuse_moving
+from hf_distill.store.hub import CACHE
 from hf_distill.teachers import WritingTeacher
 from hf_distill.teachers.columns import AnyDataset
 from hf_distill.teachers.opening import is_base, teacher_config
@@ -168,6 +169,7 @@ def refuse_output_dir(
     """Raises `ValueError` for an output directory that cannot be written to, or that a model of the run lies in."""
     in_use = {"the student": name_of(student)}
     in_use |= {f"the teacher {name}": name_of(teacher) for name, teacher in teachers.items() if not is_base(teacher)}
+    in_use = {role: name.removeprefix(CACHE) if name else name for role, name in in_use.items()}
     refuse_folder(str(args.output_dir), in_use)
     if has_adapters:  # which are of no use without it
         refuse_moving(str(args.output_dir), {"the student": name_of(student) or ""})

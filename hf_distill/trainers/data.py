@@ -162,7 +162,25 @@ def brought(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
     tell_columns(dataset, name, args)
     dataset = one_format(dataset, name, args)
     tell_conversations(dataset, name, args)
-    return dataset
+    return _with_assistant(dataset, name, args) if args.assistant_only_loss else dataset
+
+
+def _with_assistant(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
+    """Rows in which the assistant says something; TRL would end the run at another one. A warning counts those."""
+    used = used_format(set(get_dataset_column_names(dataset)), args.dataset_text_field)
+    kept = dataset.filter(partial(_has_assistant, used=used))
+    if isinstance(dataset, Dataset) and isinstance(kept, Dataset) and len(kept) < len(dataset):
+        logger.warning(
+            "%d of %d %s rows have no message of the assistant, so with assistant_only_loss no label: they are dropped",
+            len(dataset) - len(kept), len(dataset), name,
+        )  # fmt: skip
+        refuse_no_label(kept, name, args)
+    return kept
+
+
+def _has_assistant(row: Mapping[str, Any], used: Sequence[str]) -> bool:
+    cells = [row[column] for column in used if is_chat(row[column])]
+    return not cells or any(message.get("role") == "assistant" for cell in cells for message in cell)
 
 
 def one_format(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
@@ -409,7 +427,7 @@ def _roles(dataset: AnyDataset, columns: Sequence[str]) -> set[str]:
     if not isinstance(dataset, Dataset) or any(_is_json(dataset, column) for column in chats):
         rows: Any = dataset if isinstance(dataset, Dataset) else dataset.take(100)
         return {message["role"] for row in rows for column in chats for message in row[column]}
-    tables = dataset.select_columns(chats).with_format("arrow").iter(10_000)
+    tables: Any = dataset.select_columns(chats).with_format("arrow").iter(10_000)
     cells = (table.column(column).combine_chunks().flatten() for table in tables for column in chats)
     return {role for messages in cells for role in messages.field("role").unique().to_pylist()}
 

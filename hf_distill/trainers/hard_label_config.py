@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from transformers import Trainer
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available
 from trl import SFTConfig
@@ -203,6 +204,12 @@ class HardLabelConfig(SFTConfig):
             raise ValueError(
                 f"optim={optim!r} needs bitsandbytes: pip install 'hf_distill[quantization]', or take 'adamw_torch'"
             )
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(self)
+        except ImportError as error:
+            raise ValueError(f"optim={optim!r}: {error}") from error
+        except (RuntimeError, TypeError, ValueError):
+            pass  # it needs the model, or arguments that transformers asks for in its own words
         if self.fp16 and is_on_cpu(self):
             raise ValueError("fp16=True needs a GPU: on a CPU take bf16=True, or bf16=False for float32")
         if self.use_liger_kernel:

@@ -137,6 +137,8 @@ class PreparingTrainer(SurvivingTrainer):
     def _tokenized(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """Rows of token ids and labels, checked, and packed if asked; those without a label are dropped."""
         self.check_rows(dataset, dataset_name, args, formatting_func is not None)  # an evaluation brings its own
+        if args.completion_only_loss is None:  # TRL asks the training rows alone whether there are completions
+            self.completion_only_loss = True
         columns = get_dataset_column_names(dataset)
         is_tokenized, is_packed = "input_ids" in columns, "seq_lengths" in columns
         if not is_tokenized:

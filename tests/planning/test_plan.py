@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_distill import KDConfig, KVProjectionConfig, SpeculativeKDConfig, cli
 from hf_distill.planning import Machine, parse_size, plan_run, without_gpu
@@ -47,6 +49,39 @@ def test_what_this_machine_lacks_can_be_planned(folder, monkeypatch, setting):
     with without_gpu():
         args = KDConfig(**options)
     assert plan_run(str(folder / "student"), str(folder / "teacher"), args, machine=Machine(4 << 30)).fits
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_the_states_of_8_bit_optimizers_are_those_that_they_make(optim, settings):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    student, teacher, options = settings
+    plan = plan_run(student, teacher, KDConfig(**options, optim=optim))
+    model = AutoModelForCausalLM.from_pretrained(student)
+    optimizer = (bitsandbytes.optim.AdamW8bit if "8bit" in optim else bitsandbytes.optim.AdamW32bit)(model.parameters())
+    for group in optimizer.param_groups:
+        for index, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, 0, index)
+    storages = {
+        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for each in state.values()
+        if isinstance(each, torch.Tensor)
+    }
+    assert plan.always["optimizer's states"] == sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"row_tokens": 0}, "row_tokens has to be at least 1, got 0"),
+        ({"prompt_tokens": -3}, "prompt_tokens has to be at least 1, got -3"),
+        ({"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}, "is trained in adapters: add --use_peft"),
+    ],
+)
+def test_what_no_run_could_have_is_not_planned(settings, given, message):
+    student, teacher, options = settings
+    with pytest.raises(ValueError, match=message):
+        plan_run(student, teacher, KDConfig(**options), **given)
 
 
 def test_parts_sum_to_the_peak_of_the_highest_phase(settings):

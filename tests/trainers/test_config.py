@@ -1,6 +1,7 @@
 """KDConfig: what it refuses, and that it is still an SFTConfig for command lines and files."""
 
 import dataclasses
+import importlib.util
 import json
 
 import pytest
@@ -66,6 +67,13 @@ def test_quantisation_without_bitsandbytes_is_refused_with_the_extra_to_install(
     monkeypatch.setattr("hf_distill.teachers.loading.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'hf_distill\[quantization\]'"):
         config(teacher_quantization="4bit")
+
+
+def test_an_optimizer_whose_package_is_missing_is_refused():
+    if importlib.util.find_spec("schedulefree") is not None:
+        pytest.skip("schedulefree is installed")
+    with pytest.raises(ValueError, match=r"optim='schedule_free_adamw': .*install"):
+        config(optim="schedule_free_adamw")
 
 
 def test_liger_kernels_are_refused_where_they_cannot_run(monkeypatch):

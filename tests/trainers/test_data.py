@@ -211,6 +211,46 @@ def test_conversations_whose_questions_are_trained_on_are_told(tmp_path, row, ch
     assert [record.getMessage().startswith(told) for record in caplog.records] == [True] * is_told
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_rows_in_which_the_assistant_says_nothing_are_dropped(tmp_path, tokenizer, student, teacher, caplog, is_stream):
+    rows = Dataset.from_list([{"messages": CHAT}, {"messages": CHAT[:1]}, {"messages": CHAT}])
+    given = rows.to_iterable_dataset() if is_stream else rows
+    options = {"max_steps": 1, "assistant_only_loss": True}
+    with caplog.at_level(logging.WARNING, "hf_distill"):
+        trainer = make_trainer(tmp_path, student, teacher, given, tokenizer, **options)
+    assert sum(1 for _ in trainer.train_dataset) == 2
+    assert is_stream or "1 of 3 train rows have no message of the assistant" in caplog.text
+    with pytest.raises(ValueError, match="no row of the train dataset has a label left"):
+        make_trainer(tmp_path, student, teacher, rows.select([1]), tokenizer, **options)
+
+
+@pytest.mark.parametrize("kind", ["text", "messages"])
+def test_held_out_completions_bear_labels_alone_whatever_the_training_rows_are(
+    tmp_path, tokenizer, student, teacher, kind
+):
+    train = Dataset.from_list([{"text": SENTENCES[0]}] * 2 if kind == "text" else [{"messages": CHAT}] * 2)
+    held_out = Dataset.from_list([{"prompt": "The small dog", "completion": " ran."}] * 2)
+    trainer = make_trainer(tmp_path, student, teacher, train, tokenizer, trainer_settings={"eval_dataset": held_out})
+    alone = make_trainer(tmp_path, student, teacher, held_out, tokenizer)
+    assert trainer.eval_dataset[0]["labels"] == alone.train_dataset[0]["labels"]
+    assert -100 in trainer.eval_dataset[0]["labels"]
+    assert -100 not in trainer.train_dataset[0]["labels"]
+
+
+@pytest.mark.parametrize("place", ["train_dataset", "eval_dataset"])
+def test_an_empty_stream_is_told_as_such(tmp_path, tokenizer, student, teacher, place):
+    def nothing():
+        yield from ()
+
+    empty, rows = IterableDataset.from_generator(nothing), Dataset.from_list([{"text": SENTENCES[0]}] * 2)
+    given = {"train_dataset": rows, "eval_dataset": None, place: empty}
+    with pytest.raises(ValueError, match="dataset is empty"):
+        make_trainer(
+            tmp_path, student, teacher, given["train_dataset"], tokenizer, max_steps=1,
+            trainer_settings={"eval_dataset": given["eval_dataset"]},
+        )  # fmt: skip
+
+
 def test_a_template_without_marks_names_the_way_that_needs_none(tmp_path, student, teacher):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
