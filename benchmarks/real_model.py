@@ -33,6 +33,9 @@ SPECULATIVE = (SpeculativeKDTrainer, SpeculativeKDConfig)
 ARMS: dict[str, Arm] = {
     "hard labels": Arm({"kd_weight": 0.0}),
     "KD": Arm(ALONE),
+    "hard labels, warm-up": Arm({"kd_weight": 0.0, "warmup_steps": 5}),
+    "KD, warm-up": Arm({**ALONE, "warmup_steps": 5}),
+    "KD, half, warm-up": Arm({"kd_weight": 0.5, "warmup_steps": 5}),
     "KD, half": Arm({"kd_weight": 0.5}),
     "KD, T = 2": Arm({**ALONE, "temperature": 2.0}),
     "KD, T = 4": Arm({**ALONE, "temperature": 4.0}),
