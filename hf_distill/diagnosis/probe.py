@@ -283,7 +283,8 @@ class Probe:
         labels = sum(int((labels != -100).sum()) for _, labels in self.texts)
         most = MOST_WORK / sum(parameter.numel() for model in models for parameter in model.parameters())
         share = part * max(most / max(tokens, 1), LEAST_LABELS / max(labels, 1))
-        return min(len(dataset), max(1, math.ceil(share * len(dataset))))
+        number = share * len(dataset)
+        return min(len(dataset), max(1, math.ceil(number) if part == 1 else int(number)))
 
     @cached_property
     def written(self) -> list[dict[str, Any]]:
