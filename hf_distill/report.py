@@ -167,8 +167,8 @@ def verdict(
     if advice and math.isfinite(teacher) and math.log(teacher / best) > _AS_GOOD:
         form = columns.get("teacher_perplexity", ("", "{:.3f}"))[1]
         sentences.append(
-            f"The teacher itself predicts these rows worse ({form.format(teacher)}): `hf-distill doctor` looks for the "
-            "reason in its weights, the chat template and the labels."
+            f"The teacher itself predicts these rows worse ({form.format(teacher)}): they may have a form that it does "
+            "not use. `hf-distill doctor` looks for other reasons."
         )
     return " ".join(sentences)
 

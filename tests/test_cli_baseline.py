@@ -60,7 +60,9 @@ def test_the_student_of_a_run_is_its_own_with_and_without_a_baseline(folder, tmp
 def test_table_picture_page_and_comparison_have_the_baseline(folder, tmp_path, capsys):
     run = {"eval_dataset": folder / "rows.jsonl", "max_steps": 2, "output_dir": tmp_path / "kd", "baseline": True}
     cli.main(["kd", *options(folder, **run)])
-    assert "baseline" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "now the baseline, on hard labels alone" in said
+    assert "Add --baseline" not in said
     sentence = verdict(report_of(tmp_path / "kd"))
     assert sentence.startswith("Compared with the baseline on hard labels, the student is ")
     for page in ("report.md", "README.md"):

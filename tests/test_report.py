@@ -125,8 +125,8 @@ def test_a_sentence_says_what_came_out():
     assert verdict(weak).endswith("helped.")  # better than the student
     weak["after"]["teacher_perplexity"] = 9.0
     assert verdict(weak).endswith(
-        "The teacher itself predicts these rows worse (9.000): `hf-distill doctor` looks for the reason in its "
-        "weights, the chat template and the labels."
+        "The teacher itself predicts these rows worse (9.000): they may have a form that it does not use. `hf-distill "
+        "doctor` looks for other reasons."
     )
     # Of a run on hard labels, whose perplexity is the exponential of the nats.
     alone = {name: {"eval_ce": n, "student_perplexity": math.exp(n)} for name, n in (("before", 2.0), ("after", 3.0))}

@@ -24,6 +24,7 @@ OTHER_NAMES = {
     "teacher_model_name_or_path": "teacher_model",
     "dataset_name": "dataset",
     "dataset_train_split": "train_split",
+    "train_split": "split",
     "dataset_test_split": "eval_split",
     "beta": "divergence_params",
     "lmbda": "rollout_mix",

@@ -424,7 +424,9 @@ def _report(
 
     def save() -> None:
         rows: Any = trainer.eval_dataset
-        notes = [verdict(results, columns), f"The teacher's outputs came from {sources}." if sources else ""]
+        advice = run_baseline is None or BASELINE in results  # a baseline that is still to come needs no advice
+        notes = [verdict(results, columns, advice=advice)]
+        notes += [f"The teacher's outputs came from {sources}."] if sources else []
         note = " ".join(filter(None, notes))
         save_report(folder, results, histories, title, columns, num_rows=len(rows), note=note)
 
@@ -439,6 +441,8 @@ def _report(
     if trainer.args.push_to_hub:
         trainer.push_to_hub()  # without the baseline, which is a model of its own
     if run_baseline is not None:
+        if trainer.is_world_process_zero():
+            print("now the baseline, on hard labels alone")
         results = {**results, BASELINE: run_baseline(results["before"])}
         histories[BASELINE] = read_history(os.path.join(folder, BASELINE))
         if writes:
