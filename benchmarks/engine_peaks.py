@@ -36,7 +36,7 @@ BEGUN = "the second update begins"
 
 
 def predict(case: dict[str, Any]) -> dict[str, int]:
-    """What is alive in a process, and its peak."""
+    """The bytes that are alive in a process by component, and the peak of an update."""
     from benchmarks import plan_peaks
     from hf_distill.planning import Machine
 

@@ -115,7 +115,7 @@ def measured_on(results: Mapping[str, Mapping[str, float]], num_rows: int | None
     )
 
 
-# What the first of some measures says of a student beside another one: better, worse, or neither.
+# Claims about a student beside another one (better, worse, as good), by the first of these measures that both have.
 _CLAIMS = {
     ("kl", "eval_kd"): ("is closer to the teacher", "is further from the teacher", "is as close to the teacher"),
     ("student_perplexity", "eval_ce"): (
@@ -134,7 +134,7 @@ def verdict(
     *,
     advice: bool = True,
 ) -> str:
-    """What came out, in words: the student after the training against its baseline, or against itself before.
+    """The outcome of a run in words: the student beside its baseline, or beside its state before the training.
 
     Results are named `after` and, where they are known, `before` and `baseline`; other names, and numbers that are not
     finite, are left out of it. Empty where there is nothing to compare.

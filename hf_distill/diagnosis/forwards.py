@@ -4,7 +4,7 @@ Shapes: N label-bearing positions of a batch, M of a teacher with another tokeni
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -22,24 +22,17 @@ from hf_distill.losses.objective import Objective, Signal
 from hf_distill.losses.sparse import TopKSignal
 from hf_distill.modeling import evaluating, head_of, last_hidden_states, select_positions
 from hf_distill.teachers.columns import take_columns
+from hf_distill.teachers.local import LocalTeacher
 
 ENOUGH_LABELS = 500  # fewer say little about how frequent tokens are
 
 
-class Question(NamedTuple):
-    """A batch and its label-bearing positions."""
+class Forward(NamedTuple):
+    """A batch, and the student's hidden states at its label-bearing positions."""
 
     inputs: dict[str, Any]  # of the whole batch, without labels
     positions: Tensor  # (N,)
     labels: Tensor  # (N,)
-
-
-class Forward(NamedTuple):
-    """The same, and the student's hidden states at these positions."""
-
-    inputs: dict[str, Any]
-    positions: Tensor
-    labels: Tensor
     hidden: Tensor  # (N, Ds)
 
 
@@ -210,25 +203,24 @@ def _compared(probe: Probe) -> dict[str, Sums]:
     return found
 
 
-def between(probe: Probe, one: Callable[[Question], TeacherSignal], other: Callable[[Question], TeacherSignal],
-            num_batches: int) -> tuple[float, float, float]:  # fmt: skip
+def between(probe: Probe, one: LocalTeacher, other: LocalTeacher, num_batches: int) -> tuple[float, float, float]:
     """KL(one || other) in nats per token, and the nats per token of both, over some batches of all lengths."""
     size, totals, tokens = probe.trainer.vocab_size, torch.zeros(3, dtype=torch.float64), 0
     rows = probe.args.per_device_eval_batch_size
-    every = 1 if probe.writes else max(1, probe.affordable(probe.rows) // (rows * num_batches))
+    every = max(1, probe.affordable(probe.rows) // (rows * num_batches))
     for batch in islice(probe.batches(rows), 0, every * num_batches, every):
-        question = Question(*probe.trainer.take_labels(batch))
-        mine, theirs = one(question), other(question)
-        chunk_size = default_chunk_size(question.labels.device, size)
-        for start in range(0, len(question.labels), chunk_size):
+        inputs, positions, labels = probe.trainer.take_labels(batch)
+        mine, theirs = one(inputs, positions), other(inputs, positions)
+        chunk_size = default_chunk_size(labels.device, size)
+        for start in range(0, len(labels), chunk_size):
             part = slice(start, start + chunk_size)
-            target = question.labels[part].unsqueeze(-1)
+            target = labels[part].unsqueeze(-1)
             p, q = (
                 s.head.truncated(size).logits(s.hidden[part]).log_softmax(-1).to(target.device) for s in (mine, theirs)
             )
             totals += torch.stack(
                 [DIVERGENCES["forward_kl"](q, p).sum(), -p.gather(-1, target).sum(), -q.gather(-1, target).sum()]
             ).cpu()
-        tokens += len(question.labels)
+        tokens += len(labels)
     kl, first, second = (totals / max(tokens, 1)).tolist()
     return kl, first, second

@@ -8,9 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_distill.diagnosis.findings import Finding, LeftOut, failure, ok, warning
-from hf_distill.diagnosis.forwards import Question, between, compared
+from hf_distill.diagnosis.forwards import between, compared
 from hf_distill.diagnosis.probe import Probe, columns_of
-from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.modeling import weights_kind
 from hf_distill.rows import is_conversation
 from hf_distill.servers import TeacherAway
@@ -49,7 +48,7 @@ def sources(probe: Probe) -> Finding:
 
 
 def _of_questions(probe: Probe) -> str:
-    """What to do first where system prompts and questions bear labels, which teachers predict badly; or nothing."""
+    """The remedy for labels on system prompts and questions; empty where only answers bear them."""
     is_made = probe.writes or probe.arguments.get("formatting_func") is not None
     columns, text_field = columns_of(probe.given_rows), probe.args.dataset_text_field
     if is_made or probe.args.assistant_only_loss or not is_conversation(columns, text_field):
@@ -167,13 +166,7 @@ def cost_of_bits(probe: Probe) -> Finding:
     if isinstance(teacher, OwnViewTeacher):
         whole.view = teacher.view  # of the same rows
 
-    def said(side: LocalTeacher):
-        def ask(question: Question) -> TeacherSignal:
-            return side(question.inputs, question.positions)
-
-        return ask
-
-    kl, exact, rounded = between(probe, said(whole), said(teacher), ROUNDED_BATCHES)
+    kl, exact, rounded = between(probe, whole, teacher, ROUNDED_BATCHES)
     numbers = {"kl": kl, "saved": exact, "quantised": rounded}
     line = (
         f"{args.teacher_quantization} costs {name} {kl:.3f} nats per token (KL to {weights_kind(saved)}), "

@@ -182,7 +182,7 @@ def _results(run: Run) -> dict[str, Any]:
 
 
 def _verdicts(group: Mapping[str, Run]) -> str:
-    """What came out of runs that stand beside their baselines."""
+    """The verdicts on runs that have a baseline, one after the other."""
     found = {
         name: verdict({"after": run.measures, BASELINE: run.baseline}, _columns(run))
         for name, run in group.items()
