@@ -1,7 +1,6 @@
 """A probe of the learning rate: some updates at a tenth of it, at it, and at ten times of it; nothing stays changed."""
 
 import math
-import time
 from collections.abc import Sequence
 from itertools import islice
 
@@ -10,7 +9,17 @@ from torch import Tensor
 
 from hf_distill.diagnosis.findings import Finding, LeftOut, failure, ok, warning
 from hf_distill.diagnosis.probe import Probe
-from hf_distill.diagnosis.updates import Batch, asked_once, backward, mean_loss, trained, training, weights_kept
+from hf_distill.diagnosis.updates import (
+    Batch,
+    asked_once,
+    backward,
+    first_gradient,
+    mean_loss,
+    micro_rows,
+    trained,
+    training,
+    weights_kept,
+)
 
 FACTORS = (0.1, 1.0, 10.0)
 UPDATES, FEWEST = 8, 2  # at each rate
@@ -33,13 +42,17 @@ def learning_rate(probe: Probe) -> Finding:
         raise LeftOut("the probe has no rows for an update")
     parameters = trained(probe)
     with training(probe), asked_once(probe):
-        number, first = _first_gradient(probe, updates[0])
-        batches = [batch for update in updates[:number] for batch in update]
+        first = first_gradient(probe, len(updates[0]))
+        updates[0] = first.batches  # the very tensors that teachers were asked about
+        there_is_time_for = min(UPDATES, int(SECONDS / len(FACTORS) / max(first.seconds, 1e-6)))
+        # One update does not overshoot. Without the time for more, a second one is made on the same rows.
+        updates, number = updates[: max(1, there_is_time_for)], max(FEWEST, there_is_time_for)
+        batches = [batch for update in updates for batch in update]
         before = mean_loss(probe, batches)
         after = {}
         for factor in FACTORS:
             with weights_kept(parameters):
-                _train(probe, updates, number, rate * factor, first)
+                _train(probe, updates, number, rate * factor, first.values)
                 after[factor] = mean_loss(probe, batches)
     numbers = {
         "rates": [rate * factor for factor in FACTORS], "before": before, "after": [after[f] for f in FACTORS],
@@ -68,22 +81,10 @@ def learning_rate(probe: Probe) -> Finding:
 
 def _updates(probe: Probe) -> list[list[Batch]]:
     """The micro-batches of each update, as many of them as the probe has rows for."""
-    size, most = probe.args.per_device_train_batch_size, probe.affordable(probe.trainer.train_dataset, 1 / 8)
+    size, most = micro_rows(probe), probe.affordable(probe.trainer.train_dataset, 1 / 8)
     rows = min(size * probe.args.gradient_accumulation_steps, max(size, MOST_ROWS), most)
-    size = min(size, rows)
     batches = probe.batches(size, packed=True)
-    return list(islice(iter(lambda: list(islice(batches, rows // size)), []), UPDATES))
-
-
-def _first_gradient(probe: Probe, update: Sequence[Batch]) -> tuple[int, list[Tensor | None]]:
-    """The number of updates at each rate that the time allows; the gradient of the first one, on the CPU."""
-    probe.trainer.model.zero_grad()
-    probe.trainer.projectors.zero_grad()
-    begin = time.perf_counter()
-    backward(probe, update)
-    gradients = [p.grad if p.grad is None else p.grad.to("cpu", copy=True) for p in trained(probe)]
-    seconds = time.perf_counter() - begin
-    return max(FEWEST, min(UPDATES, int(SECONDS / len(FACTORS) / max(seconds, 1e-6)))), gradients
+    return list(islice(iter(lambda: list(islice(batches, max(1, rows // size))), []), UPDATES))
 
 
 def _ramp(number: int) -> list[float]:

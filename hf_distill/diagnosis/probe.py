@@ -40,7 +40,7 @@ PROBLEMS = (ImportError, LookupError, OSError, RuntimeError, TeacherAway, TypeEr
 SOME = 0.02  # a share of labels or rows that is no accident
 # On a CPU, checks read so many tokens of the probe that their number times the parameters of both sides is MOST_WORK,
 # which takes some 30 s on one core; and at least LEAST_ROWS rows, with about LEAST_LABELS tokens that bear labels.
-MOST_WORK, LEAST_LABELS, LEAST_ROWS = 8e11, 1000, 4
+MOST_WORK, LEAST_LABELS, LEAST_ROWS = 4e11, 1000, 4
 FIRST_WRITTEN = 8  # prompts of speculative KD that are written to the end: each is a rollout
 
 
@@ -75,6 +75,7 @@ class Probe:
         self.samples = {name: sample(rows, num_rows, self.args.seed) for name, rows in self.datasets.items()}
         self.has_pictures = has_pictures(self.datasets.get("train"))
         self.problem: str | None = None
+        self.first: Any = None  # the gradient that several checks share (updates.py)
         self._found: dict[Any, tuple[Any, Exception | None]] = {}
         try:
             self._trainer = self._made(folder)

@@ -1,16 +1,11 @@
 """Checks of what the trainer does with a batch: splits, packing, the path of the loss, adapters."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from peft import LoraConfig, PeftModel
 
 from hf_distill.diagnosis.findings import Finding, LeftOut, failure, ok, warning
 from hf_distill.diagnosis.probe import Probe
-from hf_distill.diagnosis.updates import backward, gradient, replaced, single_rows, training
+from hf_distill.diagnosis.updates import difference, first_gradient, gradient, micro_rows, single_rows, training
 from hf_distill.lora import describe_lora
 from hf_distill.losses.head import default_chunk_size
 from hf_distill.named import student_without_weights
@@ -22,30 +17,28 @@ ROUNDING = {"no": 1e-3, "bf16": 0.1, "fp16": 0.1}
 
 def split_batches(probe: Probe) -> Finding:
     """The gradient of one batch of n rows against n batches of one row each."""
-    trainer, size = probe.trainer, probe.args.per_device_train_batch_size
-    size = min(size, max(2, probe.affordable(trainer.train_dataset, 1 / 8)))
-    if size == 1:
+    trainer = probe.trainer
+    if (size := micro_rows(probe)) == 1:
         raise LeftOut("micro-batches have one row")
     if trainer.aux_loss_enabled:
         raise LeftOut("the load-balancing loss of experts is not a mean over tokens")
-    together = next(iter(probe.batches(size, packed=True)))
-    if probe.writes:
-        alone = single_rows(together)
-    else:
-        alone = [batch for batch, _ in zip(probe.batches(1, packed=True), range(size), strict=False)]
     with training(probe):
-        one, other = gradient(probe, [together]), gradient(probe, alone)
-    difference = ((one - other).norm() / other.norm().clamp(min=1e-30)).item()
-    line = f"the gradient of 1 x {len(alone)} rows differs from that of {len(alone)} x 1 by {difference:.1e}"
+        together = first_gradient(probe)
+        if probe.writes:
+            alone = single_rows(together.batches[0])
+        else:
+            alone = [batch for batch, _ in zip(probe.batches(1, packed=True), range(size), strict=False)]
+        apart = difference(together.values, gradient(probe, alone))
+    line = f"the gradient of 1 x {len(alone)} rows differs from that of {len(alone)} x 1 by {apart:.1e}"
     dtypes = {parameter.dtype for parameter in trainer.model.parameters()}
     in_half = bool(dtypes & {torch.bfloat16, torch.float16})
     allowed = ROUNDING["bf16" if in_half else trainer.accelerator.mixed_precision]
-    if not difference <= allowed:
+    if not apart <= allowed:
         return failure(
             f"{line}: rows of a batch see each other, or padding counts",
-            "look at the student's own code, or train with per_device_train_batch_size=1", difference=difference,
+            "look at the student's own code, or train with per_device_train_batch_size=1", difference=apart,
         )  # fmt: skip
-    return ok(line, difference=difference)
+    return ok(line, difference=apart)
 
 
 def packing(probe: Probe) -> Finding:
@@ -60,17 +53,9 @@ def packing(probe: Probe) -> Finding:
 def loss_path(probe: Probe) -> Finding:
     """The path that the loss takes, and its share of a micro-batch's time."""
     trainer, device = probe.trainer, probe.trainer.args.device
-    rows = min(probe.args.per_device_train_batch_size, probe.affordable(trainer.train_dataset, 1 / 4))
-    batch = next(iter(probe.batches(rows, packed=True)))
-    with training(probe), _measured(trainer, "teacher_signal", "distillation_terms") as parts:
-        if device.type == "cuda":  # the first one compiles
-            backward(probe, [batch])
-            parts.clear()
-        begin = _now(device)
-        backward(probe, [batch])
-        whole = _now(device) - begin
-        trainer.model.zero_grad()
-        trainer.projectors.zero_grad()
+    with training(probe):
+        (batch,), _, whole, parts = first_gradient(probe)
+    rows = len(batch["input_ids"])
     chunk = probe.args.loss_chunk_size or default_chunk_size(device, trainer.vocab_size)
     compiled = trainer.objective(1).compiled and device.type == "cuda"
     line = (
@@ -82,31 +67,6 @@ def loss_path(probe: Probe) -> Finding:
         remedy = "remove kd_weight, temperature and parameters of the divergence from schedule"
         return warning(f"{line}; a schedule keeps it from being compiled", remedy, **numbers)
     return ok(line, **numbers)
-
-
-@contextmanager
-def _measured(trainer: Any, *names: str) -> Iterator[list[float]]:
-    """The seconds of each call of these methods of the trainer; a trainer without teachers has none of them."""
-    seconds: list[float] = []
-    device = trainer.args.device
-
-    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            begin = _now(device)
-            found = method(*args)
-            seconds.append(_now(device) - begin)
-            return found
-
-        return call
-
-    with replaced(trainer, {name: timed(getattr(trainer, name)) for name in names if hasattr(trainer, name)}):
-        yield seconds
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def adapters(probe: Probe) -> Finding:

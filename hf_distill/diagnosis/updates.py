@@ -3,9 +3,12 @@
 Shapes: B rows of a batch, N label-bearing positions.
 """
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,17 +62,62 @@ def mean_loss(probe: Probe, batches: Sequence[Batch]) -> float:
     return sum(loss_of(probe, batch, number).item() for batch in batches)
 
 
-def gradient(probe: Probe, batches: Sequence[Batch]) -> Tensor:
-    """The gradient of the mean over all batches, flat, in float32 on the CPU."""
-    parameters = trained(probe)
-    probe.trainer.model.zero_grad()
-    probe.trainer.projectors.zero_grad()
+def gradient(probe: Probe, batches: Sequence[Batch]) -> list[Tensor | None]:
+    """The gradient of the mean over all batches for each of the [`trained`] parameters, on the CPU."""
+    zero_grad(probe)
     backward(probe, batches)
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([each.detach().float().flatten().cpu() for each in found])
+    found = [p.grad if p.grad is None else p.grad.to("cpu", copy=True) for p in trained(probe)]
+    zero_grad(probe)
+    return found
+
+
+def difference(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
+    """|one - other| / |other| of two gradients; None is zero."""
+    gaps = [x if y is None else y if x is None else x.float() - y.float() for x, y in zip(one, other, strict=True)]
+    apart, size = (math.hypot(*(x.float().norm().item() for x in side if x is not None)) for side in (gaps, other))
+    return apart / max(size, 1e-30)
+
+
+def zero_grad(probe: Probe) -> None:
+    """Drops all gradients."""
     probe.trainer.model.zero_grad()
     probe.trainer.projectors.zero_grad()
-    return flat
+
+
+def micro_rows(probe: Probe) -> int:
+    """The rows of a micro-batch: the run's own, or, on a CPU with large models, two."""
+    return min(probe.args.per_device_train_batch_size, max(2, probe.affordable(probe.trainer.train_dataset, 1 / 8)))
+
+
+class FirstGradient(NamedTuple):
+    """The gradient of the first rows of the training, as of one update."""
+
+    batches: list[Batch]
+    values: list[Tensor | None]  # for each of the trained parameters, on the CPU
+    seconds: float  # that it took
+    parts: list[float]  # the seconds in it of each teacher's signal and of each loss
+
+
+def first_gradient(probe: Probe, number: int = 1) -> FirstGradient:
+    """The gradient of the first `number` micro-batches; what several checks ask for is computed once."""
+    if probe.first is None or len(probe.first.batches) != number:
+        probe.first = None  # before the next one takes memory
+        probe.first = _first_gradient(probe, number)
+    return probe.first
+
+
+def _first_gradient(probe: Probe, number: int) -> FirstGradient:
+    batches = list(islice(probe.batches(micro_rows(probe), packed=True), number))
+    device = probe.trainer.args.device
+    with measured(probe.trainer, "teacher_signal", "distillation_terms") as parts:
+        if device.type == "cuda":  # the first one compiles
+            backward(probe, batches[:1])
+            parts.clear()
+        zero_grad(probe)
+        begin = now(device)
+        values = gradient(probe, batches)
+        seconds = now(device) - begin
+    return FirstGradient(batches, values, seconds, parts)
 
 
 def single_rows(batch: Batch) -> list[Batch]:
@@ -120,6 +168,32 @@ def replaced(trainer: Any, methods: Mapping[str, Callable[..., Any]]) -> Iterato
         for name in methods:
             del vars(trainer)[name]
         vars(trainer).update(before)
+
+
+@contextmanager
+def measured(trainer: Any, *names: str) -> Iterator[list[float]]:
+    """The seconds of each call of these methods of the trainer; a trainer without teachers has none of them."""
+    seconds: list[float] = []
+    device = trainer.args.device
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            begin = now(device)
+            found = method(*args)
+            seconds.append(now(device) - begin)
+            return found
+
+        return call
+
+    with replaced(trainer, {name: timed(getattr(trainer, name)) for name in names if hasattr(trainer, name)}):
+        yield seconds
+
+
+def now(device: torch.device) -> float:
+    """The time in seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @contextmanager
