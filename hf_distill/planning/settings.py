@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, Trainer, training_args
 from hf_distill.losses.head import default_chunk_size
 from hf_distill.losses.objective import Objective
 from hf_distill.model_files import is_adapter_folder
-from hf_distill.modeling import is_vision_language
+from hf_distill.modeling import is_vision_language, num_positions
 from hf_distill.planning.batches import Batch
 from hf_distill.planning.models import ModelSpec
 from hf_distill.speculative import RolloutConfig
@@ -167,9 +167,11 @@ def read_settings(
     )
     if isinstance(args, SpeculativeKDConfig) and [t.model is None for t in teachers] != [False]:
         raise ValueError("rollouts can be planned with one teacher that is a model, given by name or configuration")
-    configs = [student.config(), *(t.model.config() for t in teachers if t.model is not None)]
-    vocab_size = min(config.get_text_config().vocab_size for config in configs)
-    if (largest := max(config.get_text_config().vocab_size for config in configs)) > 1.2 * vocab_size:
+    models = dict(zip([model, *given], [student, *(t.model for t in teachers)], strict=True))
+    configs = {name: spec.config() for name, spec in models.items() if spec is not None}
+    sizes = [config.get_text_config().vocab_size for config in configs.values()]
+    vocab_size = min(sizes)
+    if (largest := max(sizes)) > 1.2 * vocab_size:
         notes.append(
             f"vocabularies of {vocab_size:,} and {largest:,} tokens: with another tokenizer the loss aligns texts, "
             "and its memory is taken as that of the common vocabulary"
@@ -177,13 +179,12 @@ def read_settings(
     rollout = args.rollout_config() if isinstance(args, SpeculativeKDConfig) else None
     prompt = prompt_tokens or PROMPT_TOKENS
     prompts = prompt, teacher_prompt_tokens or prompt
-    models = dict(zip([model, *given], [student, *(t.model for t in teachers)], strict=True))
     pictures = _pictures(args, models, picture_tokens, teacher_picture_tokens)
     batch = _batch(args, row_tokens, prompts[0], label_share, pictures[0], rollout)
-    quantised = [name for name, c in zip([model, *given], configs, strict=False) if _is_quantised(c)]
-    if quantised:
+    notes += _too_long(batch, configs)
+    if quantised := [name for name, config in configs.items() if _is_quantised(config)]:
         notes.append(f"the weights of {quantised[0]} are saved quantised: they are counted in their dtype, not in bits")
-    if seeing := [name for name, c in zip([model, *given], configs, strict=False) if is_vision_language(c)]:
+    if seeing := [name for name, config in configs.items() if is_vision_language(config)]:
         if picture_tokens:
             notes.append("each row is taken to have one picture, and no token of it bears a label")
         else:
@@ -296,6 +297,17 @@ def _batch(
     joined = bool(args.padding_free or args.packing)
     labels = max(1, round(rows * (length - 1 - pictures) * label_share))
     return Batch(rows, length, labels, padded=rows > 1 and not joined, packed=joined, pictures=pictures)
+
+
+def _too_long(batch: Batch, configs: Mapping[str, PreTrainedConfig]) -> list[str]:
+    """A note for rows that a model has no positions for; texts that share a row begin anew."""
+    limits = {name: limit for name, config in configs.items() if (limit := num_positions(config)) is not None}
+    if batch.packed or batch.length <= min(limits.values(), default=batch.length):
+        return []
+    shortest = min(limits, key=lambda name: limits[name])
+    return [
+        f"{shortest} reads {limits[shortest]:,} tokens: the run takes no rows of {batch.length:,}, which are planned"
+    ]
 
 
 def _objective(args: Any, vocab_size: int, machine: Machine) -> Objective:

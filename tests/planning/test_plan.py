@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_distill import KDConfig, KVProjectionConfig, SpeculativeKDConfig, cli
 from hf_distill.planning import Machine, parse_size, plan_run, without_gpu
@@ -160,6 +160,15 @@ def test_fsdp2_keeps_whole_gradients_over_micro_batches(settings):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("more", "packing", "is_told"), [(0, False, False), (1, False, True), (1, True, False)])
+def test_rows_that_no_model_has_positions_for_are_told(settings, more, packing, is_told):
+    student, teacher, options = settings
+    longest = AutoConfig.from_pretrained(student).max_position_embeddings
+    args = KDConfig(**{**options, "max_length": longest + more, "packing": packing})
+    notes = plan_run(student, teacher, args).notes
+    assert any(f"reads {longest:,} tokens" in note and f"{longest + more:,}" in note for note in notes) is is_told
+
+
 def test_a_run_that_does_not_fit_has_remedies_that_do(settings):
     student, teacher, options = settings
     options |= {"per_device_train_batch_size": 8, "max_length": 128, "gradient_checkpointing": False}
