@@ -69,7 +69,7 @@ def test_prune_drops_what_ranks_first_and_says_so(folder, tmp_path, capsys, toke
     fidelity = evaluate_fidelity(student, teacher, rows, tokenizer)
     assert (tmp_path / "report.html").exists()
     report = (tmp_path / "pruning.md").read_text()
-    lines = [f"| {span.layers[0]}-{span.layers[-1]} | {span.distance:.4f} |" for span in spans]
+    lines = [f"| {' '.join(map(str, span.layers))} | {span.distance:.4f} |" for span in spans]
     assert "\n".join(lines) in report
     assert f"| pruned | {fidelity['student_perplexity']:.3f} |" in report
     assert f"| B | {spans[0].start}-{spans[0].start + 1} |" in report
@@ -90,7 +90,8 @@ def test_prompts_and_completions_of_other_columns_rank_layers(folder, tmp_path, 
     rows = Dataset.from_list([{"prompt": row["instruction"], "completion": " " + row["output"]} for row in table])
     spans = rank_layers(load(folder / "teacher"), rows, tokenizer, 3)
     report = (tmp_path / "out" / "pruning.md").read_text()
-    assert "\n".join(f"| {span.start}-{span.start + 2} | {span.distance:.4f} |" for span in spans) in report
+    expected = [f"| {' '.join(map(str, span.layers))} | {span.distance:.4f} |" for span in spans]
+    assert "\n".join(expected) in report
 
 
 def test_recovery_in_stages_ends_with_the_whole_model(folder, tmp_path):

@@ -51,7 +51,7 @@ def prune(arguments: PruneArguments) -> None:
         spans = rank_layers(model, rows, tokenizer, arguments.num_layers, **reading)
         layers = spans[0].layers
         tables["Layers that change their input least (angle / pi): the first are dropped"] = [
-            {"layers": _layer_ranges(span.layers), "distance": f"{span.distance:.4f}"} for span in spans
+            {"--layers": " ".join(map(str, span.layers)), "distance": f"{span.distance:.4f}"} for span in spans
         ]
     student = drop_layers(model, layers, bundle_dir, groups, share_weights=True)
     set_aside(arguments.output_dir)
