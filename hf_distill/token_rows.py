@@ -444,14 +444,21 @@ def _integers(values: np.ndarray, name: str) -> np.ndarray:
     return values.astype(np.int8) if values.dtype.kind == "b" else values
 
 
-def check_batch(batch: Mapping[str, Any], prefix: str, num_ids: int, vocab_size: int, pad_token_id: int | None) -> int:
-    """The number of label-bearing tokens; `ValueError` for a batch whose labels or token ids cannot be trained on.
+def look_at_batch(
+    batch: Mapping[str, Any], prefix: str, num_ids: int, vocab_size: int, pad_token_id: int | None
+) -> tuple[Tensor, Tensor]:
+    """The numbers (2,) of label-bearing tokens and of impossible labels and ids, and where these are (2, B, T).
+
+    They are on the batch's device, and the host does not wait for it.
 
     Args:
         batch: the output of a collator.
         prefix (`str`): prefix of the tensor names of one side: "" or "teacher_".
         num_ids (`int`): token ids have to be below this, except masked ids and padding.
         vocab_size (`int`): labels are -100 or below this.
+
+    Raises:
+        `ValueError`: there are no ids or labels, or they are not (B, T), or they come shifted.
     """
     names = [prefix + name for name in ("input_ids", "labels", "attention_mask")]
     ids, labels, mask = (batch.get(name) for name in names)
@@ -471,9 +478,18 @@ def check_batch(batch: Mapping[str, Any], prefix: str, num_ids: int, vocab_size:
     if mask is not None and mask.shape == ids.shape:
         bad_ids = bad_ids & (mask != 0)
     bad = torch.stack([bad_labels, bad_ids])
-    # The host waits for the device once.
-    number, num_bad = torch.stack([(labels[:, 1:] != -100).sum(), bad.sum()]).tolist()
+    return torch.stack([(labels[:, 1:] != -100).sum(), bad.sum()]), bad
+
+
+def check_batch(batch: Mapping[str, Any], prefix: str, num_ids: int, vocab_size: int, pad_token_id: int | None) -> int:
+    """The number of label-bearing tokens; `ValueError` for a batch whose labels or token ids cannot be trained on.
+
+    Args: those of [`look_at_batch`].
+    """
+    found, bad = look_at_batch(batch, prefix, num_ids, vocab_size, pad_token_id)
+    number, num_bad = found.tolist()  # the host waits for the device
     if num_bad:
+        labels, ids = batch[f"{prefix}labels"], batch[f"{prefix}input_ids"]
         side, *place = bad.nonzero()[0].tolist()
         value = (labels, ids)[side][tuple(place)].item()
         limits = f"-100 and 0 to {vocab_size - 1} are" if side == 0 else f"0 to {num_ids - 1} are"

@@ -10,7 +10,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from hf_distill.picture_batches import spans_of
 from hf_distill.picture_rows import columns_of
 from hf_distill.teachers.columns import PREFIX
 from hf_distill.teachers.rows import Reader, TeacherRows
-from hf_distill.token_rows import check_batch
+from hf_distill.token_rows import check_batch, look_at_batch
 from hf_distill.trainers.checks import (
     AnyDataset,
     as_it_came,
@@ -65,6 +65,7 @@ from hf_distill.trainers.data import as_they_are
 from hf_distill.trainers.given import Given
 from hf_distill.trainers.hard_label_config import HardLabelConfig, keywords
 from hf_distill.trainers.input_checks import check_inputs
+from hf_distill.trainers.label_counts import LabelCounts
 from hf_distill.trainers.packing import check_packing, joins
 from hf_distill.trainers.pictures import (
     freeze_tower,
@@ -366,16 +367,27 @@ class HardLabelTrainer(PreparingTrainer):
         """A batch without its labels, its label-bearing positions (N,), flat, and the labels (N,) that follow them."""
         inputs = dict(inputs)
         # Rows have been checked when they were prepared. What a collator or a transform makes of them has not.
-        seen = inputs
+        number = self.label_counts(inputs)
+        positions, labels = label_positions(inputs.pop("labels"), number)
+        return inputs, positions, labels
+
+    @cached_property
+    def label_counts(self) -> LabelCounts:
+        """The number of label-bearing tokens of a batch, which it also checks."""
+        return LabelCounts(
+            look=lambda batch: look_at_batch(*self._as_predicted(batch))[0],
+            check=lambda batch: check_batch(*self._as_predicted(batch)),
+        )
+
+    def _as_predicted(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, int, int, int | None]:
+        """The arguments of [`check_batch`]: a batch with ids that can be predicted, and limits of ids and labels."""
         if is_vision_language(self.student):  # what stands for pictures need not be a token that can be predicted
             ids = inputs["input_ids"]
             refuse_flat_places(self.student, inputs)
-            seen = {**inputs, "input_ids": ids.masked_fill(self.picture_spans(ids), 0)}
+            inputs = {**inputs, "input_ids": ids.masked_fill(self.picture_spans(ids), 0)}
         else:
             refuse_pixels(self.student, inputs)
-        number = check_batch(seen, "", self.vocab_size, self.vocab_size, self.tokenizer.pad_token_id)
-        positions, labels = label_positions(inputs.pop("labels"), number)
-        return inputs, positions, labels
+        return inputs, "", self.vocab_size, self.vocab_size, self.tokenizer.pad_token_id
 
     def finish(
         self,

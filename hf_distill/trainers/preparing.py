@@ -33,6 +33,7 @@ from hf_distill.trainers.data import (
     with_label,
     without_fillers,
 )
+from hf_distill.trainers.label_counts import LabelCounts
 from hf_distill.trainers.pictures import picture_rows
 from hf_distill.trainers.surviving import SurvivingTrainer
 
@@ -54,6 +55,7 @@ class PreparingTrainer(SurvivingTrainer):
     vocab_size: int
     has_pictures: bool  # of the rows
     teacher_rows: TeacherRows
+    label_counts: LabelCounts
     _positions: int | None  # the tokens that the student can read; set with `vocab_size`
 
     def check_readers(self, dataset: Any) -> None:
@@ -219,6 +221,7 @@ class PreparingTrainer(SurvivingTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.stop_if_away(next(filter(None, map(reason_away, batches)), None))
+        self.label_counts.look_at(batches)
         return batches, num_items
 
     def _prepare_inputs(self, inputs):

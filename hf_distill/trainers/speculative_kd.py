@@ -257,6 +257,7 @@ class SpeculativeKDTrainer(KDTrainer):
         # Rollouts are made here, so that transformers counts the tokens of what is really trained on.
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = self._written(batches, "train", self.state.global_step)
+        self.label_counts.look_at(batches)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def prediction_step(self, model, inputs, *args, **kwargs):

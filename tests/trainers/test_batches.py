@@ -1,6 +1,7 @@
 """Batches as the trainers read them: what the divisor counts, and padding that no model has an embedding for."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -216,14 +217,14 @@ class Waits(TorchDispatchMode):
 
 
 WAITS = {
-    "plain": 1, "completions": 1, "sum": 1, "taid with a schedule": 1, "hidden layers": 1, "adapters": 1,
-    "keys and values, pca": 1, "speculative": 1,
-    "route": 1 + 1 + 2,  # the rows of each teacher; each teacher's rows of a chunk
+    "plain": 0, "completions": 0, "sum": 0, "taid with a schedule": 0, "hidden layers": 0, "adapters": 0,
+    "keys and values, pca": 0, "speculative": 0,
+    "route": 1 + 2,  # the rows of each teacher; each teacher's rows of a chunk
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WAITS)
-def test_a_micro_batch_waits_for_the_device_once_beside_its_models(tmp_path, monkeypatch, name):
+def test_a_micro_batch_waits_for_the_device_in_its_models_alone(tmp_path, monkeypatch, name):
     trainer = RUNS[name](str(tmp_path))
     trainer.args.eval_strategy = "no"
     with Waits() as waits:
@@ -231,6 +232,47 @@ def test_a_micro_batch_waits_for_the_device_once_beside_its_models(tmp_path, mon
         trainer.train()
     assert waits.micro_batches == 4
     assert waits.count == 4 * WAITS[name]
+
+
+def changed_in_place(batch):
+    batch["labels"][0, :3] = -100
+    return batch
+
+
+def changed_elsewhere(batch):
+    labels = batch["labels"].clone()
+    labels[0, :3] = -100
+    return {**batch, "labels": labels}
+
+
+def without_a_mask(batch):
+    return {name: value for name, value in batch.items() if name != "attention_mask"}
+
+
+@pytest.mark.parametrize("change", [changed_in_place, changed_elsewhere, without_a_mask, dict])
+def test_labels_that_change_after_a_count_are_counted_again(tmp_path, student, teacher, rows, tokenizer, change):
+    trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer)
+    batches = [trainer.collated([rows[i], rows[i + 1]]) for i in (0, 2)]
+    trainer.label_counts.look_at(batches)
+    with mock.patch.object(trainer.label_counts, "_check", wraps=trainer.label_counts._check) as checks:
+        for number, batch in enumerate(map(change, batches), start=1):
+            expected = label_positions(batch["labels"])
+            _, *found = trainer.take_labels(batch)
+            assert all(map(torch.equal, found, expected))
+            assert checks.call_count == (0 if change is dict else number)
+
+
+def test_a_faulty_batch_of_an_update_is_refused_where_it_is_used(tmp_path, student, teacher, rows, tokenizer):
+    trainer = make_trainer(tmp_path, student, teacher, rows, tokenizer)
+    good, bad, bare = (trainer.collated([rows[i]]) for i in range(3))
+    bad["labels"][0, 2] = VOCAB + 5
+    del bare["labels"]
+    trainer.label_counts.look_at([good, bad, bare])
+    assert len(trainer.take_labels(good)[1]) == (good["labels"][:, 1:] != -100).sum()
+    with pytest.raises(ValueError, match=f"the label {VOCAB + 5}"):
+        trainer.take_labels(bad)
+    with pytest.raises(ValueError, match="no 'labels'"):
+        trainer.take_labels(bare)
 
 
 # ------------------------------------------------------------------------------- padding that has no embedding

@@ -1,0 +1,58 @@
+"""How many tokens of a batch bear labels, found out for all micro-batches of an update at once.
+
+The loss takes sizes from this number, so the host needs it, and waits until the device has done all that it was asked.
+Before the first micro-batch that is the last step of the optimizer at most.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = Mapping[str, Any]
+
+
+class LabelCounts:
+    """The number N of label-bearing tokens of a batch, remembered for the batches of an update.
+
+    Args:
+        look: counts without waiting, and checks: N and the number of impossible labels and ids, a tensor (2,) on the
+            device. It raises `ValueError` for a batch that has no such numbers.
+        check: says N at once, and raises `ValueError` for a batch that cannot be trained on.
+    """
+
+    def __init__(self, look: Callable[[Batch], Tensor], check: Callable[[Batch], int]) -> None:
+        self._look, self._check = look, check
+        self._known: list[tuple[list[tuple[Tensor, int]], int]] = []
+
+    def look_at(self, batches: Sequence[Batch]) -> None:
+        """Remembers N of these batches, in place of all others; the host waits for the device once.
+
+        A batch that has a fault is refused where it is used.
+        """
+        self._known, looked = [], []
+        for batch in batches:
+            try:
+                looked.append((batch, self._look(batch)))
+            except ValueError:
+                continue
+        if looked:
+            numbers = torch.stack([found for _, found in looked]).tolist()
+            self._known = [
+                (_tensors(batch), number) for (batch, _), (number, bad) in zip(looked, numbers, strict=True) if not bad
+            ]
+
+    def __call__(self, batch: Batch) -> int:
+        """N of a batch. What is remembered holds for the same tensors, unchanged since; any other batch is checked."""
+        mine = _tensors(batch)
+        for known, number in self._known:
+            if len(known) == len(mine) and all(a is b and i == j for (a, i), (b, j) in zip(known, mine, strict=True)):
+                return number
+        return self._check(batch)
+
+
+def _tensors(batch: Batch) -> list[tuple[Tensor, int]]:
+    """What was looked at of a batch, each tensor with the number of changes in place that it has seen."""
+    found = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))
+    return [(tensor, tensor._version) for tensor in found if tensor is not None]
