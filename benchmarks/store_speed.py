@@ -1,10 +1,12 @@
 """Writing, reading and training from a store of a teacher's outputs, against the least that each has to take.
 
     OMP_NUM_THREADS=1 python -m benchmarks.store_speed
+    OMP_NUM_THREADS=1 python -m benchmarks.store_speed --tables reading --stores hidden --width 4096 --length 1024 \
+        --layers 1 --vocab-size 1000
 
 Models are random Llamas (their cost does not depend on their weights) with the width and vocabulary of SmolLM2-135M;
-`--vocab-size 151936` is that of Qwen. All variants of a table take turns, a few times over, and ratios are those of
-their medians.
+`--vocab-size 151936` is that of Qwen. The second command reads hidden states as wide as those of a 7B teacher. All
+variants of a table take turns, a few times over, and ratios are those of their medians.
 
 - Writing, for each batch of texts: the teacher's body alone (for hidden states), or body and head product at the
   label-bearing positions (for probabilities), against the same with all that a store adds: encoding, checksums, files.
@@ -33,9 +35,10 @@ from hf_distill import KDConfig, KDTrainer
 from hf_distill.losses.head import default_chunk_size
 from hf_distill.store.formats import chunks
 from hf_distill.teachers.stored import open_store
-from hf_distill.teachers.writing import Method
+from hf_distill.teachers.writing import Method, StoreWriter
 from hf_distill.trainers.caching import store_writer
 
+TABLES = ["writing", "reading", "step"]
 METHODS = {
     "hidden, float16": Method(),
     "hidden, int8": Method(dtype="int8"),
@@ -47,9 +50,12 @@ METHODS = {
 
 def make_model(layers: int, options: argparse.Namespace) -> LlamaForCausalLM:
     torch.manual_seed(layers)
+    heads = options.width // 64
     config = LlamaConfig(
-        vocab_size=options.vocab_size, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
-        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+        vocab_size=options.vocab_size, hidden_size=options.width, intermediate_size=options.width * 8 // 3,
+        num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads if heads % 3 else heads // 3,
+        tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     model.lm_head.weight.data.mul_(8)  # distributions that are neither flat nor sure
@@ -82,13 +88,20 @@ def in_turns(variants: dict[str, Callable[[], Any]], times: int) -> dict[str, fl
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def writing(trainer: KDTrainer, folder: Path, options: argparse.Namespace) -> list[dict[str, str]]:
+def written(trainer: KDTrainer, folder: Path, options: argparse.Namespace) -> dict[str, StoreWriter]:
+    """The writer of each store, which has written it once: its probe is made then, whatever the store's size."""
+    writers = {name: store_writer(trainer, method) for name, method in options.methods.items()}
+    for name, each in writers.items():
+        each.write(folder / name)
+    return writers
+
+
+def writing(writers: dict[str, StoreWriter], folder: Path, options: argparse.Namespace) -> list[dict[str, str]]:
     """Seconds of writing all rows, against the teacher's body, and body and head product, over the same batches."""
-    writers = {name: store_writer(trainer, method) for name, method in METHODS.items()}
     documents = next(iter(writers.values())).documents
     order = np.argsort(-documents.num_tokens, kind="stable")
     batches = [order[i : i + options.batch_size] for i in range(0, len(order), options.batch_size)]
-    writer = writers["top-12"]
+    writer = [*writers.values()][-1]
 
     def body() -> None:
         for batch in batches:
@@ -100,9 +113,6 @@ def writing(trainer: KDTrainer, folder: Path, options: argparse.Namespace) -> li
             for _ in chunks(signal, options.vocab_size):
                 pass
 
-    for name, each in writers.items():  # the probe is made once for a store, whatever its size
-        each.write(folder / name)
-
     def write(name: str) -> Callable[[], Any]:
         def again() -> None:
             for path in (folder / name).glob("*-*-*.safetensors"):
@@ -111,9 +121,10 @@ def writing(trainer: KDTrainer, folder: Path, options: argparse.Namespace) -> li
 
         return again
 
-    found = in_turns({"body": body, "body and head": product, **{name: write(name) for name in METHODS}}, options.times)
+    writes = {name: write(name) for name in options.methods}
+    found = in_turns({"body": body, "body and head": product, **writes}, options.times)
     rows = []
-    for name in METHODS:
+    for name in options.methods:
         floor = "body" if name.startswith("hidden") else "body and head"
         counts = open_store(str(folder / name), index=0, num_proc=None).manifest.counts
         size = counts["bytes"] / counts["positions"]
@@ -129,7 +140,7 @@ def reading(folder: Path, rows: Dataset, options: argparse.Namespace) -> list[di
     batch = [rows[i] for i in range(options.batch_size)]
     variants: dict[str, Callable[[], Any]] = {}
     sizes = {}
-    for name in METHODS:
+    for name in options.methods:
         teacher = open_store(str(folder / name), index=0, num_proc=None)
         collate = teacher.collate
         shard = teacher.store.shards[0]
@@ -145,7 +156,7 @@ def reading(folder: Path, rows: Dataset, options: argparse.Namespace) -> list[di
             "store": name, "bytes of a batch": f"{sizes[name]:,}", "decoding, ms": f"{1e3 * found[name]:.2f}",
             "MB/s": f"{sizes[name] / found[name] / 1e6:.0f}", "copy, ms": f"{1e3 * found[f'copy of {name}']:.2f}",
         }
-        for name in METHODS
+        for name in options.methods
     ]  # fmt: skip
 
 
@@ -153,7 +164,7 @@ def stepping(folder: Path, teacher: Any, rows: Dataset, options: argparse.Namesp
     """Seconds of a training step on a ready batch."""
     steps: dict[str, Callable[[], Any]] = {}
     sources = {"hard labels": (teacher, 0.0), "online": (teacher, 0.5)}
-    sources |= {name: (f"cache:{folder / name}", 0.5) for name in METHODS}
+    sources |= {name: (f"cache:{folder / name}", 0.5) for name in options.methods}
     for name, (source, weight) in sources.items():
         trainer = make_trainer(str(folder / "run"), source, rows, options, kd_weight=weight)
         batch = trainer.batch_collator()(trainer.first_rows(trainer.train_dataset, options.batch_size))
@@ -165,7 +176,7 @@ def stepping(folder: Path, teacher: Any, rows: Dataset, options: argparse.Namesp
         steps[name] = step
     head = make_model(1, options).lm_head.weight.data
     positions = sum(len(rows[i]["input_ids"]) - 1 for i in range(options.batch_size))
-    hidden = torch.randn(positions, 576)
+    hidden = torch.randn(positions, options.width)
     rows_per_chunk = default_chunk_size(hidden.device, options.vocab_size)
 
     def product() -> None:
@@ -186,27 +197,35 @@ def stepping(folder: Path, teacher: Any, rows: Dataset, options: argparse.Namesp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab-size", type=int, default=49152)
+    parser.add_argument("--width", type=int, default=576, help="of both models, a multiple of 64")
     parser.add_argument("--layers", type=int, default=30, help="of the teacher")
     parser.add_argument("--student-layers", type=int, default=4)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256, help="tokens of the longest row")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
+    parser.add_argument("--stores", default="", help="how the names of the stores begin")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     options = parser.parse_args()
+    options.methods = {name: method for name, method in METHODS.items() if name.startswith(options.stores)}
     disable_progress_bars()
     torch.manual_seed(0)
     lengths = torch.linspace(options.length / 2, options.length, options.rows).int().tolist()
     ids = [torch.randint(2, options.vocab_size, (length,)).tolist() for length in lengths]
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
     teacher = make_model(options.layers, options)
-    print(machine("cpu"), f"V = {options.vocab_size:,}, D = 576")
+    print(machine("cpu"), f"V = {options.vocab_size:,}, D = {options.width:,}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         trainer = make_trainer(str(folder / "run"), teacher, rows, options)
-        print_table("writing", writing(trainer, folder, options), options.markdown)
-        print_table("reading", reading(folder, rows, options), options.markdown)
-        print_table("a step", stepping(folder, teacher, rows, options), options.markdown)
+        writers = written(trainer, folder, options)
+        if "writing" in options.tables:
+            print_table("writing", writing(writers, folder, options), options.markdown)
+        if "reading" in options.tables:
+            print_table("reading", reading(folder, rows, options), options.markdown)
+        if "step" in options.tables:
+            print_table("a step", stepping(folder, teacher, rows, options), options.markdown)
 
 
 if __name__ == "__main__":
