@@ -1,4 +1,5 @@
-"""Hard labels and a divergence from hidden states and heads, forward and backward, against three alternatives.
+"""Hard labels and a divergence from hidden states and heads, forward and backward, against three alternatives,
+and against the matrix products alone, which no implementation can be faster than.
 
     python -m benchmarks.fused_linear                    # a CPU: 1,024 positions of a 151,936-row vocabulary, float32
     python -m benchmarks.fused_linear --preset h100      # 8,192 positions of a 128,256-row vocabulary, bfloat16
@@ -98,8 +99,31 @@ def liger(x: Inputs, divergence: str, options: argparse.Namespace) -> Tensor:
     return loss(*x)
 
 
-IMPLEMENTATIONS = {"ours": ours, "trl": trl, "dense": dense, "liger": liger}
-TITLES = {"ours": "hf_distill", "trl": "TRL, divergence alone", "dense": "dense logits", "liger": "Liger, {}"}
+class _Products(torch.autograd.Function):
+    """The four matrix products of a step with nothing between them; what it returns is no loss."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head):
+        teacher_hidden @ teacher_head.t()
+        logits = hidden @ head.t()
+        ctx.save_for_backward(hidden, head, logits)
+        return logits[0, 0].clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        hidden, head, logits = ctx.saved_tensors
+        return logits @ head, logits.t() @ hidden if ctx.needs_input_grad[1] else None, None, None
+
+
+def products(x: Inputs, divergence: str, options: argparse.Namespace) -> Tensor:
+    return _Products.apply(*x[:4])
+
+
+IMPLEMENTATIONS = {"ours": ours, "trl": trl, "dense": dense, "liger": liger, "products": products}
+TITLES = {
+    "ours": "hf_distill", "trl": "TRL, divergence alone", "dense": "dense logits", "liger": "Liger, {}",
+    "products": "the products alone",
+}  # fmt: skip
 
 
 def run(name: str, divergence: str, options: argparse.Namespace) -> Result:
