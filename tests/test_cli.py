@@ -217,7 +217,12 @@ def test_commands_are_listed_where_none_is_named(capsys, words, listed):
     [
         (["kdd"], "there is no command 'kdd'; did you mean kd?"),
         (["plan", "--gpu", "24GB"], "there is no command 'plan'; did you mean plan kd or plan kv or plan skd?"),
-        (["cache", "show"], "there is no command 'cache'; did you mean cache write or cache info or cache verify?"),
+        (["cache"], "there is no command 'cache'; did you mean cache write or cache info or cache verify?"),
+        (["cache", "writ", "--model", "x"], "there is no command 'cache writ'; did you mean cache write?"),
+        (
+            ["cache", "show"],
+            "there is no command 'cache show'; did you mean cache write or cache info or cache verify?",
+        ),
         (["xyzzy"], "there is no command 'xyzzy'; --help lists them"),
         (["--alpha"], "the following arguments are required: COMMAND"),
     ],

@@ -51,9 +51,10 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
     parser = _command_parser(parts or [*COMMANDS])
     if argv[0].startswith("-") or (parts and argv[1:2] in (["--help"], ["-h"])):
         parser.parse_args(["--help"] if parts else argv[:1])
-    near = parts or difflib.get_close_matches(argv[0], COMMANDS, n=1)
+    said = " ".join(argv[: 2 if parts and not "".join(argv[1:2]).startswith("-") else 1])
+    near = difflib.get_close_matches(said, parts or COMMANDS, n=1, cutoff=0.8 if parts else 0.6) or parts
     hint = f"did you mean {' or '.join(near)}?" if near else "--help lists them"
-    parser.exit(2, f"hf-distill: error: there is no command {argv[0]!r}; {hint}\n")
+    parser.exit(2, f"hf-distill: error: there is no command {said!r}; {hint}\n")
 
 
 def _command_parser(listed: list[str]) -> argparse.ArgumentParser:
