@@ -484,7 +484,7 @@ def look_at_batch(
 def check_batch(batch: Mapping[str, Any], prefix: str, num_ids: int, vocab_size: int, pad_token_id: int | None) -> int:
     """The number of label-bearing tokens; `ValueError` for a batch whose labels or token ids cannot be trained on.
 
-    Args: those of [`look_at_batch`].
+    The arguments are those of [`look_at_batch`].
     """
     found, bad = look_at_batch(batch, prefix, num_ids, vocab_size, pad_token_id)
     number, num_bad = found.tolist()  # the host waits for the device

@@ -43,7 +43,7 @@ def learning_rate(probe: Probe) -> Finding:
     parameters = trained(probe)
     with training(probe), asked_once(probe):
         first = first_gradient(probe, len(updates[0]))
-        updates[0] = first.batches  # the very tensors that teachers were asked about
+        updates[0] = first.batches  # so that the first update and the losses share one answer of the teachers
         there_is_time_for = min(UPDATES, int(SECONDS / len(FACTORS) / max(first.seconds, 1e-6)))
         # One update does not overshoot. Without the time for more, a second one is made on the same rows.
         updates, number = updates[: max(1, there_is_time_for)], max(FEWEST, there_is_time_for)
@@ -54,6 +54,7 @@ def learning_rate(probe: Probe) -> Finding:
             with weights_kept(parameters):
                 _train(probe, updates, number, rate * factor, first.values)
                 after[factor] = mean_loss(probe, batches)
+    probe.first = None  # as large as what is trained
     numbers = {
         "rates": [rate * factor for factor in FACTORS], "before": before, "after": [after[f] for f in FACTORS],
         "updates": number, "planned": probe.updates,

@@ -39,7 +39,7 @@ from hf_distill.trainers.speculative_kd import SpeculativeKDTrainer
 PROBLEMS = (ImportError, LookupError, OSError, RuntimeError, TeacherAway, TypeError, ValueError)
 SOME = 0.02  # a share of labels or rows that is no accident
 # On a CPU, checks read so many tokens of the probe that their number times the parameters of both sides is MOST_WORK,
-# which takes some 30 s on one core; and at least LEAST_ROWS rows, with about LEAST_LABELS tokens that bear labels.
+# which takes some 20 s on one core; and at least LEAST_ROWS rows, with about LEAST_LABELS tokens that bear labels.
 MOST_WORK, LEAST_LABELS, LEAST_ROWS = 4e11, 1000, 4
 FIRST_WRITTEN = 8  # prompts of speculative KD that are written to the end: each is a rollout
 

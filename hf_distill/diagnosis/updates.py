@@ -64,24 +64,29 @@ def mean_loss(probe: Probe, batches: Sequence[Batch]) -> float:
 
 def gradient(probe: Probe, batches: Sequence[Batch]) -> list[Tensor | None]:
     """The gradient of the mean over all batches for each of the [`trained`] parameters, on the CPU."""
-    zero_grad(probe)
+    _zero_grad(probe)
     backward(probe, batches)
+    return _taken(probe)
+
+
+def _zero_grad(probe: Probe) -> None:
+    probe.trainer.model.zero_grad()
+    probe.trainer.projectors.zero_grad()
+
+
+def _taken(probe: Probe) -> list[Tensor | None]:
+    """The gradients as copies on the CPU; the parameters have none afterwards."""
     found = [p.grad if p.grad is None else p.grad.to("cpu", copy=True) for p in trained(probe)]
-    zero_grad(probe)
+    _zero_grad(probe)
     return found
 
 
 def difference(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
     """|one - other| / |other| of two gradients; None is zero."""
-    gaps = [x if y is None else y if x is None else x.float() - y.float() for x, y in zip(one, other, strict=True)]
+    pairs = zip(one, other, strict=True)
+    gaps = (x if y is None else y if x is None else x.float() - y.float() for x, y in pairs)
     apart, size = (math.hypot(*(x.float().norm().item() for x in side if x is not None)) for side in (gaps, other))
     return apart / max(size, 1e-30)
-
-
-def zero_grad(probe: Probe) -> None:
-    """Drops all gradients."""
-    probe.trainer.model.zero_grad()
-    probe.trainer.projectors.zero_grad()
 
 
 def micro_rows(probe: Probe) -> int:
@@ -94,8 +99,8 @@ class FirstGradient(NamedTuple):
 
     batches: list[Batch]
     values: list[Tensor | None]  # for each of the trained parameters, on the CPU
-    seconds: float  # that it took
-    parts: list[float]  # the seconds in it of each teacher's signal and of each loss
+    seconds: float  # of the forwards and backwards
+    parts: list[float]  # of these, the seconds of each call to the teachers and of each loss
 
 
 def first_gradient(probe: Probe, number: int = 1) -> FirstGradient:
@@ -113,11 +118,11 @@ def _first_gradient(probe: Probe, number: int) -> FirstGradient:
         if device.type == "cuda":  # the first one compiles
             backward(probe, batches[:1])
             parts.clear()
-        zero_grad(probe)
+        _zero_grad(probe)
         begin = now(device)
-        values = gradient(probe, batches)
+        backward(probe, batches)
         seconds = now(device) - begin
-    return FirstGradient(batches, values, seconds, parts)
+    return FirstGradient(batches, _taken(probe), seconds, parts)
 
 
 def single_rows(batch: Batch) -> list[Batch]:

@@ -187,8 +187,9 @@ class Planner:
             model = replace(model, dtype=str(settings.mixed).removeprefix("torch."))
         return StudentRun(
             model=model, batch=settings.batch, objective=settings.objective,
-            signals=tuple(_signal(teacher, forward, settings) for teacher, forward in pairs), lora=settings.lora,
-            checkpointing=settings.checkpointing, autocast=settings.compute, accumulates=settings.accumulation > 1,
+            signals=tuple(_signal(teacher, forward, settings) for teacher, forward in pairs),
+            combination=settings.combination, lora=settings.lora, checkpointing=settings.checkpointing,
+            autocast=settings.compute, accumulates=settings.accumulation > 1,
             optimizer=settings.optimizer, kv=self.kv(settings), hidden=self.hidden(settings),
             device=settings.machine.kind, freezes_tower=settings.freezes_tower,
         )  # fmt: skip

@@ -79,6 +79,7 @@ class Settings:
     accumulation: int
     objective: Objective
     machine: Machine
+    combination: str = "mixture"  # of several teachers
     lora: LoraConfig | None = None
     checkpointing: Mapping[str, Any] | None = None
     mixed: torch.dtype | None = None
@@ -181,7 +182,7 @@ def read_settings(
     prompts = prompt, teacher_prompt_tokens or prompt
     pictures = _pictures(args, models, picture_tokens, teacher_picture_tokens)
     batch = _batch(args, row_tokens, prompts[0], label_share, pictures[0], rollout)
-    notes += _too_long(batch, configs)
+    notes += _too_long(model, batch, pictures[1], prompts[1] - prompts[0] if rollout else 0, configs)
     if quantised := [name for name, config in configs.items() if _is_quantised(config)]:
         notes.append(f"the weights of {quantised[0]} are saved quantised: they are counted in their dtype, not in bits")
     if seeing := [name for name, config in configs.items() if is_vision_language(config)]:
@@ -195,6 +196,7 @@ def read_settings(
     return Settings(
         student=student, teachers=teachers, batch=batch, accumulation=args.gradient_accumulation_steps,
         objective=_objective(args, vocab_size, machine), machine=machine, lora=peft_config,
+        combination=getattr(args, "teacher_combination", "mixture"),
         checkpointing=_checkpointing(args), mixed=_mixed(args),
         optimizer=_optimizer(args), kv=_kv(args), hidden=_hidden(args), rollout=rollout,
         rollout_batch_size=getattr(args, "rollout_batch_size", None), prompts=prompts,
@@ -299,15 +301,25 @@ def _batch(
     return Batch(rows, length, labels, padded=rows > 1 and not joined, packed=joined, pictures=pictures)
 
 
-def _too_long(batch: Batch, configs: Mapping[str, PreTrainedConfig]) -> list[str]:
-    """A note for rows that a model has no positions for; texts that share a row begin anew."""
-    limits = {name: limit for name, config in configs.items() if (limit := num_positions(config)) is not None}
-    if batch.packed or batch.length <= min(limits.values(), default=batch.length):
+def _too_long(model: str, batch: Batch, pictures: int, more: int, configs: Mapping[str, PreTrainedConfig]) -> list[str]:
+    """Notes on models that were made for less than the longest row that each would read.
+
+    Teachers read `pictures` tokens of a picture, and a prompt that has `more` tokens. It is not known how many tokens
+    a row has in another tokenizer. Texts that share a row begin anew.
+    """
+    if batch.packed:
         return []
-    shortest = min(limits, key=lambda name: limits[name])
-    return [
-        f"{shortest} reads {limits[shortest]:,} tokens: the run takes no rows of {batch.length:,}, which are planned"
-    ]
+    size = configs[model].get_text_config().vocab_size
+    own = batch.with_pictures(pictures).length + more
+    notes = []
+    for name, config in configs.items():
+        limit, length = num_positions(config), batch.length if name == model else own
+        if limit is not None and length > limit and 0.8 < config.get_text_config().vocab_size / size < 1.25:
+            notes.append(
+                f"{name} was made for {limit:,} tokens, and rows of {length:,} are planned: the run refuses them if "
+                "its positions are a table, and otherwise it reads them poorly"
+            )
+    return notes
 
 
 def _objective(args: Any, vocab_size: int, machine: Machine) -> Objective:

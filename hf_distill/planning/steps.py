@@ -20,7 +20,7 @@ from hf_distill.kv_projector import HiddenProjector, KVProjector, PCAProjector
 from hf_distill.layer_mapping import Mapping as LayerMapping
 from hf_distill.layer_mapping import teacher_layers
 from hf_distill.losses.feature import FEATURE_LOSSES, HIDDEN_LOSSES
-from hf_distill.losses.fused_linear import MixtureSignal, TeacherSignal
+from hf_distill.losses.fused_linear import TeacherSignal
 from hf_distill.losses.hard import hard_label_loss
 from hf_distill.losses.head import Head
 from hf_distill.losses.objective import Objective
@@ -49,6 +49,7 @@ from hf_distill.planning.models import (
     weight_bytes,
     with_adapters,
 )
+from hf_distill.teachers.ensemble import combined
 from hf_distill.teachers.local import signal_of
 from hf_distill.trainers.pictures import freeze_tower, kept_to_language
 
@@ -117,6 +118,7 @@ class StudentRun:
         batch ([`Batch`]): a micro-batch.
         objective ([`Objective`]): the loss, with the true vocabulary and the size of a chunk.
         signals: of the teachers; none for hard labels alone.
+        combination (`str`): `teacher_combination` of several teachers.
         lora (`LoraConfig`, *optional*): adapters.
         checkpointing (`dict`, *optional*): `gradient_checkpointing_kwargs`; None without checkpointing.
         autocast: the dtype of mixed precision, or None.
@@ -130,6 +132,7 @@ class StudentRun:
     batch: Batch
     objective: Objective
     signals: tuple[SignalSpec, ...] = ()
+    combination: str = "mixture"
     lora: LoraConfig | None = None
     checkpointing: Mapping[str, Any] | None = None
     autocast: torch.dtype | None = None
@@ -258,7 +261,7 @@ def _micro_batch(
     def with_hidden(outputs: Any, head: Head) -> Tensor:
         with ledger.labelled(LOSS):
             hidden = select_positions(outputs.last_hidden_state, positions)
-            found = _loss_of(signals, hidden, head, labels, run.objective)
+            found = _loss_of(run, signals, hidden, head, labels)
             return terms.add_to(found, outputs, positions)
 
     with ledger.labelled(KEPT), terms.capturing(positions), as_on(run.device):
@@ -275,13 +278,13 @@ def _mixed(run: StudentRun) -> AbstractContextManager:
     return nullcontext() if run.autocast is None else torch.autocast("cpu", dtype=run.autocast)
 
 
-def _loss_of(signals: list[Any], hidden: Tensor, head: Head, labels: Tensor, objective: Objective) -> Tensor:
+def _loss_of(run: StudentRun, signals: list[Any], hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     if not signals:
-        return hard_label_loss(hidden, head, labels, objective).loss
+        return hard_label_loss(hidden, head, labels, run.objective).loss
     signal = signals[0]
     if len(signals) > 1:
-        signal = MixtureSignal([each._replace(weight=1 / len(signals)) for each in signals])
-    return signal.loss(hidden, head, labels, objective).loss
+        signal = combined([(1 / len(signals), each) for each in signals], run.combination)
+    return signal.loss(hidden, head, labels, run.objective).loss
 
 
 class _Terms:

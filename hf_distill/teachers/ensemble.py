@@ -82,10 +82,7 @@ class EnsembleTeacher:
             for teacher, weight in zip(self.teachers.values(), self.weights, strict=True)
             if weight
         ]
-        if self.combination == "sum" or not all(isinstance(signal, TeacherSignal) for _, signal in signals):
-            # Forward KL to a mixture has the gradient of the weighted sum of the KLs. A sample has no logits to mix.
-            return SumSignal(signals)
-        return MixtureSignal([signal._replace(weight=weight) for weight, signal in signals])
+        return combined(signals, self.combination)
 
     def _ask_by_row(self, inputs: dict[str, Any], positions: Tensor) -> list[TeacherSignal]:
         index = inputs.pop("teacher_index")  # (B,)
@@ -107,6 +104,14 @@ class EnsembleTeacher:
             hidden.index_copy_(0, mine.to(hidden.device), signal.hidden)
             signals.append(signal._replace(hidden=hidden, weight=(asked == i).to(torch.float32)))
         return signals
+
+
+def combined(signals: Sequence[tuple[float, Any]], combination: str) -> Signal:
+    """One signal of several with their weights: of their mixture, or their sum."""
+    if combination == "sum" or not all(isinstance(signal, TeacherSignal) for _, signal in signals):
+        # Forward KL to a mixture has the gradient of the weighted sum of the KLs. A sample has no logits to mix.
+        return SumSignal(signals)
+    return MixtureSignal([signal._replace(weight=weight) for weight, signal in signals])
 
 
 def _collate(rows: Sequence[Row], collates: Sequence[Callable[..., Mapping[str, Tensor]]]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ The loss takes sizes from this number, so the host needs it, and waits until the
 Before the first micro-batch that is the last step of the optimizer at most.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ Batch = Mapping[str, Any]
 class LabelCounts:
     """The number N of label-bearing tokens of a batch, remembered for the batches of an update.
 
+    Autograd counts what writes to a tensor, and a batch that was written to is counted again. It does not see writes
+    through `.data` or a NumPy view: code that changes labels so has to make new tensors.
+
     Args:
         look: counts without waiting, and checks: N and the number of impossible labels and ids, a tensor (2,) on the
             device. It raises `ValueError` for a batch that has no such numbers.
@@ -24,7 +28,7 @@ class LabelCounts:
 
     def __init__(self, look: Callable[[Batch], Tensor], check: Callable[[Batch], int]) -> None:
         self._look, self._check = look, check
-        self._known: list[tuple[list[tuple[Tensor, int]], int]] = []
+        self._known: list[tuple[list[tuple[Tensor, float]], int]] = []
 
     def look_at(self, batches: Sequence[Batch]) -> None:
         """Remembers N of these batches, in place of all others; the host waits for the device once.
@@ -52,7 +56,10 @@ class LabelCounts:
         return self._check(batch)
 
 
-def _tensors(batch: Batch) -> list[tuple[Tensor, int]]:
-    """What was looked at of a batch, each tensor with the number of changes in place that it has seen."""
+def _tensors(batch: Batch) -> list[tuple[Tensor, float]]:
+    """What was looked at of a batch, each tensor with the number of writes to it.
+
+    Where nobody counts these, it is nan, which is not even the same as itself.
+    """
     found = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))
-    return [(tensor, tensor._version) for tensor in found if tensor is not None]
+    return [(tensor, math.nan if tensor.is_inference() else tensor._version) for tensor in found if tensor is not None]

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_distill import KDTrainer, KVProjectionConfig, KVProjectionTrainer, SpeculativeKDConfig, SpeculativeKDTrainer
-from hf_distill.diagnosis import CHECKS, diagnose
+from hf_distill.diagnosis import CHECKS, diagnose, updates
 from hf_distill.diagnosis.findings import LeftOut
 from hf_distill.diagnosis.forwards import compared
 from hf_distill.diagnosis.probe import as_it_was, open_probe
@@ -282,6 +282,40 @@ def test_the_learning_rate_asks_the_teacher_about_each_batch_once_and_finds_the_
     assert mine == theirs
     assert few == 2  # batches of 4 rows
     assert many > 3 * few
+
+
+@pytest.mark.parametrize(("accumulation", "number"), [(1, 1), (2, 2)])
+def test_checks_share_the_first_gradient_of_as_many_micro_batches(run, monkeypatch, accumulation, number):
+    made = mock.Mock(wraps=updates._first_gradient)
+    monkeypatch.setattr(updates, "_first_gradient", made)
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
+    with open_probe(KDTrainer, run(settings=settings), 8) as probe:
+        for name in ("split batches", "loss", "learning rate"):
+            assert CHECKS[name](probe).status == "ok"
+        assert probe.first is None
+    assert made.call_count == number
+
+
+@pytest.mark.parametrize(("seconds", "number", "distinct"), [(0.0, 2, 1), (1e6, 8, 2)])
+def test_without_time_both_updates_are_made_on_the_same_rows(run, monkeypatch, seconds, number, distinct):
+    names = CHECKS["learning rate"].__globals__
+    read = []
+    monkeypatch.setitem(names, "SECONDS", seconds)
+    backward = names["backward"]
+    monkeypatch.setitem(names, "backward", lambda probe, batches: read.append(batches) or backward(probe, batches))
+    with open_probe(KDTrainer, run(settings={"per_device_train_batch_size": 4}), 8) as probe:
+        finding = CHECKS["learning rate"](probe)
+    assert finding.numbers["updates"] == number
+    assert len(read) == 3 * (number - 1)  # the gradient of the first one is given
+    assert len({id(batches[0]["input_ids"]) for batches in read}) == distinct
+    assert len(set(finding.numbers["after"])) == 3
+
+
+def test_the_difference_of_gradients_takes_none_as_zero():
+    one, other = [None, torch.tensor([3.0, 4.0]), None], [torch.tensor([2.0]), torch.tensor([3.0, 2.0]), None]
+    expected = math.sqrt(4 + 4) / math.sqrt(4 + 13)
+    assert updates.difference(one, other) == pytest.approx(expected)
+    assert updates.difference([None, other[1], None], [None, other[1], None]) == 0
 
 
 def test_random_states_are_left_as_they_were(run):

@@ -159,16 +159,46 @@ def test_fsdp2_keeps_whole_gradients_over_micro_batches(settings):
     assert two.phases["optimizer's step"] == pytest.approx(one.phases["optimizer's step"], rel=0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("more", "packing", "is_told"), [(0, False, False), (1, False, True), (1, True, False)])
 def test_rows_that_no_model_has_positions_for_are_told(settings, more, packing, is_told):
     student, teacher, options = settings
     longest = AutoConfig.from_pretrained(student).max_position_embeddings
     args = KDConfig(**{**options, "max_length": longest + more, "packing": packing})
     notes = plan_run(student, teacher, args).notes
-    assert any(f"reads {longest:,} tokens" in note and f"{longest + more:,}" in note for note in notes) is is_told
+    told = [note for note in notes if f"was made for {longest:,} tokens, and rows of {longest + more:,}" in note]
+    assert len(told) == 2 * is_told  # of either side
 
 
+def test_a_teacher_with_longer_prompts_is_told_about_alone(settings):
+    student, teacher, options = settings
+    longest = AutoConfig.from_pretrained(teacher).max_position_embeddings
+    args = SpeculativeKDConfig(**{**options, "max_length": None, "max_new_tokens": 8})
+    notes = plan_run(student, teacher, args, prompt_tokens=8, teacher_prompt_tokens=longest).notes
+    assert [note for note in notes if "was made for" in note and note.startswith(teacher)] == [
+        note for note in notes if "was made for" in note
+    ]
+    assert any(f"rows of {longest + 8:,}" in note for note in notes)
+
+
+@pytest.mark.parametrize("combination", ["mixture", "sum"])
+def test_a_server_and_a_model_are_planned_together(settings, combination):
+    student, teacher, options = settings
+    args = KDConfig(**options, teacher_combination=combination)
+    both, alone = (plan_run(student, names, args) for names in (["http://localhost:1/v1", teacher], [teacher]))
+    assert both.parts["teacher's weights"] == alone.parts["teacher's weights"] > 0
+    assert both.peak > alone.peak
+
+
+def test_notes_name_the_model_that_they_are_about(settings, tmp_path, monkeypatch):
+    """Also where a teacher before it is no model."""
+    student, teacher, options = settings
+    AutoConfig.from_pretrained(teacher, num_hidden_layers=7).save_pretrained(tmp_path)
+    monkeypatch.setattr("hf_distill.planning.settings._is_quantised", lambda config: config.num_hidden_layers == 7)
+    notes = plan_run(student, ["http://localhost:1/v1", str(tmp_path)], KDConfig(**options)).notes
+    assert any(note.startswith(f"the weights of {tmp_path} are saved quantised") for note in notes)
+
+
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_has_remedies_that_do(settings):
     student, teacher, options = settings
     options |= {"per_device_train_batch_size": 8, "max_length": 128, "gradient_checkpointing": False}

@@ -234,6 +234,58 @@ def test_a_micro_batch_waits_for_the_device_in_its_models_alone(tmp_path, monkey
     assert waits.count == 4 * WAITS[name]
 
 
+@pytest.mark.parametrize("name", ["plain", "sum", "hidden layers"])
+def test_an_update_waits_once_before_its_micro_batches(tmp_path, monkeypatch, name):
+    trainer = RUNS[name](str(tmp_path))
+    trainer.args.eval_strategy = "no"
+    look, found = trainer.label_counts.look_at, []
+    with Waits() as waits:
+        waits.watch(trainer, monkeypatch)
+
+        def counted(batches):
+            waits.is_on, before = True, waits.count
+            look(batches)
+            waits.is_on = False
+            found.append((len(batches), waits.count - before))
+
+        monkeypatch.setattr(trainer.label_counts, "look_at", counted)
+        trainer.train()
+    assert found == [(2, 1), (2, 1)]
+
+
+def test_rollouts_are_counted_on_the_device_that_reads_them(tmp_path, monkeypatch):
+    """They are written on the host, and what moves a tensor makes another one."""
+    trainer = RUNS["speculative"](str(tmp_path))
+    trainer.args.eval_strategy = "no"
+    moved = {}
+
+    def move(inputs):
+        for name, tensor in inputs.items():
+            if id(tensor) not in moved and isinstance(tensor, torch.Tensor):
+                inputs = {**inputs, name: tensor.clone()}
+                moved[id(inputs[name])] = inputs[name]
+        return inputs
+
+    monkeypatch.setattr(trainer, "_prepare_inputs", move)
+    with mock.patch.object(trainer.label_counts, "_check", wraps=trainer.label_counts._check) as checks:
+        trainer.train()
+    assert moved
+    assert not checks.call_count
+
+
+@pytest.mark.parametrize("name", ["plain", "speculative"])
+def test_batches_whose_writes_nobody_counts_are_checked(tmp_path, name):
+    trainer = RUNS[name](str(tmp_path))
+    expected = trainer.evaluate()["eval_loss"]
+    with torch.inference_mode():
+        assert trainer.evaluate()["eval_loss"] == expected
+        labels = torch.tensor([[1, 2, 3]])
+    trainer.label_counts.look_at([{"input_ids": labels, "labels": labels}])
+    with mock.patch.object(trainer.label_counts, "_check", wraps=trainer.label_counts._check) as checks:
+        assert trainer.label_counts({"input_ids": labels, "labels": labels}) == 2
+    assert checks.call_count == 1
+
+
 def changed_in_place(batch):
     batch["labels"][0, :3] = -100
     return batch
