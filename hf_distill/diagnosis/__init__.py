@@ -5,7 +5,7 @@ say nothing. What several checks need (rows as tokens, the trainer, both sides' 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -98,6 +98,8 @@ def diagnose(
         if memory and not probe.args.use_cpu:
             probe.kind = "cuda"
         findings = tuple(_timed(name, check, probe) for name, check in CHECKS.items())
+        tried = probe.samples.get("train")
+    num_rows = min(num_rows, len(tried)) if isinstance(tried, Sized) else num_rows
     return Diagnosis(findings, num_rows, time.perf_counter() - begin)
 
 

@@ -15,6 +15,7 @@ from hf_distill.diagnosis.updates import (
     backward,
     first_gradient,
     mean_loss,
+    micro_batches,
     micro_rows,
     trained,
     training,
@@ -72,7 +73,7 @@ def learning_rate(probe: Probe) -> Finding:
     if planned is not None and before > 0:  # it is 0 if both sides are the same
         fall = (before - after[1.0]) / before / sum(_ramp(number)) * max(planned, number)
     numbers["fall"] = fall
-    if fall is not None and fall < LITTLE and after[10.0] < after[1.0]:
+    if fall is not None and fall < LITTLE and after[10.0] <= after[1.0]:
         return warning(
             f"{line}: in {planned:,} updates the loss would fall by about {max(fall, 0):.1%}",
             f"raise learning_rate ({rate:g}), or train for longer", **numbers,
@@ -84,7 +85,7 @@ def _updates(probe: Probe) -> list[list[Batch]]:
     """The micro-batches of each update, as many of them as the probe has rows for."""
     size, most = micro_rows(probe), probe.affordable(probe.trainer.train_dataset, 1 / 8)
     rows = min(size * probe.args.gradient_accumulation_steps, max(size, MOST_ROWS), most)
-    batches = probe.batches(size, packed=True)
+    batches = micro_batches(probe, size)
     return list(islice(iter(lambda: list(islice(batches, max(1, rows // size))), []), UPDATES))
 
 

@@ -43,7 +43,8 @@ def memory(probe: Probe) -> Finding:
         machine=Machine(limit, reserve=2**30 if kind == "cuda" else 0, kind="cuda" if kind == "cuda" else "cpu"),
         label_share=min(1.0, max(float(share), 1e-6)), **pictures,
     )  # fmt: skip
-    line = f"the plan needs {convert_bytes(plan.peak)} of {convert_bytes(limit)}, with rows of {row_tokens} tokens"
+    line = f"the plan needs {convert_bytes(plan.peak)} of {convert_bytes(limit)}"
+    line += f", with rows of {row_tokens} tokens" if row_tokens else ""
     line += f", {pictures['picture_tokens']} of them of pictures" if pictures else ""
     numbers = {"peak": plan.peak, "memory": limit, "row_tokens": row_tokens, **pictures}
     if plan.fits is False:

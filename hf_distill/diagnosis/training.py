@@ -1,11 +1,21 @@
 """Checks of what the trainer does with a batch: splits, packing, the path of the loss, adapters."""
 
+from itertools import islice
+
 import torch
 from peft import LoraConfig, PeftModel
 
 from hf_distill.diagnosis.findings import Finding, LeftOut, failure, ok, warning
 from hf_distill.diagnosis.probe import Probe
-from hf_distill.diagnosis.updates import difference, first_gradient, gradient, micro_rows, single_rows, training
+from hf_distill.diagnosis.updates import (
+    difference,
+    first_gradient,
+    gradient,
+    micro_batches,
+    micro_rows,
+    single_rows,
+    training,
+)
 from hf_distill.lora import describe_lora
 from hf_distill.losses.head import default_chunk_size
 from hf_distill.named import student_without_weights
@@ -24,10 +34,10 @@ def split_batches(probe: Probe) -> Finding:
         raise LeftOut("the load-balancing loss of experts is not a mean over tokens")
     with training(probe):
         together = first_gradient(probe)
-        if probe.writes:
-            alone = single_rows(together.batches[0])
-        else:
-            alone = [batch for batch, _ in zip(probe.batches(1, packed=True), range(size), strict=False)]
+        ones = single_rows(together.batches[0]) if probe.writes else micro_batches(probe, 1)
+        alone = list(islice(ones, size))
+        if len(alone) == 1:
+            raise LeftOut("the probe has one row")
         apart = difference(together.values, gradient(probe, alone))
     line = f"the gradient of 1 x {len(alone)} rows differs from that of {len(alone)} x 1 by {apart:.1e}"
     dtypes = {parameter.dtype for parameter in trainer.model.parameters()}
@@ -55,14 +65,20 @@ def loss_path(probe: Probe) -> Finding:
     trainer, device = probe.trainer, probe.trainer.args.device
     with training(probe):
         (batch,), _, whole, parts = first_gradient(probe)
-    rows = len(batch["input_ids"])
+    tokens = batch["input_ids"].numel()  # with padding
     chunk = probe.args.loss_chunk_size or default_chunk_size(device, trainer.vocab_size)
     compiled = trainer.objective(1).compiled and device.type == "cuda"
     line = (
-        f"{'compiled' if compiled else 'not compiled'}, chunks of {chunk:,} positions; a micro-batch of {rows} rows "
-        f"takes {whole:.2g} s" + (f", teacher and loss {sum(parts):.2g} s of it" if parts else "")
+        f"{'compiled' if compiled else 'not compiled'}, chunks of {chunk:,} positions; a micro-batch of "
+        f"{tokens:,} tokens takes {whole:.2g} s" + (f", teacher and loss {sum(parts):.2g} s of it" if parts else "")
     )
-    numbers = {"compiled": compiled, "chunk": chunk, "rows": rows, "micro-batch": whole, "teacher and loss": sum(parts)}
+    numbers = {
+        "compiled": compiled,
+        "chunk": chunk,
+        "tokens": tokens,
+        "micro-batch": whole,
+        "teacher and loss": sum(parts),
+    }
     if device.type == "cuda" and not compiled:
         remedy = "remove kd_weight, temperature and parameters of the divergence from schedule"
         return warning(f"{line}; a schedule keeps it from being compiled", remedy, **numbers)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_distill.diagnosis.probe import Probe
+from hf_distill.diagnosis.probe import Probe, columns_of
 from hf_distill.modeling import label_positions
 from hf_distill.teachers.columns import take_columns
 
@@ -94,6 +94,13 @@ def micro_rows(probe: Probe) -> int:
     return min(probe.args.per_device_train_batch_size, max(2, probe.affordable(probe.trainer.train_dataset, 1 / 8)))
 
 
+def micro_batches(probe: Probe, size: int) -> Iterator[Batch]:
+    """Batches as the training has them; texts alone if a CPU has no time for rows of many texts."""
+    dataset = probe.trainer.train_dataset
+    is_joined = not probe.writes and "seq_lengths" in columns_of(dataset)
+    return probe.batches(size, packed=not is_joined or probe.affordable(dataset, 1 / 8) >= min(2, len(dataset)))
+
+
 class FirstGradient(NamedTuple):
     """The gradient of the first rows of the training, as of one update."""
 
@@ -112,7 +119,7 @@ def first_gradient(probe: Probe, number: int = 1) -> FirstGradient:
 
 
 def _first_gradient(probe: Probe, number: int) -> FirstGradient:
-    batches = list(islice(probe.batches(micro_rows(probe), packed=True), number))
+    batches = list(islice(micro_batches(probe, micro_rows(probe)), number))
     device = probe.trainer.args.device
     with measured(probe.trainer, "teacher_signal", "distillation_terms") as parts:
         if device.type == "cuda":  # the first one compiles

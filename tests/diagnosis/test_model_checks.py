@@ -311,6 +311,35 @@ def test_without_time_both_updates_are_made_on_the_same_rows(run, monkeypatch, s
     assert len(set(finding.numbers["after"])) == 3
 
 
+@pytest.mark.parametrize("rate", [0.0, 1e-12])
+def test_a_rate_that_changes_no_weight_is_too_low(examine, rate):
+    finding = examine("learning rate", settings={"learning_rate": rate, "max_steps": 5})
+    assert finding.status == "warning"
+    assert "raise learning_rate" in finding.remedy
+
+
+def test_one_row_cannot_be_split(run):
+    arguments = run()
+    arguments["train_dataset"] = arguments["train_dataset"].select([0])
+    found = diagnose(KDTrainer, num_rows=64, **arguments)
+    assert found["split batches"].status == "left out"
+    assert found.num_rows == 1
+
+
+@pytest.mark.parametrize(("share", "rows"), [(0.01, 2), (100.0, 1)])
+def test_a_cpu_without_time_for_packed_rows_reads_texts(run, monkeypatch, share, rows):
+    arguments = run(settings={"packing": True, "max_length": 64, "padding_free": False})
+    with open_probe(KDTrainer, arguments, 8) as probe:
+        models = probe.trainer.model, probe.trainer.teacher.model
+        work = sum(len(ids) for ids, _ in probe.texts) * sum(model.num_parameters() for model in models)
+        monkeypatch.setattr("hf_distill.diagnosis.probe.MOST_WORK", share * work)
+        monkeypatch.setattr("hf_distill.diagnosis.probe.LEAST_LABELS", 0)
+        batch = next(updates.micro_batches(probe, 2))
+        assert CHECKS["split batches"](probe).status == "ok"
+    starts = (batch["position_ids"] == 0).sum() if "position_ids" in batch else len(batch["input_ids"])
+    assert (int(starts) == 2) is (rows == 2)
+
+
 def test_the_difference_of_gradients_takes_none_as_zero():
     one, other = [None, torch.tensor([3.0, 4.0]), None], [torch.tensor([2.0]), torch.tensor([3.0, 2.0]), None]
     expected = math.sqrt(4 + 4) / math.sqrt(4 + 13)
