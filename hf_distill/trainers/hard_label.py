@@ -10,7 +10,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -242,6 +242,10 @@ class HardLabelTrainer(PreparingTrainer):
         self.teacher_rows = TeacherRows() if teacher_rows is None else teacher_rows
         as_given = as_it_came(given.model, given.processing_class, args)
         self.has_pictures = given.has_pictures
+        self.label_counts = LabelCounts(
+            look=lambda batch: look_at_batch(*self._as_predicted(batch))[0],
+            check=lambda batch: check_batch(*self._as_predicted(batch)),
+        )
         if args.skips_preparation or self.has_pictures:
             # Rows that no model can read would fail in the middle of training.
             given = given.with_rows(partial(as_they_are, limits=self.limits(args, None), args=args))
@@ -370,14 +374,6 @@ class HardLabelTrainer(PreparingTrainer):
         number = self.label_counts(inputs)
         positions, labels = label_positions(inputs.pop("labels"), number)
         return inputs, positions, labels
-
-    @cached_property
-    def label_counts(self) -> LabelCounts:
-        """The number of label-bearing tokens of a batch, which it also checks."""
-        return LabelCounts(
-            look=lambda batch: look_at_batch(*self._as_predicted(batch))[0],
-            check=lambda batch: check_batch(*self._as_predicted(batch)),
-        )
 
     def _as_predicted(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, int, int, int | None]:
         """The arguments of [`check_batch`]: a batch with ids that can be predicted, and limits of ids and labels."""

@@ -47,6 +47,7 @@ class PreparingTrainer(SurvivingTrainer):
         vocab_size (`int`): token ids below this may be labels; set before the construction of this class.
         has_pictures (`bool`): whether rows have pictures, which become tokens in the batch alone; set before, too.
         teacher_rows ([`~hf_distill.teachers.rows.TeacherRows`]): the teachers' needs; set before, too.
+        label_counts ([`LabelCounts`]): counts what bears a label in a batch; set before, too.
         all else: [`SurvivingTrainer`] and `trl.SFTTrainer`.
     """
 

@@ -147,6 +147,7 @@ def test_update_is_the_one_by_hand_on_the_same_tokens(
 
 
 def test_a_compiled_step_changes_no_update_and_its_cost_is_told_first(tmp_path, tokenizer, rows, caplog, monkeypatch):
+    caplog.set_level("INFO", logger="hf_distill")
     shapes = set()
 
     def compiled(forward, **_):
