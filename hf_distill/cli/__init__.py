@@ -51,7 +51,8 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
     parser = _command_parser(parts or [*COMMANDS])
     if argv[0].startswith("-") or (parts and argv[1:2] in (["--help"], ["-h"])):
         parser.parse_args(["--help"] if parts else argv[:1])
-    said = " ".join(argv[: 2 if parts and not "".join(argv[1:2]).startswith("-") else 1])
+    has_second = bool(parts and argv[1:]) and not argv[1].startswith("-")
+    said = " ".join(argv[: 1 + has_second])
     near = difflib.get_close_matches(said, parts or COMMANDS, n=1, cutoff=0.8 if parts else 0.6) or parts
     hint = f"did you mean {' or '.join(near)}?" if near else "--help lists them"
     parser.exit(2, f"hf-distill: error: there is no command {said!r}; {hint}\n")

@@ -30,6 +30,7 @@ from hf_distill.trainers.speculative_kd_config import SpeculativeKDConfig
 
 SERVED = 64  # tokens of each position, where nothing says how many a server gives
 PROMPT_TOKENS = 512  # of rollouts, where nothing says how long prompts are
+OTHER_VOCABULARY = 1.2  # vocabularies that differ by more than this factor are of other tokenizers
 BITS = {"4bit": 4, "8bit": 8}
 
 
@@ -172,7 +173,7 @@ def read_settings(
     configs = {name: spec.config() for name, spec in models.items() if spec is not None}
     sizes = [config.get_text_config().vocab_size for config in configs.values()]
     vocab_size = min(sizes)
-    if (largest := max(sizes)) > 1.2 * vocab_size:
+    if (largest := max(sizes)) > OTHER_VOCABULARY * vocab_size:
         notes.append(
             f"vocabularies of {vocab_size:,} and {largest:,} tokens: with another tokenizer the loss aligns texts, "
             "and its memory is taken as that of the common vocabulary"
@@ -314,7 +315,8 @@ def _too_long(model: str, batch: Batch, pictures: int, more: int, configs: Mappi
     notes = []
     for name, config in configs.items():
         limit, length = num_positions(config), batch.length if name == model else own
-        if limit is not None and length > limit and 0.8 < config.get_text_config().vocab_size / size < 1.25:
+        smaller, larger = sorted((size, config.get_text_config().vocab_size))
+        if limit is not None and length > limit and larger <= OTHER_VOCABULARY * smaller:
             notes.append(
                 f"{name} was made for {limit:,} tokens, and rows of {length:,} are planned: the run refuses them if "
                 "its positions are a table, and otherwise it reads them poorly"

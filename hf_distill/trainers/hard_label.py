@@ -42,7 +42,6 @@ from hf_distill.picture_batches import spans_of
 from hf_distill.picture_rows import columns_of
 from hf_distill.teachers.columns import PREFIX
 from hf_distill.teachers.rows import Reader, TeacherRows
-from hf_distill.token_rows import check_batch, look_at_batch
 from hf_distill.trainers.checks import (
     AnyDataset,
     as_it_came,
@@ -242,10 +241,7 @@ class HardLabelTrainer(PreparingTrainer):
         self.teacher_rows = TeacherRows() if teacher_rows is None else teacher_rows
         as_given = as_it_came(given.model, given.processing_class, args)
         self.has_pictures = given.has_pictures
-        self.label_counts = LabelCounts(
-            look=lambda batch: look_at_batch(*self._as_predicted(batch))[0],
-            check=lambda batch: check_batch(*self._as_predicted(batch)),
-        )
+        self.label_counts = LabelCounts(self._as_predicted)
         if args.skips_preparation or self.has_pictures:
             # Rows that no model can read would fail in the middle of training.
             given = given.with_rows(partial(as_they_are, limits=self.limits(args, None), args=args))

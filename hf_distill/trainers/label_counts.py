@@ -1,4 +1,4 @@
-"""How many tokens of a batch bear labels, found out for all micro-batches of an update at once.
+"""The number of label-bearing tokens of a batch, counted for all micro-batches of an update at once.
 
 The loss takes sizes from this number, so the host needs it, and waits until the device has done all that it was asked.
 Before the first micro-batch that is the last step of the optimizer at most.
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_distill.token_rows import check_batch, look_at_batch
+
 Batch = Mapping[str, Any]
 
 
@@ -21,13 +23,11 @@ class LabelCounts:
     through `.data` or a NumPy view: code that changes labels so has to make new tensors.
 
     Args:
-        look: counts without waiting, and checks: N and the number of impossible labels and ids, a tensor (2,) on the
-            device. It raises `ValueError` for a batch that has no such numbers.
-        check: says N at once, and raises `ValueError` for a batch that cannot be trained on.
+        arguments: makes those of [`~hf_distill.token_rows.check_batch`] of a batch.
     """
 
-    def __init__(self, look: Callable[[Batch], Tensor], check: Callable[[Batch], int]) -> None:
-        self._look, self._check = look, check
+    def __init__(self, arguments: Callable[[Batch], tuple[Batch, str, int, int, int | None]]) -> None:
+        self._arguments = arguments
         self._known: list[tuple[list[tuple[Tensor, float]], int]] = []
 
     def look_at(self, batches: Sequence[Batch]) -> None:
@@ -38,7 +38,7 @@ class LabelCounts:
         self._known, looked = [], []
         for batch in batches:
             try:
-                looked.append((batch, self._look(batch)))
+                looked.append((batch, look_at_batch(*self._arguments(batch))[0]))
             except ValueError:
                 continue
         if looked:
@@ -55,11 +55,14 @@ class LabelCounts:
                 return number
         return self._check(batch)
 
+    def _check(self, batch: Batch) -> int:
+        return check_batch(*self._arguments(batch))
+
 
 def _tensors(batch: Batch) -> list[tuple[Tensor, float]]:
-    """What was looked at of a batch, each tensor with the number of writes to it.
+    """The tensors that N depends on, each with the number of writes to it.
 
-    Where nobody counts these, it is nan, which is not even the same as itself.
+    For an inference tensor this number is not known. It is nan then, which equals nothing, so the batch is checked.
     """
     found = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))
     return [(tensor, math.nan if tensor.is_inference() else tensor._version) for tensor in found if tensor is not None]
