@@ -42,6 +42,7 @@ from hf_distill.saving import (
 from hf_distill.trainers.checkpoints import (
     CheckpointTiming,
     checkpoints,
+    end_workers,
     find_checkpoint,
     leave_sigterm_to_the_trainer,
     naming,
@@ -160,6 +161,8 @@ class SurvivingTrainer(SFTTrainer):
                 raise
             finally:
                 self.is_in_train = False  # transformers leaves it after an error
+                for loader in (self.callback_handler.train_dataloader, *getattr(self, "_eval_dataloaders", {}).values()):
+                    end_workers(loader)
                 self._as_it_came.restore(self.model)
 
     def begin(self) -> None:
@@ -337,7 +340,7 @@ class SurvivingTrainer(SFTTrainer):
                 self._tell(f"about {logs['num_tokens'] / updates:,.0f} tokens per update")
         super().log(logs, start_time)
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         splits = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if splits and self.model_wrapped is self.model and not isinstance(self.model, FSDPModule):
             raise ValueError(
@@ -345,7 +348,9 @@ class SurvivingTrainer(SFTTrainer):
                 "the training: set eval_on_start=True, or evaluate without them"
             )
         self.means["eval"] = {}
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if not self.is_in_train:
+            end_workers(dataloader)
         means = {f"{metric_key_prefix}_{name}": value for name, value in self.pop_means("eval").items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
 

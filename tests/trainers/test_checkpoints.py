@@ -478,6 +478,21 @@ def test_sigterm_for_all_processes_leaves_the_workers_that_bring_the_rows(tmp_pa
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("ends", ["train", "train with an evaluation", "evaluate"])
+def test_workers_that_are_kept_end_with_what_they_were_kept_for(tmp_path, rows, tokenizer, teacher, ends):
+    """Left to the garbage collector, each holds up a later run for 5 seconds."""
+    seen = []
+    trainer = make_trainer(
+        tmp_path, rows, tokenizer, teacher, [At(2, lambda: seen.extend(multiprocessing.active_children()))],
+        dataloader_num_workers=2, dataloader_persistent_workers=True, save_strategy="no",
+        eval_strategy="steps" if ends == "train with an evaluation" else "no", eval_steps=1,
+    )  # fmt: skip
+    trainer.evaluate() if ends == "evaluate" else trainer.train()
+    assert not multiprocessing.active_children()
+    assert len(seen) == {"train": 2, "train with an evaluation": 4, "evaluate": 0}[ends]
+    assert trainer.evaluate()["eval_loss"] > 0  # with new ones
+
+
 def test_a_trainer_that_was_stopped_can_go_on_itself(tmp_path, rows, tokenizer, teacher, uninterrupted):
     """As in a notebook, where SystemExit ends the cell and not the process."""
     trainer = make_trainer(tmp_path, rows, tokenizer, teacher, [At(3, terminate)], eval_strategy="epoch")
