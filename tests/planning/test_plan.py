@@ -180,11 +180,24 @@ def test_a_teacher_with_longer_prompts_is_told_about_alone(settings):
     assert any(f"rows of {longest + 8:,}" in note for note in notes)
 
 
+STORED = {
+    "sampled": {"entries": 12, "sampler": "threshold"},
+    "topk": {"entries": 12},
+    "hidden": {"dtype": "float16"},
+}
+
+
 @pytest.mark.parametrize("combination", ["mixture", "sum"])
-def test_a_server_and_a_model_are_planned_together(settings, combination):
+@pytest.mark.parametrize("other", ["a server", *STORED])
+def test_teachers_of_all_kinds_are_planned_beside_a_model(settings, tmp_path, other, combination):
     student, teacher, options = settings
     args = KDConfig(**options, teacher_combination=combination)
-    both, alone = (plan_run(student, names, args) for names in (["http://localhost:1/v1", teacher], [teacher]))
+    name = "http://localhost:1/v1"
+    if other in STORED:
+        head = {"dtype": "float32", "width": 32, "rows": 384, "bytes": 4 * 384 * 32} if other == "hidden" else None
+        Manifest(other, STORED[other], {}, {}, 384, 1.0, 0, head=head).write(tmp_path)
+        name = f"cache:{tmp_path}"
+    both, alone = (plan_run(student, names, args) for names in ([name, teacher], [teacher]))
     assert both.parts["teacher's weights"] == alone.parts["teacher's weights"] > 0
     assert both.peak > alone.peak
 
