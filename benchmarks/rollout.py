@@ -8,8 +8,8 @@ beginnings of the texts, with different lengths. The student has some of the tea
 so every row gets the same number of new tokens. `generate` is that of transformers, for the student alone. Assisted
 generation is the speculative decoding of transformers: one row at a time, with exactly the teacher's distribution.
 
-With `--noise`, the student is the teacher with noise on its weights, of this share of each weight's norm, and the first of
-`--rows` counts. Rollouts, with and without a compiled step, and `generate` take turns in one process.
+With `--noise`, the student is the teacher with noise on its weights, of this share of each weight's norm, and the first
+of `--rows` counts. Rollouts, with and without a compiled step, and `generate` take turns in one process.
 """
 
 import argparse
@@ -178,7 +178,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", required=True, help="hub id or path")
     parser.add_argument("--data", required=True, help="folder with test.jsonl")
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 4], help="the teacher's layers in the student")
-    parser.add_argument("--noise", type=float, nargs="+", help="students are the teacher with noise, instead of --layers")
+    parser.add_argument("--noise", type=float, nargs="+", help="students are noisy teachers, instead of --layers")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each batch, with --noise")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16], help="rows that are generated at a time")
     parser.add_argument("--total", type=int, default=16, help="rows that every variant writes")

@@ -111,10 +111,14 @@ def make_model(family: str = "llama", vocab_size: int = 384, seed: int = 0, **co
     return model.eval()
 
 
-def pytest_collection_finish(session):
+def leave_imports_to_themselves() -> None:
     """Leaves all that was imported out of later garbage collections: each training runs one, of half a second."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish(session):
+    leave_imports_to_themselves()
 
 
 @pytest.fixture(scope="session")

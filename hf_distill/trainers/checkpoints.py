@@ -307,14 +307,15 @@ def leave_sigterm_to_the_trainer(worker_id: int, then: Callable[[int], Any] | No
         then(worker_id)
 
 
-def end_workers(loader: Any) -> None:
-    """Ends the workers that a data loader keeps (`dataloader_persistent_workers`).
+def end_workers(*loaders: Any) -> None:
+    """Ends the workers that data loaders keep (`dataloader_persistent_workers`).
 
     The garbage collector would close their queues first, and then wait for each of them for 5 seconds.
     """
-    inner = getattr(loader, "base_dataloader", loader)  # accelerate's are wrapped around the one that works
-    if getattr(inner, "_iterator", None) is not None:
-        inner._iterator = None
+    for loader in loaders:
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's are wrapped around the one that works
+        if getattr(inner, "_iterator", None) is not None:
+            inner._iterator = None
 
 
 class CheckpointTiming(TrainerCallback):

@@ -282,6 +282,17 @@ def refuse_no_label(
         )
 
 
+def refuse_too_few(dataset: Any, args: SFTConfig) -> None:
+    """Raises `ValueError` if dropping the rows that fill no batch (`dataloader_drop_last`) leaves no training row."""
+    rows = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and isinstance(dataset, Dataset) and len(dataset) < rows:
+        raise ValueError(
+            f"the train dataset has {len(dataset)} rows, and dataloader_drop_last=True drops what does not fill a "
+            f"batch on every process ({rows} rows): nothing would be trained on. Set it to False, or "
+            "per_device_train_batch_size to less"
+        )
+
+
 def tell_lost_labels(num_rows: int, num_dropped: int, name: str, cut: Cut | None, args: SFTConfig) -> None:
     """Warns of rows that are dropped because they have no label, with the reason, and of rows that lose some."""
     if num_dropped:

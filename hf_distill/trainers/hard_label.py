@@ -60,7 +60,7 @@ from hf_distill.trainers.checks import (
     refuse_sight,
     refuse_split,
 )
-from hf_distill.trainers.data import as_they_are
+from hf_distill.trainers.data import as_they_are, refuse_too_few
 from hf_distill.trainers.given import Given
 from hf_distill.trainers.hard_label_config import HardLabelConfig, keywords
 from hf_distill.trainers.input_checks import check_inputs
@@ -279,6 +279,7 @@ class HardLabelTrainer(PreparingTrainer):
     def try_run(self) -> None:
         """The last step ends: all models read some rows, and everything but the weights is saved once."""
         refuse_split(self.student)
+        refuse_too_few(self.train_dataset, self.args)
         for dataset in self._named_datasets().values():
             self.check_readers(dataset)
         self._try_saving()

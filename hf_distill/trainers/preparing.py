@@ -207,10 +207,22 @@ class PreparingTrainer(SurvivingTrainer):
             if processes > 1:
                 dataset = self._filled_up(dataset, batch_size * processes)
         own, self.data_collator = self.data_collator, self.loader_collator()
+        drops = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drops and is_training  # an evaluation is of all rows
         try:
             return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
         finally:
-            self.data_collator = own
+            self.data_collator, self.args.dataloader_drop_last = own, drops
+
+    def get_eval_dataloader(self, eval_dataset: Any = None):
+        """As in transformers, which takes the kept loader of `eval_dataset` for any rows, if workers persist."""
+        if eval_dataset is None or eval_dataset is self.eval_dataset or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        kept, self._eval_dataloaders = self._eval_dataloaders, {}
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self._eval_dataloaders = kept
 
     def _filled_up(self, dataset: Any, size: int) -> Any:
         return with_fillers(dataset, size) if self.has_pictures else filled_up(dataset, size, self.filler)

@@ -95,6 +95,7 @@ class SurvivingTrainer(SFTTrainer):
         self._update_loss: Tensor | float = 0.0  # the sum of this update's losses, finite as long as they are
         self._skipped_updates = 0
         self._first_update = 0  # of this call of train(), which counts tokens from there
+        self._eval_dataloaders: dict[str, Any] = {}  # with workers that persist; transformers keeps them, we for a run
         self._saved_update = -1  # by `save_finished_update`
         self._has_told_tokens = False
         self.means: dict[str, dict[str, TokenMeans]] = {"train": {}, "eval": {}}
@@ -137,7 +138,6 @@ class SurvivingTrainer(SFTTrainer):
             # Again, for what has been changed since the construction.
             self._try_saving(with_card=self.args.save_strategy != "no")
         self._tell(", ".join(f"{name}: {value}" for name, value in self.describe_run().items()))
-        self.begin()
         if self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
             # An evaluation before the training has marked the model as prepared without wrapping it: every process
             # would train a student of its own.
@@ -161,13 +161,18 @@ class SurvivingTrainer(SFTTrainer):
                 raise
             finally:
                 self.is_in_train = False  # transformers leaves it after an error
-                for loader in (self.callback_handler.train_dataloader, *getattr(self, "_eval_dataloaders", {}).values()):
-                    end_workers(loader)
+                end_workers(self.callback_handler.train_dataloader, *self._eval_dataloaders.values())
+                self._eval_dataloaders = {}
                 self._as_it_came.restore(self.model)
 
+    def _inner_training_loop(self, *args, **kwargs):
+        self.begin()
+        return super()._inner_training_loop(*args, **kwargs)
+
     def begin(self) -> None:
-        """Forgets what an interrupted run has left behind; called by `train`."""
+        """Forgets earlier runs, and what a larger batch has left behind that did not fit (`auto_find_batch_size`)."""
         self._update_loss, self._skipped_updates, self._has_agreed_to_stop = 0.0, 0, False
+        self._total_train_tokens = 0
         self.means["train"] = {}
         policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy if self.is_fsdp_enabled else None
         if policy is not None:
@@ -350,6 +355,8 @@ class SurvivingTrainer(SFTTrainer):
         self.means["eval"] = {}
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if not self.is_in_train:
+            self._eval_dataloaders = {}
+        if all(dataloader is not each for each in self._eval_dataloaders.values()):
             end_workers(dataloader)
         means = {f"{metric_key_prefix}_{name}": value for name, value in self.pop_means("eval").items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
@@ -455,7 +462,8 @@ class SurvivingTrainer(SFTTrainer):
 
     def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
         # Callbacks add theirs as they come; the best one is a part of every checkpoint's state.
-        return super()._determine_best_metric({name: as_json(value) for name, value in metrics.items()}, trial)
+        is_best = super()._determine_best_metric({name: as_json(value) for name, value in metrics.items()}, trial)
+        return is_best or self._is_told_to_stop()  # with save_strategy="best", a checkpoint is saved if this is true
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

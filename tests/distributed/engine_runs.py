@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, TrainerCallback
 from hf_distill import KDTrainer
 from hf_distill.modeling import whole_state
 from hf_distill.teachers.kinds import own_models
-from tests.conftest import SENTENCES, make_model, make_tokenizer
+from tests.conftest import SENTENCES, leave_imports_to_themselves, make_model, make_tokenizer
 from tests.distributed.kd_runs import make_kv, make_speculative, make_trainer, students
 
 TRAINERS = {
@@ -314,4 +314,5 @@ def run_cells(engine: str, folder: Path, changes: dict) -> dict:
 
 
 if __name__ == "__main__":
+    leave_imports_to_themselves()
     main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

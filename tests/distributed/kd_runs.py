@@ -23,7 +23,7 @@ from hf_distill import (
     SpeculativeKDConfig,
     SpeculativeKDTrainer,
 )
-from tests.conftest import SENTENCES, make_model, make_tokenizer
+from tests.conftest import SENTENCES, leave_imports_to_themselves, make_model, make_tokenizer
 from tests.remote.served_model import ServedModel
 from tests.remote.stub import Stub
 
@@ -199,6 +199,7 @@ def run_into_a_nan(folder, num_processes: int, rank: int) -> str:
 
 
 if __name__ == "__main__":
+    leave_imports_to_themselves()
     folder = Path(sys.argv[1])
     results = run(folder, num_processes=2)
     rank = torch.distributed.get_rank()

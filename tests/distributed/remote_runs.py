@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_distill.teachers import TeacherAway
-from tests.conftest import make_model, make_tokenizer
+from tests.conftest import leave_imports_to_themselves, make_model, make_tokenizer
 from tests.distributed.kd_runs import make_trainer
 from tests.remote.served_model import ServedModel
 from tests.remote.stub import Stub
@@ -48,6 +48,7 @@ def train(folder: Path, stub: Stub, *, resume: bool = False, callbacks=()):
 
 
 if __name__ == "__main__":
+    leave_imports_to_themselves()
     folder = Path(sys.argv[1])
     with Stub(ServedModel(make_model(seed=1), make_tokenizer(), name="t")) as stub:
         whole, _ = train(folder / "whole", stub)

@@ -16,7 +16,7 @@ import torch
 import transformers.modeling_utils
 from transformers import TrainerCallback
 
-from tests.conftest import make_model
+from tests.conftest import leave_imports_to_themselves, make_model
 from tests.distributed.kd_runs import make_trainer
 
 STEP = 3
@@ -77,6 +77,7 @@ def train(folder: Path, seed: int = 2, resume: bool = False, callback: TrainerCa
 
 
 if __name__ == "__main__":
+    leave_imports_to_themselves()
     folder, action, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     expected = {}
     if action == "sigterm":

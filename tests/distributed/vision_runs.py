@@ -19,6 +19,7 @@ from peft import LoraConfig
 
 from hf_distill import KDConfig, KDTrainer
 from hf_distill.modeling import whole_state
+from tests.conftest import leave_imports_to_themselves
 from tests.distributed.kd_runs import make_settings
 from tests.vision import chats, make_processor, make_vlm
 
@@ -58,6 +59,7 @@ def _only(names: tuple[str, ...], found: dict) -> dict:
 
 
 if __name__ == "__main__":
+    leave_imports_to_themselves()
     folder = Path(sys.argv[2])
     found = run(folder, 2, sys.argv[1])
     torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")

@@ -454,6 +454,22 @@ def test_a_checkpoint_of_every_update_leads_to_the_same_weights(
     assert_same(weights(resumed), uninterrupted)
 
 
+def test_sigterm_stops_a_run_that_saves_its_best_where_this_update_is_not(tmp_path, rows, tokenizer, teacher):
+    falling = iter(range(9, 0, -1))
+    trainer = make_trainer(
+        tmp_path, rows, tokenizer, teacher, [At(3, terminate)], eval_strategy="steps", eval_steps=1,
+        save_strategy="best", metric_for_best_model="value",
+    )  # fmt: skip
+    trainer.args.greater_is_better = True
+    measure = trainer.evaluate
+    trainer.evaluate = lambda *args, **kwargs: measure(*args, **kwargs) | {"eval_value": float(next(falling))}
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    assert trainer.state.best_global_step == 1
+    assert find_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-3")
+
+
 def test_sigterm_for_all_processes_leaves_the_workers_that_bring_the_rows(tmp_path, rows, tokenizer, teacher):
     """As a scheduler sends it, from outside: torch's own workers would die of it, and the run with them."""
     many = Dataset.from_list(rows.to_list() * 20)
