@@ -314,7 +314,8 @@ def end_workers(*loaders: Any) -> None:
     """
     for loader in loaders:
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's are wrapped around the one that works
-        if getattr(inner, "_iterator", None) is not None:
+        if hasattr(kept := getattr(inner, "_iterator", None), "_shutdown_workers"):
+            kept._shutdown_workers()  # now, though the traceback of an error may still refer to it
             inner._iterator = None
 
 
