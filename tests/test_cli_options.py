@@ -90,7 +90,7 @@ def test_groups_of_a_command_have_all_of_its_options_once(name):
 REFUSALS = {
     "loss_type": "dft", "label_smoothing_factor": 0.1, "enable_jit_checkpoint": True, "max_length": 9, "packing": True,
     "eval_packing": True, "padding_free": True, "assistant_only_loss": True, "completion_only_loss": False,
-    "hidden_weight": 1.0,
+    "hidden_weight": 1.0, "bf16_full_eval": True, "fp16_full_eval": True,
 }  # fmt: skip
 # Refused by the commands themselves, or without a use where `hidden_weight` is refused.
 OTHERS = {

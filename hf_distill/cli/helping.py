@@ -101,7 +101,7 @@ INHERITED = {
 }
 
 # Options that are refused, or of no use, whatever their value: they are not listed.
-_REFUSED = "model_name_or_path loss_type label_smoothing_factor enable_jit_checkpoint"
+_REFUSED = "model_name_or_path loss_type label_smoothing_factor enable_jit_checkpoint bf16_full_eval fp16_full_eval"
 _REFUSED_IN_ROLLOUTS = (
     "max_length packing eval_packing padding_free assistant_only_loss completion_only_loss hidden_weight hidden_layers "
     "hidden_loss projector_learning_rate"

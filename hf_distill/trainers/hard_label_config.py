@@ -198,6 +198,12 @@ class HardLabelConfig(SFTConfig):
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the teacher's distribution is "
                 "the soft label. Set it to 0 and choose kd_weight and temperature"
             )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}=True would round the student's weights at the first evaluation and leave them so: remove "
+                    f"it, and set {name[:4]}=True to compute in this precision over float32 weights"
+                )
         optim = getattr(self.optim, "value", self.optim)
         is_quantised = "torch" not in optim and any(part in optim for part in ("8bit", "bnb", "paged"))
         if is_quantised and not is_bitsandbytes_available():
