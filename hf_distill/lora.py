@@ -433,14 +433,19 @@ def _short(error: Exception) -> str:
 
 
 def _untie(adapted: PeftModel) -> None:
-    """Separates the weights of embedding and output layer where they are tied and an adapter changes one of them."""
+    """Separates the weights of embedding and output layer where they are tied and an adapter makes them differ."""
     model = causal_lm(adapted)
-    head = model.get_output_embeddings()
-    sides = model.get_input_embeddings(), head
-    if model.config.get_text_config().tie_word_embeddings and any(isinstance(side, BaseTunerLayer) for side in sides):
+    config = model.config.get_text_config()
+    sides: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
+    embedding, head = sides
+    if not config.tie_word_embeddings:
+        return
+    # Trainable tokens and whole modules give the weight that they will be merged to; LoRA gives that of its base.
+    if any(isinstance(side, BaseTunerLayer) for side in sides) or not torch.equal(embedding.weight, head.weight):
         layer: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        layer = layer.original_module if isinstance(layer, AuxiliaryTrainingWrapper) else layer
         layer.weight = nn.Parameter(layer.weight.detach().clone())
-        model.config.get_text_config().tie_word_embeddings = False
+        config.tie_word_embeddings = False
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

@@ -16,6 +16,7 @@ from hf_distill.lora import describe_lora, describe_updates, merge_adapter
 from tests.conftest import make_model
 
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+READ = [80, 239]  # token ids that `logits` reads
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -459,6 +460,15 @@ MERGED = {
     "both tied": ("gemma2", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
     "a whole head": ("qwen2", {"modules_to_save": ["lm_head"]}),
     "some tokens": ("llama", {"trainable_token_indices": [3, 5]}),
+    "tokens of the head": ("llama", {"trainable_token_indices": {"lm_head": READ}}),
+    "tokens of both": ("llama", {"trainable_token_indices": {"embed_tokens": READ, "lm_head": [80, 7]}}),
+    "tokens, tied": ("qwen2", {"trainable_token_indices": {"embed_tokens": READ}}),
+    "tokens of the head, tied": ("qwen2", {"trainable_token_indices": {"lm_head": READ}}),
+    "tokens of both, tied": ("qwen2", {"trainable_token_indices": {"embed_tokens": READ, "lm_head": READ}}),
+    "other tokens of both, tied": ("qwen2", {"trainable_token_indices": {"embed_tokens": READ, "lm_head": [80, 7]}}),
+    "tokens of the head, embeddings tied to it": (
+        "gemma2", {"target_modules": ["embed_tokens"], "trainable_token_indices": {"lm_head": READ}}
+    ),
 }  # fmt: skip
 
 
