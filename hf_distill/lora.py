@@ -38,6 +38,7 @@ from hf_distill.saving import (
     base_of,
     refuse_folder,
     refuse_moving,
+    refuse_unrepeatable,
     save_tokenizer,
     set_aside,
     try_saving,
@@ -360,23 +361,14 @@ def merge_adapter(
         dtype (*optional*): dtype of the merged model, by default the one that the base was saved in.
 
     Raises:
-        `ValueError`: no adapter; no base; a base that is quantised, has no tokenizer, or does not fit the adapter; an
-            output folder with an adapter, which loading would add again, or that is the base's folder, or that cannot
-            be written to, or from which base or adapter would be moved aside.
+        `ValueError`: no adapter, or one that cannot be loaded as it was; no base; a base that is quantised, has no
+            tokenizer, or does not fit the adapter; an output folder with an adapter, which loading would add again, or
+            that is the base's folder, or that cannot be written to, or from which base or adapter would be moved aside.
     """
     adapter_folder, output_folder = Path(adapter_folder), Path(output_folder)
-    weights = [adapter_folder / name for name in ADAPTER_FILES]
-    if not (adapter_folder / ADAPTER_CONFIG).exists() or not any(path.exists() for path in weights):
-        inside = sorted(path.parent.name for path in adapter_folder.glob(f"*/{ADAPTER_CONFIG}"))
-        raise ValueError(
-            f"{adapter_folder} has no adapter: there is no {ADAPTER_CONFIG} with {ADAPTER_FILES[0]}"
-            + (f"; there is one in {', '.join(inside)}" if inside else "")
-        )
     if (output_folder / ADAPTER_CONFIG).exists():
         raise ValueError(f"{output_folder} has an adapter, which loading would add again: choose another folder")
-    config = PeftConfig.from_pretrained(str(adapter_folder))
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{adapter_folder} has a {config.peft_type} adapter; only LoRA can be merged here")
+    config = _saved_config(adapter_folder)
     base = str(base or base_of(adapter_folder, config.base_model_name_or_path or ""))
     if not base:
         raise ValueError(f"{adapter_folder} does not say which model it was trained on: name it with base")
@@ -400,6 +392,21 @@ def merge_adapter(
     set_aside(output_folder)
     merged.save_pretrained(output_folder)
     save_tokenizer(tokenizer, output_folder)
+
+
+def _saved_config(folder: Path) -> LoraConfig:
+    """The configuration of the LoRA adapter in a folder; `ValueError` for a folder without one that can be merged."""
+    if not (folder / ADAPTER_CONFIG).exists() or not any((folder / name).exists() for name in ADAPTER_FILES):
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+        raise ValueError(
+            f"{folder} has no adapter: there is no {ADAPTER_CONFIG} with {ADAPTER_FILES[0]}"
+            + (f"; there is one in {', '.join(inside)}" if inside else "")
+        )
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{folder} has a {config.peft_type} adapter; only LoRA can be merged here")
+    refuse_unrepeatable(config.init_lora_weights, f"the adapter in {folder}")
+    return config
 
 
 def _with_adapter(model: PreTrainedModel, config: LoraConfig, folder: Path, base: str) -> PeftModel:

@@ -138,12 +138,34 @@ def base_of(adapter_folder: str | os.PathLike[str], name: str) -> str:
 
 
 def base_and_adapter(name: str) -> tuple[str, str | None]:
-    """The model to load, and the adapter to put on it if the name is a folder with an adapter only."""
+    """The model to load, and the adapter to put on it if the name is a folder with an adapter only.
+
+    Raises:
+        `ValueError`: an adapter that loading would put on other weights ([`refuse_unrepeatable`]).
+    """
     if not is_adapter_folder(name):
         return name, None
-    return base_of(
-        name, json.loads(Path(name, ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path") or name
-    ), name
+    settings = json.loads(Path(name, ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    refuse_unrepeatable(settings.get("init_lora_weights"), f"the adapter in {name}")
+    return base_of(name, settings.get("base_model_name_or_path") or name), name
+
+
+def refuse_unrepeatable(init_lora_weights: Any, adapter: str) -> None:
+    """Raises `ValueError` for an initialisation that changes the base weights, and that PEFT does not repeat.
+
+    PEFT saves an adapter without the base weights that it changed, and initialises the adapter again to load it. An
+    exact decomposition (`pissa`, `olora`) then changes them in the same way. A random one changes them in another way;
+    one that needs data is left out (`lora_ga`) or fails (`corda`).
+
+    Args:
+        init_lora_weights (`bool` or `str`): the setting of the `LoraConfig`.
+        adapter (`str`): the adapter's name in the message.
+    """
+    if str(init_lora_weights).lower().startswith(("pissa_niter_", "corda", "lora_ga")):
+        raise ValueError(
+            f"{adapter} has init_lora_weights={init_lora_weights!r}, which changes the base weights at random or by "
+            "data: loading cannot repeat that, and gives another model. Train with 'pissa' or 'olora', which are exact"
+        )
 
 
 def adapters_on(base: str | os.PathLike[str], folder: str | os.PathLike[str]) -> list[Path]:

@@ -19,7 +19,7 @@ from hf_distill.model_files import auto_class, class_problem, is_adapter_folder,
 from hf_distill.modeling import causal_lm
 from hf_distill.named import student_without_weights
 from hf_distill.row_files import FILE_FORMATS
-from hf_distill.saving import base_and_adapter
+from hf_distill.saving import base_and_adapter, refuse_unrepeatable
 from hf_distill.teachers.opening import BASE
 from hf_distill.trainers.hard_label_config import keywords
 
@@ -31,8 +31,9 @@ def check_inputs(model: Any, train_dataset: Any, eval_dataset: Any, args: SFTCon
     """Checks the arguments of a trainer; reads no weights, and of a model that is given by name the configuration.
 
     Raises:
-        `ValueError`: a model without a causal head, another object than a dataset, adapters that are none or come
-            twice or fit no module, a tracker that is not installed, or a push that could not reach the hub.
+        `ValueError`: a model without a causal head, another object than a dataset, adapters that are none, come
+            twice, fit no module or could not be loaded again, a tracker that is not installed, or a push that could
+            not reach the hub.
     """
     check_trackers(args)
     check_datasets(train_dataset, eval_dataset)
@@ -49,6 +50,8 @@ def check_inputs(model: Any, train_dataset: Any, eval_dataset: Any, args: SFTCon
             "merge the adapters first (hf-distill merge) and pass the merged model"
         )
     check_model(model, args)
+    for config in (peft_config, *getattr(model, "peft_config", {}).values()):
+        refuse_unrepeatable(getattr(config, "init_lora_weights", None), "the student's adapter")
     if isinstance(peft_config, LoraConfig):
         student = student_without_weights(model, args) if isinstance(model, str) else model
         if student is not None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import LoraGAConfig
+from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -21,6 +23,7 @@ from transformers import (
 )
 
 from hf_distill import KDConfig, KDTrainer
+from hf_distill.lora import merge_adapter
 from hf_distill.trainers.input_checks import check_inputs, load_adapters
 from tests.conftest import SENTENCES, make_model, make_tokenizer
 
@@ -169,6 +172,53 @@ def test_adapters_do_not_come_twice_nor_as_something_else(adapters):
             check(model, peft_config=lora)
     with pytest.raises(ValueError, match=r"peft_config has to be one of peft, such as LoraConfig\(...\), got dict"):
         check(peft_config={"r": 2})
+
+
+def start(model, init) -> LoraConfig:
+    """The configuration of adapters, and the gradients that LoRA-GA reads, put on the model."""
+    settings = {"lora_ga_config": LoraGAConfig()} if init == "lora_ga" else {}
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=init, **settings)
+    if init == "lora_ga":
+        ids = torch.arange(2, 12).unsqueeze(0)
+        preprocess_loraga(model, lora, lambda: model(input_ids=ids, labels=ids).loss.backward())
+    return lora
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "pissa", "olora", "pissa_niter_4", "lora_ga"])
+def test_initialisations_are_refused_where_a_saved_adapter_is_loaded_as_another(tmp_path, inputs, init):
+    make_model(seed=3).save_pretrained(tmp_path / "base")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora = start(plain, init)
+    adapted = get_peft_model(plain, lora)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    expected = adapted(**inputs).logits
+    adapted.save_pretrained(tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora")
+    change = (loaded(**inputs).logits - expected).abs().max()
+    if change < 1e-4:
+        check(peft_config=lora)
+        check(adapted)
+        check(str(tmp_path / "lora"))
+        return
+    assert change > 0.1
+    for arguments, adapter in (
+        ({"peft_config": lora}, "the student's adapter"),
+        ({"model": adapted}, "the student's adapter"),
+        ({"model": str(tmp_path / "lora")}, "the adapter in .*lora"),
+    ):
+        with pytest.raises(ValueError, match=rf"{adapter} has init_lora_weights='{init}', .* Train with 'pissa' or"):
+            check(**arguments)
+    with pytest.raises(ValueError, match=rf"the adapter in .*lora has init_lora_weights='{init}'"):
+        merge_adapter(tmp_path / "lora", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_adapters_that_cannot_be_loaded_without_data_are_refused():
+    with pytest.raises(ValueError, match=r"the student's adapter has init_lora_weights='corda'"):
+        check(peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="corda"))
 
 
 MISFITS = {
