@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, fsdp2_prepare_model
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import prepare_deepspeed
@@ -43,6 +43,10 @@ from hf_distill.modeling import (
 from hf_distill.teachers.columns import PREFIX, AnyDataset, collate_own_text, map_rows, with_teacher_prompt
 from hf_distill.token_rows import Room, check_batch, without_long_rows
 from hf_distill.verifying import Evidence, LocalVerifier, RolloutConfig
+
+# Values of `init_lora_weights` that leave the weights under the adapter as they are. The others that PEFT 0.21 has
+# (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a part of them into the adapter, or round them.
+_INITS_BESIDE_THE_BASE = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
 
 class LocalTeacher:
@@ -168,7 +172,8 @@ class BaseTeacher:
         positions (`int`, *optional*): the number of tokens that a student which comes later can read.
 
     Raises:
-        `ValueError`: the student has no adapters, or trains parameters of its base model.
+        `ValueError`: the student has no adapters, trains parameters of its base model, or has adapters whose
+            initialisation changes it.
     """
 
     layout = "the student without its adapters"
@@ -200,6 +205,12 @@ class BaseTeacher:
                 f"teacher_model='base' needs a base model that stays as it is, but {trained[0]} is trained: remove "
                 "modules_to_save and bias from the peft_config, or pass the teacher by name"
             )
+        for config in student.peft_config.values():
+            if (setting := _changes_base(config)) is not None:
+                raise ValueError(
+                    f"teacher_model='base' needs a base model that stays as it is, but {setting} changes its weights "
+                    "when the adapters are made: pass the base model by its name as the teacher instead"
+                )
         self.model, self.num_positions = student, num_positions(student)
         self.name = f"{public_name(causal_lm(student))} without adapters"
         # Its head is the student's, which has been checked. It reads without the student's mixed precision.
@@ -240,6 +251,20 @@ class BaseTeacher:
             self.model.requires_grad_(False)
             for parameter in trained:
                 parameter.requires_grad_(True)
+
+
+def _changes_base(config: PeftConfig) -> str | None:
+    """The setting of an adapter with which PEFT changes the weights under it, or None.
+
+    The model itself cannot be asked: a trained adapter, and a new one with random values, also differ from their base.
+    PEFT initialises an adapter again when it is loaded, so the setting counts for trained ones, too.
+    """
+    if not isinstance(config, LoraConfig):
+        return None
+    if config.kasa_config is not None:
+        return "kasa_config"
+    is_known = str(config.init_lora_weights).lower() in _INITS_BESIDE_THE_BASE
+    return None if is_known else f"init_lora_weights={config.init_lora_weights!r}"
 
 
 def with_own_text(teacher: Any, dataset: AnyDataset, name: str) -> AnyDataset:

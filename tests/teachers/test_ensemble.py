@@ -5,7 +5,8 @@ Shapes: B batch, T tokens, N positions, V vocabulary.
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import FourierFTConfig, IA3Config, LoraConfig, PeftModel, VBLoRAConfig, get_peft_model
+from peft.tuners.lora.config import KasaConfig
 from torch import nn
 
 from hf_distill.teachers.ensemble import EnsembleTeacher
@@ -209,6 +210,41 @@ def test_student_whose_base_is_trained_has_none_that_could_teach(config, trained
     student, _ = adapted("phi", config=config)
     with pytest.raises(ValueError, match=rf"stays as it is, but .*{trained}.* is trained: remove modules_to_save"):
         BaseTeacher(student)
+
+
+START = {
+    **{str(init): {"init_lora_weights": init} for init in (True, False, "gaussian", "orthogonal", "eva", "mica")},
+    **{init: {"init_lora_weights": init} for init in ("pissa", "pissa_niter_4", "olora")},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "kasa": {"kasa_config": KasaConfig()},
+}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("case", START)
+def test_base_teacher_is_refused_where_the_start_of_the_adapters_changes_the_base(tmp_path, batch, case, loaded):
+    base = make_model()
+    student = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **START[case]))
+    if loaded:
+        student.save_pretrained(tmp_path)
+        student = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
+    with student.disable_adapter():
+        change = (logits_alone(student.eval(), *batch) - logits_alone(base, *batch)).abs().max()
+    if change == 0:
+        BaseTeacher(student)
+        return
+    assert change > 1e-2
+    with pytest.raises(ValueError, match=r"(kasa_config|init_lora_weights='\w+') changes its weights .*pass the base"):
+        BaseTeacher(student)
+
+
+@pytest.mark.parametrize("config", [FourierFTConfig(n_frequency=8), IA3Config(), VBLoRAConfig(vector_length=4)])
+def test_adapters_of_other_kinds_leave_the_base_that_teaches(batch, config):
+    config.target_modules = {"q_proj", "v_proj"}
+    student, base = get_peft_model(make_model(), config).eval(), make_model()
+    hidden, head, *_ = BaseTeacher(student)(*batch)
+    assert torch.allclose(head.logits(hidden), logits_alone(base, *batch), atol=1e-4)
 
 
 def test_student_without_adapters_has_no_base():
