@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
     """Counts of each block and row, in the order of generation; all of shape (K,), on the host."""
 
     row: Tensor
-    draft_length: Tensor  # the row's draft length in this block
+    draft_length: Tensor  # the block's draft length
     drafted: Tensor  # drafted tokens, fewer than that at the end of a text
     accepted: Tensor
     corrected: Tensor  # 1 where the teacher replaced a token or, without a draft, generated one
@@ -185,7 +185,9 @@ def verified_rollout(
 
     with evaluating(student):
         while len(rows):
-            place, draft = texts.lengths[rows], draft_length[rows]
+            # A block takes as long as its longest draft, so all of its rows draft as far.
+            own = draft_length[rows]
+            place, draft = texts.lengths[rows], (-(-own.sum() // len(own))).expand(len(own))
             here, start_at = (x.to(device, non_blocking=True) for x in (rows, place))
             student_noise, teacher_noise = (_from_place(table[here], start_at) for table in noise.unbind(-1))
 

@@ -38,7 +38,7 @@ class RolloutConfig:
         draft_length (`int`): tokens that the student drafts per block; with 0 the teacher generates alone.
         adaptive (`bool`):
             The draft length of a row grows by two, up to `draft_length`, after a block that was kept whole. Otherwise
-            it becomes the number of accepted tokens plus one.
+            it becomes the number of accepted tokens plus one. A block takes the mean over its rows, rounded up.
         top_k (`int`): a drafted token is accepted only if it is among the teacher's `top_k` most likely tokens.
         min_prob (`float`):
             A drafted token is accepted only with at least this probability, at the teacher's temperature (at 1 if that

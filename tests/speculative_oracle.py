@@ -1,5 +1,6 @@
-"""Speculative writing by its rule alone: row by row, no cache, no padding, every text read from its beginning."""
+"""Speculative writing by its rule alone: no cache, no padding, every text read from its beginning."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ NARROW = 1e-5
 class OracleRow(NamedTuple):
     tokens: list[int]
     is_draft: list[bool]
-    blocks: list[tuple[int, int, int, int]]  # draft length, drafted, accepted, corrected
+    blocks: list[tuple[int, int, int, int]]  # the block's draft length, drafted, accepted, corrected
     margin: float  # of the narrowest decision
 
 
@@ -65,13 +66,27 @@ class Oracle:
             self.note(abs(prob - config.min_prob))
         return token in best and prob >= config.min_prob
 
-    def write(self, student_prompt, teacher_prompt, noise, config, eos):
-        """One row; `noise` is (max_new_tokens, 2)."""
+    def write(self, sides, noise, config, eos):
+        """Rows of (student's prompt, teacher's prompt); `noise` is (rows, max_new_tokens, 2)."""
+        rows = [self.row(*prompts, noise[i], config, eos) for i, prompts in enumerate(sides)]
+        asked, found = {i: next(row) for i, row in enumerate(rows)}, {}
+        while asked:
+            length = math.ceil(sum(asked.values()) / len(asked))
+            for i in list(asked):
+                try:
+                    asked[i] = rows[i].send(length)
+                except StopIteration as end:
+                    del asked[i]
+                    found[i] = end.value
+        return [found[i] for i in range(len(rows))]
+
+    def row(self, student_prompt, teacher_prompt, noise, config, eos):
+        """One row: yields the draft length that it asks for, and is sent that of the block."""
         tokens, is_draft, blocks = [], [], []
-        length = config.draft_length
-        self.margin = np.inf
+        length, margin = config.draft_length, np.inf
         while len(tokens) < config.max_new_tokens and not (tokens and tokens[-1] in eos):
-            draft = []
+            length = yield length
+            self.margin, draft = margin, []
             while len(draft) < length and len(tokens) + len(draft) < config.max_new_tokens:
                 place = len(tokens) + len(draft)
                 logits = self.logits("student", student_prompt + tokens + draft)
@@ -96,7 +111,8 @@ class Oracle:
             blocks.append((length, len(draft), accepted, int(corrected)))
             if config.adaptive and config.draft_length:
                 length = max(1, accepted + 1) if corrected else min(config.draft_length, length + 2)
-        return OracleRow(tokens, is_draft, blocks, self.margin)
+            margin = self.margin
+        return OracleRow(tokens, is_draft, blocks, margin)
 
 
 def softmax(logits):

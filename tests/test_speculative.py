@@ -6,6 +6,7 @@ Shapes: B rows, P prompt tokens, C completion tokens, V vocabulary.
 import copy
 import gc
 import itertools
+import math
 import weakref
 
 import numpy as np
@@ -75,8 +76,7 @@ def noise_of(rows, seed=0, places=NEW):
 
 def expect(oracle, config, prompts=PROMPTS, teacher_prompts=None, eos=EOS, seed=0):
     noise = noise_of(len(prompts), seed, config.max_new_tokens)
-    sides = zip(prompts, teacher_prompts or prompts, strict=True)
-    return [oracle.write(*row, noise[i], config, eos) for i, row in enumerate(sides)]
+    return oracle.write(zip(prompts, teacher_prompts or prompts, strict=True), noise, config, eos)
 
 
 def texts(found):
@@ -96,8 +96,12 @@ def rounds(histories):
 
 
 def assert_equal_to_oracle(found, expected):
-    """Tokens, masks and blocks; returns how many rows have been compared."""
+    """Tokens, masks and blocks; returns how many rows have been compared.
+
+    Of adaptive drafts, the blocks of a row depend on all rows.
+    """
     clear = [i for i, row in enumerate(expected) if row.margin > NARROW]
+    adapt = len({length for row in expected for length, *_ in row.blocks}) > 1
     lengths = found.completion_mask.sum(1).tolist()
     assert found.completion_ids.shape[1] == max(lengths)
     for i in clear:
@@ -105,7 +109,7 @@ def assert_equal_to_oracle(found, expected):
         assert found.completion_mask[i].tolist() == [j < lengths[i] for j in range(max(lengths))]
         assert found.drafted_mask[i].tolist() == expected[i].is_draft + [False] * (max(lengths) - lengths[i])
         assert (found.completion_ids[i, lengths[i] :] == PAD).all()
-        assert blocks_of(found, i) == expected[i].blocks
+        assert blocks_of(found, i) == expected[i].blocks or (adapt and len(clear) < len(expected))
         assert (found.teacher_hidden[i, lengths[i] :] == 0).all()
     if len(clear) == len(expected):
         schedule = list(rounds([row.blocks for row in expected]))
@@ -540,9 +544,14 @@ def test_blocks_say_what_was_written(pair):
         history = blocks_of(found, i)
         assert sum(accepted + corrected for _, _, accepted, corrected in history) == len(text)
         assert sum(accepted for _, _, accepted, _ in history) == int(found.drafted_mask[i].sum())
-        assert history[0][0] == 7
-        for (length, _, accepted, corrected), (following, *_) in itertools.pairwise(history):
-            assert following == (max(1, accepted + 1) if corrected else min(7, length + 2))
+    own = [7] * 4
+    for block in itertools.zip_longest(*(blocks_of(found, i) for i in range(4))):
+        going = [i for i, row in enumerate(block) if row is not None]
+        expected = math.ceil(sum(own[i] for i in going) / len(going))
+        for i in going:
+            length, _, accepted, corrected = block[i]
+            assert length == expected
+            own[i] = max(1, accepted + 1) if corrected else min(7, length + 2)
 
 
 # --------------------------------------------------------------------------------------------------------------- models
