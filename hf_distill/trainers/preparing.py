@@ -4,7 +4,8 @@ It knows no loss, and of teachers only their part of rows and batches (`teacher_
 """
 
 import copy
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -37,11 +38,14 @@ from hf_distill.trainers.label_counts import LabelCounts
 from hf_distill.trainers.pictures import picture_rows
 from hf_distill.trainers.surviving import SurvivingTrainer
 
+logger = logging.getLogger(__name__)
+
 
 class PreparingTrainer(SurvivingTrainer):
     """A [`SurvivingTrainer`] whose rows are checked and prepared, in training and in evaluations.
 
-    It stops between two updates if a batch comes without what a teacher says about it.
+    It stops between two updates if a batch comes without what a teacher says about it. Every update of a stream is a
+    whole one: the batches that are left at the end of a pass are not trained on.
 
     Attributes:
         vocab_size (`int`): token ids below this may be labels; set before the construction of this class.
@@ -52,6 +56,8 @@ class PreparingTrainer(SurvivingTrainer):
     """
 
     _has_teachers = False  # whether rows have columns for teachers
+    _is_new_pass = False  # whether the pass over the rows has given no batch yet, neither here nor before a resume
+    _has_told_rest = False  # whether this run has warned of batches that fill no update
 
     vocab_size: int
     has_pictures: bool  # of the rows
@@ -231,11 +237,55 @@ class PreparingTrainer(SurvivingTrainer):
         """A row like this one that counts for nothing; None where there is no telling."""
         return {**row, "labels": [-100] * len(row["labels"])} if "labels" in row else None
 
+    def begin(self) -> None:
+        super().begin()
+        self._has_told_rest = False
+
+    def _run_epoch(self, *args, **kwargs):
+        is_resumed = kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["steps_trained_in_current_epoch"] > 0
+        self._is_new_pass = not is_resumed
+        super()._run_epoch(*args, **kwargs)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        update = self._whole_update(epoch_iterator, num_batches)
+        batches, num_items = super().get_batch_samples(iter(update), num_batches, device)
         self.stop_if_away(next(filter(None, map(reason_away, batches)), None))
         self.label_counts.look_at(batches)
         return batches, num_items
+
+    def _whole_update(self, batches: Iterator[Any], number: int) -> list[Any]:
+        """The next `number` batches, or none if fewer are left in the pass, which happens for streams alone.
+
+        transformers steps the optimizer after `gradient_accumulation_steps` batches of a pass whose length is unknown.
+        It would never step after fewer: their gradients would be added to the first update of the next pass.
+
+        Raises:
+            `ValueError`: a whole pass has too few batches for one update.
+        """
+        update = list(islice(batches, number))
+        left, num_short = float(len(update)), float(len(update) < number)
+        if self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is False:
+            # Each process reads shards of its own, and one of them may end first.
+            counts = torch.tensor([left, num_short], device=self.args.device)
+            left, num_short = self._sum_over_processes(counts).tolist()
+        if not num_short:
+            self._is_new_pass = False
+            return update
+        if left and self._is_new_pass:
+            raise ValueError(
+                f"a pass over the train dataset has fewer batches than the gradient_accumulation_steps={number} of an "
+                f"update ({len(update)} in this process), so no update would ever be whole: lower "
+                "gradient_accumulation_steps, repeat the stream (IterableDataset.repeat), or make a Dataset of it "
+                "(Dataset.from_generator), whose last update of an epoch may be smaller"
+            )
+        if left and not self._has_told_rest and self.is_world_process_zero():
+            logger.warning(
+                "a pass over the train dataset ends within an update: its last batches (%d in this process, of "
+                "gradient_accumulation_steps=%d) are not trained on. Without a shuffle these are the same rows in "
+                "every pass; of a Dataset (Dataset.from_generator) all rows are trained on", len(update), number,
+            )  # fmt: skip
+            self._has_told_rest = True
+        return []
 
     def _prepare_inputs(self, inputs):
         # DeepSpeed's precision is the student's: teachers' numbers stay as they came.

@@ -1,0 +1,126 @@
+"""The rows of each update: whole updates of a stream, passes that are resumed, orders that the seed alone decides."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from torch.nn import functional as F
+
+from hf_distill import (
+    HardLabelConfig,
+    HardLabelTrainer,
+    KDConfig,
+    KDTrainer,
+    SpeculativeKDConfig,
+    SpeculativeKDTrainer,
+)
+from tests.conftest import SENTENCES, make_model
+from tests.trainers.test_resuming import assert_same, weights
+
+CONFIGS = {HardLabelTrainer: HardLabelConfig, KDTrainer: KDConfig, SpeculativeKDTrainer: SpeculativeKDConfig}
+LEARNING_RATE = 0.05
+
+
+def rows_of(number: int, column: str = "text") -> list[dict[str, str]]:
+    """Texts of different lengths."""
+    return [{column: SENTENCES[i % len(SENTENCES)][: 12 + 5 * i]} for i in range(number)]
+
+
+def stream_of(number: int, kind: type = HardLabelTrainer) -> IterableDataset:
+    column = "prompt" if kind is SpeculativeKDTrainer else "text"
+    return IterableDataset.from_generator(rows_of, gen_kwargs={"number": number, "column": column})
+
+
+@pytest.fixture
+def make(tokenizer):
+    """A trainer of a tiny student, with batches of one row and two of them in an update."""
+
+    def trainer(folder, rows, kind=HardLabelTrainer, **changes):
+        settings = {
+            "output_dir": str(folder), "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+            "report_to": [], "disable_tqdm": True, "optim": "adamw_torch", "learning_rate": 1e-2, "logging_steps": 1,
+            "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "no",
+        }  # fmt: skip
+        teacher = {} if kind is HardLabelTrainer else {"teacher_model": make_model(seed=2)}
+        teacher |= {"teacher_processing_class": tokenizer} if teacher else {}
+        settings |= {"max_new_tokens": 4} if kind is SpeculativeKDTrainer else {}
+        return kind(
+            model=make_model(seed=1), args=CONFIGS[kind](**settings | changes), train_dataset=rows,
+            processing_class=tokenizer, **teacher,
+        )  # fmt: skip
+
+    return trainer
+
+
+def trained_by_hand(rows: list[dict], updates: list[tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The weights after steps of plain gradient descent in float64, each on the mean over the tokens of its rows."""
+    model = make_model(seed=1).double()
+    for update in updates:
+        losses = []
+        for row in (torch.tensor(rows[i]["input_ids"]) for i in update):
+            losses.append(F.cross_entropy(model(row[None]).logits[0, :-1], row[1:], reduction="none"))
+        model.zero_grad()
+        torch.cat(losses).mean().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= LEARNING_RATE * parameter.grad
+    return model.state_dict()
+
+
+# ------------------------------------------------------------------------------------------ whole updates of a stream
+
+
+@pytest.mark.parametrize(
+    ("is_stream", "passes"),
+    [(True, [(0, 1), (2, 3)] * 3), (False, [(0, 1), (2, 3), (4,)] * 2)],
+    ids=["stream", "dataset"],
+)
+def test_the_rest_of_a_pass_is_an_update_of_a_dataset_and_left_out_of_a_stream(
+    tmp_path, make, caplog, is_stream, passes
+):
+    rows = stream_of(5) if is_stream else Dataset.from_list(rows_of(5))
+    trainer = make(
+        tmp_path, rows, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0, learning_rate=LEARNING_RATE,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, "hf_distill"):
+        trainer.train()
+    expected = trained_by_hand(list(trainer.train_dataset), passes)
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+    told = [record for record in caplog.records if "ends within an update" in record.message]
+    assert len(told) == is_stream
+    assert not told or "(1 in this process, of gradient_accumulation_steps=2)" in told[0].message
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_rows_after_the_last_whole_update_of_a_pass_change_nothing(tmp_path, make, kind):
+    more, fewer = (make(tmp_path / str(number), stream_of(number, kind), kind) for number in (5, 4))
+    more.train()
+    fewer.train()
+    assert_same(weights(more), weights(fewer))
+
+
+def test_packs_after_the_last_whole_update_of_a_pass_change_nothing(tmp_path, make, tokenizer):
+    ids = [tokenizer(row["text"])["input_ids"] for row in rows_of(10)]
+    packs = [{"input_ids": a + b, "seq_lengths": [len(a), len(b)]} for a, b in zip(ids[::2], ids[1::2], strict=True)]
+    more, fewer = (
+        make(
+            tmp_path / str(number),
+            Dataset.from_list(packs[:number]).to_iterable_dataset(),
+            padding_free=True,
+            max_length=None,
+        )
+        for number in (5, 4)
+    )
+    more.train()
+    fewer.train()
+    assert_same(weights(more), weights(fewer))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_stream_that_is_shorter_than_an_update_is_refused(tmp_path, make, kind):
+    trainer = make(tmp_path, stream_of(3, kind), kind, gradient_accumulation_steps=4)
+    with pytest.raises(ValueError, match=r"fewer batches than the gradient_accumulation_steps=4.*\(3 in this process"):
+        trainer.train()
