@@ -7,10 +7,14 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import has_length
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
@@ -36,6 +40,7 @@ from hf_distill.trainers.data import (
 )
 from hf_distill.trainers.label_counts import LabelCounts
 from hf_distill.trainers.pictures import picture_rows
+from hf_distill.trainers.row_order import place_in_stream
 from hf_distill.trainers.surviving import SurvivingTrainer
 
 logger = logging.getLogger(__name__)
@@ -241,10 +246,25 @@ class PreparingTrainer(SurvivingTrainer):
         super().begin()
         self._has_told_rest = False
 
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint and not has_length(self.train_dataset) and not self.args.ignore_data_skip:
+            saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE_NAME)))
+            epochs, updates = place_in_stream(saved)
+            batches = updates * self.args.gradient_accumulation_steps
+            self.state.epoch = epochs + updates / max_steps  # of this run, whose `max_steps` may be others
+        return epochs, batches
+
     def _run_epoch(self, *args, **kwargs):
         is_resumed = kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["steps_trained_in_current_epoch"] > 0
         self._is_new_pass = not is_resumed
         super()._run_epoch(*args, **kwargs)
+        if self.state.global_step >= self.state.max_steps:  # A finished run, resumed, would read a stream for ever.
+            self.control.should_training_stop = True
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         update = self._whole_update(epoch_iterator, num_batches)

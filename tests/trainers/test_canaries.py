@@ -46,6 +46,7 @@ OVERRIDDEN = {
     "_get_num_items_in_batch": "batch_samples device",
     "_get_output_dir": "trial",
     "_inner_training_loop": "batch_size args resume_from_checkpoint trial ignore_keys_for_eval",
+    "_init_training_state": "max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
     "_load_best_model": "",
     "_load_from_checkpoint": "resume_from_checkpoint model",
     "_prepare_inputs": "inputs",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
+from transformers import TrainerCallback
 
 from hf_distill import (
     HardLabelConfig,
@@ -124,3 +125,67 @@ def test_a_stream_that_is_shorter_than_an_update_is_refused(tmp_path, make, kind
     trainer = make(tmp_path, stream_of(3, kind), kind, gradient_accumulation_steps=4)
     with pytest.raises(ValueError, match=r"fewer batches than the gradient_accumulation_steps=4.*\(3 in this process"):
         trainer.train()
+
+
+# ------------------------------------------------------------------------------------------------- passes, resumed
+
+
+def shuffled(rows: IterableDataset) -> IterableDataset:
+    return rows.shuffle(seed=3, buffer_size=4)
+
+
+STREAMS = {
+    "several passes": (lambda kind: stream_of(3, kind), {"gradient_accumulation_steps": 1}),
+    "a rest in each pass": (lambda kind: stream_of(5, kind), {}),
+    "shuffled": (lambda kind: shuffled(stream_of(7, kind)), {}),
+    "a worker": (lambda kind: shuffled(stream_of(5, kind)), {"dataloader_num_workers": 1}),
+    "a worker that stays": (
+        lambda kind: shuffled(stream_of(5, kind)), {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"), [*((KDTrainer, case) for case in STREAMS), (SpeculativeKDTrainer, "a rest in each pass")]
+)
+def test_a_stream_goes_on_where_its_run_was_in_any_pass(tmp_path, make, kind, case):
+    stream, changes = STREAMS[case]
+    changes = {**changes, "save_strategy": "steps", "save_steps": 1, "max_steps": 7}
+    whole = make(tmp_path, stream(kind), kind, **changes)
+    whole.train()
+    for step in (2, 3, 4):
+        resumed = make(tmp_path, stream(kind), kind, **changes)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same(weights(resumed), weights(whole))
+        assert resumed.state.epoch == whole.state.epoch
+
+
+@pytest.mark.parametrize(("rows", "first"), [(5, 3), (5, 4), (20, 4)])
+def test_a_finished_run_of_a_stream_goes_on_with_more_updates(tmp_path, make, rows, first):
+    changes = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 1}
+    whole = make(tmp_path / "whole", stream_of(rows), **changes, max_steps=7)
+    whole.train()
+    for steps in (first, 6, 7):
+        trainer = make(tmp_path / "parts", stream_of(rows), **changes, max_steps=steps)
+        trainer.train(resume_from_checkpoint=steps != first)
+    assert_same(weights(trainer), weights(whole))
+
+
+class Passes(TrainerCallback):
+    """Counts passes, and ends a run that makes more than ten."""
+
+    def __init__(self):
+        self.number = 0
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.number += 1
+        assert self.number <= 10
+
+
+def test_a_finished_run_of_a_stream_that_is_resumed_ends_at_once(tmp_path, make):
+    changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    make(tmp_path, stream_of(3), **changes).train()
+    trainer, passes = make(tmp_path, stream_of(3), **changes), Passes()
+    trainer.add_callback(passes)
+    trainer.train(resume_from_checkpoint=True)
+    assert passes.number == 1
