@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import SequentialSampler
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
@@ -40,7 +42,7 @@ from hf_distill.trainers.data import (
 )
 from hf_distill.trainers.label_counts import LabelCounts
 from hf_distill.trainers.pictures import picture_rows
-from hf_distill.trainers.row_order import place_in_stream
+from hf_distill.trainers.row_order import SeededLengthGroups, place_in_stream
 from hf_distill.trainers.surviving import SurvivingTrainer
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class PreparingTrainer(SurvivingTrainer):
     """
 
     _has_teachers = False  # whether rows have columns for teachers
+    _sampler: Any = None  # of the training
     _is_new_pass = False  # whether the pass over the rows has given no batch yet, neither here nor before a resume
     _has_told_rest = False  # whether this run has warned of batches that fill no update
 
@@ -235,6 +238,19 @@ class PreparingTrainer(SurvivingTrainer):
         finally:
             self._eval_dataloaders = kept
 
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = SeededLengthGroups(sampler, seed)
+        self._sampler = sampler
+        return sampler
+
+    def _get_eval_sampler(self, eval_dataset):
+        # transformers would group these rows by length, too. But predictions have the order of their rows, and rows
+        # that fill up the last batches are at the end.
+        return SequentialSampler(eval_dataset) if has_length(eval_dataset) else None
+
     def _filled_up(self, dataset: Any, size: int) -> Any:
         return with_fillers(dataset, size) if self.has_pictures else filled_up(dataset, size, self.filler)
 
@@ -262,6 +278,9 @@ class PreparingTrainer(SurvivingTrainer):
     def _run_epoch(self, *args, **kwargs):
         is_resumed = kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["steps_trained_in_current_epoch"] > 0
         self._is_new_pass = not is_resumed
+        if hasattr(self._sampler, "set_epoch"):
+            # The data loader that skips a resumed run's rows does not reach its sampler if there are several processes.
+            self._sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
         if self.state.global_step >= self.state.max_steps:  # A finished run, resumed, would read a stream for ever.
             self.control.should_training_stop = True

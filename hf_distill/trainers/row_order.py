@@ -1,6 +1,10 @@
 """The order in which a training reads its rows, and the place in it at which a resumed run goes on."""
 
+from collections.abc import Iterator
+
+import torch
 from transformers import TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 def place_in_stream(state: TrainerState) -> tuple[int, int]:
@@ -17,3 +21,27 @@ def place_in_stream(state: TrainerState) -> tuple[int, int]:
     updates = round((epoch - passes) * state.max_steps)
     # A whole number: all `max_steps` updates were made in the first pass.
     return (passes, updates) if updates else (0, state.global_step)
+
+
+class SeededLengthGroups(LengthGroupedSampler):
+    """Rows of similar lengths side by side, in an order that depends on the seed and the epoch alone.
+
+    The sampler of transformers draws from the global random state. After the first epoch this state depends on what the
+    training has drawn, for dropout for example: each process has an order of its own then, and so has a resumed run.
+
+    Args:
+        groups (`LengthGroupedSampler`): has the lengths and the size of a group.
+        seed (`int`): the same in all processes.
+    """
+
+    def __init__(self, groups: LengthGroupedSampler, seed: int) -> None:
+        super().__init__(groups.batch_size, lengths=groups.lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of an epoch; called before its first row is read."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()

@@ -4,9 +4,11 @@ import logging
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, IterableDataset
 from torch.nn import functional as F
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_distill import (
     HardLabelConfig,
@@ -16,6 +18,7 @@ from hf_distill import (
     SpeculativeKDConfig,
     SpeculativeKDTrainer,
 )
+from hf_distill.trainers.row_order import SeededLengthGroups
 from tests.conftest import SENTENCES, make_model
 from tests.trainers.test_resuming import assert_same, weights
 
@@ -189,3 +192,61 @@ def test_a_finished_run_of_a_stream_that_is_resumed_ends_at_once(tmp_path, make)
     trainer.add_callback(passes)
     trainer.train(resume_from_checkpoint=True)
     assert passes.number == 1
+
+
+# --------------------------------------------------------------------------------------------- groups of similar length
+
+LENGTHS = [5, 40, 7, 31, 12, 28, 3, 19, 22, 35, 9, 16]
+
+
+def test_groups_by_length_have_one_order_in_all_processes_in_each_epoch():
+    one, other = (SeededLengthGroups(LengthGroupedSampler(4, lengths=LENGTHS), seed=3) for _ in range(2))
+    orders = []
+    for epoch in range(3):
+        one.set_epoch(epoch)
+        other.set_epoch(epoch)
+        torch.manual_seed(epoch)
+        orders.append(list(one))
+        torch.rand(7 + epoch)  # what dropout draws in one process
+        assert list(other) == list(one) == orders[-1]
+        assert sorted(orders[-1]) == list(range(len(LENGTHS)))
+    assert len(set(map(tuple, orders))) == 3
+
+
+def test_groups_by_length_are_those_of_transformers():
+    lengths = [3 + 7 * i % 50 for i in range(64)]
+    sampler = SeededLengthGroups(LengthGroupedSampler(4, lengths=lengths), seed=3)
+    sampler.set_epoch(2)
+    generator = torch.Generator().manual_seed(5)
+    assert list(sampler) == list(LengthGroupedSampler(4, lengths=lengths, generator=generator))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance", "random"])
+def test_a_run_is_resumed_bit_for_bit_in_any_epoch_of_any_order(tmp_path, make, strategy, processes):
+    """`processes` are those among which the loader divides rows; this one trains on its own part alone."""
+
+    def trainer():
+        made = make(
+            tmp_path, Dataset.from_list(rows_of(9)), train_sampling_strategy=strategy, save_strategy="steps",
+            save_steps=1, max_steps=-1, num_train_epochs=2,
+        )  # fmt: skip
+        made.accelerator.prepare_data_loader = lambda loader, **_: prepare_data_loader(
+            loader, num_processes=processes, process_index=0, use_seedable_sampler=True, data_seed=3
+        )
+        return made
+
+    whole = trainer()
+    whole.train()
+    updates = whole.state.max_steps // 2
+    for step in (updates, updates + 1):
+        resumed = trainer()
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same(weights(resumed), weights(whole))
+
+
+def test_predictions_have_the_order_of_their_rows_whatever_the_training_groups(tmp_path, make, tokenizer):
+    rows = Dataset.from_list(rows_of(9))
+    trainer = make(tmp_path, rows, train_sampling_strategy="group_by_length", per_device_eval_batch_size=2)
+    found = [[token for token in labels.tolist() if token >= 0] for labels in trainer.predict(rows).label_ids]
+    assert found == [row["input_ids"] for row in trainer.train_dataset]
