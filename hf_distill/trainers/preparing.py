@@ -303,7 +303,8 @@ class PreparingTrainer(SurvivingTrainer):
         """
         update = list(islice(batches, number))
         left, num_short = float(len(update)), float(len(update) < number)
-        if self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is False:
+        is_stream = not has_length(self.train_dataset)
+        if is_stream and self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is False:
             # Each process reads shards of its own, and one of them may end first.
             counts = torch.tensor([left, num_short], device=self.args.device)
             left, num_short = self._sum_over_processes(counts).tolist()
