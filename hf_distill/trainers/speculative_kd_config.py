@@ -44,9 +44,7 @@ class SpeculativeKDConfig(KDConfig):
     )
     adaptive: bool = field(
         default=False,
-        metadata={
-            "help": "Whether drafts adapt their length, up to draft_length, to what was accepted so far."
-        },
+        metadata={"help": "Whether drafts adapt their length, up to draft_length, to what was accepted so far."},
     )
     top_k: int = field(
         default=25, metadata={"help": "A drafted token is kept only among the teacher's top_k most likely ones."}

@@ -16,6 +16,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -86,6 +87,7 @@ USED = {
     "_from_config": (PreTrainedModel, "config"),
     "_hf_deepspeed_config_weak_ref": (deepspeed_integration, None),
     "_no_split_modules": (PreTrainedModel, None),
+    "_shutdown_workers": (_MultiProcessingDataLoaderIter, None),
     "_storage_Use_Count": (torch._C, None),
     "_use_count": (torch.Tensor, None),
 }
