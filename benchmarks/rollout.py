@@ -1,7 +1,8 @@
 """Rollouts of batches, against rollouts of single rows, `generate` of the student, and assisted generation.
 
     OMP_NUM_THREADS=1 python -m benchmarks.rollout --teacher stories260K --data tinystories
-    OMP_NUM_THREADS=1 python -m benchmarks.rollout --teacher stories260K --data tinystories --noise 0.05 0.1 --total 8
+    OMP_NUM_THREADS=1 python -m benchmarks.rollout --teacher stories260K --data tinystories --noise 0.05 0.1 \
+        --rows 8 --total 16 --adaptive
 
 `--teacher` is a causal language model. `--data` is a folder with test.jsonl, a `text` in each line; the prompts are the
 beginnings of the texts, with different lengths. The student has some of the teacher's layers. No token ends a text,

@@ -37,8 +37,8 @@ class RolloutConfig:
         max_new_tokens (`int`): the longest completion; an end-of-sequence token ends it earlier.
         draft_length (`int`): tokens that the student drafts per block; with 0 the teacher generates alone.
         adaptive (`bool`):
-            The draft length of a row grows by two, up to `draft_length`, after a block that was kept whole. Otherwise
-            it becomes the number of accepted tokens plus one. A block takes the mean over its rows, rounded up.
+            A block takes the mean of its rows' draft lengths, rounded up. After a draft that was kept whole, that of
+            the row becomes the block's plus two, at most `draft_length`; otherwise the accepted tokens plus one.
         top_k (`int`): a drafted token is accepted only if it is among the teacher's `top_k` most likely tokens.
         min_prob (`float`):
             A drafted token is accepted only with at least this probability, at the teacher's temperature (at 1 if that

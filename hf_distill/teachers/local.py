@@ -46,7 +46,7 @@ from hf_distill.verifying import Evidence, LocalVerifier, RolloutConfig
 
 # Values of `init_lora_weights` that leave the weights under the adapter as they are. The others that PEFT 0.21 has
 # (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a part of them into the adapter, or round them.
-_INITS_BESIDE_THE_BASE = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+_INITS_BESIDE_THE_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 
 
 class LocalTeacher:

@@ -284,11 +284,14 @@ def refuse_no_label(
 
 def refuse_too_few(dataset: Any, args: SFTConfig) -> None:
     """Raises `ValueError` if dropping the rows that fill no batch (`dataloader_drop_last`) leaves no training row."""
-    rows = args.train_batch_size * args.world_size
+    accelerator: Any = args.accelerator_config
+    rows = args.train_batch_size * (1 if accelerator.split_batches else args.world_size)
+    if args.train_sampling_strategy == "batch_rebalance":  # which balances whole updates
+        rows *= args.gradient_accumulation_steps
     if args.dataloader_drop_last and isinstance(dataset, Dataset) and len(dataset) < rows:
         raise ValueError(
-            f"the train dataset has {len(dataset)} rows, and dataloader_drop_last=True drops what does not fill a "
-            f"batch on every process ({rows} rows): nothing would be trained on. Set it to False, or "
+            f"the train dataset has {len(dataset)} rows, and dataloader_drop_last=True drops what does not fill "
+            f"{rows} rows, a batch for every process: nothing would be trained on. Set it to False, or "
             "per_device_train_batch_size to less"
         )
 

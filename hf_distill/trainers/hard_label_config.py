@@ -201,8 +201,8 @@ class HardLabelConfig(SFTConfig):
         for name in ("bf16_full_eval", "fp16_full_eval"):
             if getattr(self, name):
                 raise ValueError(
-                    f"{name}=True would round the student's weights at the first evaluation and leave them so: remove "
-                    f"it, and set {name[:4]}=True to compute in this precision over float32 weights"
+                    f"{name}=True would round the student's weights at an evaluation outside of a training, and leave "
+                    f"them so: remove it, and set {name[:4]}=True to compute in this precision over float32 weights"
                 )
         optim = getattr(self.optim, "value", self.optim)
         is_quantised = "torch" not in optim and any(part in optim for part in ("8bit", "bnb", "paged"))

@@ -25,6 +25,7 @@ from hf_distill.teachers import TeacherAway
 from hf_distill.teachers.columns import PREFIX, TeacherColumnsCollator, no_columns, reason_away
 from hf_distill.teachers.rows import TeacherRows
 from hf_distill.token_rows import COLUMNS, PEEKED_ROWS, Limits, Room, without_long_rows
+from hf_distill.trainers.checkpoints import end_workers
 from hf_distill.trainers.checks import AnyDataset, refuse_row_columns
 from hf_distill.trainers.data import (
     brought,
@@ -64,7 +65,9 @@ class PreparingTrainer(SurvivingTrainer):
 
     _has_teachers = False  # whether rows have columns for teachers
     _sampler: Any = None  # of the training
+    _kept_for: Any = None  # the held-out rows that loaders are kept for
     _is_new_pass = False  # whether the pass over the rows has given no batch yet, neither here nor before a resume
+    _is_pass_over = False  # whether the pass has no whole update left
     _has_told_rest = False  # whether this run has warned of batches that fill no update
 
     vocab_size: int
@@ -229,7 +232,10 @@ class PreparingTrainer(SurvivingTrainer):
             self.data_collator, self.args.dataloader_drop_last = own, drops
 
     def get_eval_dataloader(self, eval_dataset: Any = None):
-        """As in transformers, which takes the kept loader of `eval_dataset` for any rows, if workers persist."""
+        """The loader of these rows. If workers persist, transformers gives any rows the one that it keeps."""
+        if self._kept_for is not self.eval_dataset:
+            self._keep_no_loaders()
+            self._kept_for = self.eval_dataset
         if eval_dataset is None or eval_dataset is self.eval_dataset or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
         kept, self._eval_dataloaders = self._eval_dataloaders, {}
@@ -237,6 +243,19 @@ class PreparingTrainer(SurvivingTrainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self._eval_dataloaders = kept
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        try:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            if not self.is_in_train:
+                self._keep_no_loaders()
+            if all(dataloader is not each for each in self._eval_dataloaders.values()):
+                end_workers(dataloader)
+
+    def _keep_no_loaders(self) -> None:
+        end_workers(*self._eval_dataloaders.values())
+        self._eval_dataloaders = {}
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
@@ -277,7 +296,7 @@ class PreparingTrainer(SurvivingTrainer):
 
     def _run_epoch(self, *args, **kwargs):
         is_resumed = kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["steps_trained_in_current_epoch"] > 0
-        self._is_new_pass = not is_resumed
+        self._is_new_pass, self._is_pass_over = not is_resumed, False
         if hasattr(self._sampler, "set_epoch"):
             # The data loader that skips a resumed run's rows does not reach its sampler if there are several processes.
             self._sampler.set_epoch(kwargs["epoch"])
@@ -301,6 +320,8 @@ class PreparingTrainer(SurvivingTrainer):
         Raises:
             `ValueError`: a whole pass has too few batches for one update.
         """
+        if self._is_pass_over:
+            return []  # transformers goes on asking until `max_steps`
         update = list(islice(batches, number))
         left, num_short = float(len(update)), float(len(update) < number)
         is_stream = not has_length(self.train_dataset)
@@ -325,6 +346,8 @@ class PreparingTrainer(SurvivingTrainer):
                 "every pass; of a Dataset (Dataset.from_generator) all rows are trained on", len(update), number,
             )  # fmt: skip
             self._has_told_rest = True
+        self._is_pass_over = True
+        self.state.epoch = int(self.state.epoch or 0) + 1.0  # in a checkpoint that is saved now, too
         return []
 
     def _prepare_inputs(self, inputs):

@@ -11,7 +11,8 @@ def place_in_stream(state: TrainerState) -> tuple[int, int]:
     """The finished passes over a stream, and the updates that were made in the pass after them.
 
     transformers does not know how long a stream is and counts `max_steps` updates as one pass. The `epoch` of its state
-    is right all the same: at each update it is the number of the pass plus (updates in this pass) / `max_steps`.
+    is right all the same: at each update it is the number of the pass plus (updates in this pass) / `max_steps`, and
+    after a pass the number of the next one.
 
     Args:
         state (`TrainerState`): of a checkpoint, with its own run's `max_steps`.
@@ -19,8 +20,9 @@ def place_in_stream(state: TrainerState) -> tuple[int, int]:
     epoch = state.epoch or 0.0
     passes = int(epoch)
     updates = round((epoch - passes) * state.max_steps)
-    # A whole number: all `max_steps` updates were made in the first pass.
-    return (passes, updates) if updates else (0, state.global_step)
+    if updates or state.global_step < state.max_steps:
+        return passes, updates
+    return 0, state.global_step  # all `max_steps` updates were made in the first pass
 
 
 class SeededLengthGroups(LengthGroupedSampler):

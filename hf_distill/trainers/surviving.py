@@ -162,10 +162,12 @@ class SurvivingTrainer(SFTTrainer):
             finally:
                 self.is_in_train = False  # transformers leaves it after an error
                 end_workers(self.callback_handler.train_dataloader, *self._eval_dataloaders.values())
+                end_workers(self.accelerator.gradient_state.active_dataloader)  # a resumed run's first one
                 self._eval_dataloaders = {}
                 self._as_it_came.restore(self.model)
 
     def _inner_training_loop(self, *args, **kwargs):
+        end_workers(self.callback_handler.train_dataloader)  # that of a batch that did not fit
         self.begin()
         return super()._inner_training_loop(*args, **kwargs)
 
@@ -345,7 +347,7 @@ class SurvivingTrainer(SFTTrainer):
                 self._tell(f"about {logs['num_tokens'] / updates:,.0f} tokens per update")
         super().log(logs, start_time)
 
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         splits = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if splits and self.model_wrapped is self.model and not isinstance(self.model, FSDPModule):
             raise ValueError(
@@ -353,11 +355,7 @@ class SurvivingTrainer(SFTTrainer):
                 "the training: set eval_on_start=True, or evaluate without them"
             )
         self.means["eval"] = {}
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if not self.is_in_train:
-            self._eval_dataloaders = {}
-        if all(dataloader is not each for each in self._eval_dataloaders.values()):
-            end_workers(dataloader)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = {f"{metric_key_prefix}_{name}": value for name, value in self.pop_means("eval").items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
 

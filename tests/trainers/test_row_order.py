@@ -40,7 +40,7 @@ def stream_of(number: int, kind: type = HardLabelTrainer) -> IterableDataset:
 def make(tokenizer):
     """A trainer of a tiny student, with batches of one row and two of them in an update."""
 
-    def trainer(folder, rows, kind=HardLabelTrainer, **changes):
+    def trainer(folder, rows, kind=HardLabelTrainer, eval_dataset=None, **changes):
         settings = {
             "output_dir": str(folder), "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
             "report_to": [], "disable_tqdm": True, "optim": "adamw_torch", "learning_rate": 1e-2, "logging_steps": 1,
@@ -51,7 +51,7 @@ def make(tokenizer):
         settings |= {"max_new_tokens": 4} if kind is SpeculativeKDTrainer else {}
         return kind(
             model=make_model(seed=1), args=CONFIGS[kind](**settings | changes), train_dataset=rows,
-            processing_class=tokenizer, **teacher,
+            eval_dataset=eval_dataset, processing_class=tokenizer, **teacher,
         )  # fmt: skip
 
     return trainer
@@ -172,6 +172,33 @@ def test_a_finished_run_of_a_stream_goes_on_with_more_updates(tmp_path, make, ro
         trainer = make(tmp_path / "parts", stream_of(rows), **changes, max_steps=steps)
         trainer.train(resume_from_checkpoint=steps != first)
     assert_same(weights(trainer), weights(whole))
+
+
+@pytest.mark.parametrize("saved", ["epoch", "steps"])
+def test_a_stream_that_goes_on_after_a_pass_does_not_end_it_again(tmp_path, make, saved):
+    """Its evaluation would be made twice, and draws random numbers."""
+
+    def trainer():
+        found = make(
+            tmp_path, stream_of(5), save_strategy=saved, save_steps=1, max_steps=7, eval_strategy="epoch",
+            eval_dataset=Dataset.from_list(rows_of(3)),
+        )  # fmt: skip
+        for module in found.student.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.2
+        return found
+
+    def evaluated(run):
+        return [log["step"] for log in run.state.log_history if "eval_loss" in log]
+
+    whole = trainer()
+    whole.train()
+    assert evaluated(whole) == [2, 4, 6, 7]
+    for step in (2, 4):  # after the first and the second pass
+        resumed = trainer()
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same(weights(resumed), weights(whole))
+        assert evaluated(resumed) == evaluated(whole)
 
 
 class Passes(TrainerCallback):
