@@ -306,6 +306,8 @@ class PreparingTrainer(SurvivingTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         update = self._whole_update(epoch_iterator, num_batches)
+        if not update:
+            return [], None
         batches, num_items = super().get_batch_samples(iter(update), num_batches, device)
         self.stop_if_away(next(filter(None, map(reason_away, batches)), None))
         self.label_counts.look_at(batches)

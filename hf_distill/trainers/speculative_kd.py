@@ -256,6 +256,8 @@ class SpeculativeKDTrainer(KDTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # Rollouts are made here, so that transformers counts the tokens of what is really trained on.
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return [], None
         written = self._written(batches, "train", self.state.global_step)
         batches = [self._prepare_inputs(batch) for batch in written]  # on the device, where micro-batches look for them
         self.label_counts.look_at(batches)
