@@ -24,11 +24,11 @@ demo: .venv/.installed-core
 	HF_HUB_OFFLINE=1 $(BIN)/hf-distill demo --output_dir demo_out
 
 test: .venv/.installed-test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The ends of the version range, by hand: they take a while and, where pip finds no CPU build, 3 GB of CUDA.
 test-oldest test-newest: test-%: .venv-%/.installed
-	HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # By hand, too: an environment of 3.4 GB, which takes 5 minutes to build, and a server that takes 2 to start.
 MODEL ?= hf_distill/demo/teacher

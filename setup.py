@@ -51,7 +51,7 @@ EXTRAS = {
     # The 4-bit tests and those of ZeRO run on CPU.
     "test": [
         "pytest>=8",
-        "pytest-xdist>=3.5",
+        "pytest-xdist>=3.8",
         "setuptools>=64",  # the tests build the package
         "tensorboard",
         "evaluate>=0.4.6",

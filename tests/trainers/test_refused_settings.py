@@ -246,7 +246,7 @@ ROWS = [
     (HARD, {"loss_type": "dft"}, "loss_type='dft' is a loss of SFTTrainer's own"),
     (HARD, {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
     (HARD, {"enable_jit_checkpoint": True}, "enable_jit_checkpoint=True saves in the middle of an update"),
-    (HARD, {"bf16_full_eval": True}, "bf16_full_eval=True would round the student's weights at the first evaluation"),
+    (HARD, {"bf16_full_eval": True}, "bf16_full_eval=True would round the student's weights at an evaluation"),
     (HARD, {"fp16_full_eval": True}, "remove it, and set fp16=True to compute in this precision over float32 weights"),
 ]  # fmt: skip
 
