@@ -319,6 +319,12 @@ def end_workers(*loaders: Any) -> None:
             inner._iterator = None
 
 
+def drop_loaders(kept: dict[str, Any]) -> None:
+    """Empties a dict of data loaders, and ends their workers."""
+    end_workers(*kept.values())
+    kept.clear()
+
+
 class CheckpointTiming(TrainerCallback):
     """Delays a checkpoint until all work of its update is done, and saves one when the run is told to stop.
 

@@ -25,7 +25,7 @@ from hf_distill.teachers import TeacherAway
 from hf_distill.teachers.columns import PREFIX, TeacherColumnsCollator, no_columns, reason_away
 from hf_distill.teachers.rows import TeacherRows
 from hf_distill.token_rows import COLUMNS, PEEKED_ROWS, Limits, Room, without_long_rows
-from hf_distill.trainers.checkpoints import end_workers
+from hf_distill.trainers.checkpoints import drop_loaders, end_workers
 from hf_distill.trainers.checks import AnyDataset, refuse_row_columns
 from hf_distill.trainers.data import (
     brought,
@@ -234,7 +234,7 @@ class PreparingTrainer(SurvivingTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None):
         """The loader of these rows. If workers persist, transformers gives any rows the one that it keeps."""
         if self._kept_for is not self.eval_dataset:
-            self._keep_no_loaders()
+            drop_loaders(self._eval_dataloaders)
             self._kept_for = self.eval_dataset
         if eval_dataset is None or eval_dataset is self.eval_dataset or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
@@ -249,13 +249,9 @@ class PreparingTrainer(SurvivingTrainer):
             return super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             if not self.is_in_train:
-                self._keep_no_loaders()
+                drop_loaders(self._eval_dataloaders)
             if all(dataloader is not each for each in self._eval_dataloaders.values()):
                 end_workers(dataloader)
-
-    def _keep_no_loaders(self) -> None:
-        end_workers(*self._eval_dataloaders.values())
-        self._eval_dataloaders = {}
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
@@ -301,8 +297,6 @@ class PreparingTrainer(SurvivingTrainer):
             # The data loader that skips a resumed run's rows does not reach its sampler if there are several processes.
             self._sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
-        if self.state.global_step >= self.state.max_steps:  # A finished run, resumed, would read a stream for ever.
-            self.control.should_training_stop = True
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         update = self._whole_update(epoch_iterator, num_batches)
@@ -314,7 +308,7 @@ class PreparingTrainer(SurvivingTrainer):
         return batches, num_items
 
     def _whole_update(self, batches: Iterator[Any], number: int) -> list[Any]:
-        """The next `number` batches, or none if fewer are left in the pass, which happens for streams alone.
+        """The next `number` batches; of a stream none, if fewer are left in the pass.
 
         transformers steps the optimizer after `gradient_accumulation_steps` batches of a pass whose length is unknown.
         It would never step after fewer: their gradients would be added to the first update of the next pass.
@@ -325,13 +319,14 @@ class PreparingTrainer(SurvivingTrainer):
         if self._is_pass_over:
             return []  # transformers goes on asking until `max_steps`
         update = list(islice(batches, number))
-        left, num_short = float(len(update)), float(len(update) < number)
-        is_stream = not has_length(self.train_dataset)
-        if is_stream and self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is False:
+        if has_length(self.train_dataset):
+            return update  # transformers knows how many are left
+        left, is_short = len(update), len(update) < number
+        if self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is False:
             # Each process reads shards of its own, and one of them may end first.
-            counts = torch.tensor([left, num_short], device=self.args.device)
-            left, num_short = self._sum_over_processes(counts).tolist()
-        if not num_short:
+            counts = torch.tensor([left, is_short], dtype=torch.float32, device=self.args.device)
+            left, is_short = self._sum_over_processes(counts).tolist()
+        if not is_short:
             self._is_new_pass = False
             return update
         if left and self._is_new_pass:

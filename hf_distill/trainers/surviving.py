@@ -42,6 +42,7 @@ from hf_distill.saving import (
 from hf_distill.trainers.checkpoints import (
     CheckpointTiming,
     checkpoints,
+    drop_loaders,
     end_workers,
     find_checkpoint,
     leave_sigterm_to_the_trainer,
@@ -161,9 +162,9 @@ class SurvivingTrainer(SFTTrainer):
                 raise
             finally:
                 self.is_in_train = False  # transformers leaves it after an error
-                end_workers(self.callback_handler.train_dataloader, *self._eval_dataloaders.values())
-                end_workers(self.accelerator.gradient_state.active_dataloader)  # a resumed run's first one
-                self._eval_dataloaders = {}
+                # The active loader is another one in the first pass of a resumed run.
+                end_workers(self.callback_handler.train_dataloader, self.accelerator.gradient_state.active_dataloader)
+                drop_loaders(self._eval_dataloaders)
                 self._as_it_came.restore(self.model)
 
     def _inner_training_loop(self, *args, **kwargs):
@@ -237,7 +238,8 @@ class SurvivingTrainer(SFTTrainer):
     def _run_epoch(self, *args, **kwargs):
         # A run that was killed after its last checkpoint has nothing left to do; transformers would make an update.
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True  # it would go on to the next pass over a stream
 
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)

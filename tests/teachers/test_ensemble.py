@@ -3,6 +3,8 @@
 Shapes: B batch, T tokens, N positions, V vocabulary.
 """
 
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 from peft import FourierFTConfig, IA3Config, LoraConfig, PeftModel, VBLoRAConfig, get_peft_model
@@ -212,9 +214,10 @@ def test_student_whose_base_is_trained_has_none_that_could_teach(config, trained
         BaseTeacher(student)
 
 
+# The values of `init_lora_weights` that can be tried without data and without a GPU.
+STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica", "pissa", "pissa_niter_4", "olora")
 START = {
-    **{str(init): {"init_lora_weights": init} for init in (True, False, "gaussian", "orthogonal", "eva", "mica")},
-    **{init: {"init_lora_weights": init} for init in ("pissa", "pissa_niter_4", "olora")},
+    **{str(init): {"init_lora_weights": init} for init in STARTS},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "kasa": {"kasa_config": KasaConfig()},
@@ -237,6 +240,13 @@ def test_base_teacher_is_refused_where_the_start_of_the_adapters_changes_the_bas
     assert change > 1e-2
     with pytest.raises(ValueError, match=r"(kasa_config|init_lora_weights='\w+') changes its weights .*pass the base"):
         BaseTeacher(student)
+
+
+def test_each_start_that_peft_names_is_known():
+    """A new one has to be tried here, and with `refuse_unrepeatable`."""
+    _, names = get_args(get_type_hints(LoraConfig)["init_lora_weights"])
+    tried = {str(init).replace("_4", "_[number of iters]") for init in STARTS} - {"True", "False"}
+    assert set(get_args(names)) == tried | {"corda", "loftq"}
 
 
 @pytest.mark.parametrize("config", [FourierFTConfig(n_frequency=8), IA3Config(), VBLoRAConfig(vector_length=4)])
